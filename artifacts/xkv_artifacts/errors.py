@@ -1,0 +1,55 @@
+"""The one tree of errors a user can meet. Each message names what was wrong; `hint` says what to do."""
+
+from __future__ import annotations
+
+
+class XKVError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Args:
+        message: one line that names what was wrong.
+        hint: one line that says what to do about it, or "".
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[XKVError], message: str, hint: str) -> XKVError:
+    """Make the error again in another process (errors cross Ray's process boundary)."""
+    error = kind.__new__(kind)
+    XKVError.__init__(error, message, hint=hint)
+    return error
+
+
+class StoreError(XKVError):
+    """The blob store cannot be read or written (permissions, space, bad URL)."""
+
+
+class ArtifactNotFound(XKVError):
+    """No artifact of that id is in the store."""
+
+
+class CorruptArtifact(XKVError):
+    """A blob's bytes are not what was written: truncated, changed, or never a valid artifact."""
+
+
+class UnsupportedFormat(XKVError):
+    """A blob is of a format or version this code does not read."""
+
+
+class CatalogUnavailable(XKVError):
+    """Redis does not answer."""
+
+
+class CatalogError(XKVError):
+    """Redis answered something that is not a catalog entry."""
+
+
+class InvalidNamespace(XKVError):
+    """A namespace with characters outside letters, digits, dot, dash and underscore."""

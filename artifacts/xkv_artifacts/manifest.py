@@ -1,0 +1,79 @@
+"""The manifest in a prefix blob's header: everything about the artifact but its tensors' bytes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = "xkv-prefix"
+VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(max_length=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelIdentity(_Strict):
+    """Which model the prefix was prefilled with. Only `fingerprint` decides whether an artifact fits."""
+
+    fingerprint: Sha256
+    name: Name
+    architecture: Name
+    dtype: Name
+
+
+class DocumentRef(_Strict):
+    """Where the prefix came from: for people, never for matching."""
+
+    uri: Name
+    sha256: Sha256
+
+
+class GroupLayout(_Strict):
+    """One group of layers that share token factors; widths are kv_heads x head_dim per layer."""
+
+    layers: tuple[int, ...]
+    key_widths: tuple[int, ...]
+    value_widths: tuple[int, ...]
+    rank_k: int = Field(ge=1)
+    rank_v: int = Field(ge=1)
+
+
+class Fidelity(_Strict):
+    """What was measured against the exact cache when the artifact was made.
+
+    Args:
+        top1_agreement: share of held-back positions where the most likely next token is the same, 0 to 1.
+        kl: mean KL divergence (nats) of the compressed cache's next-token distribution from the exact one's.
+        positions: held-back positions measured.
+        key_error, value_error: relative Frobenius reconstruction error of each group.
+    """
+
+    top1_agreement: float = Field(ge=0, le=1)
+    kl: float = Field(ge=0)
+    positions: int = Field(ge=0)
+    key_error: tuple[float, ...]
+    value_error: tuple[float, ...]
+
+
+class PrefixManifest(_Strict):
+    """A prefix artifact's description. `tensors` holds the SHA-256 of each tensor's bytes."""
+
+    format: Literal["xkv-prefix"] = FORMAT
+    version: Literal[1] = VERSION
+    id: Sha256
+    model: ModelIdentity
+    namespace: str
+    spec: dict[str, Any]
+    tokens: int = Field(ge=1)
+    bytes_full: int = Field(ge=1)
+    groups: tuple[GroupLayout, ...]
+    document: DocumentRef
+    fidelity: Fidelity
+    created: datetime
+    tensors: dict[str, Sha256] = {}

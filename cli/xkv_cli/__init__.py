@@ -1,0 +1,1 @@
+"""The `xkv` command: parses, calls, renders."""

@@ -1,0 +1,28 @@
+"""The xKV method: compress the KV cache of a long shared prefix and decode from the factors.
+
+    from xkv_service import CompressionSpec, compress
+    factors = compress(model, input_ids, CompressionSpec(ratio=8))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xkv_service.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from xkv_service.compress import compress
+    from xkv_service.factors import PrefixFactors
+
+__all__ = ["CompressionSpec", "PrefixFactors", "compress"]
+
+_LAZY = {"compress": "xkv_service.compress", "PrefixFactors": "xkv_service.factors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch only when it is asked for."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""Errors of the method and of models, on the tree of `xkv_artifacts.errors`."""
+
+from __future__ import annotations
+
+from xkv_artifacts.errors import XKVError
+
+
+class UnsupportedModel(XKVError):
+    """A model whose cache this project cannot compress; the message gives the reason."""
+
+
+class ModelNotFound(XKVError):
+    """A model name or path that Transformers cannot load."""
+
+
+class InvalidSpec(XKVError):
+    """A compression setting that is out of range; the message names the field, the value and the fix."""
+
+
+class RatioUnreachable(InvalidSpec):
+    """The target ratio leaves no byte for factors of this prefix."""
+
+
+class InvalidPrompt(XKVError):
+    """A document or chat template that has no stable, non-empty token prefix, or does not fit the window."""
+
+
+__all__ = [
+    "InvalidPrompt",
+    "InvalidSpec",
+    "ModelNotFound",
+    "RatioUnreachable",
+    "UnsupportedModel",
+    "XKVError",
+]

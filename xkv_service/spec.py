@@ -1,0 +1,121 @@
+"""`CompressionSpec`: every choice that shapes an artifact's bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from xkv_service.errors import InvalidSpec
+
+Rank = int | Literal["full"]
+FactorDtype = Literal["bfloat16", "float16", "float32"]
+IndexKind = Literal["sketch", "landmark", "none"]
+
+DEFAULT_RATIO = 8.0
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """How a prefix is compressed. Two specs that differ in any field make two artifacts.
+
+    Args:
+        group_size: adjacent compressible layers that share token factors (paper, section 3.2: 4).
+        ratio: target of bytes of the exact cache / bytes stored, everything counted (token factors, layer
+            bases, selection index, exact tokens). Default 8 when no ranks are given.
+        rank_k, rank_v: ranks per group instead of a ratio; "full" keeps every direction.
+        key_share: share of keys in the rank budget, r_k / (r_k + r_v); 0.4 is the paper's 1:1.5.
+        dtype: of token factors, layer bases, landmarks and exact tokens as stored.
+        index: selection index: per-token key "sketch", chunk "landmark" (paper, section 3.3), or "none".
+        sketch_planes: rotary planes (pairs of dimensions) per KV head in a key sketch, 4 bits a dimension.
+        landmark_chunk: tokens per landmark (paper: 8).
+        sink, recent: first and last tokens of the prefix kept exact.
+        outlier_chunks: chunks of `landmark_chunk` tokens least like their mean, kept exact (paper: 48).
+        key_weights: "query" weights each KV head's rotary planes by the energy of its queries there.
+        value_weights: "output" weights each KV head's values by its output projections.
+
+    Raises:
+        InvalidSpec: a field is out of range.
+    """
+
+    group_size: int = 4
+    ratio: float | None = None
+    rank_k: Rank | None = None
+    rank_v: Rank | None = None
+    key_share: float = 0.4
+    dtype: FactorDtype = "bfloat16"
+    index: IndexKind = "sketch"
+    sketch_planes: int = 8
+    landmark_chunk: int = 8
+    sink: int = 4
+    recent: int = 0
+    outlier_chunks: int = 0
+    key_weights: Literal["none", "query"] = "none"
+    value_weights: Literal["none", "output"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.rank_k is None and self.rank_v is None and self.ratio is None:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        self._check_target()
+        self._check_counts()
+        self._check_choices()
+
+    def _check_target(self) -> None:
+        if (self.rank_k is None) != (self.rank_v is None):
+            raise InvalidSpec(
+                "rank_k and rank_v go together: only one was given",
+                hint="give both, or a ratio instead",
+            )
+        if self.ratio is not None and self.rank_k is not None:
+            raise InvalidSpec("a ratio and ranks were both given", hint="give one or the other")
+        if self.ratio is not None and not 1.0 <= self.ratio <= 1000.0:
+            raise InvalidSpec(f"ratio={self.ratio} is out of range", hint="use a number from 1 to 1000")
+        for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
+            if isinstance(rank, int) and rank < 1:
+                raise InvalidSpec(f"{name}={rank} is out of range", hint='use 1 or more, or "full"')
+            if isinstance(rank, str) and rank != "full":
+                raise InvalidSpec(f"{name}={rank!r} is not a rank", hint='use an integer or "full"')
+        if not 0.0 < self.key_share < 1.0:
+            raise InvalidSpec(f"key_share={self.key_share} is out of range", hint="use a number between 0 and 1")
+
+    def _check_counts(self) -> None:
+        for name, low, high in (
+            ("group_size", 1, 1024),
+            ("sketch_planes", 1, 1024),
+            ("landmark_chunk", 1, 1024),
+            ("sink", 0, 65536),
+            ("recent", 0, 65536),
+            ("outlier_chunks", 0, 65536),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise InvalidSpec(
+                    f"{name}={value!r} is out of range", hint=f"use an integer from {low} to {high}"
+                )
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("dtype", ("bfloat16", "float16", "float32")),
+            ("index", ("sketch", "landmark", "none")),
+            ("key_weights", ("none", "query")),
+            ("value_weights", ("none", "output")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InvalidSpec(
+                    f"{name}={getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(allowed)}"
+                )
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as plain JSON values, every field present: what artifact ids are made from."""
+        return asdict(self)
+
+    @classmethod
+    def from_canonical(cls, fields: dict[str, Any]) -> CompressionSpec:
+        """The spec that `canonical` was called on.
+
+        Raises:
+            InvalidSpec: an unknown field or a value out of range.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise InvalidSpec(f"not a compression spec: {error}") from None
