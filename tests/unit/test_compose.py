@@ -19,9 +19,9 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def test_services_are_redis_head_gpu_worker_and_job(compose: dict[str, Any]) -> None:
+def test_services_are_redis_head_and_gpu_worker(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"redis", "ray-head", "ray-worker", "precompute"}
+    assert set(services) == {"redis", "ray-head", "ray-worker"}
     assert services["ray-worker"]["profiles"] == ["gpu"]
     (device,) = services["ray-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia"
@@ -35,7 +35,7 @@ def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, A
     }
     named = {source for sources in mounts.values() for source in sources if not source.startswith(".")}
     assert named == set(compose["volumes"])
-    assert all("store" in mounts[name] for name in ("ray-head", "ray-worker", "precompute"))
+    assert all("store" in mounts[name] for name in ("ray-head", "ray-worker"))
 
 
 def test_build_targets_are_stages_of_the_dockerfile(compose: dict[str, Any]) -> None:
@@ -53,10 +53,12 @@ def test_every_dependency_is_a_service_with_a_health_check(compose: dict[str, An
             assert "healthcheck" in services[name]
 
 
-def test_the_job_uses_options_that_the_command_has(compose: dict[str, Any]) -> None:
-    _, command, *arguments = compose["services"]["precompute"]["command"]
+def test_the_command_in_its_comment_uses_options_that_xkv_has() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    (command,) = re.findall(r"exec ray-head xkv (.+)$", text, re.MULTILINE)
+    name, *arguments = command.split()
     shown = subprocess.run(
-        [sys.executable, "-m", "xkv_cli.main", command, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "xkv_cli.main", name, "--help"], capture_output=True, text=True, check=True
     ).stdout
     for option in (argument for argument in arguments if argument.startswith("--")):
         assert option in shown
