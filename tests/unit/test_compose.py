@@ -30,10 +30,10 @@ def test_services_are_redis_head_and_gpu_worker(compose: dict[str, Any]) -> None
 
 def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, Any]) -> None:
     mounts = {
-        name: [volume.split(":")[0] for volume in service.get("volumes", [])]
+        name: [volume.rpartition(":/")[0] for volume in service.get("volumes", [])]
         for name, service in compose["services"].items()
     }
-    named = {source for sources in mounts.values() for source in sources if not source.startswith(".")}
+    named = {source for sources in mounts.values() for source in sources if not source.startswith("${")}
     assert named == set(compose["volumes"])
     assert all("store" in mounts[name] for name in ("ray-head", "ray-worker"))
 
