@@ -35,13 +35,33 @@ class DocumentRef(_Strict):
 
 
 class GroupLayout(_Strict):
-    """One group of layers that share token factors; widths are kv_heads x head_dim per layer."""
+    """One group of layers that share token factors.
+
+    Args:
+        layers: layer indices in the model.
+        kv_heads: heads of each layer.
+        key_widths, value_widths: kv_heads x dimensions per head of each layer.
+        rotary: for each layer, which `rotary.{i}.*` table rotates its keys.
+        rank_k, rank_v: columns of the token factors of keys and of values.
+    """
 
     layers: tuple[int, ...]
+    kv_heads: tuple[int, ...]
     key_widths: tuple[int, ...]
     value_widths: tuple[int, ...]
+    rotary: tuple[int, ...]
     rank_k: int = Field(ge=1)
     rank_v: int = Field(ge=1)
+
+
+class WindowLayout(_Strict):
+    """One sliding-window layer, kept exact: the last `tokens` tokens of the prefix, keys as cached (rotated)."""
+
+    layer: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    value_dim: int = Field(ge=1)
 
 
 class Fidelity(_Strict):
@@ -73,6 +93,7 @@ class PrefixManifest(_Strict):
     tokens: int = Field(ge=1)
     bytes_full: int = Field(ge=1)
     groups: tuple[GroupLayout, ...]
+    windows: tuple[WindowLayout, ...] = ()
     document: DocumentRef
     fidelity: Fidelity
     created: datetime
