@@ -1,0 +1,157 @@
+"""`Prefill`: the exact cache of one prefix, and what was observed while it was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from xkv_service.layout import ModelLayout
+from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
+from xkv_service.rotary import RotaryTable, rotate_planes
+from xkv_service.rotary_probe import RotaryForm
+
+PlaneTables = tuple[torch.Tensor, torch.Tensor]
+
+
+class Prefill:
+    """The exact cache of a prefix of T tokens, held once, in the model's dtype and on its device.
+
+    Attributes:
+        token_ids: int64 [T], on the CPU.
+        layout: the cache's layers.
+        tail: last positions whose logits were kept.
+        logits_tail: float32 [tail, vocabulary]: logits at positions T - tail .. T - 1 (each predicts the next
+            token), or None when tail is 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Any,
+        layout: ModelLayout,
+        token_ids: torch.Tensor,
+        keys: dict[int, torch.Tensor],
+        values: dict[int, torch.Tensor],
+        sliding: dict[int, DynamicSlidingWindowLayer],
+        sliding_at_tail: dict[int, DynamicSlidingWindowLayer],
+        tail: int,
+        logits_tail: torch.Tensor | None,
+        energy: dict[int, torch.Tensor],
+        forms: dict[int, RotaryForm],
+        tables: dict[int, PlaneTables],
+    ) -> None:
+        self.layout, self.token_ids = layout, token_ids
+        self.tail, self.logits_tail = tail, logits_tail
+        self._config = config
+        self._keys, self._values = keys, values
+        self._sliding, self._sliding_at_tail = sliding, sliding_at_tail
+        self._energy, self._forms, self._tables = energy, forms, tables
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the prefix."""
+        return self.token_ids.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys, values and logits are."""
+        return next(iter(self._keys.values())).device
+
+    def keys(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Keys before RoPE of positions start .. stop - 1: float32 [t, kv_heads, D]."""
+        cos, sin = self.cos_sin(layer, start, stop)
+        return self._forms[layer].unrotate(self.rotated_keys(layer, start, stop), cos, sin)
+
+    def rotated_keys(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Keys as cached, a view [t, kv_heads, D] in the model's dtype."""
+        return self._keys[layer][0, :, start:stop].transpose(0, 1)
+
+    def values(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Values as cached, a view [t, kv_heads, Dv] in the model's dtype."""
+        return self._values[layer][0, :, start:stop].transpose(0, 1)
+
+    def window(self, layer: int) -> PlaneTables:
+        """Keys and values a sliding layer keeps after the prefix, [w, kv_heads, D], keys rotated."""
+        kept = self._sliding[layer]
+        assert kept.keys is not None and kept.values is not None
+        return kept.keys[0].transpose(0, 1), kept.values[0].transpose(0, 1)
+
+    def query_energy(self, layer: int) -> torch.Tensor:
+        """Mean square of the rotated queries over the prefix: float32 [query_heads, D]."""
+        return self._energy[layer]
+
+    def planes(self, layer: int) -> torch.Tensor:
+        """int64 [P, 2]: pairs of key dimensions that RoPE turns together; P = 0 in a layer without RoPE."""
+        return self._forms[layer].planes
+
+    def cos_sin(self, layer: int, start: int = 0, stop: int | None = None) -> PlaneTables:
+        """cos and sin [t, P] that positions start .. stop - 1 were rotated with, in the model's dtype."""
+        if layer not in self._tables:
+            positions = range(self.tokens)[start:stop]
+            empty = torch.empty(len(positions), 0, device=self.device)
+            return empty, empty
+        cos, sin = self._tables[layer]
+        return cos[start:stop], sin[start:stop]
+
+    def rotary(self, layer: int) -> RotaryTable:
+        """How the layer is rotated at any position, storable."""
+        cos, sin = self.cos_sin(layer)
+        return RotaryTable(self.planes(layer), cos=cos, sin=sin)
+
+    @torch.inference_mode()
+    def replace(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
+        """Overwrite the cache from position `start` on.
+
+        Args:
+            keys: before RoPE, any float dtype [t, kv_heads, D].
+            values: any float dtype [t, kv_heads, Dv].
+        """
+        stop = start + keys.shape[0]
+        rotated = rotate_planes(keys, self.planes(layer), *self.cos_sin(layer, start, stop))
+        self._keys[layer][0, :, start:stop] = rotated.transpose(0, 1).to(self._keys[layer].dtype)
+        self._values[layer][0, :, start:stop] = values.transpose(0, 1).to(self._values[layer].dtype)
+
+    def cache(self, tokens: int | None = None) -> DynamicCache:
+        """A Transformers cache of the first `tokens` tokens, in this prefill's own memory (batch of one).
+
+        Tokens run through it overwrite the keys and values of the positions behind `tokens` here. With
+        sliding-window layers `tokens` is T or T - tail.
+
+        Raises:
+            ValueError: `tokens` is out of range or between what sliding-window layers allow.
+        """
+        length = self.tokens if tokens is None else tokens
+        if not 0 < length <= self.tokens:
+            raise ValueError(f"tokens={length} is out of range: the prefix has {self.tokens}")
+        cache = DynamicCache(config=self._config)
+        for index, keys in self._keys.items():
+            cache.layers[index] = StorageLayer(self.tokens, keys, self._values[index], length)
+        for index, layer in self._sliding_layers(length).items():
+            cache.layers[index] = copy_sliding_layer(layer)
+        return cache
+
+    def _sliding_layers(self, length: int) -> dict[int, DynamicSlidingWindowLayer]:
+        if length == self.tokens or not self._sliding:
+            return self._sliding
+        if length != self.tokens - self.tail:
+            raise ValueError(
+                f"tokens={length}: the sliding windows are known at {self.tokens} "
+                f"and {self.tokens - self.tail} only"
+            )
+        return self._sliding_at_tail
+
+    def free(self) -> None:
+        """Let go of every tensor; the object cannot be used any more."""
+        for held in (
+            self._keys,
+            self._values,
+            self._sliding,
+            self._sliding_at_tail,
+            self._energy,
+            self._tables,
+        ):
+            held.clear()
+        self.logits_tail = None
