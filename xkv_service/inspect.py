@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from xkv_service.cache_probe import CacheProbe, looks_ahead, probe_cache
 from xkv_service.errors import UnsupportedModel
 from xkv_service.layout import LayerKind, LayerLayout, ModelLayout
-from xkv_service.observation import observe
 from xkv_service.rotary_probe import RotaryForm, probe_rotary_form
-
-_PROBE_TOKENS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +26,13 @@ class InspectedModel:
 
 
 def inspect_model(model: PreTrainedModel) -> ModelLayout:
-    """The layout of the model's cache. A model on the meta device is read from its config alone.
+    """The layout of the model's cache; for a model on the meta device, without a look at its rotary form.
 
     Raises:
         UnsupportedModel: its cache cannot be compressed; the message gives the reason.
     """
     if model.device.type == "meta":
-        return _layout_from_config(model)
+        return _layout_without_weights(model)
     return inspect_loaded(model).layout
 
 
@@ -64,80 +61,19 @@ def inspect_loaded(model: PreTrainedModel) -> InspectedModel:
 
 def _inspect(model: PreTrainedModel) -> InspectedModel:
     kinds = cache_layer_kinds(model)
-    probe = _Probe()
-    cache = _ProbeCache(model.config, probe)
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % _vocabulary(model)
-    candidates = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    with torch.inference_mode(), observe(model, probe, candidates):
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    _refuse_shared_cache(probe, kinds)
-    layers = tuple(_layer_layout(cache, probe, index, kind) for index, kind in kinds.items())
-    modules = {index: probe.modules[index] for index, kind in kinds.items() if kind == "full"}
+    probe = probe_cache(model)
+    layout = _layout_from_probe(model, kinds, probe)
+    ahead = looks_ahead(probe, probe_cache(model, last_token=5))
+    if ahead is not None:
+        raise UnsupportedModel(
+            f"{_name(model)}: layer {ahead} attends to later tokens, so a prefix cannot be cached",
+            hint="use a causal (decoder-only) language model",
+        )
+    modules = {layer.index: probe.modules[layer.index] for layer in layout.compressible}
     forms = {
         index: probe_rotary_form(module, probe.arguments[id(module)]) for index, module in modules.items()
     }
-    element_bytes = cache.layers[layers[0].index].keys.element_size()
-    return InspectedModel(ModelLayout(layers, element_bytes), modules, forms)
-
-
-@dataclass
-class _Probe:
-    """Records, per layer, the query heads, the attention module that fills the cache, and its arguments."""
-
-    query_heads: dict[int, int] = field(default_factory=dict)
-    modules: dict[int, nn.Module] = field(default_factory=dict)
-    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
-    innermost: dict[int, nn.Module] = field(default_factory=dict)
-
-    def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
-        self.query_heads[int(module.layer_idx)] = query.shape[1]  # type: ignore[arg-type]
-
-    def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
-        self.innermost[int(module.layer_idx)] = module  # type: ignore[arg-type]
-        self.arguments[id(module)] = arguments
-
-
-class _ProbeCache(DynamicCache):  # type: ignore[misc]
-    """Notes which module was the last entered when its layer's cache is filled: the attention module."""
-
-    def __init__(self, config: Any, probe: _Probe) -> None:
-        super().__init__(config=config)
-        self._probe = probe
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx in self._probe.innermost:
-            self._probe.modules[layer_idx] = self._probe.innermost[layer_idx]
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-def _layer_layout(cache: DynamicCache, probe: _Probe, index: int, kind: LayerKind) -> LayerLayout:
-    layer = cache.layers[index]
-    if layer.keys is None or index not in probe.query_heads or index not in probe.modules:
-        raise UnsupportedModel(f"layer {index} does not use Transformers' attention interface")
-    return LayerLayout(
-        index=index,
-        kind=kind,
-        kv_heads=layer.keys.shape[1],
-        query_heads=probe.query_heads[index],
-        head_dim=layer.keys.shape[-1],
-        value_dim=layer.values.shape[-1],
-        window=_window(layer) if kind == "sliding" else None,
-    )
-
-
-def _refuse_shared_cache(probe: _Probe, kinds: dict[int, LayerKind]) -> None:
-    sharing = sorted(set(probe.query_heads) - set(kinds))
-    if sharing:
-        raise UnsupportedModel(f"layer {sharing[0]} reads another layer's keys and values")
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config(decoder=True).vocab_size)
-
-
-def _window(layer: Any) -> int:
-    """Tokens a sliding layer keeps between calls: one less than what a query sees, itself included."""
-    return int(layer.sliding_window) - 1
+    return InspectedModel(layout, modules, forms)
 
 
 def cache_layer_kinds(model: PreTrainedModel) -> dict[int, LayerKind]:
@@ -161,7 +97,7 @@ def cache_layer_kinds(model: PreTrainedModel) -> dict[int, LayerKind]:
     if "full" not in kinds.values():
         raise UnsupportedModel(
             f"{_name(model)} has no full-attention layer: its cache does not grow with the prefix",
-            hint="nothing to compress; use the model without this service",
+            hint="there is nothing to compress; use the model without this service",
         )
     return kinds
 
@@ -178,33 +114,70 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = "shares keys and values between layers, which is not supported"
     if reason is not None:
-        raise UnsupportedModel(f"{_name(model)} {reason}")
+        raise UnsupportedModel(f"{_name(model)} {reason}", hint="use another model")
 
 
 def _name(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
-def _layout_from_config(model: PreTrainedModel) -> ModelLayout:
-    """The layout by config fields and weight shapes, for a model without weights."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = cache_layer_kinds(model)
-    layers = DynamicCache(config=model.config).layers
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return ModelLayout(
-        tuple(
+def _layout_from_probe(
+    model: PreTrainedModel, kinds: dict[int, LayerKind], probe: CacheProbe
+) -> ModelLayout:
+    sharing = sorted(set(probe.query_heads) - set(kinds))
+    if sharing:
+        raise UnsupportedModel(f"{_name(model)}: layer {sharing[0]} reads another layer's keys and values")
+    layers = []
+    for index, kind in kinds.items():
+        kept = probe.cache.layers[index]
+        if kept.keys is None or index not in probe.query_heads or index not in probe.modules:
+            raise UnsupportedModel(
+                f"{_name(model)}: layer {index} does not use Transformers' attention interface"
+            )
+        layers.append(
             LayerLayout(
                 index=index,
                 kind=kind,
-                kv_heads=kv_heads,
-                query_heads=heads,
-                head_dim=head_dim,
-                value_dim=head_dim,
-                window=_window(layers[index]) if kind == "sliding" else None,
+                kv_heads=kept.keys.shape[1],
+                query_heads=probe.query_heads[index],
+                head_dim=kept.keys.shape[-1],
+                value_dim=kept.values.shape[-1],
+                window=_window(kept, kind),
             )
-            for index, kind in kinds.items()
-        ),
-        element_bytes=model.dtype.itemsize,
+        )
+    element_bytes = probe.cache.layers[layers[0].index].keys.element_size()
+    return ModelLayout(tuple(layers), element_bytes)
+
+
+def _window(layer: Any, kind: LayerKind) -> int | None:
+    """Tokens a sliding layer keeps between calls: one less than a query sees, itself included."""
+    return int(layer.sliding_window) - 1 if kind == "sliding" else None
+
+
+def _layout_without_weights(model: PreTrainedModel) -> ModelLayout:
+    """The layout of a model on the meta device: by a forward of shapes, else by the config's fields."""
+    kinds = cache_layer_kinds(model)
+    try:
+        return _layout_from_probe(model, kinds, probe_cache(model))
+    except RuntimeError:  # code that looks at values (routing of experts, say)
+        return _layout_from_config(model, kinds)
+
+
+def _layout_from_config(model: PreTrainedModel, kinds: dict[int, LayerKind]) -> ModelLayout:
+    config = model.config.get_text_config(decoder=True)
+    kept = DynamicCache(config=model.config).layers
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = tuple(
+        LayerLayout(
+            index=index,
+            kind=kind,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            query_heads=heads,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            window=_window(kept[index], kind),
+        )
+        for index, kind in kinds.items()
     )
+    return ModelLayout(layers, element_bytes=model.dtype.itemsize)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from xkv_service.errors import UnsupportedModel
 from xkv_service.rotary import inverse, rotate_planes
@@ -146,7 +146,9 @@ def _keys_of(
         call["position_embeddings"] = embeddings
         hidden = hidden.expand(split_cos_sin(embeddings)[0].shape[0], -1, -1)
     cache = DynamicCache()
-    call.update(hidden_states=hidden, attention_mask=None, past_key_values=cache)
+    # The cache's argument has a name of its own in some families (gpt_neox: `layer_past`).
+    call.update({name: cache for name, value in arguments.items() if isinstance(value, Cache)})
+    call.update(hidden_states=hidden, attention_mask=None)
     with torch.inference_mode():
         module(**call)
     keys = cache.layers[module.layer_idx].keys
