@@ -48,6 +48,11 @@ class ModelLayout:
         """The full-attention layers, in order."""
         return tuple(layer for layer in self.layers if layer.kind == "full")
 
+    @property
+    def has_sliding(self) -> bool:
+        """Whether some layer keeps a window only."""
+        return any(layer.kind == "sliding" for layer in self.layers)
+
     def groups(self, size: int) -> tuple[tuple[LayerLayout, ...], ...]:
         """Adjacent compressible layers in groups of `size` (the last may be smaller)."""
         layers = self.compressible

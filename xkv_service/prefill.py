@@ -22,6 +22,7 @@ from xkv_service.observation import observe
 from xkv_service.prefilled import Prefill
 from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
 from xkv_service.rotary_probe import PositionEmbeddings, split_cos_sin
+from xkv_service.rotary_source import frequency_change, model_frequencies, refuse_unstable_frequencies
 
 CHUNK_TOKENS_CPU = 512
 CHUNK_TOKENS_CUDA = 8192
@@ -65,13 +66,25 @@ def prefill_batch(
     """
     inspected = inspect_loaded(model)
     ids = [_as_ids(document, tail) for document in documents]
+    for one in ids:
+        refuse_unstable_frequencies(model.config, one.numel())
     chunk = chunk_tokens or (CHUNK_TOKENS_CUDA if model.device.type == "cuda" else CHUNK_TOKENS_CPU)
-    alone = any(layer.kind == "sliding" for layer in inspected.layout.layers)
-    batches = [[one] for one in ids] if alone else [ids]
+    results: list[Prefill] = []
     with torch.inference_mode():
-        return [
-            result for batch in batches for result in _Run(model, inspected, batch, tail, chunk).prefills()
-        ]
+        for batch in _batches(model, inspected, ids):
+            results += _Run(model, inspected, batch, tail, chunk).prefills()
+    return results
+
+
+def _batches(
+    model: PreTrainedModel, inspected: InspectedModel, ids: list[torch.Tensor]
+) -> list[list[torch.Tensor]]:
+    """The documents in order, cut into runs that may be padded together."""
+    change = frequency_change(model.config)
+    longest = max((one.numel() for one in ids), default=0)
+    if inspected.layout.has_sliding or (change is not None and longest > change[1]):
+        return [[one] for one in ids]
+    return [ids] if ids else []
 
 
 def _as_ids(document: TokenIds, tail: int) -> torch.Tensor:
@@ -146,6 +159,7 @@ class _Run:
             for start, end in self._chunks():
                 self.seen.start = start
                 self._forward(padded[:, start:end], start, end)
+        self.frequencies = model_frequencies(self.model)
         return [self._result(row) for row in range(len(self.ids))]
 
     def _empty_cache(self) -> DynamicCache:
@@ -156,17 +170,19 @@ class _Run:
 
     def _chunks(self) -> list[tuple[int, int]]:
         """Chunk bounds; with sliding layers one of them is where the tail begins."""
-        bounds = set(range(0, self.longest, self.chunk)) | {self.longest}
-        if self._has_sliding() and self.tail:
+        change = frequency_change(self.model.config)
+        first = self.chunk
+        if change is not None and self.longest > change[1]:
+            # Longrope looks at the last position of a forward: none may end where the short factors hold.
+            first = max(first, change[1] + 1)
+        bounds = {0, *range(first, self.longest, self.chunk), self.longest}
+        if self.inspected.layout.has_sliding and self.tail:
             bounds.add(self.longest - self.tail)
         ordered = sorted(bounds)
         return list(zip(ordered, ordered[1:], strict=False))
 
-    def _has_sliding(self) -> bool:
-        return any(layer.kind == "sliding" for layer in self.inspected.layout.layers)
-
     def _forward(self, ids: torch.Tensor, start: int, end: int) -> None:
-        if self._has_sliding() and start == self.longest - self.tail:
+        if self.inspected.layout.has_sliding and start == self.longest - self.tail:
             self.sliding_at_tail = self._sliding_layers()
         wanted = sorted(
             {position for row in self._tail_rows() for position in row if start <= position < end}
@@ -207,6 +223,7 @@ class _Run:
             energy={index: total[row] / length for index, total in self.seen.energy.items()},
             forms=self.inspected.forms,
             tables=self._plane_tables(length),
+            frequencies=self.frequencies,
         )
 
     def _plane_tables(self, length: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -12,6 +12,7 @@ from xkv_service.layout import ModelLayout
 from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
 from xkv_service.rotary import RotaryTable, rotate_planes
 from xkv_service.rotary_probe import RotaryForm
+from xkv_service.rotary_source import Frequencies, fit_table
 
 PlaneTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,6 +43,7 @@ class Prefill:
         energy: dict[int, torch.Tensor],
         forms: dict[int, RotaryForm],
         tables: dict[int, PlaneTables],
+        frequencies: list[Frequencies],
     ) -> None:
         self.layout, self.token_ids = layout, token_ids
         self.tail, self.logits_tail = tail, logits_tail
@@ -49,6 +51,8 @@ class Prefill:
         self._keys, self._values = keys, values
         self._sliding, self._sliding_at_tail = sliding, sliding_at_tail
         self._energy, self._forms, self._tables = energy, forms, tables
+        self._frequencies = frequencies
+        self._rotary: dict[int | None, RotaryTable] = {}
 
     @property
     def tokens(self) -> int:
@@ -97,9 +101,11 @@ class Prefill:
         return cos[start:stop], sin[start:stop]
 
     def rotary(self, layer: int) -> RotaryTable:
-        """How the layer is rotated at any position, storable."""
-        cos, sin = self.cos_sin(layer)
-        return RotaryTable(self.planes(layer), cos=cos, sin=sin)
+        """How the layer is rotated at any position, storable; layers of a kind share one object."""
+        kind = id(self._tables[layer]) if layer in self._tables else None
+        if kind not in self._rotary:
+            self._rotary[kind] = fit_table(self.planes(layer), *self.cos_sin(layer), self._frequencies)
+        return self._rotary[kind]
 
     @torch.inference_mode()
     def replace(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:

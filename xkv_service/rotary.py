@@ -7,6 +7,7 @@ longrope). Which dimensions pair up is a property of the modeling code and is pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from xkv_service.errors import UnsupportedModel
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MATCH_TOLERANCE = 1e-6
 
 
 def _as_slice(dims: torch.Tensor) -> slice | torch.Tensor:
@@ -149,3 +149,31 @@ class RotaryTable:
             if (value := getattr(self, name)) is not None
         }
         return RotaryTable(**{"scaling": self.scaling, "rounding": self.rounding, **moved})
+
+
+def pack_tables(tables: Mapping[int, RotaryTable]) -> tuple[dict[str, torch.Tensor], dict[int, int]]:
+    """Tensors named `rotary.{i}.*`, each distinct table once, and for each layer its i.
+
+    Args:
+        tables: by layer; layers of a kind share one object.
+    """
+    numbers: dict[int, int] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    layers = {}
+    for layer, table in tables.items():
+        if id(table) not in numbers:
+            numbers[id(table)] = len(numbers)
+            for name, tensor in table.to_tensors().items():
+                tensors[f"rotary.{numbers[id(table)]}.{name}"] = tensor
+        layers[layer] = numbers[id(table)]
+    return tensors, layers
+
+
+def unpack_tables(tensors: Mapping[str, torch.Tensor]) -> list[RotaryTable]:
+    """The tables that `pack_tables` numbered; other tensors in the mapping are left alone."""
+    fields: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("rotary."):
+            _, number, field_name = name.split(".")
+            fields.setdefault(int(number), {})[field_name] = tensor
+    return [RotaryTable.from_tensors(fields[number]) for number in sorted(fields)]

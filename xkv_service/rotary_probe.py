@@ -36,8 +36,8 @@ class RotaryForm:
 
     @property
     def signature(self) -> tuple[int, ...]:
-        """Equal for forms that read the same columns of cos and sin."""
-        return (*self.cos_columns.tolist(), *self.sin_columns.tolist())
+        """Equal for forms that turn the same planes by the same columns of cos and sin."""
+        return tuple(torch.cat([self.planes.flatten(), self.cos_columns, self.sin_columns]).tolist())
 
     def plane_tables(self, embeddings: PositionEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's cos and sin [..., columns] (or complex) as [..., P], in the model's dtype."""
