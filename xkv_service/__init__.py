@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from xkv_service.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from xkv_service.compress import compress
+    from xkv_service.compression import compress
     from xkv_service.factors import PrefixFactors
 
 __all__ = ["CompressionSpec", "PrefixFactors", "compress"]
 
-_LAZY = {"compress": "xkv_service.compress", "PrefixFactors": "xkv_service.factors"}
+_LAZY = {"compress": "xkv_service.compression", "PrefixFactors": "xkv_service.factors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,129 @@
+"""Compress a prefix: prefill, grouped truncated SVD, selection index, exact tokens, fidelity.
+
+from xkv_service import CompressionSpec, compress
+
+factors = compress(model, input_ids, CompressionSpec(ratio=8))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from xkv_service.factors import LayerWindow, PrefixFactors
+from xkv_service.fidelity import certify, held_back
+from xkv_service.group_factors import factorize_groups
+from xkv_service.layer_index import index_layers
+from xkv_service.prefill import TokenIds, prefill
+from xkv_service.prefilled import Prefill
+from xkv_service.ranks import RotaryUse, size_of
+from xkv_service.rotary import RotaryTable
+from xkv_service.spec import CompressionSpec
+from xkv_service.stored import DTYPES
+
+
+def compress(
+    model: PreTrainedModel, input_ids: TokenIds, spec: CompressionSpec | None = None
+) -> PrefixFactors:
+    """Compress the KV cache of one prefix.
+
+    Args:
+        model: a supported Transformers model, on any device.
+        input_ids: token ids of the prefix, a list or integer tensor [T] or [1, T].
+        spec: how to compress; by default 8x, everything counted.
+
+    Returns:
+        Factors on the model's device, with their fidelity.
+
+    Raises:
+        UnsupportedModel: the model's cache cannot be compressed.
+        InvalidPrompt: no tokens.
+        RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
+    """
+    ids = torch.as_tensor(input_ids).flatten()
+    exact = prefill(model, ids, tail=held_back(ids.numel()))
+    try:
+        return compress_prefill(model, exact, spec or CompressionSpec())
+    finally:
+        exact.free()
+
+
+def compress_prefill(model: PreTrainedModel, exact: Prefill, spec: CompressionSpec) -> PrefixFactors:
+    """Compress a prefill made with `tail=held_back(T)`. Measuring fidelity uses the prefill up.
+
+    Raises:
+        RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
+    """
+    factors, errors = factorize_prefill(model, exact, spec)
+    return factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
+
+
+@dataclass(frozen=True)
+class ReconstructionErrors:
+    """Relative Frobenius error of each group's keys and values, before rounding and exact tokens."""
+
+    key_error: tuple[float, ...]
+    value_error: tuple[float, ...]
+
+
+def factorize_prefill(
+    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec
+) -> tuple[PrefixFactors, ReconstructionErrors]:
+    """Factors of a prefill without fidelity. The prefill is left as it was and can serve other specs."""
+    tables, use = rotary_tables(exact)
+    size = size_of(exact.layout, exact.tokens, spec, use)
+    with torch.no_grad():
+        made = factorize_groups(model, exact, spec, size.groups)
+        index = index_layers(exact, spec, made.key_energy)
+        windows = _windows(exact, spec)
+    factors = PrefixFactors(
+        spec=spec,
+        bytes_full=size.bytes_full,
+        token_ids=exact.token_ids.to("cpu", torch.int32),
+        groups=made.groups,
+        rotary=tables,
+        sketches=index.sketches,
+        landmarks=index.landmarks,
+        exact=index.exact,
+        windows=windows,
+    )
+    return factors, ReconstructionErrors(made.key_error, made.value_error)
+
+
+def rotary_tables(exact: Prefill) -> tuple[tuple[RotaryTable, ...], RotaryUse]:
+    """The distinct rotary tables of a prefill's layers, and which layer uses which."""
+    tables: list[RotaryTable] = []
+    table_of: dict[int, int] = {}
+    for layer in exact.layout.compressible:
+        table = exact.rotary(layer.index)
+        same = [number for number, known in enumerate(tables) if _equal(known, table)]
+        table_of[layer.index] = same[0] if same else len(tables)
+        if not same:
+            tables.append(table)
+    tensors = [tensor for table in tables for tensor in table.to_tensors().values()]
+    return tuple(tables), RotaryUse(table_of, sum(tensor.nbytes for tensor in tensors), len(tensors))
+
+
+def _equal(left: RotaryTable, right: RotaryTable) -> bool:
+    if (left.scaling, left.rounding) != (right.scaling, right.rounding):
+        return False
+    pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]] = (
+        (left.planes, right.planes),
+        (left.inv_freq, right.inv_freq),
+        (left.cos, right.cos),
+        (left.sin, right.sin),
+    )
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _windows(exact: Prefill, spec: CompressionSpec) -> dict[int, LayerWindow]:
+    dtype = DTYPES[spec.dtype]
+    windows = {}
+    for layer in exact.layout.layers:
+        if layer.kind == "sliding":
+            keys, values = exact.window(layer.index)
+            windows[layer.index] = LayerWindow(keys.to(dtype, copy=True), values.to(dtype, copy=True))
+    return windows

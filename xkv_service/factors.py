@@ -1,0 +1,155 @@
+"""`PrefixFactors`: a compressed prefix, everything that decoding from it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from xkv_artifacts.manifest import Fidelity, GroupLayout, PrefixManifest, WindowLayout
+from xkv_service.exact import ExactTokens
+from xkv_service.rotary import RotaryTable
+from xkv_service.sketch import KeySketch
+from xkv_service.spec import CompressionSpec
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The keys or the values of one group: X ≈ factors · bases (paper, section 3.2).
+
+    Args:
+        factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
+        bases: layer bases side by side [r, W], W the sum of `widths`.
+        widths: features of each layer, kv_heads x dimensions per head.
+    """
+
+    factors: torch.Tensor
+    bases: torch.Tensor
+    widths: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """r, columns of the token factors."""
+        return self.factors.shape[1]
+
+    def layer_bases(self, position: int) -> torch.Tensor:
+        """B_l [r, W_l] of the group's layer number `position`, a view."""
+        start = sum(self.widths[:position])
+        return self.bases[:, start : start + self.widths[position]]
+
+
+@dataclass(frozen=True)
+class GroupFactors:
+    """One group of layers that share token factors. Keys are before RoPE."""
+
+    layout: GroupLayout
+    keys: LowRank
+    values: LowRank
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """A sliding layer's exact cache after the prefix: keys as cached (rotated) and values, [w, kv_heads, D]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefixFactors:
+    """A compressed prefix of T tokens. Immutable and shared: sessions keep only their own tails.
+
+    Args:
+        spec: what it was compressed with. bytes_full: bytes of the exact cache in the model's dtype.
+        token_ids: int32 [T] on the CPU.
+        groups: token factors and layer bases, in layer order.
+        sketches, landmarks: by layer, the selection index: one of the two, or neither. Landmarks are the mean
+            rotated key of each chunk, [ceil(T / chunk), kv_heads, D].
+        exact: by layer, tokens kept exact. windows: by layer, sliding layers.
+        rotary: the rotary tables that `GroupLayout.rotary` numbers.
+        fidelity: what was measured against the exact cache, or None when nothing was.
+    """
+
+    spec: CompressionSpec
+    bytes_full: int
+    token_ids: torch.Tensor
+    groups: tuple[GroupFactors, ...]
+    rotary: tuple[RotaryTable, ...]
+    sketches: Mapping[int, KeySketch] = field(default_factory=dict)
+    landmarks: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    exact: Mapping[int, ExactTokens] = field(default_factory=dict)
+    windows: Mapping[int, LayerWindow] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the prefix."""
+        return self.token_ids.numel()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The compressed layers, in order."""
+        return tuple(layer for group in self.groups for layer in group.layout.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor (a file adds its header)."""
+        return sum(tensor.nbytes for tensor in self.to_tensors().values())
+
+    def locate(self, layer: int) -> tuple[GroupFactors, int]:
+        """The group that holds a compressed layer, and the layer's number in it.
+
+        Raises:
+            KeyError: the layer is not compressed.
+        """
+        for group in self.groups:
+            if layer in group.layout.layers:
+                return group, group.layout.layers.index(layer)
+        raise KeyError(layer)
+
+    def with_fidelity(self, fidelity: Fidelity) -> PrefixFactors:
+        """The same factors with what was measured."""
+        return replace(self, fidelity=fidelity)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """The fields of a `PrefixManifest` that the factors know; identity and origin are the caller's.
+
+        Raises:
+            ValueError: no fidelity was measured.
+        """
+        if self.fidelity is None:
+            raise ValueError("an artifact needs its fidelity: use compress() or certify()")
+        return {
+            "spec": self.spec.canonical(),
+            "tokens": self.tokens,
+            "bytes_full": self.bytes_full,
+            "groups": tuple(group.layout for group in self.groups),
+            "windows": tuple(_window_layout(layer, window) for layer, window in sorted(self.windows.items())),
+            "fidelity": self.fidelity,
+        }
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor under its stored name (docs/format.md), on the CPU and contiguous."""
+        from xkv_service.factor_tensors import to_tensors
+
+        return to_tensors(self)
+
+    @classmethod
+    def from_tensors(cls, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixFactors:
+        """The factors that `to_tensors` was called on, from a file's tensors, which are not trusted.
+
+        Raises:
+            CorruptArtifact: a tensor is missing, unknown, or not of the shape and dtype the manifest says.
+        """
+        from xkv_service.factor_tensors import from_tensors
+
+        return from_tensors(manifest, tensors)
+
+
+def _window_layout(layer: int, window: LayerWindow) -> WindowLayout:
+    tokens, heads, dim = window.keys.shape
+    return WindowLayout(
+        layer=layer, tokens=tokens, kv_heads=heads, head_dim=dim, value_dim=window.values.shape[-1]
+    )

@@ -1,0 +1,87 @@
+"""Fidelity: what compression changed, measured against the exact cache before the artifact is published.
+
+The last tokens of the prefix are held back: the model runs them once more, over the rebuilt cache of the
+tokens before them, and its next-token distributions are compared with those of the exact prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkv_artifacts.manifest import Fidelity
+from xkv_service.factors import PrefixFactors
+from xkv_service.observation import observe
+from xkv_service.prefilled import Prefill
+from xkv_service.reconstruct import rebuild
+
+HELD_BACK = 64
+_CHUNK = 8192
+
+
+def held_back(tokens: int) -> int:
+    """Positions held back of a prefix of `tokens`: an eighth, at most 64, at least 1 where there are two."""
+    return 0 if tokens < 2 else min(HELD_BACK, max(1, tokens // 8))
+
+
+def certify(
+    model: PreTrainedModel,
+    prefill: Prefill,
+    factors: PrefixFactors,
+    key_error: tuple[float, ...],
+    value_error: tuple[float, ...],
+) -> Fidelity:
+    """Measure the factors against the exact prefill.
+
+    The rebuilt keys and values are written over the prefill's own, layer by layer, so that no second full
+    cache exists: the prefill is used up.
+
+    Args:
+        prefill: made with `tail=held_back(T)`.
+        key_error, value_error: relative reconstruction error of each group, kept in the result.
+    """
+    tail = prefill.tail
+    if not tail or prefill.logits_tail is None:
+        return Fidelity(top1_agreement=1.0, kl=0.0, positions=0, key_error=key_error, value_error=value_error)
+    before = prefill.tokens - tail
+    with torch.inference_mode():
+        for layer in factors.layers:
+            _replace(prefill, factors, layer, before)
+        ids = prefill.token_ids[before:].to(model.device)[None]
+        with observe(model, _Unwatched()):
+            logits = model(input_ids=ids, past_key_values=prefill.cache(before), use_cache=True).logits[0]
+        agreement, kl = compare_distributions(prefill.logits_tail, logits)
+    return Fidelity(
+        top1_agreement=agreement, kl=kl, positions=tail, key_error=key_error, value_error=value_error
+    )
+
+
+def compare_distributions(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Share of positions with the same most likely token, and mean KL(exact || other) in nats.
+
+    Args:
+        exact, other: logits [n, vocabulary].
+    """
+    log_exact, log_other = exact.float().log_softmax(-1), other.float().log_softmax(-1)
+    kl = (log_exact.exp() * (log_exact - log_other)).sum(-1).double().mean()
+    agreement = (log_exact.argmax(-1) == log_other.argmax(-1)).double().mean()
+    return float(agreement), max(0.0, float(kl))
+
+
+class _Unwatched:
+    """Has the model run the attention kernels of the prefill (the observing ones), and notes nothing."""
+
+    def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
+        """Nothing."""
+
+    def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def _replace(prefill: Prefill, factors: PrefixFactors, layer: int, stop: int) -> None:
+    for start in range(0, stop, _CHUNK):
+        keys, values = rebuild(factors, layer, start, min(start + _CHUNK, stop))
+        prefill.replace(layer, keys, values, start)

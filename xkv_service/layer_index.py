@@ -1,0 +1,100 @@
+"""Selection index and exact tokens of every compressed layer, read from a prefill in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from xkv_service.exact import ExactTokens, exact_positions, outlier_range
+from xkv_service.landmarks import chunk_likeness, landmarks, outlier_chunks
+from xkv_service.layout import LayerLayout
+from xkv_service.prefilled import Prefill
+from xkv_service.sketch import KeySketch, candidate_planes, choose_planes, encode
+from xkv_service.spec import CompressionSpec
+from xkv_service.stored import DTYPES, sketch_planes
+
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class LayerIndex:
+    """By layer: sketches or landmarks (or neither), and exact tokens."""
+
+    sketches: dict[int, KeySketch]
+    landmarks: dict[int, torch.Tensor]
+    exact: dict[int, ExactTokens]
+
+
+def index_layers(exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int, torch.Tensor]) -> LayerIndex:
+    """Selection index and exact tokens of every compressed layer.
+
+    Args:
+        key_energy: by layer, mean square of the keys [kv_heads, D].
+    """
+    index = LayerIndex({}, {}, {})
+    for layer in exact.layout.compressible:
+        if spec.index == "sketch":
+            index.sketches[layer.index] = _sketch(exact, spec, layer, key_energy[layer.index])
+        if spec.index == "landmark":
+            index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
+        kept = _exact(exact, spec, layer.index)
+        if kept.positions.numel():
+            index.exact[layer.index] = kept
+    return index
+
+
+def _sketch(exact: Prefill, spec: CompressionSpec, layer: LayerLayout, energy: torch.Tensor) -> KeySketch:
+    candidates = candidate_planes(exact.planes(layer.index), layer.head_dim)
+    count = sketch_planes(spec, layer.head_dim)
+    planes = choose_planes(energy, exact.query_energy(layer.index), candidates, count)
+    pieces = [
+        encode(exact.rotated_keys(layer.index, start, start + _CHUNK), planes)
+        for start in range(0, exact.tokens, _CHUNK)
+    ]
+    return KeySketch(
+        planes, torch.cat([codes for codes, _ in pieces]), torch.cat([scale for _, scale in pieces])
+    )
+
+
+def _spans(tokens: int, chunk: int) -> list[tuple[int, int]]:
+    """Spans of about 8192 tokens that begin where a landmark begins."""
+    step = max(1, _CHUNK // chunk) * chunk
+    return [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _landmarks(exact: Prefill, spec: CompressionSpec, layer: int) -> torch.Tensor:
+    spans = _spans(exact.tokens, spec.landmark_chunk)
+    return torch.cat([landmarks(exact.rotated_keys(layer, *span), spec.landmark_chunk) for span in spans])
+
+
+def _outliers(exact: Prefill, spec: CompressionSpec, layer: int) -> list[int]:
+    if not spec.outlier_chunks:
+        return []
+    spans = _spans(exact.tokens, spec.landmark_chunk)
+    likeness = [chunk_likeness(exact.rotated_keys(layer, *span), spec.landmark_chunk) for span in spans]
+    return outlier_chunks(torch.cat(likeness), spec.outlier_chunks, *outlier_range(exact.tokens, spec))
+
+
+def _exact(exact: Prefill, spec: CompressionSpec, layer: int) -> ExactTokens:
+    positions = exact_positions(exact.tokens, spec, _outliers(exact, spec, layer))
+    dtype = DTYPES[spec.dtype]
+    runs = _runs(positions)
+    keys = [exact.keys(layer, *run).to(dtype) for run in runs]
+    values = [exact.values(layer, *run).to(dtype) for run in runs]
+    where = torch.tensor(positions, dtype=torch.int32, device=exact.device)
+    if not runs:
+        return ExactTokens(where, torch.empty(0), torch.empty(0))
+    return ExactTokens(where, torch.cat(keys), torch.cat(values))
+
+
+def _runs(positions: list[int]) -> list[tuple[int, int]]:
+    """Ascending positions as half-open runs of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs

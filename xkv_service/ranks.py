@@ -1,0 +1,184 @@
+"""Byte accounting, and the largest ranks whose artifact reaches a target ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from xkv_artifacts.manifest import GroupLayout, WindowLayout
+from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.layout import LayerLayout, ModelLayout
+from xkv_service.spec import CompressionSpec, Rank
+from xkv_service.stored import StoredTensor, stored_tensors
+
+HEADER_BYTES = 4096
+HEADER_BYTES_PER_TENSOR = 280
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an artifact takes, known before anything is computed.
+
+    Args:
+        bytes_full: the exact cache in the model's dtype.
+        bytes_tensors: every stored tensor.
+        bytes_stored: the file at most: tensors and an allowance for the header.
+        groups, windows: resolved ranks and shapes.
+    """
+
+    bytes_full: int
+    bytes_tensors: int
+    bytes_stored: int
+    groups: tuple[GroupLayout, ...]
+    windows: tuple[WindowLayout, ...]
+
+    @property
+    def ratio(self) -> float:
+        """bytes_full / bytes_stored."""
+        return self.bytes_full / self.bytes_stored
+
+
+@dataclass(frozen=True)
+class RotaryUse:
+    """Which rotary table each layer uses, and the bytes and tensors of all tables."""
+
+    table_of: Mapping[int, int]
+    nbytes: int
+    tensors: int
+
+
+def size_of(layout: ModelLayout, tokens: int, spec: CompressionSpec, rotary: RotaryUse | None = None) -> Size:
+    """Ranks and bytes of an artifact.
+
+    Args:
+        layout: the model's cache. tokens: T, tokens of the prefix. spec: what to store.
+        rotary: the model's rotary tables; None assumes one table by formula per head dimension.
+
+    Raises:
+        RatioUnreachable: the target ratio leaves no byte for factors.
+        InvalidSpec: a rank larger than the matrix it is a rank of.
+    """
+    _refuse_large_ranks(layout, tokens, spec)
+    rotary = rotary or _assumed_rotary(layout)
+    windows = _windows(layout, tokens)
+
+    def sized(density: int) -> Size:
+        groups = tuple(
+            _group(layers, rotary, *ranks(spec, tokens, layers, density))
+            for layers in layout.groups(spec.group_size)
+        )
+        return _size(layout, tokens, spec, groups, windows, rotary)
+
+    if spec.ratio is None:
+        return sized(0)
+    budget = int(layout.bytes_full(tokens) / spec.ratio)
+    most = 2 * spec.group_size * max(layer.key_width + layer.value_width for layer in layout.compressible)
+    density = _largest(lambda density: sized(density).bytes_stored <= budget, most)
+    if density is None:
+        raise _unreachable(spec, tokens, sized(0))
+    return sized(density)
+
+
+def ranks(
+    spec: CompressionSpec, tokens: int, layers: tuple[LayerLayout, ...], density: int
+) -> tuple[int, int]:
+    """(rank_k, rank_v) of a group: the spec's own ranks, or its share of `density` ranks per full group.
+
+    A group of fewer layers gets as many fewer ranks. What one side cannot use goes to the other.
+    """
+    most_k = min(tokens, sum(layer.key_width for layer in layers))
+    most_v = min(tokens, sum(layer.value_width for layer in layers))
+    if spec.rank_k is not None and spec.rank_v is not None:
+        return _capped(spec.rank_k, most_k), _capped(spec.rank_v, most_v)
+    total = max(2, density * len(layers) // spec.group_size)
+    rank_k = min(most_k, max(1, round(total * spec.key_share)))
+    rank_v = min(most_v, max(1, total - rank_k))
+    return min(most_k, max(rank_k, total - rank_v)), rank_v
+
+
+def _capped(rank: Rank, most: int) -> int:
+    return most if isinstance(rank, str) else min(rank, most)
+
+
+def _refuse_large_ranks(layout: ModelLayout, tokens: int, spec: CompressionSpec) -> None:
+    """A rank must fit the widest group; the last group may have fewer layers, and then keeps all it has."""
+    groups = layout.groups(spec.group_size)
+    widest_k = max(sum(layer.key_width for layer in layers) for layers in groups)
+    widest_v = max(sum(layer.value_width for layer in layers) for layers in groups)
+    for name, rank, width in (("rank_k", spec.rank_k, widest_k), ("rank_v", spec.rank_v, widest_v)):
+        most = min(tokens, width)
+        if isinstance(rank, int) and rank > most:
+            raise InvalidSpec(
+                f"{name}={rank} is larger than its matrix allows: {tokens} tokens x {width} features",
+                hint=f'use {most} or less, or "full"',
+            )
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int | None:
+    """The largest number from 0 to `most` that fits, if 0 does; `fits` is monotone."""
+    if not fits(0):
+        return None
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreachable:
+    return RatioUnreachable(
+        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index={spec.index!r} and "
+        f"{spec.sink}+{spec.recent} exact tokens even rank 1 gives {least.ratio:.1f}x",
+        hint='lower the ratio, raise group_size, or store less with index="none", sink=0, outlier_chunks=0',
+    )
+
+
+def _group(layers: tuple[LayerLayout, ...], rotary: RotaryUse, rank_k: int, rank_v: int) -> GroupLayout:
+    return GroupLayout(
+        layers=tuple(layer.index for layer in layers),
+        kv_heads=tuple(layer.kv_heads for layer in layers),
+        key_widths=tuple(layer.key_width for layer in layers),
+        value_widths=tuple(layer.value_width for layer in layers),
+        rotary=tuple(rotary.table_of[layer.index] for layer in layers),
+        rank_k=rank_k,
+        rank_v=rank_v,
+    )
+
+
+def _windows(layout: ModelLayout, tokens: int) -> tuple[WindowLayout, ...]:
+    return tuple(
+        WindowLayout(
+            layer=layer.index,
+            tokens=min(tokens, layer.window),
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            value_dim=layer.value_dim,
+        )
+        for layer in layout.layers
+        if layer.window is not None
+    )
+
+
+def _size(
+    layout: ModelLayout,
+    tokens: int,
+    spec: CompressionSpec,
+    groups: tuple[GroupLayout, ...],
+    windows: tuple[WindowLayout, ...],
+    rotary: RotaryUse,
+) -> Size:
+    table = stored_tensors(spec, tokens, groups, windows)
+    tensors = sum(map(_nbytes, table.values())) + rotary.nbytes
+    header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * (len(table) + rotary.tensors)
+    return Size(layout.bytes_full(tokens), tensors, tensors + header, groups, windows)
+
+
+def _nbytes(tensor: StoredTensor) -> int:
+    return tensor.nbytes
+
+
+def _assumed_rotary(layout: ModelLayout) -> RotaryUse:
+    """One table per head dimension: planes int32 [D / 2, 2], inv_freq float32 [D / 2], scaling, rounding."""
+    dims = sorted({layer.head_dim for layer in layout.compressible})
+    table_of = {layer.index: dims.index(layer.head_dim) for layer in layout.compressible}
+    return RotaryUse(table_of, sum(6 * dim + 12 for dim in dims), 4 * len(dims))

@@ -1,0 +1,85 @@
+"""Dense rebuild: keys and values of every token of a layer, from its factors and exact tokens.
+
+The reference that selective reconstruction is held against, and what fidelity is measured on.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from xkv_service.factors import LayerWindow, LowRank, PrefixFactors
+
+
+def rebuild(
+    factors: PrefixFactors, layer: int, start: int = 0, stop: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys before RoPE and values of positions start .. stop - 1 of one layer, exact tokens put back.
+
+    Returns:
+        [t, kv_heads, D] and [t, kv_heads, Dv], on the factors' device; float32 on a CPU, else their dtype.
+    """
+    stop = factors.tokens if stop is None else stop
+    group, position = factors.locate(layer)
+    heads = group.layout.kv_heads[position]
+    keys = _rows(group.keys, position, start, stop).reshape(stop - start, heads, -1)
+    values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
+    if layer in factors.exact:
+        exact = factors.exact[layer]
+        first, last = torch.searchsorted(exact.positions.cpu(), torch.tensor([start, stop])).tolist()
+        where = exact.positions[first:last].long() - start
+        keys[where] = exact.keys[first:last].to(keys.dtype)
+        values[where] = exact.values[first:last].to(values.dtype)
+    return keys, values
+
+
+def _rows(pair: LowRank, position: int, start: int, stop: int) -> torch.Tensor:
+    """Rows start .. stop - 1 of A B_l."""
+    left, right = pair.factors[start:stop], pair.layer_bases(position)
+    if left.device.type == "cpu":
+        left, right = left.float(), right.float()
+    return left @ right
+
+
+def dense_cache(model: PreTrainedModel, factors: PrefixFactors, tokens: int | None = None) -> DynamicCache:
+    """An ordinary Transformers cache of the first `tokens` tokens, for `generate(past_key_values=...)`.
+
+    Args:
+        model: the model the prefix was compressed with. tokens: 1 to T, by default T.
+
+    Raises:
+        ValueError: `tokens` is out of range, or less than T in a model with sliding-window layers.
+    """
+    length = factors.tokens if tokens is None else tokens
+    if not 0 < length <= factors.tokens:
+        raise ValueError(f"tokens={length} is out of range: the prefix has {factors.tokens}")
+    if length < factors.tokens and factors.windows:
+        raise ValueError(f"tokens={length}: a prefix with sliding-window layers is rebuilt whole")
+    cache = DynamicCache(config=model.config)
+    for layer in factors.layers:
+        keys, values = _rebuilt(factors, layer, length)
+        cache.update(_cached(keys, model), _cached(values, model), layer)
+    for layer, window in factors.windows.items():
+        _fill_window(cache.layers[layer], window, model, length)
+    return cache
+
+
+def _rebuilt(factors: PrefixFactors, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated keys and values of the first `length` tokens."""
+    group, position = factors.locate(layer)
+    table = factors.rotary[group.layout.rotary[position]]
+    keys, values = rebuild(factors, layer, 0, length)
+    return table.to(keys.device).rotate(keys, torch.arange(length, device=keys.device)), values
+
+
+def _cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """[t, kv_heads, D] as a cache holds it: [1, kv_heads, t, D] in the model's dtype, on its device."""
+    return states.to(model.device, model.dtype).transpose(0, 1)[None].contiguous()
+
+
+def _fill_window(
+    layer: DynamicSlidingWindowLayer, window: LayerWindow, model: PreTrainedModel, length: int
+) -> None:
+    layer.update(_cached(window.keys, model), _cached(window.values, model))
+    layer.cumulative_length = length

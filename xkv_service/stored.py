@@ -1,0 +1,95 @@
+"""Which tensors a prefix artifact holds: names, shapes and dtypes, known before anything is computed.
+
+The byte accounting sums this table, the writer fills it, and the reader checks a file against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from xkv_artifacts.manifest import GroupLayout, WindowLayout
+from xkv_service.exact import exact_count
+from xkv_service.spec import CompressionSpec
+
+RANK_BLOCK = 64
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and dtype of one tensor in a blob."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Table = Iterator[tuple[str, StoredTensor]]
+
+
+def stored_tensors(
+    spec: CompressionSpec,
+    tokens: int,
+    groups: Sequence[GroupLayout],
+    windows: Sequence[WindowLayout] = (),
+) -> dict[str, StoredTensor]:
+    """Every tensor of a prefix artifact but the `rotary.*` tables, by name."""
+    table = {"tokens": StoredTensor((tokens,), torch.int32)}
+    for number, group in enumerate(groups):
+        table.update(_factors(f"group.{number}.key", spec, tokens, group.rank_k, sum(group.key_widths)))
+        table.update(_factors(f"group.{number}.value", spec, tokens, group.rank_v, sum(group.value_widths)))
+        for position in range(len(group.layers)):
+            table.update(_layer(spec, tokens, group, position))
+    for window in windows:
+        table.update(_window(spec, window))
+    return table
+
+
+def rank_blocks(rank: int) -> list[tuple[int, int]]:
+    """Column ranges of the blocks of 64 ranks that factors and bases are stored in."""
+    return [(start, min(start + RANK_BLOCK, rank)) for start in range(0, rank, RANK_BLOCK)]
+
+
+def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
+    """Planes a sketch keeps of a head of `head_dim` dimensions."""
+    return min(spec.sketch_planes, head_dim // 2)
+
+
+def _factors(name: str, spec: CompressionSpec, tokens: int, rank: int, width: int) -> Table:
+    dtype = DTYPES[spec.dtype]
+    for block, (start, stop) in enumerate(rank_blocks(rank)):
+        yield f"{name}.factors.{block}", StoredTensor((tokens, stop - start), dtype)
+        yield f"{name}.bases.{block}", StoredTensor((stop - start, width), dtype)
+
+
+def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int) -> Table:
+    heads = group.kv_heads[position]
+    dim, value_dim = group.key_widths[position] // heads, group.value_widths[position] // heads
+    name, dtype = f"layer.{group.layers[position]}", DTYPES[spec.dtype]
+    if spec.index == "sketch":
+        planes = sketch_planes(spec, dim)
+        yield f"{name}.sketch.planes", StoredTensor((heads, planes, 2), torch.int16)
+        yield f"{name}.sketch.codes", StoredTensor((tokens, heads, planes), torch.uint8)
+        yield f"{name}.sketch.scales", StoredTensor((tokens, heads), torch.float16)
+    if spec.index == "landmark":
+        chunks = -(-tokens // spec.landmark_chunk)
+        yield f"{name}.landmarks", StoredTensor((chunks, heads, dim), dtype)
+    if count := exact_count(tokens, spec):
+        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
+        yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
+        yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+
+
+def _window(spec: CompressionSpec, window: WindowLayout) -> Table:
+    name, dtype = f"layer.{window.layer}.window", DTYPES[spec.dtype]
+    yield f"{name}.keys", StoredTensor((window.tokens, window.kv_heads, window.head_dim), dtype)
+    yield f"{name}.values", StoredTensor((window.tokens, window.kv_heads, window.value_dim), dtype)
