@@ -51,7 +51,7 @@ class GroupFactors:
 
 @dataclass(frozen=True)
 class LayerWindow:
-    """A sliding layer's exact cache after the prefix: keys as cached (rotated) and values, [w, kv_heads, D]."""
+    """A sliding layer's exact cache: keys as cached (rotated) and values, [w, kv_heads, D]."""
 
     keys: torch.Tensor
     values: torch.Tensor
