@@ -53,3 +53,15 @@ class CatalogError(XKVError):
 
 class InvalidNamespace(XKVError):
     """A namespace with characters outside letters, digits, dot, dash and underscore."""
+
+
+class InvalidKey(XKVError):
+    """Token ids or a compression spec that an artifact id cannot be made from."""
+
+
+class ModelFilesError(XKVError):
+    """A model folder that cannot be fingerprinted: missing, unreadable, or without config or weights."""
+
+
+class MissingTensor(XKVError):
+    """A tensor that a reader asks for is not in the artifact."""

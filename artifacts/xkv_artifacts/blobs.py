@@ -1,0 +1,202 @@
+"""Where blobs live: a folder, or an object store by URL. Names come from artifact ids and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from xkv_artifacts.errors import ArtifactNotFound, StoreError
+from xkv_artifacts.keys import is_artifact_id
+
+Result = TypeVar("Result")
+
+SUFFIX = ".safetensors"
+PREFIXES = "prefixes"
+QUARANTINE = "quarantine"
+STORE_FILE = "xkv-store.json"
+_STORE_FORMAT = {"format": "xkv-store", "version": 1}
+
+
+class BlobStore(ABC):
+    """Blobs by artifact id. A blob under its own name is complete: it appears in one step or not at all."""
+
+    url: str
+    writable_hint = "check the store's permissions"
+
+    @abstractmethod
+    def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
+        """Let `write` fill a new blob, then publish it in one step; nothing stays behind when it fails.
+
+        Raises:
+            StoreError: no space, no permission, no connection.
+        """
+
+    @abstractmethod
+    def open(self, artifact_id: str) -> BinaryIO:
+        """Open a blob for reading at any offset.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
+    def exists(self, artifact_id: str) -> bool:
+        """Whether the blob is there."""
+
+    @abstractmethod
+    def size(self, artifact_id: str) -> int:
+        """Bytes of the blob.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
+    def ids(self) -> Iterator[str]:
+        """The ids of all blobs, in order."""
+
+    @abstractmethod
+    def remove(self, artifact_id: str) -> bool:
+        """Delete a blob; False when there was none."""
+
+    @abstractmethod
+    def quarantine(self, artifact_id: str) -> str:
+        """Move a bad blob out of the way and say where it is now.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
+    def remove_temporary(self) -> tuple[int, int]:
+        """Delete what dead writers left behind.
+
+        Returns:
+            (files, bytes) deleted.
+        """
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Bytes free for new blobs, None where there is no such number."""
+
+    @abstractmethod
+    def store_id(self) -> str:
+        """32 hex digits that name this store in a catalog shared by several stores."""
+
+
+def open_blob_store(url: str, *, create: bool = True) -> BlobStore:
+    """The blob store at a folder path, a file:// URL, or any URL that fsspec knows (s3://bucket/path).
+
+    Args:
+        url: where the store is.
+        create: make the store when there is none yet; else a store must be there.
+
+    Raises:
+        StoreError: the URL is of an unknown kind, or the store cannot be reached.
+    """
+    from xkv_artifacts.local_blobs import LocalBlobStore
+    from xkv_artifacts.object_blobs import ObjectBlobStore
+
+    path = local_path(url)
+    if path is not None:
+        return LocalBlobStore(path, create=create)
+    return ObjectBlobStore(url, create=create)
+
+
+def local_path(url: str) -> Path | None:
+    """The folder that a store's URL names, or None when it is not on this machine's file system.
+
+    Raises:
+        StoreError: the URL is empty.
+    """
+    if not url:
+        raise StoreError("the store's URL is empty", hint="give a folder or a URL such as s3://bucket/path")
+    if "://" not in url:
+        return Path(url).expanduser().absolute()
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path)).absolute()
+    return None
+
+
+def blob_name(artifact_id: str) -> str:
+    """A blob's place in the store, relative to its root.
+
+    Raises:
+        ArtifactNotFound: not an artifact id, so there can be no such blob.
+    """
+    if not is_artifact_id(artifact_id):
+        raise ArtifactNotFound(f"{artifact_id[:80]!r} is not an artifact id", hint="ids are 64 hex digits")
+    return f"{PREFIXES}/{artifact_id[:2]}/{artifact_id}{SUFFIX}"
+
+
+def id_of_name(name: str) -> str | None:
+    """The artifact id of a blob's place, or None when no blob of ours is called that."""
+    artifact_id = name.rsplit("/", 1)[-1].removesuffix(SUFFIX)
+    return artifact_id if is_artifact_id(artifact_id) and name == blob_name(artifact_id) else None
+
+
+def not_found(artifact_id: str, url: str) -> ArtifactNotFound:
+    return ArtifactNotFound(f"artifact {artifact_id} is not in {url}")
+
+
+def new_store_file() -> bytes:
+    """The content of a new store's `xkv-store.json`."""
+    return json.dumps({**_STORE_FORMAT, "id": uuid.uuid4().hex}).encode("ascii") + b"\n"
+
+
+def parse_store_file(content: bytes, where: str) -> str:
+    """The store's id.
+
+    Raises:
+        StoreError: the file is damaged or of a later version.
+    """
+    try:
+        fields = json.loads(content)
+        store_id = str(fields.pop("id"))
+        known = fields == _STORE_FORMAT and uuid.UUID(hex=store_id).hex == store_id
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        known = False
+    if not known:
+        raise StoreError(
+            f"{where} is not a store description that this version reads", hint=f"delete {where}"
+        )
+    return store_id
+
+
+@contextmanager
+def store_errors(doing: str, url: str) -> Iterator[None]:
+    """Turn what the file system or object store raises into one clear line.
+
+    Raises:
+        StoreError
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot {doing} {url}: {_reason(error)}", hint=_hint(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left"
+    return str(error.strerror or error or type(error).__name__).splitlines()[0][:300]
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space or use another store, then run it again"
+    if error.errno == errno.EFBIG:
+        return "raise the file size limit (ulimit -f)"
+    if error.errno == errno.EROFS:
+        return "the file system is read-only; use another store"
+    if isinstance(error, PermissionError):
+        return "check who owns the store, its permissions or credentials"
+    return ""

@@ -1,0 +1,233 @@
+"""The catalog in Redis: entries, the prefix index, leases and rates. It holds no tensors.
+
+Nothing Redis says is trusted: entries are parsed, and a match counts as far as the blob's tokens agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from xkv_artifacts.entry import REBUILD_HINT, Entry, bad_entry
+from xkv_artifacts.errors import CatalogError
+from xkv_artifacts.keys import block_hashes_of_bytes, check_namespace, is_artifact_id
+from xkv_artifacts.lease import Lease
+from xkv_artifacts.prefix_index import LOOKUP, big_endian, member
+from xkv_artifacts.redis_link import RedisLink
+
+if TYPE_CHECKING:
+    import redis
+
+_Answer = tuple[Any, Any]
+
+# Every key of one store starts with this; the number is the layout's version.
+STORE_KEYS = "xkv:1:{store}:"
+ENTRY_KEY = STORE_KEYS + "entry:{id}"  # hash: see Entry
+RECENCY_KEY = STORE_KEYS + "recency"  # sorted set: every artifact id, by the second it was last used
+PREFIXES_KEY = STORE_KEYS + "prefixes:{fingerprint}:{namespace}"  # sorted set: see prefix_index
+LEASE_KEY = STORE_KEYS + "lease:{id}"  # string: the owner, with an expiry
+RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
+BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
+
+# KEYS: entry, recency, prefixes. ARGV: id, member, last used, then the entry's fields and values.
+_PUBLISH = """
+local used = redis.call('ZSCORE', KEYS[2], ARGV[1])
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('ZADD', KEYS[2], math.max(tonumber(ARGV[3]), tonumber(used or 0)), ARGV[1])
+redis.call('ZADD', KEYS[3], 0, ARGV[2])
+return 1
+"""
+# KEYS: entry, recency. ARGV: id. The prefix index drops members without an entry when it meets them.
+_DROP = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+return redis.call('DEL', KEYS[1])
+"""
+_PAGE = 500
+
+
+class Catalog:
+    """The catalog of one store.
+
+    Args:
+        link: connection to Redis.
+        store_id: names the store, so that several can share a Redis.
+
+    Every method raises CatalogUnavailable when Redis does not answer within the link's patience.
+    """
+
+    def __init__(self, link: RedisLink, store_id: str) -> None:
+        self.link = link
+        self.store_id = store_id
+
+    def publish(self, entry: Entry, tokens: bytes) -> None:
+        """Add or replace an entry and its place in the prefix index, in one step.
+
+        Args:
+            tokens: token ids as little-endian int32 bytes.
+        """
+        keys = [self._entry_key(entry.id), self._key(RECENCY_KEY), self._prefixes_key(entry)]
+        place = member(entry.fingerprint, entry.namespace, tokens, entry.id)
+        fields = [text for pair in entry.to_hash().items() for text in pair]
+        self._script(_PUBLISH, keys, [entry.id, place, repr(entry.last_used), *fields])
+
+    def get(self, artifact_id: str) -> Entry | None:
+        """The entry of an artifact, or None.
+
+        Raises:
+            CatalogError: there is one, but it is damaged.
+        """
+        return self._parse(artifact_id, *self._fetch([artifact_id])[0])
+
+    def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
+        """All entries, most recently used first.
+
+        Args:
+            on_fault: told of each damaged entry; such entries are left out.
+        """
+        found = []
+        for artifact_id, answer in self._fetch_all():
+            try:
+                entry = self._parse(artifact_id, *answer)
+            except CatalogError as error:
+                if on_fault is not None:
+                    on_fault(error)
+                continue
+            if entry is not None:
+                found.append(entry)
+        return found
+
+    def ids(self) -> list[str]:
+        """All artifact ids, most recently used first (and whatever else somebody put there)."""
+        recency = self._key(RECENCY_KEY)
+        raw: Any = self.link.call(lambda client: client.zrevrange(recency, 0, -1))
+        return [item.decode("utf-8", "replace") for item in raw]
+
+    def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
+        """The (at most four) artifacts that can share the longest prefix with a prompt; one round trip.
+
+        Args:
+            tokens: the prompt's token ids as little-endian int32 bytes.
+
+        Raises:
+            CatalogError: the answer holds something else than ids.
+        """
+        digests = b"".join(block_hashes_of_bytes(fingerprint, namespace, tokens))
+        keys = [self._key(PREFIXES_KEY, fingerprint=fingerprint, namespace=check_namespace(namespace))]
+        found = self._script(LOOKUP, keys, [digests, big_endian(tokens), self._entry_key("")])
+        return [_artifact_id(raw) for raw in found]
+
+    def drop(self, artifact_id: str) -> bool:
+        """Forget an artifact; False when it was not known."""
+        keys = [self._entry_key(artifact_id), self._key(RECENCY_KEY)]
+        return bool(self._script(_DROP, keys, [artifact_id]))
+
+    def touch(self, artifact_id: str) -> None:
+        """Note that an artifact was used now."""
+        recency = self._key(RECENCY_KEY)
+        self.link.call(lambda client: client.zadd(recency, {artifact_id: time.time()}, xx=True))
+
+    def clear(self) -> None:
+        """Forget all entries and the prefix index (leases and rates stay)."""
+        for pattern in (ENTRY_KEY, PREFIXES_KEY, RECENCY_KEY, BUILT_KEY):
+            self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
+
+    def is_built(self) -> bool:
+        """Whether the catalog lists what the store holds (False in an empty Redis)."""
+        return self.link.call(lambda client: client.exists(self._key(BUILT_KEY))) == 1
+
+    def set_built(self) -> None:
+        """Note that the catalog lists what the store holds."""
+        self.link.call(lambda client: client.set(self._key(BUILT_KEY), repr(time.time())))
+
+    def lease(self, artifact_id: str, owner: str, ttl_s: float = 30.0) -> Lease | None:
+        """Take the lease on an artifact id, or None when another owner has it.
+
+        Use it as `with lease:`; it is renewed while the block runs and released at its end.
+        """
+        lease = Lease(self.link, self._key(LEASE_KEY, id=artifact_id), owner, ttl_s)
+        return lease if lease.acquire() else None
+
+    def lease_owner(self, artifact_id: str) -> str | None:
+        """Who computes an artifact now, or None."""
+        owner = self.link.call(lambda client: client.get(self._key(LEASE_KEY, id=artifact_id)))
+        return owner.decode("utf-8", "replace") if isinstance(owner, bytes) else None
+
+    def remember_rate(self, fingerprint: str, device: str, tokens_per_second: float) -> None:
+        """Keep how fast a model was precomputed on a kind of device, for estimates."""
+        field = f"{fingerprint} {device}"
+        self.link.call(lambda client: client.hset(self._key(RATES_KEY), field, repr(tokens_per_second)))
+
+    def rate(self, fingerprint: str, device: str) -> float | None:
+        """Tokens per second remembered for a model and device, or None."""
+        raw = self.link.call(lambda client: client.hget(self._key(RATES_KEY), f"{fingerprint} {device}"))
+        try:
+            rate = float(raw) if raw is not None else 0.0
+        except ValueError:
+            return None
+        return rate if 0.0 < rate < float("inf") else None
+
+    def _key(self, pattern: str, **parts: str) -> str:
+        return pattern.format(store=self.store_id, **parts)
+
+    def _entry_key(self, artifact_id: str) -> str:
+        return self._key(ENTRY_KEY, id=artifact_id)
+
+    def _prefixes_key(self, entry: Entry) -> str:
+        return self._key(PREFIXES_KEY, fingerprint=entry.fingerprint, namespace=entry.namespace)
+
+    def _script(self, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
+        return self.link.script(text, keys, arguments)
+
+    def _fetch_all(self) -> Iterator[tuple[str, _Answer]]:
+        ids = self.ids()
+        for start in range(0, len(ids), _PAGE):
+            page = ids[start : start + _PAGE]
+            yield from zip(page, self._fetch(page), strict=True)
+
+    def _fetch(self, ids: list[str]) -> list[_Answer]:
+        """Hash and last use of each id, or the error that Redis answered."""
+
+        def command(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for artifact_id in ids:
+                pipeline.hgetall(self._entry_key(artifact_id))
+                pipeline.zscore(self._key(RECENCY_KEY), artifact_id)
+            return pipeline.execute(raise_on_error=False)
+
+        answers = self.link.call(command)
+        return list(zip(answers[::2], answers[1::2], strict=True))
+
+    def _parse(self, artifact_id: str, fields: Any, last_used: Any) -> Entry | None:
+        if not isinstance(fields, dict) or not isinstance(last_used, float | None):
+            raise bad_entry(artifact_id, _reason(fields if not isinstance(fields, dict) else last_used))
+        if not fields and last_used is None:
+            return None
+        if not fields or not is_artifact_id(artifact_id):
+            raise bad_entry(artifact_id, "it is listed, but has no fields")
+        return Entry.from_hash(artifact_id, fields, last_used or 0.0)
+
+    def _delete(self, pattern: str) -> None:
+        def command(client: redis.Redis) -> None:
+            page = []
+            for key in client.scan_iter(match=pattern, count=_PAGE):
+                page.append(key)
+                if len(page) == _PAGE:
+                    client.unlink(*page)
+                    page.clear()
+            if page:
+                client.unlink(*page)
+
+        self.link.call(command)
+
+
+def _artifact_id(raw: Any) -> str:
+    text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else str(raw)
+    if not is_artifact_id(text):
+        raise CatalogError(f"the prefix index holds {text[:80]!r}, which is no id", hint=REBUILD_HINT)
+    return text
+
+
+def _reason(answer: Any) -> str:
+    return str(answer).splitlines()[0] if str(answer) else "an unknown answer"

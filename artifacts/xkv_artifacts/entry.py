@@ -1,0 +1,96 @@
+"""A catalog entry: what Redis says about an artifact. Good for listing and finding, never for correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xkv_artifacts.blobs import blob_name
+from xkv_artifacts.errors import CatalogError
+from xkv_artifacts.manifest import Name, PrefixManifest, Sha256
+
+RedisHash = Mapping[bytes, bytes]
+REBUILD_HINT = "xkv index rebuild"
+
+
+class Entry(BaseModel):
+    """One artifact in the catalog.
+
+    Args:
+        blob: the blob's name in the store, for people; readers derive it from the id.
+        bytes, bytes_full: size of the blob and of the exact cache.
+        tokens: length of the prefix.
+        model: the model's name. fingerprint: its fingerprint.
+        document, document_sha256: where the prefix came from and its content's hash.
+        fidelity: top-1 agreement with the exact cache, 0 to 1.
+        ratio: bytes_full / bytes.
+        created, last_used: seconds since the epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    id: Sha256
+    state: Literal["ready"] = "ready"
+    blob: Name
+    bytes: int = Field(ge=1)
+    bytes_full: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    model: Name
+    fingerprint: Sha256
+    namespace: Name
+    document: Name
+    document_sha256: Sha256
+    fidelity: float = Field(ge=0, le=1)
+    ratio: float = Field(ge=0)
+    created: float
+    last_used: float
+
+    def to_hash(self) -> dict[str, str]:
+        """The fields as the Redis hash holds them (`last_used` is kept in the recency set)."""
+        fields = self.model_dump(exclude={"id", "last_used"})
+        return {
+            name: repr(value) if isinstance(value, float) else str(value) for name, value in fields.items()
+        }
+
+    @classmethod
+    def from_hash(cls, artifact_id: str, fields: RedisHash, last_used: float) -> Entry:
+        """Parse what Redis answered.
+
+        Raises:
+            CatalogError: it is not a catalog entry.
+        """
+        try:
+            texts = {name.decode("utf-8"): value.decode("utf-8") for name, value in fields.items()}
+            return cls.model_validate({**texts, "id": artifact_id, "last_used": last_used})
+        except UnicodeDecodeError:
+            reason = "not text"
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise bad_entry(artifact_id, reason)
+
+    @classmethod
+    def of_manifest(cls, manifest: PrefixManifest, *, size: int, last_used: float) -> Entry:
+        """The entry of a blob of `size` bytes."""
+        return cls(
+            id=manifest.id,
+            blob=blob_name(manifest.id),
+            bytes=size,
+            bytes_full=manifest.bytes_full,
+            tokens=manifest.tokens,
+            model=manifest.model.name,
+            fingerprint=manifest.model.fingerprint,
+            namespace=manifest.namespace,
+            document=manifest.document.uri,
+            document_sha256=manifest.document.sha256,
+            fidelity=manifest.fidelity.top1_agreement,
+            ratio=manifest.bytes_full / size,
+            created=manifest.created.timestamp(),
+            last_used=last_used,
+        )
+
+
+def bad_entry(artifact_id: str, reason: str) -> CatalogError:
+    return CatalogError(f"catalog entry {artifact_id[:80]!r} is damaged: {reason[:200]}", hint=REBUILD_HINT)

@@ -1,0 +1,141 @@
+"""Artifact ids and block hashes: what says that two prefixes are the same.
+
+Everything here is a pure function of its arguments: no clock, no file name, never Python's `hash`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xkv_artifacts.errors import InvalidKey, InvalidNamespace
+
+BLOCK_TOKENS = 64
+DIGEST_BYTES = 8
+
+_ID_DOMAIN = b"xkv-prefix-id-1"
+_BLOCK_DOMAIN = b"xkv-prefix-block-1"
+_NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def check_namespace(namespace: str) -> str:
+    """Return `namespace` if it is 1 to 64 letters, digits and "._-".
+
+    Raises:
+        InvalidNamespace: empty, longer than 64, "." or "..", or with other characters than those.
+    """
+    if not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
+        raise InvalidNamespace(
+            f"namespace {namespace!r} is not allowed",
+            hint="use 1 to 64 letters, digits, dots, dashes and underscores",
+        )
+    return namespace
+
+
+def is_artifact_id(text: str) -> bool:
+    """Whether `text` is 64 lower-case hex digits, the only names that blobs are stored under."""
+    return _SHA256.fullmatch(text) is not None
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int32, as in a blob's `tokens` tensor.
+
+    Raises:
+        InvalidKey: a token id is not an integer from 0 to 2^31 - 1.
+    """
+    try:
+        packed = array("i", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise InvalidKey(f"token ids are not 32-bit integers: {error}") from None
+    if packed and min(packed) < 0:
+        raise InvalidKey(f"token id {min(packed)} is negative")
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def artifact_id(fingerprint: str, namespace: str, token_ids: Sequence[int], spec: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the model fingerprint, namespace, token ids and compression spec.
+
+    Args:
+        fingerprint: the model's fingerprint, 64 hex digits.
+        namespace: whose artifact it is; the same document in two namespaces makes two artifacts.
+        token_ids: the rendered prefix.
+        spec: plain JSON values (`CompressionSpec.canonical()`); 8 and 8.0 are the same setting.
+
+    Raises:
+        InvalidNamespace, InvalidKey: an argument that no artifact can have.
+    """
+    return artifact_id_of_bytes(fingerprint, namespace, token_bytes(token_ids), spec)
+
+
+def artifact_id_of_bytes(fingerprint: str, namespace: str, tokens: bytes, spec: Mapping[str, Any]) -> str:
+    """`artifact_id` for token ids that are already little-endian int32 bytes."""
+    if not tokens:
+        raise InvalidKey("a prefix has at least one token")
+    fields = _framed(_ID_DOMAIN, *_owner(fingerprint, namespace), tokens, canonical_json(spec))
+    return hashlib.sha256(b"".join(fields)).hexdigest()
+
+
+def block_hashes(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> list[bytes]:
+    """A running digest after each full block of 64 tokens: equal digests mean equal prefixes up to there.
+
+    Returns:
+        `len(token_ids) // 64` digests of 8 bytes; the first bit of each is 0 (catalog members rely on it).
+    """
+    return block_hashes_of_bytes(fingerprint, namespace, token_bytes(token_ids))
+
+
+def block_hashes_of_bytes(fingerprint: str, namespace: str, tokens: bytes) -> list[bytes]:
+    """`block_hashes` for token ids that are already little-endian int32 bytes."""
+    sha256 = hashlib.sha256
+    state = sha256(b"".join(_framed(_BLOCK_DOMAIN, *_owner(fingerprint, namespace)))).digest()
+    size = 4 * BLOCK_TOKENS
+    hashes = []
+    for start in range(0, len(tokens) - size + 1, size):
+        state = sha256(state + tokens[start : start + size]).digest()
+        hashes.append(bytes([state[0] & 0x7F]) + state[1:DIGEST_BYTES])
+    return hashes
+
+
+def canonical_json(value: Mapping[str, Any]) -> bytes:
+    """One byte string for equal JSON values: sorted keys, no spaces, whole floats as integers.
+
+    Raises:
+        InvalidKey: a value that JSON cannot hold (NaN and infinity included).
+    """
+    try:
+        text = json.dumps(_whole(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidKey(f"the compression spec is not plain JSON: {error}") from None
+    return text.encode("ascii")
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("keys must be strings")
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(item) for item in value]
+    return value
+
+
+def _owner(fingerprint: str, namespace: str) -> tuple[bytes, bytes]:
+    if not _SHA256.fullmatch(fingerprint):
+        raise InvalidKey(f"model fingerprint {fingerprint!r} is not 64 lower-case hex digits")
+    return fingerprint.encode("ascii"), check_namespace(namespace).encode("ascii")
+
+
+def _framed(*fields: bytes) -> list[bytes]:
+    """Each field after its length in 8 bytes, so that no two lists of fields make the same bytes."""
+    return [part for field in fields for part in (len(field).to_bytes(8, "little"), field)]

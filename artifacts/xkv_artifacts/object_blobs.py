@@ -1,0 +1,153 @@
+"""Blobs in an object store through fsspec: one upload each, visible only when it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from xkv_artifacts.blobs import (
+    PREFIXES,
+    QUARANTINE,
+    STORE_FILE,
+    SUFFIX,
+    BlobStore,
+    Result,
+    blob_name,
+    id_of_name,
+    new_store_file,
+    not_found,
+    parse_store_file,
+    store_errors,
+)
+from xkv_artifacts.errors import StoreError
+
+# Parts of an upload; S3 allows 10,000 of them, so this holds up to 320 GB.
+_PART_BYTES = 32 << 20
+
+
+class ObjectBlobStore(BlobStore):
+    """A store under a URL such as `s3://bucket/path`. Credentials and endpoints come from the environment."""
+
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        with self._errors("open"):
+            # Other machines write here too: a cached listing would be wrong.
+            self._fs: Any
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            if not create and not self._fs.exists(self._path(STORE_FILE)):
+                raise StoreError(f"there is no store at {self.url}", hint="xkv precompute makes one")
+
+    def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
+        with self._errors(f"write artifact {artifact_id} to"):
+            return self._upload(self._path(blob_name(artifact_id)), write)
+
+    def open(self, artifact_id: str) -> BinaryIO:
+        with self._errors(f"read artifact {artifact_id} in"):
+            try:
+                # Without read-ahead each read fetches its own byte range and no more.
+                file: BinaryIO = self._fs.open(self._path(blob_name(artifact_id)), "rb", cache_type="none")
+            except FileNotFoundError:
+                raise not_found(artifact_id, self.url) from None
+        return file
+
+    def exists(self, artifact_id: str) -> bool:
+        with self._errors("look into"):
+            return bool(self._fs.exists(self._path(blob_name(artifact_id))))
+
+    def size(self, artifact_id: str) -> int:
+        with self._errors(f"read artifact {artifact_id} in"):
+            try:
+                return int(self._fs.size(self._path(blob_name(artifact_id))))
+            except FileNotFoundError:
+                raise not_found(artifact_id, self.url) from None
+
+    def ids(self) -> Iterator[str]:
+        with self._errors("list"):
+            try:
+                paths = sorted(self._fs.find(self._path(PREFIXES)))
+            except FileNotFoundError:
+                paths = []
+        for path in paths:
+            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"))
+            if artifact_id is not None:
+                yield artifact_id
+
+    def remove(self, artifact_id: str) -> bool:
+        path = self._path(blob_name(artifact_id))
+        with self._errors(f"remove artifact {artifact_id} from"):
+            if not self._fs.exists(path):
+                return False
+            self._fs.rm_file(path)
+        return True
+
+    def quarantine(self, artifact_id: str) -> str:
+        source, target = self._path(blob_name(artifact_id)), self._path(f"{QUARANTINE}/{artifact_id}{SUFFIX}")
+        with self._errors(f"quarantine artifact {artifact_id} in"):
+            try:
+                self._fs.copy(source, target)
+                self._fs.rm_file(source)
+            except FileNotFoundError:
+                raise not_found(artifact_id, self.url) from None
+        return f"{self.url}/{QUARANTINE}/{artifact_id}{SUFFIX}"
+
+    def remove_temporary(self) -> tuple[int, int]:
+        """Nothing to do: an upload that was not completed has no name. A bucket rule drops its parts."""
+        return 0, 0
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def store_id(self) -> str:
+        path = self._path(STORE_FILE)
+        with self._errors("read"):
+            if not self._fs.exists(path):
+                self._upload(path, lambda file: file.write(new_store_file()))
+            # Read back: where two processes made the store at once, both use what the store kept.
+            return parse_store_file(self._fs.cat_file(path), f"{self.url}/{STORE_FILE}")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _upload(self, path: str, write: Callable[[BinaryIO], Result]) -> Result:
+        file = self._fs.open(path, "wb", block_size=_PART_BYTES, autocommit=False)
+        try:
+            result = write(file)
+            file.close()
+        except BaseException:
+            # Closing would publish the half that was written.
+            file.discard()
+            file.closed = True
+            raise
+        file.commit()
+        return result
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            with store_errors(doing, self.url):
+                yield
+        except ImportError as error:
+            raise StoreError(
+                f"cannot {doing} {self.url}: {error}", hint='pip install "xkv-service[s3]"'
+            ) from None
+        except ValueError as error:
+            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}") from None
+        except _client_errors() as error:
+            hint = "check credentials, region and endpoint (AWS_* variables)"
+            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}", hint=hint) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What S3 clients raise that is no OSError (missing credentials, an endpoint that does not answer)."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return ()
+    return BotoCoreError, ClientError

@@ -1,0 +1,106 @@
+"""Longest stored prefix of a prompt, in one round trip.
+
+One sorted set per model and namespace; all scores are 0, so Redis orders members by their bytes. A member is
+
+    8-byte running digest of each full block | 0xFF | tokens of the last, partial block | 0xFFFFFFFF | id
+
+(4 bytes a token, most significant first). The more bytes two such strings share, the longer the prefix that
+their tokens share, and the member that shares most with a query stands right before or right after it.
+Digests start with a 0 bit and tokens are below 2^31, so neither can be taken for the marks. Inside a block
+digests tell nothing, so a second query asks, where the deepest common block ends, for the artifacts that end
+in the next one. What comes back are candidates: the blob's own tokens decide.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, block_hashes_of_bytes
+
+_TAIL = b"\xff"
+_END = b"\xff\xff\xff\xff"
+ID_BYTES = 32
+
+# KEYS: the sorted set. ARGV: digests, tokens (4 bytes each, most significant first), prefix of entry keys.
+# Members whose artifact has no entry any more are removed on the way, so they never hide another.
+LOOKUP = f"""
+local key, digests, tokens, entry = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local found, seen = {{}}, {{}}
+
+local function live(command, from, to)
+  while true do
+    local member = redis.call(command, key, from, to, 'LIMIT', 0, 1)[1]
+    if not member then return nil end
+    local id = string.gsub(string.sub(member, -{ID_BYTES}), '.', function(c)
+      return string.format('%02x', string.byte(c))
+    end)
+    if redis.call('EXISTS', entry .. id) == 1 then
+      if not seen[id] then
+        seen[id] = true
+        found[#found + 1] = id
+      end
+      return member
+    end
+    redis.call('ZREM', key, member)
+  end
+end
+
+local function digest(text, block)
+  return string.sub(text, (block - 1) * {DIGEST_BYTES} + 1, block * {DIGEST_BYTES})
+end
+
+local function common_blocks(member)
+  local low, high = 0, #digests / {DIGEST_BYTES}
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if digest(member, middle) == digest(digests, middle) then low = middle else high = middle - 1 end
+  end
+  return low
+end
+
+local function ask(blocks)
+  local first = blocks * {4 * BLOCK_TOKENS} + 1
+  local tail = string.sub(tokens, first, first + {4 * (BLOCK_TOKENS - 1)} - 1)
+  local query = string.sub(digests, 1, blocks * {DIGEST_BYTES}) .. '\\255' .. tail
+  local after = live('ZRANGEBYLEX', '[' .. query, '+')
+  local before = live('ZREVRANGEBYLEX', '(' .. query, '-')
+  return math.max(after and common_blocks(after) or 0, before and common_blocks(before) or 0)
+end
+
+local all = #digests / {DIGEST_BYTES}
+local deepest = ask(all)
+if deepest < all then ask(deepest) end
+return found
+"""
+
+
+def member(fingerprint: str, namespace: str, tokens: bytes, artifact_id: str) -> bytes:
+    """The sorted set's member for an artifact.
+
+    Args:
+        tokens: token ids as little-endian int32 bytes.
+    """
+    digests = block_hashes_of_bytes(fingerprint, namespace, tokens)
+    tail = big_endian(tokens[4 * BLOCK_TOKENS * len(digests) :])
+    return b"".join(digests) + _TAIL + tail + _END + bytes.fromhex(artifact_id)
+
+
+def big_endian(tokens: bytes) -> bytes:
+    """Little-endian int32 bytes with each token's bytes the other way round: ordered as the tokens are."""
+    swapped = array("i", tokens)
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+def common_tokens(left: bytes, right: bytes) -> int:
+    """How many leading tokens two little-endian int32 strings share."""
+    low, high = 0, min(len(left), len(right)) // 4
+    if left[: 4 * high] == right[: 4 * high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[4 * low : 4 * middle] == right[4 * low : 4 * middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

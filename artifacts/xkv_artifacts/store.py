@@ -1,0 +1,351 @@
+"""`ArtifactStore`: blobs and their catalog as one thing. The blobs are the truth; the catalog finds them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from xkv_artifacts import format as blob_format
+from xkv_artifacts.blobs import BlobStore, open_blob_store, store_errors
+from xkv_artifacts.catalog import Catalog
+from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CatalogError,
+    CatalogUnavailable,
+    CorruptArtifact,
+    StoreError,
+    UnsupportedFormat,
+)
+from xkv_artifacts.keys import check_namespace, token_bytes
+from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
+from xkv_artifacts.token_cache import OwnedTokens, TokenCache
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+REDIS_URL_VARIABLE = "XKV_REDIS_URL"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A stored prefix of a prompt: the first `tokens` token ids of both are the same."""
+
+    artifact_id: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What re-reading one artifact gave; `fault` is None when every byte is as written."""
+
+    artifact_id: str
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """What a catalog was rebuilt from: artifacts listed again, and blobs that could not be."""
+
+    artifacts: int
+    faults: tuple[Verification, ...]
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry."""
+
+    files: int
+    bytes: int
+    entries_dropped: int
+    blobs_listed: int
+
+
+class ArtifactStore:
+    """A store of prefix artifacts with its catalog. Made by `open`; a context manager."""
+
+    def __init__(self, blobs: BlobStore, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
+        self.blobs = blobs
+        self.catalog = catalog
+        self._embedded = embedded
+        self._tokens = TokenCache()
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        redis_url: str | None = None,
+        *,
+        create: bool = True,
+        patience_s: float = DEFAULT_PATIENCE_S,
+    ) -> ArtifactStore:
+        """Open the store at a folder or URL.
+
+        Args:
+            url: a folder, file:// or s3:// URL.
+            redis_url: the catalog's Redis; by default `XKV_REDIS_URL`, else an embedded one.
+            create: make a store where there is none; else StoreError.
+            patience_s: seconds to wait for Redis when it goes away later; at the start it must answer.
+
+        Raises:
+            StoreError, CatalogUnavailable
+        """
+        blobs = open_blob_store(url, create=create)
+        store_id = blobs.store_id()
+        redis_url = redis_url or os.environ.get(REDIS_URL_VARIABLE) or None
+        embedded = None
+        if redis_url is None or redis_url == embedded_redis_url(blobs.url):
+            embedded = EmbeddedRedis(catalog_folder(blobs.url))
+            redis_url = embedded.url
+        link = RedisLink(redis_url, patience_s=patience_s, revive=embedded.ensure if embedded else None)
+        store = cls(blobs, Catalog(link, store_id), embedded)
+        try:
+            link.check()
+            store._fill_embedded()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @property
+    def redis_url(self) -> str:
+        """The catalog's Redis URL, for other processes (on this machine only when it is embedded)."""
+        return self.catalog.link.url
+
+    def close(self) -> None:
+        """Close the catalog; an embedded server stops when nobody else uses it."""
+        self.catalog.link.close()
+        if self._embedded is not None:
+            self._embedded.close()
+
+    def __enter__(self) -> ArtifactStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def publish(self, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixManifest:
+        """Write an artifact's blob, then list it in the catalog.
+
+        Raises:
+            CorruptArtifact: manifest and tensors do not fit together; nothing is written.
+            StoreError: the blob could not be written; nothing is left behind.
+            CatalogUnavailable: the blob is there, but not listed; the next `get` lists it.
+        """
+        written = self.blobs.put(manifest.id, lambda file: blob_format.write_prefix(file, manifest, tensors))
+        self._list(written, token_bytes(tensors[blob_format.TOKENS].tolist()))
+        return written
+
+    def load(
+        self, artifact_id: str, names: Iterable[str] | None = None
+    ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
+        """Read an artifact's tensors (all, or only `names`), every byte of them checked.
+
+        Raises:
+            ArtifactNotFound: there is no such blob.
+            CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
+            UnsupportedFormat: another version wrote it.
+            MissingTensor: a name is not in the blob.
+        """
+        loaded = self._read(artifact_id, lambda file: blob_format.read_prefix(file, names))
+        self._expect_id(artifact_id, loaded[0])
+        with suppress(CatalogUnavailable, CatalogError):
+            self.catalog.touch(artifact_id)
+        return loaded
+
+    def get(self, artifact_id: str) -> Entry | None:
+        """The artifact's entry, or None when it is not stored. Listing follows the blobs: a blob that is not
+        listed is listed now, an entry without a blob is dropped.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        try:
+            entry = self.catalog.get(artifact_id)
+        except CatalogError as error:
+            _log.warning("%s", error)
+            entry = None
+        if not self.blobs.exists(artifact_id):
+            if entry is not None:
+                self.catalog.drop(artifact_id)
+            return None
+        if entry is not None:
+            return entry
+        try:
+            return self._list_blob(artifact_id)
+        except (CorruptArtifact, ArtifactNotFound):
+            return None
+
+    def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
+        """All entries, most recently used first; damaged ones are left out and told to `on_fault`."""
+        return self.catalog.entries(on_fault)
+
+    def manifest(self, artifact_id: str) -> PrefixManifest:
+        """An artifact's manifest, from the blob's own header. Raises as `load`."""
+        manifest = self._read(artifact_id, blob_format.read_manifest)
+        self._expect_id(artifact_id, manifest)
+        return manifest
+
+    def lookup(self, fingerprint: str, namespace: str, token_ids: Sequence[int]) -> Match | None:
+        """The artifact that shares the longest prefix with a prompt.
+
+        Exact when the prompt contains the whole artifact; where prompt and artifact part inside a block of
+        64 tokens, another might share up to 63 tokens more. The match is always compared token by token.
+
+        Raises:
+            InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
+        """
+        prompt = token_bytes(token_ids)
+        owner = (fingerprint, check_namespace(namespace))
+        while True:
+            candidates = self.catalog.candidates(*owner, prompt)
+            matches = [self._match(artifact_id, owner, prompt) for artifact_id in candidates]
+            if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
+                break
+        found = [match for match in matches if match is not None and match.tokens > 0]
+        return max(found, key=lambda match: (match.tokens, match.artifact_id), default=None)
+
+    def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
+        """Re-read every byte of artifacts (all that are stored or listed, or `ids`); nothing is changed.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        if ids is None:
+            ids = sorted({*self.blobs.ids(), *self.catalog.ids()})
+        for artifact_id in ids:
+            yield Verification(artifact_id, self._fault(artifact_id))
+
+    def remove(self, artifact_id: str) -> bool:
+        """Delete an artifact, its entry first; False when there was none.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        listed = self.catalog.drop(artifact_id)
+        return self.blobs.remove(artifact_id) or listed
+
+    def rebuild(self) -> Rebuild:
+        """Make the catalog again from the blobs alone.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        self.catalog.clear()
+        return self._list_all()
+
+    def collect_orphans(self) -> Orphans:
+        """Remove what killed processes left behind; no artifact is deleted.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        files, size = self.blobs.remove_temporary()
+        listed = set(self.catalog.ids())
+        stored = set(self.blobs.ids())
+        dropped = sum(self.catalog.drop(artifact_id) for artifact_id in sorted(listed - stored))
+        found = 0
+        for artifact_id in sorted(stored - listed):
+            with suppress(CorruptArtifact, ArtifactNotFound, UnsupportedFormat):
+                self._list_blob(artifact_id)
+                found += 1
+        return Orphans(files, size, dropped, found)
+
+    def _fill_embedded(self) -> None:
+        """An embedded catalog that is new or lost its data lists what the store holds before it is used."""
+        if self._embedded is None or (self.catalog.is_built() and not self._embedded.damaged):
+            return
+        if self._embedded.damaged:
+            _log.warning("the embedded catalog was damaged; rebuilding it from %s", self.blobs.url)
+        report = self._list_all()
+        for bad in report.faults:
+            _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
+
+    def _list_all(self) -> Rebuild:
+        faults = []
+        count = 0
+        for artifact_id in self.blobs.ids():
+            try:
+                self._list_blob(artifact_id)
+                count += 1
+            except (CorruptArtifact, UnsupportedFormat) as error:
+                faults.append(Verification(artifact_id, error.message))
+            except ArtifactNotFound:
+                continue  # removed meanwhile
+        self.catalog.set_built()
+        return Rebuild(count, tuple(faults))
+
+    def _list_blob(self, artifact_id: str) -> Entry:
+        """List a blob in the catalog by what it says itself."""
+        manifest, tokens = self._read(artifact_id, blob_format.read_tokens)
+        self._expect_id(artifact_id, manifest)
+        return self._list(manifest, tokens)
+
+    def _list(self, manifest: PrefixManifest, tokens: bytes) -> Entry:
+        size = self.blobs.size(manifest.id)
+        entry = Entry.of_manifest(manifest, size=size, last_used=manifest.created.timestamp())
+        self.catalog.publish(entry, tokens)
+        return entry
+
+    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes) -> Match | None:
+        """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
+        try:
+            item = self._tokens.get(artifact_id) or self._read_tokens(artifact_id)
+        except (ArtifactNotFound, CorruptArtifact):
+            self.catalog.drop(artifact_id)
+            return None
+        except UnsupportedFormat:
+            return Match(artifact_id, 0)
+        if item.owner != owner:
+            return Match(artifact_id, 0)
+        return Match(artifact_id, common_tokens(item.tokens, prompt))
+
+    def _read_tokens(self, artifact_id: str) -> OwnedTokens:
+        manifest, tokens = self._read(artifact_id, blob_format.read_tokens)
+        self._expect_id(artifact_id, manifest)
+        item = OwnedTokens((manifest.model.fingerprint, manifest.namespace), tokens)
+        self._tokens.put(artifact_id, item)
+        return item
+
+    def _fault(self, artifact_id: str) -> str | None:
+        try:
+            with self.blobs.open(artifact_id) as file, store_errors("read", self.blobs.url):
+                manifest = blob_format.verify(file)
+        except (CorruptArtifact, UnsupportedFormat, ArtifactNotFound) as error:
+            return error.message
+        return None if manifest.id == artifact_id else f"the blob is artifact {manifest.id}"
+
+    def _expect_id(self, artifact_id: str, manifest: PrefixManifest) -> None:
+        if manifest.id != artifact_id:
+            raise self._quarantined(artifact_id, f"the blob is artifact {manifest.id}")
+
+    def _read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
+        """Read a blob; a corrupt one is moved away and forgotten before the error goes on."""
+        try:
+            with self.blobs.open(artifact_id) as file, store_errors("read", self.blobs.url):
+                return read(file)
+        except CorruptArtifact as error:
+            raise self._quarantined(artifact_id, error.message) from None
+        except UnsupportedFormat as error:
+            raise UnsupportedFormat(f"artifact {artifact_id}: {error.message}", hint=error.hint) from None
+
+    def _quarantined(self, artifact_id: str, reason: str) -> CorruptArtifact:
+        place = "it could not be moved away"
+        with suppress(StoreError, ArtifactNotFound):
+            place = f"moved to {self.blobs.quarantine(artifact_id)}"
+        with suppress(CatalogUnavailable, CatalogError):
+            self.catalog.drop(artifact_id)
+        return CorruptArtifact(f"artifact {artifact_id}: {reason} ({place})", hint="compute it again")

@@ -1,0 +1,42 @@
+"""Token ids of recently looked-up artifacts: an id stands for its tokens for ever, so nothing goes stale."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class OwnedTokens:
+    """An artifact's model fingerprint and namespace, and its token ids as little-endian int32 bytes."""
+
+    owner: tuple[str, str]
+    tokens: bytes
+
+
+class TokenCache:
+    """Keeps what was used last, up to `max_bytes` of tokens. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._items: OrderedDict[str, OwnedTokens] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, artifact_id: str) -> OwnedTokens | None:
+        with self._lock:
+            item = self._items.get(artifact_id)
+            if item is not None:
+                self._items.move_to_end(artifact_id)
+            return item
+
+    def put(self, artifact_id: str, item: OwnedTokens) -> None:
+        with self._lock:
+            if artifact_id not in self._items:
+                self._bytes += len(item.tokens)
+            self._items[artifact_id] = item
+            while self._bytes > self._max_bytes and len(self._items) > 1:
+                self._bytes -= len(self._items.popitem(last=False)[1].tokens)
