@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,27 +34,39 @@ class AttentionObserver(Protocol):
         """The arguments by name that the attention module `module` was called with."""
 
 
-_ACTIVE: ContextVar[AttentionObserver | None] = ContextVar("xkv_attention_observer", default=None)
+@dataclass(frozen=True)
+class _Active:
+    observer: AttentionObserver
+    fused_chunks: bool
+
+
+_ACTIVE: ContextVar[_Active | None] = ContextVar("xkv_attention_observer", default=None)
 
 
 @contextmanager
 def observe(
-    model: PreTrainedModel, observer: AttentionObserver, modules: list[nn.Module] | None = None
+    model: PreTrainedModel,
+    observer: AttentionObserver,
+    modules: list[nn.Module],
+    *,
+    fused_chunks: bool = False,
 ) -> Iterator[None]:
     """Let `observer` see the model's attention; hooks and attention function are restored on exit.
 
     Args:
         model: any model whose attention goes through Transformers' attention interface.
         observer: told about the queries of every layer and the inputs of `modules`.
-        modules: attention modules to watch the inputs of; None for none.
+        modules: attention modules to watch the inputs of.
+        fused_chunks: let chunks behind the first use a fused causal kernel instead of a [t, T] mask. Only for
+            right-padded input on CUDA in half precision, keys and values of one width up to 256.
     """
     original = attention_implementation(model)
     handles: list[Any] = []
-    token = _ACTIVE.set(observer)
+    token = _ACTIVE.set(_Active(observer, fused_chunks))
     was_training = model.training
     try:
         model.eval()
-        for module in modules or []:
+        for module in modules:
             handles.append(_watch_input(module, observer))
         model.set_attn_implementation(_register(original))
         yield
@@ -101,17 +114,18 @@ def _register(base: str) -> str:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        observer = _ACTIVE.get()
-        if observer is not None:
-            observer.on_query(module, query)
-            if base == "sdpa" and _is_later_chunk(query, key, attention_mask):
+        active = _ACTIVE.get()
+        if active is not None:
+            active.observer.on_query(module, query)
+            if active.fused_chunks and base == "sdpa" and _is_later_chunk(query, key, attention_mask):
                 return _lower_right_attention(query, key, value, kwargs.get("scaling"))
         return _base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
 
     base_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
     def mask(**kwargs: Any) -> Any:
-        if base == "sdpa" and _ACTIVE.get() is not None and _is_plain_causal_on_cuda(kwargs):
+        active = _ACTIVE.get()
+        if active is not None and active.fused_chunks and base == "sdpa" and _is_plain_causal(kwargs):
             return None
         return base_mask(**kwargs)
 
@@ -131,17 +145,14 @@ def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
     raise LookupError(f"{type(module).__name__} has no eager attention function")
 
 
-def _is_plain_causal_on_cuda(mask_arguments: dict[str, Any]) -> bool:
-    """Whether a mask only says "causal", so that a fused kernel can do without it (CUDA only)."""
-    return (
-        mask_arguments.get("mask_function") is causal_mask_function
-        and mask_arguments.get("attention_mask") is None
-        and torch.device(mask_arguments.get("device", "cpu")).type == "cuda"
-    )
+def _is_plain_causal(mask_arguments: dict[str, Any]) -> bool:
+    """Whether a mask only says "causal", so that a kernel can do without it."""
+    unpadded = mask_arguments.get("attention_mask") is None
+    return unpadded and mask_arguments.get("mask_function") is causal_mask_function
 
 
 def _is_later_chunk(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    return query.is_cuda and mask is None and 1 < query.shape[2] < key.shape[2]
+    return mask is None and 1 < query.shape[2] < key.shape[2]
 
 
 def _lower_right_attention(

@@ -87,6 +87,15 @@ def _batches(
     return [ids] if ids else []
 
 
+def _can_fuse_chunks(model: PreTrainedModel, inspected: InspectedModel) -> bool:
+    """Whether CUDA's fused causal attention takes chunks that start behind position 0."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and all(one.head_dim == one.value_dim <= 256 for one in inspected.layout.compressible)
+    )
+
+
 def _as_ids(document: TokenIds, tail: int) -> torch.Tensor:
     ids = torch.as_tensor(document, dtype=torch.int64).flatten()
     if ids.numel() == 0:
@@ -155,7 +164,8 @@ class _Run:
         for row, one in enumerate(self.ids):
             padded[row, : one.numel()] = one
         padded = padded.to(self.model.device)
-        with observe(self.model, self.seen, list(self.inspected.modules.values())):
+        modules = list(self.inspected.modules.values())
+        with observe(self.model, self.seen, modules, fused_chunks=_can_fuse_chunks(self.model, self.inspected)):
             for start, end in self._chunks():
                 self.seen.start = start
                 self._forward(padded[:, start:end], start, end)

@@ -23,6 +23,7 @@ def _as_slice(dims: torch.Tensor) -> slice | torch.Tensor:
     values = dims.tolist()
     if len(values) == 1:
         return slice(values[0], values[0] + 1)
+    assert dims.device.type == "cpu", "planes stay on the CPU: reading them must not wait for a GPU"
     steps = {after - before for before, after in zip(values, values[1:], strict=False)}
     if len(steps) == 1 and (step := steps.pop()) > 0:
         return slice(values[0], values[-1] + 1, step)
@@ -36,23 +37,23 @@ def rotate_planes(
 
     Args:
         keys: any float dtype [t, heads, D].
-        planes: int64 [P, 2], dimension pairs that turn together.
+        planes: int64 [P, 2] on the CPU, dimension pairs that turn together.
         cos, sin: [t, P], scale included.
 
     Returns:
         float32 [t, heads, D], a new tensor.
     """
     if planes.shape[0] == 0:
-        return keys.float().clone() if keys.dtype == torch.float32 else keys.float()
+        return keys.to(torch.float32, copy=True)
     first, second = _as_slice(planes[:, 0]), _as_slice(planes[:, 1])
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    x, y = keys[..., first], keys[..., second]
+    x, y = keys[..., first].float(), keys[..., second].float()
     if 2 * planes.shape[0] == keys.shape[-1]:
         out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     else:
         out = keys.to(torch.float32, copy=True)
-    out[..., first] = torch.addcmul(x * cos, y, sin, value=-1)
-    out[..., second] = torch.addcmul(y * cos, x, sin)
+    out[..., first] = (x * cos).addcmul_(y, sin, value=-1)
+    out[..., second] = (y * cos).addcmul_(x, sin)
     return out
 
 
@@ -68,7 +69,7 @@ class RotaryTable:
     """How one kind of layer is rotated at each position; the same in another process.
 
     Args:
-        planes: int64 [P, 2]: dimension pairs that turn together; P = 0 means no rotation (NoPE).
+        planes: int64 [P, 2] on the CPU: dimension pairs that turn together; P = 0 means no rotation (NoPE).
         inv_freq: float32 [P], angle per position, or None when only the recorded tables reproduce it.
         scaling: common scale of cos and sin.
         rounding: dtype the model rounds cos and sin to before use.
@@ -142,13 +143,13 @@ class RotaryTable:
         )
 
     def to(self, device: torch.device | str) -> RotaryTable:
-        """The same table with its tensors on `device`."""
+        """The same table with its angles on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device)
-            for name in ("planes", "inv_freq", "cos", "sin")
+            for name in ("inv_freq", "cos", "sin")
             if (value := getattr(self, name)) is not None
         }
-        return RotaryTable(**{"scaling": self.scaling, "rounding": self.rounding, **moved})
+        return RotaryTable(self.planes, scaling=self.scaling, rounding=self.rounding, **moved)
 
 
 def pack_tables(tables: Mapping[int, RotaryTable]) -> tuple[dict[str, torch.Tensor], dict[int, int]]:

@@ -26,7 +26,7 @@ class RotaryForm:
     """How one attention module applies the model's `position_embeddings` to its keys.
 
     Args:
-        planes: int64 [P, 2]: dimension pairs that turn together; P = 0 means the keys are not rotated.
+        planes: int64 [P, 2] on the CPU: dimension pairs that turn together; P = 0 means the keys are not rotated.
         cos_columns, sin_columns: int64 [P], the column of the model's cos and sin that turns each plane.
     """
 
@@ -76,11 +76,11 @@ def probe_rotary_form(module: nn.Module, arguments: dict[str, Any]) -> RotaryFor
     if embeddings is None:
         return _form_without_embeddings(module, arguments)
     columns = split_cos_sin(embeddings)[0].shape[-1]
-    keys = _keys_of(module, arguments, _marker_rows(embeddings, columns))
+    keys = _keys_of(module, arguments, _marker_rows(embeddings, columns)).cpu()
     plain, turned, real = keys[0], keys[1], keys[-1]
     if torch.equal(plain, real) and torch.equal(plain, turned):
         _refuse_unless(_ignores_position(module, arguments), module, "rotates keys by itself")
-        return _no_rotation(plain.device)
+        return _no_rotation()
     bits = _bit_count(columns)
     planes, signs_fit = _find_planes(plain, turned)
     _refuse_unless(signs_fit, module, "does not turn key dimensions in pairs")
@@ -93,14 +93,14 @@ def probe_rotary_form(module: nn.Module, arguments: dict[str, Any]) -> RotaryFor
     return form
 
 
-def _no_rotation(device: torch.device) -> RotaryForm:
-    empty = torch.empty(0, dtype=torch.int64, device=device)
+def _no_rotation() -> RotaryForm:
+    empty = torch.empty(0, dtype=torch.int64)
     return RotaryForm(empty.reshape(0, 2), empty, empty)
 
 
 def _form_without_embeddings(module: nn.Module, arguments: dict[str, Any]) -> RotaryForm:
     _refuse_unless(_ignores_position(module, arguments), module, "rotates keys by itself")
-    return _no_rotation(arguments["hidden_states"].device)
+    return _no_rotation()
 
 
 def _refuse_unless(condition: bool, module: nn.Module, what: str) -> None:
@@ -204,7 +204,7 @@ def _explains(
     cos, sin = form.plane_tables(embeddings)
     tokens = cos.shape[-2]
     shape = (tokens, plain.shape[0] // tokens, plain.shape[1])
-    found = form.unrotate(real.reshape(shape), cos[0], sin[0])
+    found = form.unrotate(real.reshape(shape), cos[0].cpu(), sin[0].cpu())
     expected = plain.reshape(shape).float()
     error = (found - expected).norm() / expected.norm().clamp_min(1e-30)
     return bool(error < _TOLERANCE.get(plain.dtype, 1e-4))
