@@ -57,7 +57,7 @@ def list_files(paths: Sequence[str | Path]) -> list[CorpusFile | Rejected]:
         if path.is_dir():
             found.extend(_walk(path.resolve()))
         elif path.exists():
-            found.append(CorpusFile(path.resolve(), path.name))
+            found.append(CorpusFile(path.resolve(), printable(path.name)))
         else:
             raise CorpusError(f"no such file or folder: {path}", hint="check the paths after --docs")
     if not found:
@@ -145,5 +145,10 @@ def _entry(root: Path, path: Path) -> CorpusFile | Rejected | None:
 
 
 def _uri(root: Path, path: Path) -> str:
-    relative = os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
-    return f"{root.name}/{relative}"
+    return printable(f"{root.name}/{path.relative_to(root).as_posix()}")
+
+
+def printable(name: str) -> str:
+    """The name with what a terminal or a JSON reader could choke on written as escapes."""
+    decoded = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in decoded)

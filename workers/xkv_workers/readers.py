@@ -13,6 +13,8 @@ from xkv_workers.errors import BadDocument
 MAX_DOCUMENT_BYTES = 64 * 2**20
 """A document above this is refused unread: no model's window holds 16 million tokens of text."""
 
+MAX_ID_LETTERS = 512
+
 _HTML_UNSEEN = ("script", "style", "template", "noscript", "head")
 
 
@@ -110,6 +112,8 @@ def _record(raw: bytes, number: int) -> tuple[str, str]:
         name = str(name)
     if not isinstance(name, str) or not name.strip():
         raise BadDocument(f'line {number} has no "id"')
+    if len(name) > MAX_ID_LETTERS or not name.isprintable():
+        raise BadDocument(f'the "id" in line {number} is too long or not printable')
     if not isinstance(text, str):
         raise BadDocument(f'line {number} has no "text"')
     return name, text

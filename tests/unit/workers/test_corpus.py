@@ -192,3 +192,14 @@ def tiny_pdf(text: str) -> bytes:
     table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
     trailer = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(content))
     return content + b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + table + trailer
+
+
+def test_names_cannot_command_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m\n.txt").write_text("alpha")
+    (tmp_path / "b.jsonl").write_text(
+        '{"id": "\\u001b[2J", "text": "x"}\n' + json.dumps({"id": "a" * 600, "text": "x"})
+    )
+    found = read(tmp_path)
+    assert found[0].uri.endswith("/a\\x1b[31m\\n.txt")
+    assert all("too long or not printable" in item.reason for item in found[1:] if isinstance(item, Rejected))
+    assert len(found) == 3

@@ -1,0 +1,125 @@
+"""`xkv ls`, `show`, `verify` and `rm`: what is in a store."""
+
+from __future__ import annotations
+
+import click
+
+from xkv_cli.options import json_option, store_options
+
+
+@click.command()
+@store_options
+@json_option
+def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """List the artifacts in the store, last used first.
+
+    \b
+    Examples:
+      xkv ls
+      xkv ls --store s3://bucket/kv --redis redis://host:6379/0
+      xkv ls --json | jq '.artifacts[].document'
+
+    \b
+    With --json, one object:
+      {"artifacts": [{"id", "document", "tokens", "bytes", "bytes_full", "ratio", "fidelity", "model",
+                      "namespace", "created", "last_used", ...}]}
+    """
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        entries = store.entries(on_fault=lambda fault: render.complain(fault.message, fault.hint))
+    if as_json:
+        render.as_json({"artifacts": [entry.model_dump(mode="json") for entry in entries]})
+    else:
+        render.entries(entries)
+    return 0
+
+
+@click.command()
+@click.argument("artifact", metavar="ID")
+@store_options
+@json_option
+def show(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """Show one artifact: model, document, ranks, fidelity.
+
+    ID may be shortened to its first digits (4 or more) as long as they are unique.
+
+    \b
+    Examples:
+      xkv show 3fa9c1
+      xkv show 3fa9c1 --json
+    """
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+    from xkv_workers.inventory import describe, resolve
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        found = describe(store, resolve(store, artifact))
+    render.as_json(found.as_dict()) if as_json else render.description(found)
+    return 0
+
+
+@click.command()
+@click.argument("artifacts", metavar="[ID...]", nargs=-1)
+@store_options
+@json_option
+def verify(artifacts: tuple[str, ...], store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """Re-read every byte of all artifacts, or of those given, and check it.
+
+    Names each artifact that fails. Nothing is changed: a bad artifact is put aside when it is next loaded, or
+    remove it with `xkv rm` and compute it again.
+
+    \b
+    Examples:
+      xkv verify
+      xkv verify 3fa9c1 77d0
+
+    \b
+    With --json, one object:
+      {"artifacts", "failed", "faults": [{"id", "reason"}]}
+
+    Exit status: 0 every byte is as written, 1 some artifact is not.
+    """
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+    from xkv_workers.inventory import resolve
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        ids = [resolve(store, artifact) for artifact in artifacts] or None
+        results = list(store.verify(ids))
+    bad = [result for result in results if result.fault is not None]
+    if as_json:
+        faults = [{"id": result.artifact_id, "reason": result.fault} for result in bad]
+        render.as_json({"artifacts": len(results), "failed": len(bad), "faults": faults})
+    else:
+        render.verification(len(results), bad)
+    return 1 if bad else 0
+
+
+@click.command()
+@click.argument("artifact", metavar="ID")
+@store_options
+@json_option
+def rm(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """Remove one artifact from the store and the catalog.
+
+    \b
+    Example:
+      xkv rm 3fa9c1
+
+    \b
+    With --json, one object:
+      {"removed": ID}
+    """
+    from xkv_artifacts.errors import ArtifactNotFound
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+    from xkv_workers.inventory import resolve
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        found = resolve(store, artifact)
+        if not store.remove(found):
+            raise ArtifactNotFound(f"artifact {found} is not in {store_url}")
+    render.as_json({"removed": found}) if as_json else click.echo(f"removed {found}")
+    return 0

@@ -1,0 +1,62 @@
+"""Options that several commands share, each one decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from xkv_workers.settings import default_store
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def store_options(command: Command) -> Command:
+    """--store and --redis."""
+    redis = click.option(
+        "--redis",
+        "redis_url",
+        metavar="URL",
+        envvar="XKV_REDIS_URL",
+        help="Redis that keeps the catalog (redis://, rediss://, unix://). Default: XKV_REDIS_URL, else one"
+        " that xkv starts beside the store.",
+    )
+    store = click.option(
+        "--store",
+        "store_url",
+        metavar="URL",
+        default=default_store,
+        show_default=False,
+        help="Where artifacts are kept: a folder, or a URL such as s3://bucket/path. Default: XKV_STORE, else"
+        " ~/.local/share/xkv.",
+    )
+    return store(redis(command))
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout, nothing else."
+    )(command)
+
+
+class ManyValues(click.Command):
+    """A command without arguments, where `--docs a b c` means the same as `--docs a --docs b --docs c`."""
+
+    many = "--docs"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        following = False
+        for word in args:
+            if word.startswith("-"):
+                following = False
+                spread.append(word)
+            elif following:
+                spread += [self.many, word]
+            else:
+                following = len(spread) > 0 and spread[-1] == self.many
+                spread.append(word)
+            following = following or word.startswith(self.many + "=")
+        return super().parse_args(ctx, spread)

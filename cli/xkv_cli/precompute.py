@@ -1,0 +1,155 @@
+"""`xkv precompute`: parse, run the pipeline, render."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xkv_cli.options import ManyValues, json_option, store_options
+
+
+class RankType(click.ParamType):
+    """A rank: an integer, or the word full."""
+
+    name = "N|full"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "full" or isinstance(value, int):
+            return "full" if value == "full" else int(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f'{value!r} is not a rank: use an integer or "full"', param, ctx)
+
+
+_EXISTING = click.Path(exists=True, path_type=Path)
+
+
+@click.command(cls=ManyValues)
+@click.option(
+    "--docs",
+    "paths",
+    type=_EXISTING,
+    multiple=True,
+    required=True,
+    metavar="PATH...",
+    help="Documents: files and folders, several after one flag or one flag each. Folders are read"
+    " recursively, hidden files left out.",
+)
+@click.option(
+    "--model",
+    metavar="NAME_OR_PATH",
+    help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled model.",
+)
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
+@store_options
+@click.option(
+    "--ratio",
+    type=float,
+    metavar="X",
+    help="Bytes of the exact cache for each byte stored, everything counted. Default: 8.",
+)
+@click.option("--rank-k", type=RankType(), help="Rank of each group's keys instead of --ratio.")
+@click.option("--rank-v", type=RankType(), help="Rank of each group's values; goes with --rank-k.")
+@click.option(
+    "--group-size",
+    type=int,
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Adjacent layers that share token factors.",
+)
+@click.option(
+    "--system-prompt",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="System prompt that every chat about the documents will have.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(["chat", "raw"]),
+    default="chat",
+    show_default=True,
+    help="chat: the document opens the first user turn of the model's chat template. raw: its text alone.",
+)
+@click.option(
+    "--namespace",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="Whose artifacts these are: letters, digits, dots, dashes and underscores.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Worker processes. Default: one per GPU, or one with all cores per machine without.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs. auto: GPUs when there are any.",
+)
+@click.option(
+    "--ray-address",
+    metavar="A",
+    help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the end.',
+)
+@click.option(
+    "--min-fidelity",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="F",
+    help="Publish nothing whose next tokens agree less with the exact cache, 0 to 1. Default: 0.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
+)
+@json_option
+def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
+    """Compress the KV cache of documents and store the factors.
+
+    Each document is prefilled once with exact attention, its cache factorized (xKV), checked against the
+    exact cache, and published as one file. Reads txt, md, rst, html, jsonl ("id" and "text" per line) and
+    pdf (with the extra xkv-service[pdf]). A document that cannot be read is reported and the rest go on.
+
+    Running it again computes only what is new: artifacts are known by the tokens of the document, so a
+    renamed file costs nothing. It can be interrupted or killed at any time, and several can run at once.
+
+    \b
+    Examples:
+      xkv precompute --docs handbook/ notes.md
+      xkv precompute --docs corpus/*.txt --ratio 16 --dry-run
+      xkv precompute --docs corpus/ --model ./llama --system-prompt system.txt --store s3://bucket/kv
+      xkv precompute --docs corpus/ --rank-k 384 --rank-v 576 --min-fidelity 0.9 --json
+
+    \b
+    With --json, one object:
+      {"documents", "computed", "reused", "failed", "errors": [{"document", "reason"}], "tokens",
+       "bytes_full", "bytes_stored", "ratio", "seconds",
+       "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity"}]}
+    With --dry-run --json:
+      {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
+       "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}]}
+
+    Exit status: 0 all is well, 1 some documents failed, 2 wrong usage, 130 interrupted.
+    """
+    from xkv_cli import render
+    from xkv_cli.progress import watch
+    from xkv_workers.precompute import estimate, run
+    from xkv_workers.request import Request
+
+    request = Request.create(**options)
+    if dry_run:
+        forecast = estimate(request)
+        render.as_json(forecast.as_dict()) if as_json else render.forecast(forecast)
+        return 1 if forecast.errors else 0
+    with watch(sys.stderr) as observer:
+        report = run(request, observer)
+    render.as_json(report.as_dict()) if as_json else render.report(report)
+    return 1 if report.errors else 0

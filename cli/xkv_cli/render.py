@@ -1,0 +1,214 @@
+"""Results as a person reads them, or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.store import Verification
+from xkv_workers.doctor import Check
+from xkv_workers.estimate import Forecast
+from xkv_workers.inventory import Description
+from xkv_workers.report import DocumentError, Report
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def as_json(result: Mapping[str, Any]) -> None:
+    """One object on stdout."""
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a whole part."""
+    for unit in _UNITS[:-1]:
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one, or a dash when there is none."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def rows(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one pair a line."""
+    listing = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in pairs:
+        listing.add_row(Text(name), Text(value, overflow="fold"))
+    _console().print(listing)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table; the columns named in `right` hold numbers."""
+    listing = Table(box=None, pad_edge=False)
+    for name in head:
+        listing.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
+    for line in lines:
+        listing.add_row(*(Text(cell, overflow="fold") for cell in line))
+    _console().print(listing)
+
+
+def report(result: Report) -> None:
+    """The summary of a run."""
+    rows(
+        "",
+        [
+            ("documents", f"{result.documents:,}"),
+            ("computed", f"{result.computed:,}"),
+            ("reused", f"{result.reused:,}"),
+            ("failed", f"{result.failed:,}"),
+            ("tokens", f"{result.tokens:,}"),
+            ("exact cache", size(result.bytes_full)),
+            ("stored", size(result.bytes_stored)),
+            ("ratio", f"{result.ratio:.2f}x" if result.ratio else "-"),
+            ("fidelity, worst", percent(result.worst_fidelity)),
+            ("fidelity, median", percent(result.median_fidelity)),
+            ("time", f"{result.seconds:.1f} s"),
+        ],
+    )
+    errors(result.errors)
+
+
+def forecast(result: Forecast) -> None:
+    """What a run would do."""
+    table(
+        ("document", "action", "tokens", "exact cache", "stored"),
+        [
+            (line.document, line.action, f"{line.tokens:,}", size(line.bytes_full), size(line.bytes))
+            for line in result.plan
+        ],
+        right=("tokens", "exact cache", "stored"),
+    )
+    rows(
+        "",
+        [
+            ("documents", f"{result.documents:,}"),
+            ("to compute", f"{result.compute:,}"),
+            ("to reuse", f"{result.reuse:,}"),
+            ("cannot be done", f"{result.failed:,}"),
+            ("tokens to compute", f"{result.tokens:,}"),
+            ("exact cache", size(result.bytes_full)),
+            ("to store", f"at most {size(result.bytes_stored)}"),
+            ("time", f"about {result.seconds:.0f} s ({result.seconds_basis})"),
+        ],
+    )
+    errors(result.errors)
+
+
+def errors(found: Sequence[DocumentError]) -> None:
+    """Documents that have no artifact, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    for error in found:
+        console.print(Text.assemble(("failed ", "red"), f"{error.document}: {error.reason}"), soft_wrap=True)
+
+
+def complain(message: str, hint: str = "") -> None:
+    """An error on stderr, in one line, and what to do about it in another."""
+    sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
+
+
+def entries(found: Sequence[Entry]) -> None:
+    """A line for each artifact."""
+    table(
+        ("id", "document", "tokens", "stored", "ratio", "fidelity", "created", "model"),
+        [
+            (
+                entry.id[:12],
+                entry.document,
+                f"{entry.tokens:,}",
+                size(entry.bytes),
+                f"{entry.ratio:.2f}x",
+                percent(entry.fidelity),
+                _date(entry.created),
+                Path(entry.model).name,
+            )
+            for entry in found
+        ],
+        right=("id", "tokens", "stored", "ratio", "fidelity", "created"),
+    )
+
+
+def description(found: Description) -> None:
+    """Everything about one artifact, then its groups."""
+    manifest = found.manifest
+    fidelity = manifest.fidelity
+    rows(
+        "",
+        [
+            ("id", manifest.id),
+            ("document", manifest.document.uri),
+            ("document sha256", manifest.document.sha256),
+            ("model", f"{manifest.model.name} ({manifest.model.architecture}, {manifest.model.dtype})"),
+            ("model fingerprint", manifest.model.fingerprint),
+            ("namespace", manifest.namespace),
+            ("created", _date(manifest.created.timestamp())),
+            ("tokens", f"{manifest.tokens:,}"),
+            ("exact cache", size(manifest.bytes_full)),
+            ("stored", f"{size(found.bytes)} ({manifest.bytes_full / found.bytes:.2f}x less)"),
+            (
+                "fidelity",
+                f"{percent(fidelity.top1_agreement)} same next token, {fidelity.positions} positions",
+            ),
+            ("KL divergence", f"{fidelity.kl:.4f} nats"),
+            ("spec", ", ".join(f"{k}={v}" for k, v in manifest.spec.items() if v is not None)),
+        ],
+    )
+    table(
+        ("group", "layers", "rank K", "rank V", "error K", "error V"),
+        [
+            (
+                str(number),
+                f"{group.layers[0]}-{group.layers[-1]}",
+                str(group.rank_k),
+                str(group.rank_v),
+                percent(key_error),
+                percent(value_error),
+            )
+            for number, (group, key_error, value_error) in enumerate(
+                zip(manifest.groups, fidelity.key_error, fidelity.value_error, strict=False)
+            )
+        ],
+        right=("group", "rank K", "rank V", "error K", "error V"),
+    )
+
+
+def verification(count: int, bad: Sequence[Verification]) -> None:
+    """How many artifacts are as written, and each that is not."""
+    sys.stdout.write(f"{count - len(bad)} of {count} artifacts are as written\n")
+    faults(bad)
+
+
+def faults(bad: Sequence[Verification]) -> None:
+    """Artifacts that cannot be used, on stderr."""
+    for result in bad:
+        sys.stderr.write(f"failed {result.artifact_id}: {result.fault}\n")
+
+
+def checks(found: Sequence[Check]) -> None:
+    """A line for each check of this machine, and how to mend what failed."""
+    colours = {"ok": "green", "warning": "yellow", "failed": "red"}
+    listing = Table(box=None, pad_edge=False, show_header=False)
+    for check in found:
+        fix = f"\nfix: {check.fix}" if check.fix else ""
+        listing.add_row(Text(check.status, colours[check.status]), Text(check.name), Text(check.detail + fix))
+    _console().print(listing)
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _console() -> Console:
+    return Console(highlight=False)

@@ -1,0 +1,125 @@
+"""The `xkv` command without its work: help, usage errors, what is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from xkv_cli.main import xkv
+
+XKV = [sys.executable, "-m", "xkv_cli"]
+COMMANDS = ["precompute", "ls", "show", "verify", "rm", "index", "gc", "doctor"]
+HEAVY = ("torch", "ray", "transformers", "redis", "pydantic", "numpy", "fsspec")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for arguments in (["--help"], ["ls", "--help"], ["precompute", "--help"]):
+        script = (
+            "import sys\nfrom xkv_cli.main import xkv\n"
+            f"xkv.main({arguments!r}, standalone_mode=False)\n"
+            f"print(sorted(set(sys.modules) & set({HEAVY!r})), file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "[]", arguments
+
+
+def test_help_is_quick() -> None:
+    best = min(timed([*XKV, "--help"]) for _ in range(3))
+    assert best < 0.5, f"{best:.2f} s"
+
+
+def timed(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
+    arguments = ["index", "rebuild"] if command == "index" else [command]
+    done = CliRunner().invoke(xkv, [*arguments, "--help"])
+    assert done.exit_code == 0
+    assert "Example" in done.output and "--json" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["precompute"],
+        ["precompute", "--docs", "does-not-exist"],
+        ["precompute", "--docs", ".", "--rank-k", "many"],
+        ["precompute", "--docs", ".", "--min-fidelity", "2"],
+        ["precompute", "--docs", ".", "--workers", "0"],
+        ["show"],
+        ["gc"],
+    ],
+)
+def test_wrong_usage_exits_2_with_one_line(arguments: list[str]) -> None:
+    done = subprocess.run([*XKV, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert "Error" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_docs_takes_several_paths_after_one_flag(tmp_path: Path) -> None:
+    from xkv_cli.precompute import precompute
+
+    a, b, c = (tmp_path / name for name in "abc")
+    for path in (a, b, c):
+        path.mkdir()
+    for arguments in (
+        ["--docs", a, b, c],
+        ["--docs", a, "--docs", b, "--docs", c],
+        ["--json", "--docs", a, b, "--ratio", "4", "--docs", c],
+        [f"--docs={a}", b, c],
+    ):
+        context = precompute.make_context("precompute", [str(word) for word in arguments])
+        assert context.params["paths"] == (a, b, c), arguments
+
+
+def test_a_word_that_belongs_to_no_option_is_wrong_usage(tmp_path: Path) -> None:
+    done = CliRunner().invoke(xkv, ["precompute", "--docs", str(tmp_path), "--json", "stray"])
+    assert done.exit_code == 2
+    assert "stray" in done.output
+
+
+def test_the_store_comes_from_option_variable_or_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xkv_workers.settings import default_store
+
+    monkeypatch.delenv("XKV_STORE", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert default_store() == str(Path.home() / ".local/share/xkv")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert default_store() == "/data/xkv"
+    monkeypatch.setenv("XKV_STORE", "s3://bucket/kv")
+    assert default_store() == "s3://bucket/kv"
+
+
+def test_an_unexpected_error_is_one_line_unless_debugging() -> None:
+    script = (
+        "import click, xkv_cli.main as main\n"
+        "@main.xkv.command('boom')\ndef boom():\n    raise ZeroDivisionError('two\\nlines')\n"
+        "main._COMMANDS['boom'] = ('__main__', 'boom')\n"
+        "import sys; sys.argv = ['xkv', 'boom']\nmain.main()"
+    )
+    environment = {**os.environ, "XKV_DEBUG": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: unexpected ZeroDivisionError: two lines"
+    assert "Traceback" not in done.stderr
+    environment["XKV_DEBUG"] = "1"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_the_documentation_of_the_command_is_up_to_date() -> None:
+    tool = Path(__file__).resolve().parents[3] / "tools" / "cli_docs.py"
+    done = subprocess.run([sys.executable, str(tool), "--check"], check=False)
+    assert done.returncode == 0, "run: python tools/cli_docs.py"

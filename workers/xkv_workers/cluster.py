@@ -1,0 +1,138 @@
+"""Starting Ray on this machine, or joining a cluster: quiet, and never longer than a stated time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+
+from xkv_workers.errors import RayUnavailable
+from xkv_workers.messages import Device
+
+CONNECT_SECONDS = 30
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Documents cross as token ids, so Ray's shared memory stays small."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the cluster can give: alive nodes, their CPUs and GPUs, and the CPUs of the smallest node."""
+
+    nodes: int
+    cpus: int
+    gpus: int
+    node_cpus: int
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[Room]:
+    """Ray, started here or joined at `address` ("host:port" or "auto"), and left again at the end.
+
+    Raises:
+        RayUnavailable: it does not start, or nothing answers at the address.
+    """
+    import ray
+
+    with redirect_stdout(_LogLines()):  # Ray prints workers' deaths on stdout, which is for results
+        _connect(address)
+        try:
+            yield _room()
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on every start
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address is None:
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+            )
+        else:
+            _check_health(address)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, TimeoutError, OSError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise RayUnavailable(
+            f"Ray does not start {where}: {' '.join(str(error).split())[:300]}",
+            hint="see `xkv doctor`" if address is None else "check --ray-address and `ray status` there",
+        ) from None
+
+
+def _check_health(address: str) -> None:
+    """Fail soon when nothing answers: `ray.init` alone tries for minutes."""
+    if ":" not in address or "://" in address:
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(f"no answer within {CONNECT_SECONDS} s") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        raise ConnectionError(lines[-1] if lines else "not a healthy Ray cluster") from None
+
+
+def _room() -> Room:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(resources.get("CPU", 0)) for resources in nodes]
+    return Room(
+        nodes=len(nodes),
+        cpus=sum(cpus),
+        gpus=sum(int(resources.get("GPU", 0)) for resources in nodes),
+        node_cpus=min((count for count in cpus if count), default=0),
+    )
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many workers, and what each gets: a whole GPU, or `threads` CPUs."""
+
+    workers: int
+    device: Device
+    threads: int
+
+
+def plan_crew(room: Room, device: str, workers: int | None) -> Crew:
+    """The workers to start: by default one per GPU, or one per node on CPU with all its cores.
+
+    One CPU worker with every core measured faster than several with a share each (docs/architecture.md).
+
+    Raises:
+        RayUnavailable: a GPU is asked for and there is none, or more workers than fit.
+    """
+    if device == "cuda" or (device == "auto" and room.gpus):
+        if room.gpus < max(workers or 1, 1):
+            raise RayUnavailable(
+                f"{workers or 1} workers need as many GPUs; Ray sees {room.gpus}",
+                hint="use --device cpu, or fewer --workers",
+            )
+        return Crew(workers or room.gpus, "cuda", max(room.cpus // room.gpus, 1))
+    if room.cpus < (workers or 1):
+        raise RayUnavailable(f"{workers or 1} workers need as many CPUs; Ray sees {room.cpus}")
+    if workers is None:
+        return Crew(room.nodes, "cpu", room.node_cpus)
+    per_node = -(-workers // room.nodes)
+    return Crew(workers, "cpu", max(room.node_cpus // per_node, 1))
+
+
+class _LogLines(io.TextIOBase):
+    """A stdout that keeps Ray's notices for the log."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.debug("%s", text.strip())
+        return len(text)

@@ -1,0 +1,84 @@
+"""Everything that crosses a process boundary, as plain frozen values."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Literal
+
+from xkv_artifacts.manifest import DocumentRef
+from xkv_service.spec import CompressionSpec
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker needs to know before its first document.
+
+    Args:
+        model, revision: as given to `--model` and `--revision`; each worker loads it by itself.
+        fingerprint: of the model the driver planned with; a worker that loads another one refuses to work.
+        device: where the model runs. threads: CPU threads for torch.
+        store_url, redis_url: where blobs and catalog entries go.
+        namespace, spec: of every artifact of the run.
+        min_fidelity: artifacts below are not published; 0 publishes all.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    device: Device
+    threads: int
+    store_url: str
+    redis_url: str
+    namespace: str
+    spec: CompressionSpec
+    min_fidelity: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrefixJob:
+    """One artifact to compute.
+
+    Args:
+        artifact_id: from fingerprint, namespace, token ids and spec.
+        token_ids: array of type "i".
+        document: the first document with these tokens.
+    """
+
+    artifact_id: str
+    token_ids: array[int]
+    document: DocumentRef
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An artifact that is published.
+
+    Args:
+        tokens: in the prefix. bytes_full: of its exact cache. bytes_stored: of its blob.
+        fidelity: top-1 agreement with the exact cache, 0 to 1.
+    """
+
+    artifact_id: str
+    tokens: int
+    bytes_full: int
+    bytes_stored: int
+    fidelity: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An artifact that is not published, and why, in one line. `again`: another try may well succeed."""
+
+    artifact_id: str
+    reason: str
+    again: bool = False
+
+
+Outcome = Stored | Failed

@@ -1,0 +1,69 @@
+"""From a corpus file to artifact ids: render, tokenize, and refuse early what no worker could do."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xkv_artifacts.errors import XKVError
+from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.manifest import DocumentRef
+from xkv_workers.corpus import CorpusFile, Document, Rejected, read_file
+from xkv_workers.messages import PrefixJob
+
+Render = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the documents of a run become.
+
+    Args:
+        fingerprint, namespace, spec: of every artifact (`spec` in its canonical form).
+        render: a document's text to the token ids of its prefix; raises InvalidPrompt.
+        check_size: raises InvalidSpec when a prefix of so many tokens cannot be compressed as asked.
+        window: tokens the model can read, None when it does not say.
+    """
+
+    fingerprint: str
+    namespace: str
+    spec: Mapping[str, Any]
+    render: Render
+    check_size: Callable[[int], object]
+    window: int | None
+
+
+def plan(files: Sequence[CorpusFile | Rejected], target: Target) -> Iterator[PrefixJob | Rejected]:
+    """A job for every document that can be compressed, in corpus order, and a reason for each other one."""
+    for file in files:
+        if isinstance(file, Rejected):
+            yield file
+            continue
+        for document in read_file(file):
+            yield document if isinstance(document, Rejected) else _plan(document, target)
+
+
+def _plan(document: Document, target: Target) -> PrefixJob | Rejected:
+    try:
+        token_ids = array("i", target.render(document.text))
+        if target.window is not None and len(token_ids) >= target.window:
+            return Rejected(document.uri, _too_long(len(token_ids), target.window))
+        target.check_size(len(token_ids))
+    except XKVError as error:
+        return Rejected(document.uri, reason_of(error))
+    return PrefixJob(
+        artifact_id(target.fingerprint, target.namespace, token_ids, target.spec),
+        token_ids,
+        DocumentRef(uri=document.uri, sha256=document.sha256),
+    )
+
+
+def _too_long(tokens: int, window: int) -> str:
+    return f"too long: {tokens:,} tokens, and the model's window of {window:,} has to hold a chat as well"
+
+
+def reason_of(error: XKVError) -> str:
+    """An error as one line: what was wrong, and the hint in parentheses."""
+    return f"{error.message} ({error.hint})" if error.hint else error.message

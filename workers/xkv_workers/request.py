@@ -1,0 +1,74 @@
+"""What a run of precompute was asked to do, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xkv_artifacts.keys import check_namespace
+from xkv_service.spec import CompressionSpec, Rank
+from xkv_workers.errors import CorpusError
+
+_PROMPT_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run. The fields are the options of `xkv precompute`.
+
+    Args:
+        paths: files and folders. model: None is the bundled one. system_prompt: its text.
+        redis_url: None is the embedded one. workers: None leaves the number to the machine.
+    """
+
+    paths: tuple[Path, ...]
+    store_url: str
+    spec: CompressionSpec
+    model: str | None = None
+    revision: str | None = None
+    redis_url: str | None = None
+    system_prompt: str | None = None
+    template: Literal["chat", "raw"] = "chat"
+    namespace: str = "default"
+    workers: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ray_address: str | None = None
+    min_fidelity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_namespace(self.namespace)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        ratio: float | None,
+        rank_k: Rank | None,
+        rank_v: Rank | None,
+        group_size: int,
+        system_prompt: Path | None,
+        **fields: object,
+    ) -> Request:
+        """From the options as given.
+
+        Raises:
+            InvalidSpec, InvalidNamespace, CorpusError: a value that no run can have.
+        """
+        spec = CompressionSpec(group_size=group_size, ratio=ratio, rank_k=rank_k, rank_v=rank_v)
+        prompt = None if system_prompt is None else _read_prompt(system_prompt)
+        return cls(spec=spec, system_prompt=prompt, **fields)  # type: ignore[arg-type]
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_PROMPT_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise CorpusError(f"system prompt {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CorpusError(f"system prompt {path} is not UTF-8", hint="save it as UTF-8 text") from None
+    if len(content) > _PROMPT_BYTES or "\0" in text or not text.strip():
+        raise CorpusError(f"system prompt {path} is empty, binary or larger than 1 MiB")
+    return text

@@ -1,0 +1,214 @@
+"""Which document is computed when, by whom, and how often: the loop of the driver process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from xkv_workers.corpus import Rejected
+from xkv_workers.errors import RayUnavailable
+from xkv_workers.messages import Failed, PrefixJob, Stored
+from xkv_workers.observer import Observer, Progress
+from xkv_workers.pool import Crash, Finished, WorkerPool
+from xkv_workers.report import Ledger
+from xkv_workers.shelf import Shelf
+
+MAX_STRIKES = 3
+"""Tries of a document whose worker died or asked for another try. After the first it is computed alone."""
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Most tokens, padding included, that are prefilled at once; a longer document goes alone."""
+
+PENDING_TOKENS = 50_000_000
+"""Tokens held ready (200 MB); reading the corpus waits when there are more."""
+
+LOOK_SECONDS = 0.5
+START_SECONDS = 300
+_TURN_SECONDS = 0.2
+
+Item = PrefixJob | Rejected | BaseException | None
+
+
+class Scheduler:
+    """Runs a plan to its end. Documents that another process computes are waited for, not computed."""
+
+    def __init__(
+        self, shelf: Shelf, open_pool: Callable[[], WorkerPool], ledger: Ledger, observer: Observer
+    ) -> None:
+        self._shelf, self._open_pool, self._ledger, self._observer = shelf, open_pool, ledger, observer
+        self._inbox: queue.Queue[Item] = queue.Queue(maxsize=256)
+        self._reading = True
+        self._pending: list[PrefixJob] = []
+        self._elsewhere: dict[str, PrefixJob] = {}
+        self._strikes: Counter[str] = Counter()
+        self._pool: WorkerPool | None = None
+        self._first_ready = self._looked = 0.0
+        self._moved = time.monotonic()
+
+    def run(self, plan: Iterable[PrefixJob | Rejected]) -> None:
+        """Settle every document of the plan in the ledger.
+
+        Raises:
+            XKVError: Ray, the model or Redis cannot be had; what is settled stays settled.
+        """
+        reader = threading.Thread(target=self._read, args=(plan,), name="xkv-plan", daemon=True)
+        reader.start()
+        while self._reading or self._pending or self._elsewhere or (self._pool and self._pool.busy):
+            self._receive()
+            self._look_elsewhere()
+            self._dispatch()
+            for finished in self._wait():
+                self._settle(finished)
+            self._tell()
+
+    def _read(self, plan: Iterable[PrefixJob | Rejected]) -> None:
+        try:
+            for item in plan:
+                self._inbox.put(item)
+            self._inbox.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that runs the pipeline
+            self._inbox.put(error)
+
+    def _receive(self) -> None:
+        """Take what the reading thread has ready, longest document first from then on."""
+        held = sum(job.tokens for job in self._pending)
+        while self._reading and held < PENDING_TOKENS:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                self._reading = False
+            elif isinstance(item, Rejected):
+                self._ledger.reject(item.uri, item.reason)
+            elif self._ledger.plan(item.artifact_id, item.document) and not self._take_stored(item):
+                self._pending.append(item)
+                held += item.tokens
+        self._pending.sort(key=lambda job: (self._strikes[job.artifact_id], -job.tokens))
+
+    def _take_stored(self, job: PrefixJob) -> bool:
+        stored = self._shelf.find(job.artifact_id)
+        if stored is not None:
+            self._ledger.store(stored, computed=False)
+            self._moved = time.monotonic()
+        return stored is not None
+
+    def _look_elsewhere(self) -> None:
+        """Artifacts other processes work on: stored by now, or theirs no more."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        waiting = {
+            **self._elsewhere,
+            **({} if self._can_work() else {j.artifact_id: j for j in self._pending}),
+        }
+        for artifact_id, job in waiting.items():
+            if self._take_stored(job):
+                self._elsewhere.pop(artifact_id, None)
+                self._pending = [other for other in self._pending if other is not job]
+            elif artifact_id in self._elsewhere and not self._shelf.is_leased(artifact_id):
+                self._pending.append(self._elsewhere.pop(artifact_id))
+
+    def _can_work(self) -> bool:
+        return self._pool is not None and self._pool.ready
+
+    def _dispatch(self) -> None:
+        if self._pending and self._pool is None:
+            self._pool = self._open_pool()
+            self._moved = time.monotonic()
+        if self._pool is None:
+            return
+        if not self._pool.ready:
+            if time.monotonic() - self._moved > START_SECONDS:
+                raise RayUnavailable(
+                    f"no worker was ready within {START_SECONDS} s",
+                    hint="see `ray status`: is there a free CPU or GPU?",
+                )
+            return
+        self._first_ready = self._first_ready or time.monotonic()
+        for slot in sorted(self._pool.slots, key=lambda slot: len(slot.batches)):
+            while slot.free and self._pending:
+                batch, alone = self._next_batch(idle=not slot.batches)
+                if not batch:
+                    break
+                self._pool.submit(slot, batch, alone=alone)
+
+    def _next_batch(self, *, idle: bool) -> tuple[list[PrefixJob], bool]:
+        """The longest documents that fit one batch; one that failed before goes alone to an idle worker."""
+        assert self._pool is not None
+        budget = BATCH_TOKENS[self._pool.crew.device]
+        batch: list[PrefixJob] = []
+        for job in list(self._pending):
+            suspect = self._strikes[job.artifact_id] > 0
+            if suspect and (batch or not idle):
+                continue
+            if batch and batch[0].tokens * (len(batch) + 1) > budget:
+                break
+            self._pending.remove(job)
+            if self._lease(job):
+                batch.append(job)
+                if suspect:
+                    return batch, True
+        return batch, False
+
+    def _lease(self, job: PrefixJob) -> bool:
+        """Whether this process may compute it: nobody else does, and nobody did since it was planned."""
+        if not self._shelf.lease(job.artifact_id):
+            self._elsewhere[job.artifact_id] = job
+            return False
+        if self._take_stored(job):
+            self._shelf.release(job.artifact_id)
+            return False
+        return True
+
+    def _wait(self) -> list[Finished]:
+        if self._pool is not None:
+            return self._pool.wait(_TURN_SECONDS)
+        if self._reading or self._elsewhere:
+            time.sleep(_TURN_SECONDS / 10 if self._reading else _TURN_SECONDS)
+        return []
+
+    def _settle(self, finished: Finished) -> None:
+        self._moved = time.monotonic()
+        if isinstance(finished.result, Crash):
+            self._observer.note(f"worker: {finished.result.reason}; {len(finished.jobs)} documents go again")
+            outcomes = tuple(Failed(job.artifact_id, finished.result.reason, True) for job in finished.jobs)
+            self._settle(Finished(finished.jobs, outcomes))
+            return
+        jobs = {job.artifact_id: job for job in finished.jobs}
+        for outcome in finished.result:
+            if isinstance(outcome, Stored):
+                self._ledger.store(outcome, computed=True)
+            else:
+                self._fail(jobs[outcome.artifact_id], outcome)
+            self._shelf.release(outcome.artifact_id)
+
+    def _fail(self, job: PrefixJob, failed: Failed) -> None:
+        self._strikes[job.artifact_id] += 1
+        if failed.again and self._strikes[job.artifact_id] < MAX_STRIKES:
+            self._pending.append(job)
+        else:
+            tries = self._strikes[job.artifact_id]
+            self._ledger.fail(job.artifact_id, failed.reason + (f" ({tries} tries)" if tries > 1 else ""))
+
+    def _tell(self) -> None:
+        tokens = self._ledger.computed_tokens
+        seconds = time.monotonic() - self._first_ready if self._first_ready else 0.0
+        running = self._pool.running_tokens if self._pool else 0
+        self._observer.progress(
+            Progress(
+                documents=self._ledger.total,
+                settled=self._ledger.settled,
+                reading=self._reading,
+                tokens=tokens,
+                tokens_left=running + sum(job.tokens for job in self._pending),
+                tokens_per_second=tokens / seconds if seconds else 0.0,
+                ratio=self._ledger.ratio,
+            )
+        )
