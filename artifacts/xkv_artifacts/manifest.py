@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 FORMAT: Final = "xkv-prefix"
 VERSION: Final = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(max_length=4096)]
+Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**62)]
 
 
 class _Strict(BaseModel):
@@ -45,23 +47,23 @@ class GroupLayout(_Strict):
         rank_k, rank_v: columns of the token factors of keys and of values.
     """
 
-    layers: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    key_widths: tuple[int, ...]
-    value_widths: tuple[int, ...]
-    rotary: tuple[int, ...]
-    rank_k: int = Field(ge=1)
-    rank_v: int = Field(ge=1)
+    layers: tuple[Index, ...]
+    kv_heads: tuple[Index, ...]
+    key_widths: tuple[Index, ...]
+    value_widths: tuple[Index, ...]
+    rotary: tuple[Index, ...]
+    rank_k: Count
+    rank_v: Count
 
 
 class WindowLayout(_Strict):
-    """One sliding-window layer, kept exact: the last `tokens` tokens of the prefix, keys as cached (rotated)."""
+    """One sliding-window layer, kept exact: the last `tokens` tokens, keys as cached (rotated)."""
 
-    layer: int = Field(ge=0)
-    tokens: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    value_dim: int = Field(ge=1)
+    layer: Index
+    tokens: Count
+    kv_heads: Count
+    head_dim: Count
+    value_dim: Count
 
 
 class Fidelity(_Strict):
@@ -76,7 +78,7 @@ class Fidelity(_Strict):
 
     top1_agreement: float = Field(ge=0, le=1)
     kl: float = Field(ge=0)
-    positions: int = Field(ge=0)
+    positions: Index
     key_error: tuple[float, ...]
     value_error: tuple[float, ...]
 
@@ -88,13 +90,13 @@ class PrefixManifest(_Strict):
     version: Literal[1] = VERSION
     id: Sha256
     model: ModelIdentity
-    namespace: str
+    namespace: Namespace
     spec: dict[str, Any]
-    tokens: int = Field(ge=1)
-    bytes_full: int = Field(ge=1)
+    tokens: Count
+    bytes_full: Count
     groups: tuple[GroupLayout, ...]
     windows: tuple[WindowLayout, ...] = ()
     document: DocumentRef
     fidelity: Fidelity
-    created: datetime
+    created: AwareDatetime
     tensors: dict[str, Sha256] = {}

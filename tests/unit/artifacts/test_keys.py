@@ -1,0 +1,107 @@
+"""Ids are the same everywhere and always, and differ whenever anything differs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xkv_artifacts.errors import InvalidKey, InvalidNamespace
+from xkv_artifacts.keys import BLOCK_TOKENS, artifact_id, block_hashes, check_namespace
+
+FINGERPRINT = "ab" * 32
+SPEC = {"ratio": 8.0, "group_size": 4, "rank_k": None, "index": "sketch"}
+# Printed once by this code: a change of either orphans every stored artifact.
+KNOWN_ID = "17998d397c546e1f9ecc83ca013fe25de7805052320624218be817db39f2dad6"
+KNOWN_BLOCK = "3494a2e2ef963149"
+
+token_lists = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=300)
+
+
+def test_id_and_block_hash_are_the_ones_of_every_earlier_day() -> None:
+    assert artifact_id(FINGERPRINT, "default", range(200), SPEC) == KNOWN_ID
+    assert block_hashes(FINGERPRINT, "default", range(200))[2].hex() == KNOWN_BLOCK
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "random"])
+def test_ids_are_the_same_in_another_process_with_another_hash_seed(seed: str) -> None:
+    code = (
+        "from xkv_artifacts.keys import artifact_id;"
+        f"print(artifact_id('{FINGERPRINT}', 'default', range(200), {dict(reversed(SPEC.items()))!r}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == KNOWN_ID
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("cd" * 32, "default", range(200), SPEC),
+        (FINGERPRINT, "defaulT", range(200), SPEC),
+        (FINGERPRINT, "default", range(201), SPEC),
+        (FINGERPRINT, "default", [*range(199), 7], SPEC),
+        (FINGERPRINT, "default", range(200), {**SPEC, "ratio": 8.5}),
+        (FINGERPRINT, "default", range(200), {**SPEC, "more": None}),
+    ],
+)
+def test_any_changed_part_changes_the_id(changed: tuple) -> None:  # type: ignore[type-arg]
+    assert artifact_id(*changed) != KNOWN_ID
+
+
+def test_whole_numbers_are_the_same_setting_as_integers() -> None:
+    assert artifact_id(FINGERPRINT, "default", range(200), {**SPEC, "ratio": 8}) == KNOWN_ID
+
+
+@given(token_lists, token_lists)
+def test_block_hashes_agree_exactly_as_far_as_the_tokens_do(left: list[int], right: list[int]) -> None:
+    right = left[: len(left) // 2] + right
+    common = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), None)
+    common = min(len(left), len(right)) if common is None else common
+    hashes = block_hashes(FINGERPRINT, "n", left), block_hashes(FINGERPRINT, "n", right)
+    equal = [a == b for a, b in zip(*hashes, strict=False)]
+    assert equal == [(block + 1) * BLOCK_TOKENS <= common for block in range(len(equal))]
+    assert all(len(digest) == 8 and digest[0] < 0x80 for digest in hashes[0])
+
+
+@pytest.mark.parametrize("name", ["default", "a", "A-1_b.c", "...", "x" * 64])
+def test_safe_namespaces_pass(name: str) -> None:
+    assert check_namespace(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a\\b", "a b", "a\n", "é", "x" * 65, "a:b", "a*", "\x00", "٣"]
+)
+def test_other_namespaces_are_refused(name: str) -> None:
+    with pytest.raises(InvalidNamespace, match="not allowed"):
+        artifact_id(FINGERPRINT, name, [1], SPEC)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spec", "fingerprint"),
+    [
+        ([], SPEC, FINGERPRINT),
+        ([-1], SPEC, FINGERPRINT),
+        ([2**31], SPEC, FINGERPRINT),
+        ([1.5], SPEC, FINGERPRINT),
+        (["1"], SPEC, FINGERPRINT),
+        ([1], {"ratio": float("nan")}, FINGERPRINT),
+        ([1], {"ratio": float("inf")}, FINGERPRINT),
+        ([1], {"ratio": object()}, FINGERPRINT),
+        ([1], {1: 2}, FINGERPRINT),
+        ([1], SPEC, "short"),
+        ([1], SPEC, "AB" * 32),
+    ],
+)
+def test_what_no_key_can_be_made_from_is_refused(tokens: list, spec: dict, fingerprint: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(InvalidKey):
+        artifact_id(fingerprint, "default", tokens, spec)
