@@ -13,6 +13,10 @@ class ModelNotFound(XKVError):
     """A model name or path that Transformers cannot load."""
 
 
+class DeviceUnavailable(XKVError):
+    """A device that is not on this machine."""
+
+
 class InvalidSpec(XKVError):
     """A compression setting that is out of range; the message names the field, the value and the fix."""
 
@@ -26,6 +30,7 @@ class InvalidPrompt(XKVError):
 
 
 __all__ = [
+    "DeviceUnavailable",
     "InvalidPrompt",
     "InvalidSpec",
     "ModelNotFound",

@@ -121,9 +121,7 @@ def _name(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
-def _layout_from_probe(
-    model: PreTrainedModel, kinds: dict[int, LayerKind], probe: CacheProbe
-) -> ModelLayout:
+def _layout_from_probe(model: PreTrainedModel, kinds: dict[int, LayerKind], probe: CacheProbe) -> ModelLayout:
     sharing = sorted(set(probe.query_heads) - set(kinds))
     if sharing:
         raise UnsupportedModel(f"{_name(model)}: layer {sharing[0]} reads another layer's keys and values")

@@ -80,7 +80,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """A tiny model of a family in `FAMILIES`, evaluation mode, weights sharpened.
 
     Plain random weights hide real faults: attention is nearly uniform and norms are all ones.

@@ -1,0 +1,202 @@
+"""A model's files: found on disk or on the hub, and read without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from xkv_artifacts.fingerprint import fingerprint_files
+from xkv_artifacts.manifest import ModelIdentity
+from xkv_service.device import DTYPES, resolve_device, resolve_dtype
+from xkv_service.errors import InvalidSpec, ModelNotFound
+from xkv_service.inspect import inspect_model
+from xkv_service.layout import ModelLayout
+
+# What a checkpoint needs to be loaded by Transformers from safetensors; never pickles, never code.
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFiles:
+    """A model folder with config, weights in safetensors and tokenizer; no weight is loaded.
+
+    Args:
+        path: the folder.
+        name: how people call it: the hub's name, or the folder's.
+        dtype: what the model is to run in.
+        device: where the model is to run.
+    """
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's Transformers config."""
+        return read_config(self.path, self.name)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Who the model is, fingerprint included (reads every weight file the first time on a machine)."""
+        architectures = getattr(self.config, "architectures", None) or [self.config.model_type]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ModelIdentity(
+            fingerprint=fingerprint_files(self.path, dtype=dtype),
+            name=self.name,
+            architecture=architectures[0],
+            dtype=dtype,
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ModelNotFound: the folder has none that Transformers reads.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelNotFound(
+                f"{self.name} has no tokenizer that can be loaded: {first_line(error)}",
+                hint="put tokenizer.json and tokenizer_config.json beside the weights",
+            ) from error
+
+    @cached_property
+    def layout(self) -> ModelLayout:
+        """The layout of the model's cache, from its config alone.
+
+        Raises:
+            UnsupportedModel: the cache cannot be compressed.
+            ModelNotFound: Transformers has no causal language model for the config.
+        """
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=self.dtype, trust_remote_code=False
+                )
+        except (ValueError, KeyError, AttributeError, ImportError) as error:
+            raise ModelNotFound(
+                f"{self.name} is no causal language model of this Transformers: {first_line(error)}",
+                hint="use a decoder-only language model that Transformers supports without remote code",
+            ) from error
+        return inspect_model(model)
+
+    @property
+    def context_window(self) -> int | None:
+        """Most tokens the model can take, or None when its config does not say."""
+        return context_window(self.config)
+
+
+def find_model(
+    name_or_path: str | Path, revision: str | None = None, *, dtype: str = "auto", device: str = "auto"
+) -> ModelFiles:
+    """Find a model's files by folder or hub name (downloaded into the hub's cache when missing).
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+        dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU) or one of float32, bfloat16, float16.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ModelNotFound: no such model, or it has no weights in safetensors.
+        DeviceUnavailable: that device is not here.
+        InvalidSpec: an unknown dtype.
+    """
+    target = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidSpec(f"dtype={dtype!r} is unknown", hint=f"use auto or one of {', '.join(DTYPES)}")
+    path = _folder(name_or_path) or _snapshot(str(name_or_path), revision)
+    name = path.resolve().name if Path(name_or_path).expanduser().is_dir() else str(name_or_path)
+    _refuse_without_safetensors(path, name)
+    return ModelFiles(path, name, resolve_dtype(read_config(path, name), dtype, target), target)
+
+
+def read_config(path: Path, name: str) -> Any:
+    """The config in the folder of the model called `name`.
+
+    Raises:
+        ModelNotFound: there is none that Transformers reads without remote code.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelNotFound(
+            f"{name} has no config that Transformers can read: {first_line(error)}",
+            hint="remote code is never run: use a model type that Transformers itself supports",
+        ) from error
+
+
+def context_window(config: Any) -> int | None:
+    """Most tokens a model of this config can take, or None when it does not say."""
+    config = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: Transformers' go on for paragraphs."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _folder(name_or_path: str | Path) -> Path | None:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(
+                f"the folder {path} has no config.json", hint="give the folder that holds the model's weights"
+            )
+        return path
+    if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") > 1 or path.exists():
+        raise ModelNotFound(f"no model folder at {path}", hint="give a folder with config.json and weights")
+    return None
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+    except HFValidationError:
+        problem, hint = "is no valid model name", "give a folder, or a name such as org/model"
+    except GatedRepoError:
+        problem, hint = "needs permission on the hub", "ask for access there, or give a local folder"
+    except RevisionNotFoundError:
+        problem, hint = f"has no revision {revision!r}", "give a branch, tag or commit of the model"
+    except RepositoryNotFoundError:
+        problem, hint = "is not on the hub", "check the spelling, or give a local folder"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        problem = "is neither a folder here nor in the local cache, and the hub cannot be reached"
+        hint = "check the spelling and the network, or give a local folder"
+    raise ModelNotFound(f"model {name!r} {problem}", hint=hint) from None
+
+
+def _refuse_without_safetensors(path: Path, name: str) -> None:
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise ModelNotFound(
+            f"{name} has pickled weights only, which can run code when loaded",
+            hint="save it again with save_pretrained, which writes safetensors",
+        )
+    raise ModelNotFound(f"{name} has no weights in safetensors", hint="download the model's weights first")
