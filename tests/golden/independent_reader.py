@@ -1,0 +1,45 @@
+"""A reader of prefix blobs written from docs/format.md alone, with the standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Any
+
+OPENING = rb'{"__metadata__":{"xkv":"{\"header_sha256\":\"'
+
+
+def read(blob: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], bytes]]]:
+    """(manifest, tensors as dtype, shape and bytes); AssertionError when anything is wrong."""
+    (length,) = struct.unpack("<Q", blob[:8])
+    header = blob[8 : 8 + length]
+    start = len(OPENING)
+    assert header[:start] == OPENING
+    blanked = header[:start] + b"0" * 64 + header[start + 64 :]
+    assert hashlib.sha256(blob[:8] + blanked).hexdigest().encode() == header[start : start + 64]
+    entries = json.loads(header)
+    manifest = json.loads(entries.pop("__metadata__")["xkv"])
+    assert (manifest["format"], manifest["version"]) == ("xkv-prefix", 1)
+    tensors, end = {}, 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = (8 + length + offset for offset in entry["data_offsets"])
+        assert first == end
+        data, end = blob[first:last], last
+        assert hashlib.sha256(data).hexdigest() == manifest["tensors"].pop(name)
+        tensors[name] = entry["dtype"], entry["shape"], data
+    assert end == len(blob) and not manifest["tensors"]
+    assert artifact_id(manifest, tensors["tokens"][2]) == manifest["id"]
+    return manifest, tensors
+
+
+def artifact_id(manifest: dict[str, Any], tokens: bytes) -> str:
+    spec = {key: int(v) if isinstance(v, float) and v == int(v) else v for key, v in manifest["spec"].items()}
+    fields = [
+        b"xkv-prefix-id-1",
+        manifest["model"]["fingerprint"].encode(),
+        manifest["namespace"].encode(),
+        tokens,
+        json.dumps(spec, sort_keys=True, separators=(",", ":")).encode(),
+    ]
+    return hashlib.sha256(b"".join(struct.pack("<Q", len(field)) + field for field in fields)).hexdigest()

@@ -1,0 +1,40 @@
+"""Files of every format version that was ever released are read bit for bit by today's code."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import independent_reader
+import torch
+from make_prefix_golden import golden_manifest, golden_tensors
+
+from xkv_artifacts.format import read_prefix, verify
+
+GOLDEN = Path(__file__).with_name("prefix-v1.safetensors")
+GOLDEN_SHA256 = "01b3bbc647d59d5276ccabd155401a945aeb437711e2f5463f62bfd5071d17ad"
+
+
+def test_the_golden_file_is_the_one_of_the_day_it_was_made() -> None:
+    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == GOLDEN_SHA256
+
+
+def test_version_1_is_read_bit_for_bit() -> None:
+    with GOLDEN.open("rb") as file:
+        manifest, tensors = read_prefix(file)
+        assert verify(file) == manifest
+    expected = golden_tensors()
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape
+        assert torch.equal(tensors[name], tensor), name
+    assert manifest.model_copy(update={"tensors": {}}) == golden_manifest()
+
+
+def test_a_reader_made_from_the_document_reads_the_same() -> None:
+    manifest, tensors = independent_reader.read(GOLDEN.read_bytes())
+    assert manifest["id"] == golden_manifest().id
+    for name, tensor in golden_tensors().items():
+        dtype, shape, data = tensors[name]
+        assert shape == list(tensor.shape)
+        assert data == tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else data == b""
