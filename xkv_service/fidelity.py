@@ -51,7 +51,7 @@ def certify(
         for layer in factors.layers:
             _replace(prefill, factors, layer, before)
         ids = prefill.token_ids[before:].to(model.device)[None]
-        with observe(model, _Unwatched()):
+        with observe(model, _Unwatched(), []):
             logits = model(input_ids=ids, past_key_values=prefill.cache(before), use_cache=True).logits[0]
         agreement, kl = compare_distributions(prefill.logits_tail, logits)
     return Fidelity(
@@ -65,8 +65,8 @@ def compare_distributions(exact: torch.Tensor, other: torch.Tensor) -> tuple[flo
     Args:
         exact, other: logits [n, vocabulary].
     """
-    log_exact, log_other = exact.float().log_softmax(-1), other.float().log_softmax(-1)
-    kl = (log_exact.exp() * (log_exact - log_other)).sum(-1).double().mean()
+    log_exact, log_other = exact.double().log_softmax(-1), other.double().log_softmax(-1)
+    kl = (log_exact.exp() * (log_exact - log_other)).sum(-1).mean()
     agreement = (log_exact.argmax(-1) == log_other.argmax(-1)).double().mean()
     return float(agreement), max(0.0, float(kl))
 

@@ -1,0 +1,169 @@
+"""Prefix factors as tensors and back, and every way a file can lie about them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from compressed import manifest_of, random_ids
+from families import tiny_model
+
+from xkv_artifacts.errors import CorruptArtifact
+from xkv_artifacts.format import read_prefix, write_prefix
+from xkv_artifacts.manifest import PrefixManifest
+from xkv_service.compression import compress
+from xkv_service.factors import PrefixFactors
+from xkv_service.ranks import size_of
+from xkv_service.spec import CompressionSpec
+from xkv_service.stored import stored_tensors
+
+Tensors = dict[str, torch.Tensor]
+
+SPECS = {
+    "sketch": CompressionSpec(group_size=2, ratio=1.5, sink=2, recent=3, sketch_planes=4),
+    "landmark": CompressionSpec(group_size=2, rank_k=20, rank_v=70, index="landmark", outlier_chunks=2),
+    "none": CompressionSpec(group_size=2, rank_k=20, rank_v=30, index="none", sink=0, dtype="float16"),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def factors(request: pytest.FixtureRequest) -> PrefixFactors:
+    return compress(tiny_model("gemma2", num_key_value_heads=4), random_ids(301), SPECS[request.param])
+
+
+@pytest.fixture(scope="module")
+def sketched() -> PrefixFactors:
+    return compress(tiny_model("gemma2", num_key_value_heads=4), random_ids(301), SPECS["sketch"])
+
+
+def test_factors_survive_tensors_and_a_file_byte_for_byte(factors: PrefixFactors) -> None:
+    tensors = factors.to_tensors()
+    blob = io.BytesIO()
+    write_prefix(blob, manifest_of(factors), tensors)
+    blob.seek(0)
+    again = PrefixFactors.from_tensors(*read_prefix(blob))
+    assert (again.spec, again.tokens, again.bytes_full) == (factors.spec, factors.tokens, factors.bytes_full)
+    assert again.fidelity == factors.fidelity
+    assert [group.layout for group in again.groups] == [group.layout for group in factors.groups]
+    returned = again.to_tensors()
+    assert returned.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(returned[name], tensor), name
+
+
+def test_predicted_bytes_are_the_real_ones_and_the_file_is_no_larger(factors: PrefixFactors) -> None:
+    model = tiny_model("gemma2", num_key_value_heads=4)
+    from xkv_service.inspect import inspect_model
+
+    size = size_of(inspect_model(model), factors.tokens, factors.spec)
+    tensors = factors.to_tensors()
+    assert size.groups == tuple(group.layout for group in factors.groups)
+    assert size.bytes_tensors == factors.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    blob = io.BytesIO()
+    write_prefix(blob, manifest_of(factors), tensors)
+    assert size.bytes_tensors < blob.tell() <= size.bytes_stored
+    if factors.spec.ratio:
+        assert blob.tell() <= factors.bytes_full / factors.spec.ratio
+
+
+def test_stored_names_shapes_and_dtypes_are_the_tables(factors: PrefixFactors) -> None:
+    fields = factors.manifest_fields()
+    table = stored_tensors(factors.spec, factors.tokens, fields["groups"], fields["windows"])
+    tensors = {
+        name: tensor for name, tensor in factors.to_tensors().items() if not name.startswith("rotary.")
+    }
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == {
+        name: (stored.shape, stored.dtype) for name, stored in table.items()
+    }
+
+
+def test_column_blocks_are_of_64_ranks(factors: PrefixFactors) -> None:
+    rank = factors.groups[0].values.rank
+    blocks = [
+        tensor for name, tensor in factors.to_tensors().items() if name.startswith("group.0.value.factors")
+    ]
+    assert [block.shape[1] for block in blocks] == [64] * (rank // 64) + [rank % 64] * bool(rank % 64)
+
+
+def test_leading_bases_are_a_layers_own(factors: PrefixFactors) -> None:
+    group, position = factors.locate(2)
+    assert position == 1
+    assert torch.equal(group.keys.layer_bases(1), group.keys.bases[:, group.layout.key_widths[0] :])
+    with pytest.raises(KeyError):
+        factors.locate(0)
+
+
+def change(name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    def changed(tensors: Tensors) -> None:
+        tensors[name] = how(tensors[name])
+
+    return changed
+
+
+def drop(name: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+BAD_TENSORS = {
+    "tokens": drop("tokens"),
+    "group.0.key.factors.0": change("group.0.key.factors.0", lambda t: t[:-1]),
+    "group.0.value.bases.0": change("group.0.value.bases.0", lambda t: t.float()),
+    "layer.1.sketch.codes": change("layer.1.sketch.codes", lambda t: t[..., :-1]),
+    "layer.2.sketch.planes": change("layer.2.sketch.planes", lambda t: t + 100),
+    "layer.1.exact.positions": change("layer.1.exact.positions", lambda t: t + 300),
+    "layer.2.exact.positions": change("layer.2.exact.positions", lambda t: t.flip(0)),
+    "layer.2.exact.keys": change("layer.2.exact.keys", lambda t: t.transpose(0, 1)),
+    "layer.0.window.keys": drop("layer.0.window.keys"),
+    "rotary.0.planes": change("rotary.0.planes", lambda t: t * 0),
+    "rotary.0.inv_freq": change("rotary.0.inv_freq", lambda t: t[:-1]),
+    "rotary.0.rounding": change("rotary.0.rounding", lambda t: t + 99),
+    "extra": lambda tensors: tensors.update(extra=torch.zeros(1)),
+    "rotary.7.planes": lambda tensors: tensors.update(
+        {"rotary.7.planes": torch.zeros(0, 2, dtype=torch.int32)}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_a_tensor_that_is_not_what_the_manifest_says_is_refused(name: str, sketched: PrefixFactors) -> None:
+    tensors = dict(sketched.to_tensors())
+    BAD_TENSORS[name](tensors)
+    with pytest.raises(CorruptArtifact, match=r"tensor|rotary"):
+        PrefixFactors.from_tensors(manifest_of(sketched), tensors)
+
+
+BAD_GROUPS = {
+    "no layers": {"layers": ()},
+    "heads that do not divide": {"kv_heads": (3, 3)},
+    "zero heads": {"kv_heads": (0, 0)},
+    "one width": {"key_widths": (32,)},
+    "a layer twice": {"layers": (1, 1)},
+    "a window's layer": {"layers": (0, 1)},
+    "more ranks than tensors": {"rank_k": 2**60},
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_a_manifest_that_contradicts_itself_is_refused(case: str, sketched: PrefixFactors) -> None:
+    manifest = manifest_of(sketched)
+    group = manifest.groups[0].model_copy(update=BAD_GROUPS[case])
+    with pytest.raises(CorruptArtifact):
+        PrefixFactors.from_tensors(manifest.model_copy(update={"groups": (group,)}), sketched.to_tensors())
+
+
+@pytest.mark.parametrize(
+    "update", [{"spec": {"ratio": "x"}}, {"spec": {"colour": 1}}, {"groups": ()}, {"tokens": 300}]
+)
+def test_a_bad_header_is_refused(update: dict[str, object], sketched: PrefixFactors) -> None:
+    manifest: PrefixManifest = manifest_of(sketched).model_copy(update=update)
+    with pytest.raises(CorruptArtifact):
+        PrefixFactors.from_tensors(manifest, sketched.to_tensors())
+
+
+def test_an_artifact_without_fidelity_has_no_manifest(sketched: PrefixFactors) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="fidelity"):
+        replace(sketched, fidelity=None).manifest_fields()

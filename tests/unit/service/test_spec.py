@@ -1,0 +1,59 @@
+"""`CompressionSpec`: defaults, refusals, canonical form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from xkv_service.errors import InvalidSpec
+from xkv_service.spec import CompressionSpec
+
+
+def test_the_default_is_eight_times_in_groups_of_four() -> None:
+    spec = CompressionSpec()
+    assert (spec.ratio, spec.group_size, spec.key_share, spec.index) == (8.0, 4, 0.4, "sketch")
+
+
+def test_ranks_replace_the_ratio() -> None:
+    spec = CompressionSpec(rank_k=384, rank_v="full")
+    assert (spec.ratio, spec.rank_k, spec.rank_v) == (None, 384, "full")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ratio": 0.5},
+        {"ratio": float("nan")},
+        {"ratio": float("inf")},
+        {"rank_k": 4},
+        {"rank_k": 4, "rank_v": 4, "ratio": 8},
+        {"rank_k": 0, "rank_v": 4},
+        {"rank_k": "half", "rank_v": 4},
+        {"key_share": 1.0},
+        {"group_size": 0},
+        {"group_size": 2.5},
+        {"sink": -1},
+        {"landmark_chunk": 0},
+        {"dtype": "int8"},
+        {"index": "quest"},
+        {"key_weights": "output"},
+        {"value_weights": "query"},
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSpec) as refusal:
+        CompressionSpec(**fields)
+    assert any(name in refusal.value.message for name in fields)
+    assert refusal.value.hint
+
+
+def test_canonical_fields_make_the_same_spec_after_json() -> None:
+    spec = CompressionSpec(rank_k=3, rank_v="full", index="landmark", recent=7)
+    assert CompressionSpec.from_canonical(json.loads(json.dumps(spec.canonical()))) == spec
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(InvalidSpec):
+        CompressionSpec.from_canonical({**CompressionSpec().canonical(), "colour": "red"})
