@@ -1,0 +1,207 @@
+"""Turn a document into the tokens that every later chat about it starts with.
+
+A chat about a document has the messages `[system, user: document + "\\n\\n" + question, ...]`. Its tokens are
+made by the model's own chat template and tokenizer, which may merge, strip or add text around the document's
+end. So the stable prefix is found by rendering many chats and keeping the tokens they all begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2.exceptions import TemplateError
+
+from xkv_service.errors import InvalidPrompt
+
+Template = Literal["chat", "raw"]
+Messages = list[dict[str, str]]
+
+SEPARATOR = "\n\n"
+
+# Beginnings that tokenizers treat differently: letters, digits, spaces, newlines, punctuation, other scripts.
+_QUESTIONS = (
+    "What?",
+    "1",
+    " x",
+    "  2",
+    "\n",
+    "\n\n\nA",
+    "\t",
+    "!",
+    "'s",
+    ")",
+    "_a",
+    "#",
+    "$5",
+    "ß",
+    "漢",
+    "か",
+    "ع",
+    "🙂",
+)
+# Directly behind the document: the prefix must not reach past its end.
+_CLOSE = ("", "x", " x", "1", ".", "\n", ",\n", "漢")
+_FOLLOW_UPS = ("And then?", "\n2")
+_ANSWER = "It is so."
+
+_LONG_DOCUMENT = 6000
+_ENDING = 2000
+_MOST_UNSTABLE = 64
+
+
+def render_prefix(
+    tokenizer: Any, document: str, *, system_prompt: str | None = None, template: Template = "chat"
+) -> list[int]:
+    """Token ids that every chat about `document` starts with.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        document: text; its end may lose a few tokens that depend on the question.
+        system_prompt: text of the system message, or None for no system message. With "raw" it is put before
+            the document, a blank line between.
+        template: "chat" for the model's chat template, "raw" for plain text as the tokenizer encodes it.
+
+    Raises:
+        InvalidPrompt: an empty document, no chat template, or one that makes no stable prefix.
+    """
+    if not document.strip():
+        raise InvalidPrompt("the document is empty", hint="give a document with text in it")
+    chat = _Chat(tokenizer, system_prompt, template)
+    chat.check(document)
+    if len(document) <= _LONG_DOCUMENT:
+        ids, unstable = _stable_ids(chat, document)
+    else:
+        ids, unstable = _stable_ids_of_long(chat, document)
+    if unstable > _MOST_UNSTABLE:
+        raise InvalidPrompt(
+            "the chat template changes text before the document's end as a chat goes on",
+            hint="leave the system prompt out, or use --template raw",
+        )
+    other = chat.ids(("A" if document.lstrip()[0] != "A" else "B") + document[:100])
+    if len(ids) <= len(_common([ids, other])):
+        raise InvalidPrompt(
+            "the document is too short: none of its tokens stays the same in every chat",
+            hint="give a longer document",
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Renders chats about documents with one tokenizer, system prompt and template."""
+
+    tokenizer: Any
+    system_prompt: str | None
+    template: Template
+
+    def ids(self, content: str, follow_up: str | None = None) -> list[int]:
+        """Token ids of a chat whose first user message is `content`."""
+        if self.template == "raw":
+            text = content if follow_up is None else f"{content}{SEPARATOR}{_ANSWER}{SEPARATOR}{follow_up}"
+            text = text if self.system_prompt is None else f"{self.system_prompt}{SEPARATOR}{text}"
+            return list(self.tokenizer(text, verbose=False).input_ids)
+        quiet = {"verbose": False}
+        return list(self._apply(self._messages(content, follow_up), tokenize=True, tokenizer_kwargs=quiet))
+
+    def check(self, document: str) -> None:
+        """Refuse templates that cannot carry the messages, or that write the date before the document."""
+        if self.template == "raw":
+            return
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InvalidPrompt("this model has no chat template", hint="use --template raw")
+        start = document.strip()[:200]
+        text = self._apply(self._messages(start, None), tokenize=False)
+        if self.system_prompt is not None and self.system_prompt.strip() not in text:
+            raise _no_system_prompt()
+        later = self._apply(self._messages(start, None), tokenize=False, strftime_now=_some_other_day)
+        if _common([text, later]) != text:
+            raise InvalidPrompt(
+                "the chat template writes today's date: a prefix made today would match no chat tomorrow",
+                hint="use --template raw, or a chat template without a date",
+            )
+
+    def _messages(self, content: str, follow_up: str | None) -> Messages:
+        messages = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        messages.append({"role": "user", "content": content})
+        if follow_up is not None:
+            messages.append({"role": "assistant", "content": _ANSWER})
+            messages.append({"role": "user", "content": follow_up})
+        return messages
+
+    def _apply(self, messages: Messages, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **options
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            if self.system_prompt is not None and _mentions_system(error):
+                raise _no_system_prompt() from error
+            raise InvalidPrompt(
+                f"the chat template fails: {_one_line(error)}", hint="use --template raw"
+            ) from error
+
+
+def _stable_ids(chat: _Chat, document: str) -> tuple[list[int], int]:
+    """Tokens that all probing chats begin with, and how many they lack to reach the document's end."""
+    probes = [chat.ids(content) for content in _probe_contents(document)]
+    probes += [chat.ids(document + SEPARATOR + _QUESTIONS[0], follow_up) for follow_up in _FOLLOW_UPS]
+    reach = _reach(chat, document)
+    stable = _common([reach, *probes])
+    return stable, len(reach) - len(stable)
+
+
+def _stable_ids_of_long(chat: _Chat, document: str) -> tuple[list[int], int]:
+    """As `_stable_ids`; most probes see the document's ending only, to tokenize a long text few times."""
+    _, unstable = _stable_ids(chat, document[-_ENDING:])
+    reach = _reach(chat, document)
+    kept = reach[: max(0, len(reach) - unstable)]
+    later_turn = chat.ids(document + SEPARATOR + _QUESTIONS[1], _FOLLOW_UPS[0])
+    if _common([kept, later_turn]) != kept:
+        return _stable_ids(chat, document)
+    return kept, unstable
+
+
+def _reach(chat: _Chat, document: str) -> list[int]:
+    """Tokens up to about the document's end."""
+    ids: list[int] = _common([chat.ids(document + text) for text in ("x", SEPARATOR + _QUESTIONS[0])])
+    return ids
+
+
+def _probe_contents(document: str) -> Iterable[str]:
+    for question in _QUESTIONS:
+        yield document + SEPARATOR + question
+    for text in _CLOSE:
+        yield document + text
+
+
+def _common(sequences: Sequence[Any]) -> Any:
+    """The longest common prefix of lists or strings."""
+    shortest = min(sequences, key=len)
+    for index, item in enumerate(shortest):
+        if any(other[index] != item for other in sequences):
+            return shortest[:index]
+    return shortest
+
+
+def _some_other_day(form: str) -> str:
+    """Stands in for the templates' clock."""
+    from datetime import datetime
+
+    return datetime(1999, 12, 31, 23, 59).strftime(form)
+
+
+def _no_system_prompt() -> InvalidPrompt:
+    return InvalidPrompt(
+        "this model's chat template takes no system prompt",
+        hint="leave the system prompt out, or write it at the top of the document",
+    )
+
+
+def _mentions_system(error: Exception) -> bool:
+    return "system" in str(error).lower()
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
