@@ -54,37 +54,69 @@ def prefill_batch(
     documents: Sequence[TokenIds],
     *,
     chunk_tokens: int | None = None,
-    tail: int = 0,
+    tail: int | Sequence[int] = 0,
 ) -> list[Prefill]:
     """Run the model over several prefixes of similar length at once, padded on the right.
 
     Attention is causal, so no real token sees a pad. The prefixes share storage: free them together. A model
     with sliding-window layers runs them one by one, since pads would push tokens out of the window.
 
+    Args:
+        documents: token ids, each as in `prefill`.
+        chunk_tokens, tail: as in `prefill`; one tail for all, or one per document.
+
     Raises:
         UnsupportedModel, InvalidPrompt: as `prefill`.
     """
     inspected = inspect_loaded(model)
-    ids = [_as_ids(document, tail) for document in documents]
-    for one in ids:
-        refuse_unstable_frequencies(model.config, one.numel())
+    tails = [tail] * len(documents) if isinstance(tail, int) else tail
+    jobs = [_Document.of(ids, tail) for ids, tail in zip(documents, tails, strict=True)]
+    for job in jobs:
+        refuse_unstable_frequencies(model.config, job.length)
     chunk = chunk_tokens or (CHUNK_TOKENS_CUDA if model.device.type == "cuda" else CHUNK_TOKENS_CPU)
     results: list[Prefill] = []
     with torch.inference_mode():
-        for batch in _batches(model, inspected, ids):
-            results += _Run(model, inspected, batch, tail, chunk).prefills()
+        for batch in _batches(model, inspected, jobs):
+            results += _Run(model, inspected, batch, chunk).prefills()
     return results
 
 
+@dataclass(frozen=True, eq=False)
+class _Document:
+    ids: torch.Tensor
+    tail: int
+
+    @classmethod
+    def of(cls, document: TokenIds, tail: int) -> _Document:
+        """Check the ids of one document and the tail asked of it."""
+        ids = torch.as_tensor(document, dtype=torch.int64).flatten().cpu()
+        if ids.numel() == 0:
+            raise InvalidPrompt("the prefix has no tokens", hint="give a document that is not empty")
+        if tail < 0 or tail >= ids.numel():
+            raise InvalidPrompt(
+                f"tail={tail} does not fit a prefix of {ids.numel()} tokens",
+                hint="use a tail shorter than the prefix",
+            )
+        return cls(ids, tail)
+
+    @property
+    def length(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def tail_positions(self) -> range:
+        return range(self.length - self.tail, self.length)
+
+
 def _batches(
-    model: PreTrainedModel, inspected: InspectedModel, ids: list[torch.Tensor]
-) -> list[list[torch.Tensor]]:
+    model: PreTrainedModel, inspected: InspectedModel, jobs: list[_Document]
+) -> list[list[_Document]]:
     """The documents in order, cut into runs that may be padded together."""
     change = frequency_change(model.config)
-    longest = max((one.numel() for one in ids), default=0)
+    longest = max((job.length for job in jobs), default=0)
     if inspected.layout.has_sliding or (change is not None and longest > change[1]):
-        return [[one] for one in ids]
-    return [ids] if ids else []
+        return [[job] for job in jobs]
+    return [jobs] if jobs else []
 
 
 def _can_fuse_chunks(model: PreTrainedModel, inspected: InspectedModel) -> bool:
@@ -165,7 +197,9 @@ class _Run:
             padded[row, : one.numel()] = one
         padded = padded.to(self.model.device)
         modules = list(self.inspected.modules.values())
-        with observe(self.model, self.seen, modules, fused_chunks=_can_fuse_chunks(self.model, self.inspected)):
+        with observe(
+            self.model, self.seen, modules, fused_chunks=_can_fuse_chunks(self.model, self.inspected)
+        ):
             for start, end in self._chunks():
                 self.seen.start = start
                 self._forward(padded[:, start:end], start, end)
