@@ -1,0 +1,214 @@
+"""One padded batch through the model, chunk by chunk, and what it shows on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from xkv_service.errors import InvalidPrompt
+from xkv_service.inspect import InspectedModel
+from xkv_service.observation import observe
+from xkv_service.prefilled import PlaneTables, Prefill
+from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
+from xkv_service.rotary_probe import PositionEmbeddings, split_cos_sin
+from xkv_service.rotary_source import Frequencies, frequency_change, model_frequencies
+
+TokenIds = Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Token ids int64 [T] on the CPU, and how many last positions' logits are kept."""
+
+    ids: torch.Tensor
+    tail: int
+
+    @classmethod
+    def of(cls, ids: TokenIds, tail: int) -> Document:
+        """A document after a check of its ids and tail.
+
+        Raises:
+            InvalidPrompt: no tokens, or a tail as long as the prefix.
+        """
+        ids = torch.as_tensor(ids, dtype=torch.int64).flatten().cpu()
+        if ids.numel() == 0:
+            raise InvalidPrompt("the prefix has no tokens", hint="give a document that is not empty")
+        if tail < 0 or tail >= ids.numel():
+            raise InvalidPrompt(
+                f"tail={tail} does not fit a prefix of {ids.numel()} tokens",
+                hint="use a tail shorter than the prefix",
+            )
+        return cls(ids, tail)
+
+    @property
+    def length(self) -> int:
+        """T, tokens of the document."""
+        return self.ids.numel()
+
+    @property
+    def tail_positions(self) -> range:
+        """Positions whose logits are kept."""
+        return range(self.length - self.tail, self.length)
+
+
+@dataclass
+class Observations:
+    """What the model showed while it ran.
+
+    Args:
+        lengths: tokens of each document in the batch.
+        start: position of the chunk that is running.
+        energy: per layer, sum of squares of the rotated queries, float32 [documents, heads, D].
+        tables: per layer, the `position_embeddings` of each chunk. Layers of a kind share the tensors.
+    """
+
+    lengths: list[int]
+    start: int = 0
+    energy: dict[int, torch.Tensor] = field(default_factory=dict)
+    tables: dict[int, list[PositionEmbeddings]] = field(default_factory=dict)
+
+    def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
+        """Add a chunk's queries [documents, heads, t, D], pads left out."""
+        rows = []
+        for row, length in enumerate(self.lengths):
+            seen = query[row, :, : max(0, length - self.start)]
+            rows.append(torch.linalg.vector_norm(seen, dim=1, dtype=torch.float32).square())
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        total = torch.stack(rows)
+        self.energy[layer] = self.energy[layer] + total if layer in self.energy else total
+
+    def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Keep a chunk's cos and sin."""
+        embeddings = arguments.get("position_embeddings")
+        if embeddings is not None:
+            self.tables.setdefault(int(module.layer_idx), []).append(embeddings)  # type: ignore[arg-type]
+
+
+class Run:
+    """A batch of documents, padded on the right, on its way through a model.
+
+    Args:
+        chunk: most tokens in one forward.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, inspected: InspectedModel, batch: list[Document], chunk: int
+    ) -> None:
+        self.model, self.inspected, self.batch, self.chunk = model, inspected, batch, chunk
+        self.longest = max(document.length for document in batch)
+        self.seen = Observations([document.length for document in batch])
+        self.cache = self._empty_cache()
+        self.logits: list[list[torch.Tensor]] = [[] for _ in batch]
+        # Sliding layers come in batches of one: their windows are copied where that document's tail begins.
+        self.tail_start = self.longest - batch[0].tail
+        self.sliding_at_tail: dict[int, DynamicSlidingWindowLayer] = {}
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def prefills(self) -> list[Prefill]:
+        """Run the batch; one result per document, in order, sharing storage."""
+        padded = torch.zeros(len(self.batch), self.longest, dtype=torch.int64)
+        for row, document in enumerate(self.batch):
+            padded[row, : document.length] = document.ids
+        padded = padded.to(self.model.device)
+        modules = list(self.inspected.modules.values())
+        with observe(
+            self.model, self.seen, modules, fused_chunks=can_fuse_chunks(self.model, self.inspected)
+        ):
+            for start, end in self._chunks():
+                self.seen.start = start
+                self._forward(padded[:, start:end], start, end)
+        frequencies = model_frequencies(self.model)
+        return [self._result(row, frequencies) for row in range(len(self.batch))]
+
+    def _empty_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        for layer in self.inspected.layout.compressible:
+            cache.layers[layer.index] = StorageLayer(self.longest)
+        return cache
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Chunk bounds; with sliding layers one of them is where the tail begins."""
+        change = frequency_change(self.model.config)
+        first = self.chunk
+        if change is not None and self.longest > change[1]:
+            # Longrope looks at the last position of a forward: none may end where the short factors hold.
+            first = max(first, change[1] + 1)
+        bounds = {0, *range(first, self.longest, self.chunk), self.longest}
+        if self.inspected.layout.has_sliding:
+            bounds.add(self.tail_start)
+        ordered = sorted(bounds)
+        return list(zip(ordered, ordered[1:], strict=False))
+
+    def _forward(self, ids: torch.Tensor, start: int, end: int) -> None:
+        if self.inspected.layout.has_sliding and start == self.tail_start:
+            self.sliding_at_tail = self._sliding_layers()
+        tails = [document.tail_positions for document in self.batch]
+        wanted = [position for position in range(start, end) if any(position in tail for tail in tails)]
+        kept = [position - start for position in wanted] or [end - start - 1]
+        extra = {"logits_to_keep": torch.tensor(kept, device=ids.device)} if self.keeps_logits else {}
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra)
+        logits = out.logits if self.keeps_logits else out.logits[:, kept]
+        for row, tail in enumerate(tails):
+            mine = [index for index, position in enumerate(wanted) if position in tail]
+            if mine:
+                self.logits[row].append(logits[row, mine[0] : mine[-1] + 1].float())
+
+    def _sliding_layers(self) -> dict[int, DynamicSlidingWindowLayer]:
+        return {
+            layer.index: copy_sliding_layer(self.cache.layers[layer.index])
+            for layer in self.inspected.layout.layers
+            if layer.kind == "sliding"
+        }
+
+    def _result(self, row: int, frequencies: list[Frequencies]) -> Prefill:
+        document, length = self.batch[row], self.batch[row].length
+        full = [layer.index for layer in self.inspected.layout.compressible]
+        storage = {index: self.cache.layers[index] for index in full}
+        return Prefill(
+            config=self.model.config,
+            layout=self.inspected.layout,
+            token_ids=document.ids,
+            keys={i: storage[i].key_storage[row : row + 1, :, :length] for i in full},
+            values={i: storage[i].value_storage[row : row + 1, :, :length] for i in full},
+            sliding=self._sliding_layers(),
+            sliding_at_tail=self.sliding_at_tail,
+            tail=document.tail,
+            logits_tail=torch.cat(self.logits[row]) if document.tail else None,
+            energy={index: total[row] / length for index, total in self.seen.energy.items()},
+            forms=self.inspected.forms,
+            tables=self._plane_tables(length),
+            frequencies=frequencies,
+        )
+
+    def _plane_tables(self, length: int) -> dict[int, PlaneTables]:
+        """Per full layer, cos and sin [length, P]; layers given the same tensors share the result."""
+        made: dict[tuple[int, ...], PlaneTables] = {}
+        tables = {}
+        for index, chunks in self.seen.tables.items():
+            form = self.inspected.forms[index]
+            if form.planes.shape[0] == 0:
+                continue
+            name = (id(chunks[0]), id(split_cos_sin(chunks[0])[0]), *form.signature)
+            if name not in made:
+                pieces = [form.plane_tables(chunk) for chunk in chunks]
+                cos = torch.cat([piece[0][0] for piece in pieces])[:length]
+                sin = torch.cat([piece[1][0] for piece in pieces])[:length]
+                made[name] = (cos, sin)
+            tables[index] = made[name]
+        return tables
+
+
+def can_fuse_chunks(model: PreTrainedModel, inspected: InspectedModel) -> bool:
+    """Whether CUDA's fused causal attention takes chunks that start behind position 0."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and all(one.head_dim == one.value_dim <= 256 for one in inspected.layout.compressible)
+    )
