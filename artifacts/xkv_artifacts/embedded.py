@@ -31,6 +31,7 @@ from xkv_artifacts.errors import CatalogUnavailable
 
 IDLE_SECONDS = 60.0
 _START_SECONDS = 20.0
+_MAX_BASE = 60
 _AOF = "catalog.aof"
 _LOG = "redis.log"
 _OWN_REDIS = "set XKV_REDIS_URL (or --redis) to a Redis of your own"
@@ -207,7 +208,7 @@ def server_binary() -> str:
 def _socket_path(folder: Path) -> Path:
     """A short path (sockets allow 107 bytes) in a folder that only this user may enter."""
     base = tempfile.gettempdir()
-    if len(os.fsencode(base)) > 60 or '"' in base or "\\" in base:
+    if len(os.fsencode(base)) > _MAX_BASE or '"' in base or "\\" in base:
         base = "/tmp"
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return Path(base) / f"xkv-{os.getuid()}" / f"{name}.sock"

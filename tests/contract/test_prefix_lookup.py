@@ -1,0 +1,129 @@
+"""The longest stored prefix, found by Redis in one round trip, against looking at every artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xkv_artifacts.catalog import PREFIXES_KEY, Catalog
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.keys import BLOCK_TOKENS, token_bytes
+from xkv_artifacts.prefix_index import big_endian, common_tokens
+from xkv_artifacts.redis_link import RedisLink
+
+FINGERPRINT = "a" * 64
+
+
+def publish(catalog: Catalog, tokens: list[int], *, namespace: str = "n", salt: int = 0) -> str:
+    artifact_id = hashlib.sha256(f"{salt} {namespace} {tokens}".encode()).hexdigest()
+    entry = Entry(
+        id=artifact_id,
+        blob="b",
+        bytes=1,
+        bytes_full=8,
+        tokens=len(tokens),
+        model="m",
+        fingerprint=FINGERPRINT,
+        namespace=namespace,
+        document="d",
+        document_sha256="d" * 64,
+        fidelity=1,
+        ratio=8,
+        created=0,
+        last_used=0,
+    )
+    catalog.publish(entry, token_bytes(tokens))
+    return artifact_id
+
+
+# Documents follow one stream up to a cut and then another one, or end there: so many share a prefix, part at
+# any place in a block, and end before, in or after the block where others part.
+cuts = st.one_of(st.sampled_from([0, 63, 64, 65, 127, 128, 129, 192]), st.integers(0, 200))
+extras = st.one_of(st.just(0), st.sampled_from([1, 63, 64, 65, 128]), st.integers(0, 150))
+documents = st.builds(
+    lambda cut, other, extra: [*range(cut), *(other + position for position in range(extra))] or [other],
+    cuts,
+    st.sampled_from([1000, 2000, 2**31 - 200]),
+    extras,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(documents, min_size=1, max_size=20), documents, st.integers(0, 2**32))
+def test_lookup_is_as_good_as_looking_at_every_artifact(
+    catalog: Catalog, stored: list[list[int]], prompt: list[int], salt: int
+) -> None:
+    catalog = Catalog(catalog.link, uuid.uuid4().hex)
+    tokens_of = {publish(catalog, tokens, salt=salt): tokens for tokens in stored}
+    found = catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+    assert len(found) <= 4
+
+    def common(artifact_id: str) -> int:
+        return common_tokens(token_bytes(tokens_of[artifact_id]), token_bytes(prompt))
+
+    best = max(map(common, tokens_of))
+    got = max(map(common, found), default=0)
+    assert best - (BLOCK_TOKENS - 1) <= got <= best
+    whole = [common(i) for i, tokens in tokens_of.items() if tokens == prompt[: len(tokens)]]
+    if whole and max(whole) == best:
+        assert got == best
+    catalog.clear()
+
+
+def test_among_artifacts_of_every_length_the_longest_is_found(catalog: Catalog) -> None:
+    length_of = {publish(catalog, list(range(length))): length for length in range(1, 200)}
+    for asked in range(1, 250):
+        for prompt in ([*range(asked)], [*range(asked), 7, 7, 7], [*range(asked), *[2**31 - 1] * 100]):
+            found = catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+            assert max(min(length_of[i], asked) for i in found) == min(asked, 199)
+
+
+def test_entries_that_are_gone_hide_nothing(catalog: Catalog) -> None:
+    base = list(range(200))
+    good = publish(catalog, base[:150])
+    for salt in range(20):
+        catalog.drop(publish(catalog, base[: 140 + salt % 20], salt=salt + 1))
+    assert catalog.candidates(FINGERPRINT, "n", token_bytes(base)) == [good]
+    key = PREFIXES_KEY.format(store=catalog.store_id, fingerprint=FINGERPRINT, namespace="n")
+    assert catalog.link.call(lambda client: client.zcard(key)) < 21
+
+
+def test_namespaces_models_and_stores_do_not_see_each_other(catalog: Catalog) -> None:
+    tokens = list(range(100))
+    publish(catalog, tokens)
+    prompt = token_bytes(tokens)
+    assert catalog.candidates(FINGERPRINT, "n", prompt)
+    assert not catalog.candidates(FINGERPRINT, "m", prompt)
+    assert not catalog.candidates("b" * 64, "n", prompt)
+    assert not Catalog(catalog.link, "0" * 32).candidates(FINGERPRINT, "n", prompt)
+
+
+def test_it_is_one_round_trip(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(catalog, list(range(300)))
+    catalog.candidates(FINGERPRINT, "n", token_bytes(range(200)))  # Redis knows the script from here on
+    calls = []
+    send = RedisLink.call
+    monkeypatch.setattr(RedisLink, "call", lambda *args, **kw: calls.append(1) or send(*args, **kw))  # type: ignore[func-returns-value]
+    before = catalog.link.call(lambda client: client.info("stats"))["total_commands_processed"]
+    calls.clear()
+    assert catalog.candidates(FINGERPRINT, "n", token_bytes(range(200)))
+    assert len(calls) == 1
+    after = catalog.link.call(lambda client: client.info("stats"))["total_commands_processed"]
+    assert after - before < 20  # the script's own commands, on the server
+
+
+@given(st.lists(st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 9)))
+def test_common_tokens(start: list[int], left: list[int], right: list[int]) -> None:
+    a, b = start + left, start + right
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert common_tokens(token_bytes(a), token_bytes(b)) == expected
+
+
+def test_token_order_is_byte_order() -> None:
+    tokens = [0, 1, 255, 256, 65536, 2**31 - 1]
+    raw = [big_endian(token_bytes([token])) for token in tokens]
+    assert raw == sorted(raw)
