@@ -11,7 +11,7 @@ import click
 from xkv_cli.options import ManyValues, json_option, store_options
 
 
-class RankType(click.ParamType):
+class RankType(click.ParamType[int | str]):
     """A rank: an integer, or the word full."""
 
     name = "N|full"

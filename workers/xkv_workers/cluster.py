@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.messages import Device
@@ -38,6 +40,7 @@ def cluster(address: str | None = None) -> Iterator[Room]:
     Raises:
         RayUnavailable: it does not start, or nothing answers at the address.
     """
+    _set_defaults(address)
     import ray
 
     with redirect_stdout(_LogLines()):  # Ray prints workers' deaths on stdout, which is for results
@@ -48,21 +51,38 @@ def cluster(address: str | None = None) -> Iterator[Room]:
             ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
-    import ray
+def _set_defaults(address: str | None) -> None:
+    """Ray's switches, which it reads when it is imported; what the user has set stays.
 
+    A Ray of our own gets a secret of its own: other users of the machine cannot reach it, and no token file
+    is left in the home folder, where it would lock Rays that are started later.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on every start
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
+        return
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    elif _health(address).wants_token:
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _connect(address: str | None) -> None:
+    import ray
+    from ray.exceptions import RayError
+
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address is None:
             ray.init(
                 address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
             )
-        else:
-            _check_health(address)
-            ray.init(address=address, **quiet)
-    except (ConnectionError, TimeoutError, OSError, RuntimeError, ValueError) as error:
+            return
+        if fault := _health(address).fault:  # `ray.init` alone would try for minutes
+            raise ConnectionError(fault)
+        ray.init(address=address, **quiet)
+    except (RayError, ConnectionError, TimeoutError, OSError, RuntimeError, ValueError) as error:
         where = f"at {address}" if address else "on this machine"
         raise RayUnavailable(
             f"Ray does not start {where}: {' '.join(str(error).split())[:300]}",
@@ -70,18 +90,30 @@ def _connect(address: str | None) -> None:
         ) from None
 
 
-def _check_health(address: str) -> None:
-    """Fail soon when nothing answers: `ray.init` alone tries for minutes."""
-    if ":" not in address or "://" in address:
-        return
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+@dataclass(frozen=True)
+class _Health:
+    """What a Ray at an address said: None for no fault; whether it wants a token that was not sent."""
+
+    fault: str | None = None
+    wants_token: bool = False
+
+
+@cache
+def _health(address: str) -> _Health:
+    """Ask the Ray at an address ("host:port" or "auto") whether it is there."""
+    if "://" in address:
+        return _Health()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise ConnectionError(f"no answer within {CONNECT_SECONDS} s") from None
+        return _Health(f"no answer within {CONNECT_SECONDS} s")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        raise ConnectionError(lines[-1] if lines else "not a healthy Ray cluster") from None
+        last = lines[-1] if lines else "not a healthy Ray cluster"
+        return _Health(wants_token=True) if "AuthenticationError" in last else _Health(last)
+    return _Health()
 
 
 def _room() -> Room:

@@ -133,14 +133,12 @@ def _redis(store_url: str, redis_url: str | None) -> Check:
 
 
 def _model(model: str | None) -> Check:
+    from xkv_service.demo import demo_model_path
     from xkv_service.inspect import inspect_model
     from xkv_service.models import load_model
 
-    loaded = load_model(model or bundled_model())
+    loaded = load_model(model or str(demo_model_path()))
     layout = inspect_model(loaded.model)
     identity = loaded.identity
-    return Check(
-        "model",
-        "ok",
-        f"{identity.name}: {identity.architecture}, {identity.dtype}, {len(layout.compressible)} layers compress",
-    )
+    kind = f"{identity.name}: {identity.architecture} in {identity.dtype}"
+    return Check("model", "ok", f"{kind}, {len(layout.compressible)} layers to compress")

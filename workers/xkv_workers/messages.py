@@ -17,7 +17,8 @@ class WorkerConfig:
     """What a worker needs to know before its first document.
 
     Args:
-        model, revision: as given to `--model` and `--revision`; each worker loads it by itself.
+        model, revision: an absolute folder or a name on the hub; each worker loads it by itself.
+        dtype: what it runs in.
         fingerprint: of the model the driver planned with; a worker that loads another one refuses to work.
         device: where the model runs. threads: CPU threads for torch.
         store_url, redis_url: where blobs and catalog entries go.
@@ -27,6 +28,7 @@ class WorkerConfig:
 
     model: str
     revision: str | None
+    dtype: str
     fingerprint: str
     device: Device
     threads: int

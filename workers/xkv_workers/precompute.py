@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.layout import ModelLayout
-from xkv_service.models import ModelFiles, describe_model
-from xkv_service.prompts import render_prefix
 from xkv_service.ranks import Size, size_of
-from xkv_workers.cluster import cluster, plan_crew
+from xkv_workers.cluster import Room, cluster, plan_crew
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.estimate import Forecast, Rate, forecast
-from xkv_workers.messages import WorkerConfig
+from xkv_workers.messages import PrefixJob, WorkerConfig
+from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
 from xkv_workers.plan import Target, plan
 from xkv_workers.pool import WorkerPool
@@ -35,12 +33,11 @@ def run(request: Request, observer: Observer | None = None) -> Report:
     """
     started = time.monotonic()
     ledger = Ledger()
-    with _prepared(request) as job, ExitStack() as stack:
-        shelf = stack.enter_context(Shelf(job.store))
-        scheduler = Scheduler(shelf, lambda: _open_pool(job, stack), ledger, observer or Silent())
-        scheduler.run(plan(job.files, job.target))
-        if scheduler.rate and scheduler.device:
-            job.store.catalog.remember_rate(job.target.fingerprint, scheduler.device, scheduler.rate)
+    with _prepared(request) as job, Shelf(job.store) as shelf:
+        scheduler = Scheduler(shelf, job.open_pool, ledger, observer or Silent())
+        scheduler.run(job.plan())
+        if rate := scheduler.tokens_per_second:
+            job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
     return ledger.report(time.monotonic() - started)
 
 
@@ -51,7 +48,68 @@ def estimate(request: Request) -> Forecast:
         XKVError: as `run`.
     """
     with _prepared(request) as job:
-        device = _device_here(request.device)
-        rate = Rate.of(job.store.catalog.rate(job.target.fingerprint, device), device)
-        shelf = Shelf(job.store)
-        return forecast(plan(job.files, job.target), shelf.find, job.size, rate)
+        remembered = job.store.catalog.rate(job.model.fingerprint, job.model.device)
+        rate = Rate.of(remembered, job.model.device)
+        return forecast(job.plan(), Shelf(job.store).find, job.size, rate)
+
+
+@dataclass
+class _Prepared:
+    """A checked request: its files, store and model. Ray is joined when the first worker is needed."""
+
+    request: Request
+    files: Sequence[CorpusFile | Rejected]
+    store: ArtifactStore
+    model: ChosenModel
+    stack: ExitStack
+    room: Room | None
+
+    def size(self, tokens: int) -> Size:
+        """Bytes of a prefix of so many tokens; raises InvalidSpec when it cannot be compressed as asked."""
+        return size_of(self.model.layout, tokens, self.request.spec)
+
+    def plan(self) -> Iterator[PrefixJob | Rejected]:
+        """Jobs and rejections, document by document."""
+        request = self.request
+        render = partial(self.model.render, system_prompt=request.system_prompt, template=request.template)
+        target = Target(
+            fingerprint=self.model.fingerprint,
+            namespace=request.namespace,
+            spec=request.spec.canonical(),
+            render=render,
+            check_size=self.size,
+            window=self.model.context_window,
+        )
+        return plan(self.files, target)
+
+    def open_pool(self) -> WorkerPool:
+        """Start the workers."""
+        request = self.request
+        if self.room is None:
+            self.room = self.stack.enter_context(cluster())
+        crew = plan_crew(self.room, self.model.device, request.workers)
+        config = WorkerConfig(
+            model=self.model.place,
+            revision=request.revision,
+            dtype=self.model.dtype,
+            fingerprint=self.model.fingerprint,
+            device=self.model.device,
+            threads=crew.threads,
+            store_url=self.store.blobs.url,
+            redis_url=self.store.redis_url,
+            namespace=request.namespace,
+            spec=request.spec,
+            min_fidelity=request.min_fidelity,
+        )
+        return WorkerPool(config, crew)
+
+
+@contextmanager
+def _prepared(request: Request) -> Iterator[_Prepared]:
+    """Everything a run needs, in the order that finds a wrong argument soonest."""
+    files = list_files(request.paths)
+    with ExitStack() as stack:
+        store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
+        room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
+        model = choose_model(request.model, request.revision, choose_device(request.device, room))
+        yield _Prepared(request, files, store, model, stack, room)

@@ -197,18 +197,22 @@ class Scheduler:
             tries = self._strikes[job.artifact_id]
             self._ledger.fail(job.artifact_id, failed.reason + (f" ({tries} tries)" if tries > 1 else ""))
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens computed by this run, per second since the first worker was ready; 0 before."""
+        seconds = self._moved - self._first_ready
+        return self._ledger.computed_tokens / seconds if self._first_ready and seconds > 0 else 0.0
+
     def _tell(self) -> None:
-        tokens = self._ledger.computed_tokens
-        seconds = time.monotonic() - self._first_ready if self._first_ready else 0.0
         running = self._pool.running_tokens if self._pool else 0
         self._observer.progress(
             Progress(
                 documents=self._ledger.total,
                 settled=self._ledger.settled,
                 reading=self._reading,
-                tokens=tokens,
+                tokens=self._ledger.computed_tokens,
                 tokens_left=running + sum(job.tokens for job in self._pending),
-                tokens_per_second=tokens / seconds if seconds else 0.0,
+                tokens_per_second=self.tokens_per_second,
                 ratio=self._ledger.ratio,
             )
         )

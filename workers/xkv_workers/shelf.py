@@ -10,7 +10,7 @@ from types import TracebackType
 
 from xkv_artifacts.errors import UnsupportedFormat
 from xkv_artifacts.store import ArtifactStore
-from xkv_workers.messages import PrefixJob, Stored
+from xkv_workers.messages import Stored
 
 LEASE_SECONDS = 15.0
 """A dead driver's documents are free again after so long; a live one renews three times in it."""

@@ -60,7 +60,7 @@ class PrefixWorker:
 
             config = self._config
             torch.set_num_threads(config.threads)
-            loaded = load_model(config.model, config.revision, device=config.device)
+            loaded = load_model(config.model, config.revision, dtype=config.dtype, device=config.device)
             if loaded.identity.fingerprint != config.fingerprint:
                 raise WorkerFailed(
                     f"a worker loads another model than the one planned with: {config.model}",

@@ -1,0 +1,185 @@
+"""`xkv precompute` end to end: real Ray, Redis, model and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_runs import Done, Xkv, words
+
+Precompute = Callable[..., Done]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def precompute(xkv: Xkv, ray_address: str, tiny_model: Path, store: Path) -> Precompute:
+    """Run precompute on the shared Ray with the tiny model, at a ratio that short documents can reach."""
+
+    def run(*arguments: object, ray: bool = True) -> Done:
+        common: list[object] = ["--model", tiny_model, "--store", store, "--ratio", "2", "--json"]
+        return xkv("precompute", *common, *(["--ray-address", ray_address] if ray else []), *arguments)
+
+    return run
+
+
+def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: Path, store: Path) -> None:
+    first = precompute("--docs", corpus)
+    assert first.code == 0, first.err
+    report = first.json
+    assert list(report) == [
+        "documents", "computed", "reused", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
+        "ratio", "seconds", "artifacts",
+    ]  # fmt: skip
+    assert (report["documents"], report["computed"], report["reused"], report["failed"]) == (3, 3, 0, 0)
+    assert [line["document"] for line in report["artifacts"]] == [
+        "corpus/a.txt",
+        "corpus/b.md",
+        "corpus/c.rst",
+    ]
+    assert set(report["artifacts"][0]) == {"id", "document", "tokens", "bytes", "ratio", "fidelity"}
+    assert report["bytes_stored"] == sum(path.stat().st_size for path in store.rglob("*.safetensors"))
+    assert report["ratio"] == pytest.approx(report["bytes_full"] / report["bytes_stored"], abs=1e-3)
+    assert report["ratio"] >= 2 and report["tokens"] > 900
+    assert all(0 <= line["fidelity"] <= 1 for line in report["artifacts"])
+
+    again = precompute("--docs", corpus).json
+    assert (again["computed"], again["reused"]) == (0, 3)
+    assert again["artifacts"] == report["artifacts"]
+
+    (corpus / "a.txt").write_text(words(320, seed=9))
+    changed = precompute("--docs", corpus).json
+    assert (changed["computed"], changed["reused"]) == (1, 2)
+
+    (corpus / "b.md").rename(corpus / "renamed.txt")
+    renamed = precompute("--docs", corpus).json
+    assert (renamed["computed"], renamed["reused"]) == (0, 3)
+    assert "corpus/renamed.txt" in [line["document"] for line in renamed["artifacts"]]
+
+    verified = xkv("verify", "--store", store, "--json")
+    assert (verified.code, verified.json) == (0, {"artifacts": 4, "failed": 0, "faults": []})
+
+
+def test_bad_documents_are_told_and_the_others_go_on(
+    precompute: Precompute, corpus: Path, tmp_path: Path
+) -> None:
+    (corpus / "empty.txt").write_bytes(b"")
+    (corpus / "blank.txt").write_bytes(b" \n ")
+    (corpus / "binary.txt").write_bytes(b"\x7fELF\0\0")
+    (corpus / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (corpus / "long.txt").write_text(words(3000))
+    (corpus / "short.txt").write_text("too short for any ratio")
+    (corpus / "copy.txt").write_text((corpus / "a.txt").read_text())
+    (corpus / "lines.jsonl").write_text('{"id": "good", "text": "' + "word " * 60 + '"}\nnot json\n')
+    (tmp_path / "secret.txt").write_text("secret")
+    (corpus / "link.txt").symlink_to(tmp_path / "secret.txt")
+    done = precompute("--docs", corpus)
+    assert done.code == 1
+    report = done.json
+    reasons = {error["document"]: error["reason"] for error in report["errors"]}
+    expected = {
+        "corpus/empty.txt": "empty",
+        "corpus/blank.txt": "empty",
+        "corpus/binary.txt": "binary data",
+        "corpus/latin.txt": "not UTF-8",
+        "corpus/long.txt": "too long",
+        "corpus/short.txt": "cannot be reached",
+        "corpus/lines.jsonl#line 2": "not JSON",
+        "corpus/link.txt": "symbolic link out of the corpus",
+    }
+    assert set(reasons) == set(expected)
+    for document, reason in expected.items():
+        assert reason in reasons[document]
+    assert (report["documents"], report["computed"], report["reused"], report["failed"]) == (13, 4, 1, 8)
+
+
+def test_several_kinds_of_input_at_once(precompute: Precompute, corpus: Path) -> None:
+    done = precompute("--docs", corpus / "a.txt", corpus / "b.md", "--docs", corpus / "c.rst")
+    assert done.code == 0
+    assert [line["document"] for line in done.json["artifacts"]] == ["a.txt", "b.md", "c.rst"]
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(
+    precompute: Precompute, corpus: Path, store: Path
+) -> None:
+    (corpus / "copy.txt").write_text((corpus / "a.txt").read_text())
+    done = precompute("--docs", corpus, "--dry-run", ray=False)
+    assert done.code == 0
+    forecast = done.json
+    assert (forecast["documents"], forecast["compute"], forecast["reuse"], forecast["failed"]) == (4, 3, 1, 0)
+    assert "rough guess" in forecast["seconds_basis"]
+    assert list(store.rglob("*.safetensors")) == []
+
+    report = precompute("--docs", corpus).json
+    promised = {line["document"]: line for line in forecast["plan"]}
+    for line in report["artifacts"]:
+        assert promised[line["document"]]["id"] == line["id"]
+        assert line["bytes"] <= promised[line["document"]]["bytes"] <= line["bytes"] * 1.2 + 4096
+    after = precompute("--docs", corpus, "--dry-run", ray=False).json
+    assert (after["compute"], after["reuse"], after["tokens"]) == (0, 4, 0)
+    assert "measured before" in after["seconds_basis"]
+
+
+def test_what_shapes_an_artifact_shapes_its_id(precompute: Precompute, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Answer from the document.")
+    a = corpus / "a.txt"
+    variants: list[list[object]] = [
+        [],
+        ["--template", "raw"],
+        ["--system-prompt", tmp_path / "system.txt"],
+        ["--namespace", "team.b"],
+        ["--group-size", "2"],
+    ]
+    ids = set()
+    for variant in variants:
+        plan = precompute("--docs", a, "--dry-run", *variant, ray=False).json["plan"]
+        ids.add(plan[0]["id"])
+    assert len(ids) == len(variants)
+
+
+def test_min_fidelity_publishes_nothing_below(precompute: Precompute, corpus: Path, store: Path) -> None:
+    done = precompute("--docs", corpus, "--min-fidelity", "1", "--group-size", "4", "--ratio", "8")
+    report = done.json
+    published = len(list(store.rglob("*.safetensors")))
+    assert published == report["computed"] == sum(line["fidelity"] == 1 for line in report["artifacts"])
+    assert report["failed"] > 0 and done.code == 1, "a random model at 8x should not agree everywhere"
+    assert all("below 1" in error["reason"] for error in report["errors"])
+
+
+def test_two_workers_share_the_work(precompute: Precompute, corpus: Path) -> None:
+    for number in range(4):
+        (corpus / f"more{number}.txt").write_text(words(900, seed=20 + number))
+    report = precompute("--docs", corpus, "--workers", "2").json
+    assert (report["computed"], report["failed"]) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--model", "no/such-model"], 1, "no/such-model"),
+        (["--rank-k", "5000", "--rank-v", "5000"], 1, "larger than the matrix"),
+        (["--namespace", "../etc"], 1, "namespace '../etc' is not allowed"),
+        (["--rank-k", "8"], 1, "rank_k and rank_v go together"),
+        (["--ratio", "0.5"], 1, "ratio=0.5 is out of range"),
+        (["--group-size", "0"], 1, "group_size=0 is out of range"),
+        (["--redis", "redis://127.0.0.1:1/0"], 1, "does not answer"),
+        (["--redis", "http://x"], 1, "not a Redis URL"),
+        (["--ray-address", "127.0.0.1:1"], 1, "Ray does not start"),
+        (["--store", "/proc/nowhere"], 1, "/proc/nowhere"),
+        (["--device", "cuda"], 1, "GPU"),
+    ],
+)
+def test_what_cannot_work_is_one_line_with_a_hint(
+    xkv: Xkv, tiny_model: Path, corpus: Path, store: Path, arguments: list[str], code: int, expected: str
+) -> None:
+    common = ["precompute", "--docs", corpus, "--model", tiny_model, "--store", store]
+    if "--rank-k" not in arguments and "--ratio" not in arguments:
+        common += ["--ratio", "2"]
+    done = xkv(*common, *arguments)
+    assert done.code == code, done
+    assert expected in done.err and "Traceback" not in done.err and "unexpected" not in done.err
+    assert done.err.count("\n") <= 6
