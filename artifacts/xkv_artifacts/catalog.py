@@ -200,11 +200,13 @@ class Catalog:
         return list(zip(answers[::2], answers[1::2], strict=True))
 
     def _parse(self, artifact_id: str, fields: Any, last_used: Any) -> Entry | None:
+        if not is_artifact_id(artifact_id):
+            raise bad_entry(artifact_id, "its name is not an artifact id")
         if not isinstance(fields, dict) or not isinstance(last_used, float | None):
             raise bad_entry(artifact_id, _reason(fields if not isinstance(fields, dict) else last_used))
         if not fields and last_used is None:
             return None
-        if not fields or not is_artifact_id(artifact_id):
+        if not fields:
             raise bad_entry(artifact_id, "it is listed, but has no fields")
         return Entry.from_hash(artifact_id, fields, last_used or 0.0)
 

@@ -116,17 +116,20 @@ def connect(url: str) -> redis.Redis:
             socket_timeout=_SOCKET_TIMEOUT_S,
             socket_connect_timeout=_SOCKET_TIMEOUT_S,
         )
-    except ValueError as error:
+        # Options in the URL's query are looked at here, not when the first command is sent.
+        client.connection_pool.make_connection()
+    except (ValueError, TypeError):
         hint = "use redis://host:port/0, rediss:// or unix:///path"
-        raise CatalogUnavailable(
-            f"not a Redis URL: {mask_password(url)} ({_line(error)})", hint=hint
-        ) from None
+        raise CatalogUnavailable(f"not a Redis URL: {mask_password(url)}", hint=hint) from None
     return client
 
 
 def mask_password(url: str) -> str:
     """The URL with `***` for its password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(not a URL)"
     userinfo, at, host = parts.netloc.rpartition("@")
     if at and ":" in userinfo:
         userinfo = userinfo.split(":", 1)[0] + ":***"
