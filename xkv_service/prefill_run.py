@@ -17,7 +17,7 @@ from xkv_service.inspect import InspectedModel
 from xkv_service.observation import observe
 from xkv_service.prefilled import PlaneTables, Prefill
 from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
-from xkv_service.rotary_probe import PositionEmbeddings, split_cos_sin
+from xkv_service.rotary_probe import PositionEmbeddings
 from xkv_service.rotary_source import Frequencies, frequency_change, model_frequencies
 
 TokenIds = Sequence[int] | torch.Tensor
@@ -195,7 +195,8 @@ class Run:
             form = self.inspected.forms[index]
             if form.planes.shape[0] == 0:
                 continue
-            name = (id(chunks[0]), id(split_cos_sin(chunks[0])[0]), *form.signature)
+            shared = chunks[0] if isinstance(chunks[0], torch.Tensor) else chunks[0][0]
+            name = (id(shared), *form.signature)
             if name not in made:
                 pieces = [form.plane_tables(chunk) for chunk in chunks]
                 cos = torch.cat([piece[0][0] for piece in pieces])[:length]

@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", _HYBRID),
     "gemma3": ("gemma3_text", _HYBRID),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
-    "phi3-longrope": ("phi3", _LONGROPE),
+    "phi3-longrope": ("phi3", {**_LONGROPE, "original_max_position_embeddings": 128}),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25, "num_key_value_heads": 4}),
