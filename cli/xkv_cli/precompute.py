@@ -139,12 +139,17 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
 
     Exit status: 0 all is well, 1 some documents failed, 2 wrong usage, 130 interrupted.
     """
+    from xkv_artifacts.errors import InvalidNamespace
     from xkv_cli import render
     from xkv_cli.progress import watch
+    from xkv_service.errors import InvalidSpec
     from xkv_workers.precompute import estimate, run
     from xkv_workers.request import Request
 
-    request = Request.create(**options)
+    try:
+        request = Request.create(**options)
+    except (InvalidSpec, InvalidNamespace) as error:
+        raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
     if dry_run:
         forecast = estimate(request)
         render.as_json(forecast.as_dict()) if as_json else render.forecast(forecast)

@@ -21,7 +21,8 @@ def precompute(xkv: Xkv, ray_address: str, tiny_model: Path, store: Path) -> Pre
     """Run precompute on the shared Ray with the tiny model, at a ratio that short documents can reach."""
 
     def run(*arguments: object, ray: bool = True) -> Done:
-        common: list[object] = ["--model", tiny_model, "--store", store, "--ratio", "2", "--json"]
+        common: list[object] = ["--model", tiny_model, "--store", store, "--json"]
+        common += [] if {"--ratio", "--rank-k"} & set(arguments) else ["--ratio", "2"]
         return xkv("precompute", *common, *(["--ray-address", ray_address] if ray else []), *arguments)
 
     return run
@@ -142,7 +143,7 @@ def test_what_shapes_an_artifact_shapes_its_id(precompute: Precompute, corpus: P
 
 
 def test_min_fidelity_publishes_nothing_below(precompute: Precompute, corpus: Path, store: Path) -> None:
-    done = precompute("--docs", corpus, "--min-fidelity", "1", "--group-size", "4", "--ratio", "8")
+    done = precompute("--docs", corpus, "--min-fidelity", "1", "--rank-k", "1", "--rank-v", "1")
     report = done.json
     published = len(list(store.rglob("*.safetensors")))
     assert published == report["computed"] == sum(line["fidelity"] == 1 for line in report["artifacts"])
@@ -161,14 +162,15 @@ def test_two_workers_share_the_work(precompute: Precompute, corpus: Path) -> Non
     ("arguments", "code", "expected"),
     [
         (["--model", "no/such-model"], 1, "no/such-model"),
-        (["--rank-k", "5000", "--rank-v", "5000"], 1, "larger than the matrix"),
-        (["--namespace", "../etc"], 1, "namespace '../etc' is not allowed"),
-        (["--rank-k", "8"], 1, "rank_k and rank_v go together"),
-        (["--ratio", "0.5"], 1, "ratio=0.5 is out of range"),
-        (["--group-size", "0"], 1, "group_size=0 is out of range"),
+        (["--rank-k", "5000", "--rank-v", "5000"], 1, "rank_k=5000 is larger than"),
+        (["--namespace", "../etc"], 2, "namespace '../etc' is not allowed"),
+        (["--rank-k", "8"], 2, "rank_k and rank_v go together"),
+        (["--ratio", "0.5"], 2, "ratio=0.5 is out of range"),
+        (["--group-size", "0"], 2, "group_size=0 is out of range"),
         (["--redis", "redis://127.0.0.1:1/0"], 1, "does not answer"),
         (["--redis", "http://x"], 1, "not a Redis URL"),
-        (["--ray-address", "127.0.0.1:1"], 1, "Ray does not start"),
+        (["--ray-address", "127.0.0.1:1"], 1, "Ray does not start at 127.0.0.1:1: nothing answers"),
+        (["--ray-address", "nonsense"], 1, 'neither "host:port" nor "auto"'),
         (["--store", "/proc/nowhere"], 1, "/proc/nowhere"),
         (["--device", "cuda"], 1, "GPU"),
     ],

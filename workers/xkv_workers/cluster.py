@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,9 +105,13 @@ def _health(address: str) -> _Health:
     if "://" in address:
         return _Health()
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    command += [] if address == "auto" else ["--address", address]
     try:
+        if address != "auto":
+            _knock(address)
+            command += ["--address", address]
         subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
+    except OSError as error:
+        return _Health(f"nothing answers there: {error.strerror or error}")
     except subprocess.TimeoutExpired:
         return _Health(f"no answer within {CONNECT_SECONDS} s")
     except subprocess.CalledProcessError as error:
@@ -114,6 +119,14 @@ def _health(address: str) -> _Health:
         last = lines[-1] if lines else "not a healthy Ray cluster"
         return _Health(wants_token=True) if "AuthenticationError" in last else _Health(last)
     return _Health()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nothing listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise OSError(f'{address!r} is neither "host:port" nor "auto"')
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def _room() -> Room:
