@@ -32,27 +32,33 @@ class Factorization:
 
 
 def factorize(
-    grams: torch.Tensor, rank: int, weights: Sequence[Sequence[FeatureWeights] | None] | None = None
+    grams: torch.Tensor,
+    ranks: Sequence[int],
+    weights: Sequence[Sequence[FeatureWeights] | None] | None = None,
 ) -> list[Factorization]:
-    """Rank-`rank` factorizations with the least (weighted) squared error, for several groups at once.
+    """Factorizations with the least (weighted) squared error at their rank, for several groups at once.
 
     Args:
         grams: [n, W, W], XᵀX of each group.
-        rank: 1 to W.
+        ranks: rank of each, 1 to W.
         weights: per group, one `FeatureWeights` per layer in the order of its features, or None.
 
     Returns:
         One `Factorization` per group.
     """
-    per_group = [normalized(one) if one else None for one in weights] if weights else [None] * len(grams)
+    per_group = [normalized(one) if one else None for one in weights or [None] * len(grams)]
     with precise_products():
-        weighted = torch.stack([_fold(gram, one) for gram, one in zip(grams, per_group, strict=True)])
-        vectors, _ = leading_eigenvectors(weighted, rank)
-        del weighted
+        vectors, _ = leading_eigenvectors(_fold_all(grams, per_group), max(ranks))
         return [
-            _factorization(gram, basis, one)
-            for gram, basis, one in zip(grams, vectors, per_group, strict=True)
+            _factorization(gram, basis[:, :rank], one)
+            for gram, basis, rank, one in zip(grams, vectors, ranks, per_group, strict=True)
         ]
+
+
+def _fold_all(grams: torch.Tensor, weights: Sequence[list[FeatureWeights] | None]) -> torch.Tensor:
+    if all(one is None for one in weights):
+        return grams
+    return torch.stack([_fold(gram, one) for gram, one in zip(grams, weights, strict=True)])
 
 
 def _fold(gram: torch.Tensor, weights: list[FeatureWeights] | None) -> torch.Tensor:

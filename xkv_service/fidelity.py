@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.factors import PrefixFactors
+from xkv_service.inspect import inspect_loaded
 from xkv_service.observation import observe
+from xkv_service.prefill_run import can_fuse_chunks
 from xkv_service.prefilled import Prefill
 from xkv_service.reconstruct import rebuild
 
 HELD_BACK = 64
-_CHUNK = 8192
+_CHUNK = 32768
 
 
 def held_back(tokens: int) -> int:
@@ -51,7 +53,8 @@ def certify(
         for layer in factors.layers:
             _replace(prefill, factors, layer, before)
         ids = prefill.token_ids[before:].to(model.device)[None]
-        with observe(model, _Unwatched(), []):
+        fused = can_fuse_chunks(model, inspect_loaded(model))
+        with observe(model, _Unwatched(), [], fused_chunks=fused):
             logits = model(input_ids=ids, past_key_values=prefill.cache(before), use_cache=True).logits[0]
         agreement, kl = compare_distributions(prefill.logits_tail, logits)
     return Fidelity(

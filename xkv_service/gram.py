@@ -9,20 +9,18 @@ import torch
 ReadChunk = Callable[[int, int, int], torch.Tensor]
 
 
-def gram_dtype(device: torch.device) -> torch.dtype:
-    """float64 on a CPU; float32 on an accelerator, where fp64 sums would cost more than they bring."""
-    return torch.float64 if device.type == "cpu" else torch.float32
-
-
 def product_dtype(cached: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype chunks are multiplied in.
+    """The dtype chunks are multiplied in: float64, but for a 16-bit cache on an accelerator.
 
-    On an accelerator a 16-bit cache is multiplied in its own dtype with float32 sums: products of values are
-    exact, and rounding a key before RoPE to it adds no more than the model's own rounding of the cached key.
+    There it is the cache's own, with float32 sums: products of values are exact, and rounding a key before
+    RoPE to it adds no more than the model's own rounding of the cached key.
     """
-    if device.type == "cpu":
-        return torch.float64
-    return cached if cached.itemsize == 2 else torch.float32
+    return cached if device.type != "cpu" and cached.itemsize == 2 else torch.float64
+
+
+def gram_dtype(product: torch.dtype) -> torch.dtype:
+    """The dtype products of dtype `product` are summed in."""
+    return torch.float64 if product == torch.float64 else torch.float32
 
 
 def accumulate_gram(
@@ -42,13 +40,13 @@ def accumulate_gram(
         widths: features of each layer, `prod` of `read`'s trailing dimensions.
         span: first and one past the last token. chunk_tokens: rows in memory at once.
         dtype: dtype of the products (`product_dtype`). device: where to compute.
-        out: zeroed [W, W] of `gram_dtype(device)` to sum into, or None for a new one.
+        out: zeroed [W, W] of `gram_dtype(dtype)` to sum into, or None for a new one.
 
     Returns:
         [W, W] symmetric, W = sum(widths).
     """
     width = sum(widths)
-    total = torch.zeros(width, width, dtype=gram_dtype(device), device=device) if out is None else out
+    total = torch.zeros(width, width, dtype=gram_dtype(dtype), device=device) if out is None else out
     start, stop = span
     buffer = torch.empty(min(chunk_tokens, stop - start), width, dtype=dtype, device=device)
     for first in range(start, stop, chunk_tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,12 +20,17 @@ from xkv_service.layout import LayerLayout
 from xkv_service.prefilled import Prefill
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES
+from xkv_service.subspace import precise_products
 from xkv_service.weights import FeatureWeights, output_projection, output_weights, query_weights
 
 CHUNK_TOKENS_CPU = 2048
-CHUNK_TOKENS_CUDA = 8192
+CHUNK_TOKENS_CUDA = 32768
+BATCH_CUDA = 16
+
+_LOG = logging.getLogger(__name__)
 
 Kind = Literal["key", "value"]
+KINDS: tuple[Kind, ...] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,40 @@ def factorize_groups(
 ) -> FactorizedGroups:
     """Factor every group's keys and values.
 
-    On an accelerator all groups of one shape are factored at once (small batched products keep it busy); on a
-    CPU one after the other, so that only one group's Gram matrix is in memory.
+    On an accelerator matrices of one width are factored together (small batched products keep it busy), keys
+    and values alike; on a CPU one after the other, so that only one Gram matrix is in memory.
     """
     work = _Work(model, exact, spec)
-    keys = work.factor_all("key", layouts)
-    values = work.factor_all("value", layouts)
+    done: dict[_Part, tuple[LowRank, float]] = {}
+    for batch in work.batches([_Part(kind, layout) for layout in layouts for kind in KINDS]):
+        done.update(work.factor(batch))
+    keys = [done[_Part("key", layout)] for layout in layouts]
+    values = [done[_Part("value", layout)] for layout in layouts]
     return FactorizedGroups(
-        tuple(GroupFactors(layout, keys[i][0], values[i][0]) for i, layout in enumerate(layouts)),
-        tuple(keys[i][1] for i in range(len(layouts))),
-        tuple(values[i][1] for i in range(len(layouts))),
+        tuple(
+            GroupFactors(*one)
+            for one in zip(layouts, [k for k, _ in keys], [v for v, _ in values], strict=True)
+        ),
+        tuple(error for _, error in keys),
+        tuple(error for _, error in values),
         work.key_energy,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The keys or the values of one group."""
+
+    kind: Kind
+    layout: GroupLayout
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.layout.key_widths if self.kind == "key" else self.layout.value_widths
+
+    @property
+    def rank(self) -> int:
+        return self.layout.rank_k if self.kind == "key" else self.layout.rank_v
 
 
 class _Work:
@@ -74,68 +102,68 @@ class _Work:
         self.layers = {layer.index: layer for layer in exact.layout.compressible}
         self.key_energy: dict[int, torch.Tensor] = {}
 
-    def factor_all(self, kind: Kind, layouts: tuple[GroupLayout, ...]) -> dict[int, tuple[LowRank, float]]:
-        """Factors and error of each group, by its number."""
-        done: dict[int, tuple[LowRank, float]] = {}
-        for numbers in self._batches(kind, layouts):
-            batch = [layouts[number] for number in numbers]
-            width = sum(_widths(kind, batch[0]))
-            grams = torch.zeros(len(batch), width, width, dtype=gram_dtype(self.device), device=self.device)
-            for gram, layout in zip(grams, batch, strict=True):
-                self._gram(kind, layout, gram)
-            weights = [self._weights(kind, layout) for layout in batch]
-            results = factorize(grams, _rank(kind, batch[0]), weights)
-            del grams
-            for number, layout, result in zip(numbers, batch, results, strict=True):
-                done[number] = (self._low_rank(kind, layout, result), result.error)
-        return done
+    def batches(self, parts: list[_Part]) -> list[list[_Part]]:
+        """Parts to factor together."""
+        by_width: dict[int, list[_Part]] = {}
+        for part in parts:
+            by_width.setdefault(sum(part.widths), []).append(part)
+        size = 1 if self.on_cpu else BATCH_CUDA
+        return [same[i : i + size] for same in by_width.values() for i in range(0, len(same), size)]
 
-    def _batches(self, kind: Kind, layouts: tuple[GroupLayout, ...]) -> list[list[int]]:
-        if self.on_cpu:
-            return [[number] for number in range(len(layouts))]
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for number, layout in enumerate(layouts):
-            shapes.setdefault((sum(_widths(kind, layout)), _rank(kind, layout)), []).append(number)
-        return list(shapes.values())
+    def factor(self, batch: list[_Part]) -> dict[_Part, tuple[LowRank, float]]:
+        """Factors and relative error of each part; all are of one width."""
+        width = sum(batch[0].widths)
+        dtype = gram_dtype(self._product_dtype(batch[0]))
+        grams = torch.zeros(len(batch), width, width, dtype=dtype, device=self.device)
+        for gram, part in zip(grams, batch, strict=True):
+            self._gram(part, gram)
+        results = factorize(grams, [part.rank for part in batch], [self._weights(part) for part in batch])
+        del grams
+        return {
+            part: (self._low_rank(part, result), result.error)
+            for part, result in zip(batch, results, strict=True)
+        }
 
-    def _gram(self, kind: Kind, layout: GroupLayout, out: torch.Tensor) -> None:
+    def _gram(self, part: _Part, out: torch.Tensor) -> None:
         """XᵀX over the tokens that are not kept exact anyway, where there are any."""
         sink, recent = always_exact(self.exact.tokens, self.spec)
         span = (sink, recent) if recent > sink else (0, self.exact.tokens)
         accumulate_gram(
-            self._reader(kind, layout),
-            _widths(kind, layout),
+            self._reader(part),
+            part.widths,
             span,
             chunk_tokens=self.chunk,
-            dtype=product_dtype(self._cached_dtype(kind, layout), self.device),
+            dtype=self._product_dtype(part),
             device=self.device,
             out=out,
         )
-        if kind == "key":
-            self._note_energy(layout, out.diagonal() / (span[1] - span[0]))
+        if part.kind == "key":
+            self._note_energy(part.layout, out.diagonal() / (span[1] - span[0]))
 
     def _note_energy(self, layout: GroupLayout, energy: torch.Tensor) -> None:
         parts = torch.split(energy, list(layout.key_widths))
         for layer, heads, part in zip(layout.layers, layout.kv_heads, parts, strict=True):
             self.key_energy[layer] = part.reshape(heads, -1).clone()
 
-    def _reader(self, kind: Kind, layout: GroupLayout) -> Callable[[int, int, int], torch.Tensor]:
-        read = self.exact.keys if kind == "key" else self.exact.values
-        return lambda position, start, stop: read(layout.layers[position], start, stop)
+    def _reader(self, part: _Part) -> Callable[[int, int, int], torch.Tensor]:
+        read = self.exact.keys if part.kind == "key" else self.exact.values
+        return lambda position, start, stop: read(part.layout.layers[position], start, stop)
 
-    def _cached_dtype(self, kind: Kind, layout: GroupLayout) -> torch.dtype:
-        read = self.exact.rotated_keys if kind == "key" else self.exact.values
-        return read(layout.layers[0], 0, 1).dtype
+    def _product_dtype(self, part: _Part) -> torch.dtype:
+        read = self.exact.rotated_keys if part.kind == "key" else self.exact.values
+        return product_dtype(read(part.layout.layers[0], 0, 1).dtype, self.device)
 
-    def _weights(self, kind: Kind, layout: GroupLayout) -> list[FeatureWeights] | None:
+    def _weights(self, part: _Part) -> list[FeatureWeights] | None:
         """One weight per layer, or None when the spec asks for none or a layer has no output projection."""
-        layers = [self.layers[index] for index in layout.layers]
-        if kind == "key" and self.spec.key_weights == "query":
+        layers = [self.layers[index] for index in part.layout.layers]
+        if part.kind == "key" and self.spec.key_weights == "query":
             return [self._query_weights(layer) for layer in layers]
-        if kind == "value" and self.spec.value_weights == "output":
+        if part.kind == "value" and self.spec.value_weights == "output":
             found = [self._output_weights(layer) for layer in layers]
             known = [weight for weight in found if weight is not None]
-            return known if len(known) == len(found) else None
+            if len(known) == len(found):
+                return known
+            _LOG.warning("layers %s: no output projection found, values are not weighted", part.layout.layers)
         return None
 
     def _query_weights(self, layer: LayerLayout) -> FeatureWeights:
@@ -147,33 +175,21 @@ class _Work:
         projection = output_projection(module, layer.query_heads * layer.value_dim)
         return None if projection is None else output_weights(projection, layer.query_heads, layer.kv_heads)
 
-    def _low_rank(self, kind: Kind, layout: GroupLayout, result: Factorization) -> LowRank:
+    def _low_rank(self, part: _Part, result: Factorization) -> LowRank:
         """A = X P in chunks, and B, in the stored dtype."""
-        widths, dtype = _widths(kind, layout), DTYPES[self.spec.dtype]
-        product = self._projection_dtype(kind, layout)
+        widths, dtype = part.widths, DTYPES[self.spec.dtype]
+        product = min(self._product_dtype(part), torch.float32, key=lambda dtype: dtype.itemsize)
         projection = result.projection.to(product)
-        read, tokens = self._reader(kind, layout), self.exact.tokens
+        read, tokens = self._reader(part), self.exact.tokens
         factors = torch.empty(tokens, projection.shape[1], dtype=dtype, device=self.device)
         buffer = torch.empty(min(self.chunk, tokens), sum(widths), dtype=product, device=self.device)
-        for start in range(0, tokens, self.chunk):
-            stop = min(start + self.chunk, tokens)
-            factors[start:stop] = _product(fill_rows(buffer, read, widths, start, stop), projection)
+        with precise_products():
+            for start in range(0, tokens, self.chunk):
+                stop = min(start + self.chunk, tokens)
+                factors[start:stop] = _product(fill_rows(buffer, read, widths, start, stop), projection)
         return LowRank(factors, result.bases.to(dtype), widths)
-
-    def _projection_dtype(self, kind: Kind, layout: GroupLayout) -> torch.dtype:
-        if self.on_cpu:
-            return torch.float32
-        return product_dtype(self._cached_dtype(kind, layout), self.device)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right, summed and returned in float32 where the inputs have 16 bits."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype.itemsize == 2 else left @ right
-
-
-def _widths(kind: Kind, layout: GroupLayout) -> tuple[int, ...]:
-    return layout.key_widths if kind == "key" else layout.value_widths
-
-
-def _rank(kind: Kind, layout: GroupLayout) -> int:
-    return layout.rank_k if kind == "key" else layout.rank_v

@@ -15,7 +15,7 @@ from xkv_service.sketch import KeySketch, candidate_planes, choose_planes, encod
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES, sketch_planes
 
-_CHUNK = 8192
+_CHUNK = 32768
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _sketch(exact: Prefill, spec: CompressionSpec, layer: LayerLayout, energy: t
 
 
 def _spans(tokens: int, chunk: int) -> list[tuple[int, int]]:
-    """Spans of about 8192 tokens that begin where a landmark begins."""
+    """Spans of about 32768 tokens that begin where a landmark begins."""
     step = max(1, _CHUNK // chunk) * chunk
     return [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 

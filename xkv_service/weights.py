@@ -72,10 +72,9 @@ def output_weights(projection: torch.Tensor, query_heads: int, kv_heads: int) ->
         projection: [hidden, query_heads * value_dim], the weight of the attention's output projection.
     """
     hidden, columns = projection.shape
-    dim, shared = columns // query_heads, query_heads // kv_heads
-    per_head = projection.detach().reshape(hidden, kv_heads, shared, dim).permute(1, 2, 0, 3)
-    stacked = per_head.reshape(kv_heads, shared * hidden, dim).float()
-    energy = (stacked.mT @ stacked).double()
+    dim = columns // query_heads
+    per_head = projection.detach().float().reshape(hidden, query_heads, dim).transpose(0, 1)
+    energy = (per_head.mT @ per_head).double().reshape(kv_heads, -1, dim, dim).sum(1)
     eye = torch.eye(dim, dtype=torch.float64, device=energy.device)
     mean = energy.diagonal(dim1=-2, dim2=-1).mean()
     factor = torch.linalg.cholesky(energy + _FLOOR * mean.clamp_min(torch.finfo(torch.float32).tiny) * eye)

@@ -152,12 +152,13 @@ def test_rows_of_layers_lie_side_by_side() -> None:
 def test_products_on_a_cpu_are_float64() -> None:
     assert product_dtype(torch.bfloat16, torch.device("cpu")) == torch.float64
     assert product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    assert product_dtype(torch.float32, torch.device("cuda")) == torch.float64
 
 
 @pytest.mark.parametrize("case", ["ordinary", "eight x1000 channels"])
 @pytest.mark.parametrize("rank", [1, RANK, WIDTH])
 def test_the_reported_error_is_the_true_one(case: str, rank: int) -> None:
     x = CASES[case]()
-    (result,) = factorize((x.T @ x)[None], rank)
+    (result,) = factorize((x.T @ x)[None], [rank])
     true = float((x - x @ result.projection @ result.bases).norm() / x.norm())
     assert result.error == pytest.approx(true, rel=1e-4, abs=1e-6)

@@ -40,7 +40,7 @@ BOTH = pytest.mark.parametrize("make", [random_query_weights, random_output_weig
 @BOTH
 def test_full_rank_is_exact(make: type) -> None:
     x = torch.randn(100, 2 * HEADS * DIM, dtype=torch.float64)
-    (result,) = factorize((x.T @ x)[None], x.shape[1], [[make(0), make(1)]])
+    (result,) = factorize((x.T @ x)[None], [x.shape[1]], [[make(0), make(1)]])
     torch.testing.assert_close(x @ result.projection @ result.bases, x, atol=1e-9, rtol=0)
 
 
@@ -50,7 +50,7 @@ def test_the_weighted_error_is_the_least_and_the_reported_error_the_plain_one(ma
     gram = (x.T @ x)[None]
     weights = [make(0), make(1)]
     weight = torch.block_diag(*map(dense, weights))
-    (weighted,), (plain,) = factorize(gram, 9, [weights]), factorize(gram, 9)
+    (weighted,), (plain,) = factorize(gram, [9], [weights]), factorize(gram, [9])
     residuals = [x - x @ result.projection @ result.bases for result in (weighted, plain)]
     assert (residuals[0] @ weight).norm() < (residuals[1] @ weight).norm()
     assert residuals[0].norm() > residuals[1].norm()
