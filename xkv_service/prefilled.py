@@ -23,6 +23,7 @@ class Prefill:
     Attributes:
         token_ids: int64 [T], on the CPU.
         layout: the cache's layers.
+        device: where keys, values and logits are.
         tail: last positions whose logits were kept.
         logits_tail: float32 [tail, vocabulary]: logits at positions T - tail .. T - 1 (each predicts the next
             token), or None when tail is 0.
@@ -47,6 +48,7 @@ class Prefill:
     ) -> None:
         self.layout, self.token_ids = layout, token_ids
         self.tail, self.logits_tail = tail, logits_tail
+        self.device = next(iter(keys.values())).device
         self._config = config
         self._keys, self._values = keys, values
         self._sliding, self._sliding_at_tail = sliding, sliding_at_tail
@@ -58,11 +60,6 @@ class Prefill:
     def tokens(self) -> int:
         """T, tokens of the prefix."""
         return self.token_ids.numel()
-
-    @property
-    def device(self) -> torch.device:
-        """Where keys, values and logits are."""
-        return next(iter(self._keys.values())).device
 
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Keys before RoPE of positions start .. stop - 1: float32 [t, kv_heads, D]."""
