@@ -162,7 +162,7 @@ def parse_store_file(content: bytes, where: str) -> str:
         fields = json.loads(content)
         store_id = str(fields.pop("id"))
         known = fields == _STORE_FORMAT and uuid.UUID(hex=store_id).hex == store_id
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
         raise StoreError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from artifact_samples import sample
-from conftest import RedisServer
+from redis_server import RedisServer
 
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.redis_link import RedisLink, mask_password
@@ -23,7 +23,9 @@ def test_down_at_the_start_is_told_at_once(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value) and "XKV_REDIS_URL" in caught.value.hint
 
 
-@pytest.mark.parametrize("url", ["http://x", "nonsense", "redis://h:port", "redis://127.0.0.1:1/x?y=secret", "redis://[secret"])
+@pytest.mark.parametrize(
+    "url", ["http://x", "nonsense", "redis://h:port", "redis://127.0.0.1:1/x?y=secret", "redis://[secret"]
+)
 def test_what_is_no_redis_url_is_told(tmp_path: Path, url: str) -> None:
     with pytest.raises(CatalogUnavailable) as caught:
         ArtifactStore.open(str(tmp_path / "s"), url)
