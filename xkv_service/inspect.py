@@ -143,8 +143,7 @@ def _layout_from_probe(model: PreTrainedModel, kinds: dict[int, LayerKind], prob
                 window=_window(kept, kind),
             )
         )
-    element_bytes = probe.cache.layers[layers[0].index].keys.element_size()
-    return ModelLayout(tuple(layers), element_bytes)
+    return ModelLayout(tuple(layers))
 
 
 def _window(layer: Any, kind: LayerKind) -> int | None:
@@ -178,4 +177,4 @@ def _layout_from_config(model: PreTrainedModel, kinds: dict[int, LayerKind]) -> 
         )
         for index, kind in kinds.items()
     )
-    return ModelLayout(layers, element_bytes=model.dtype.itemsize)
+    return ModelLayout(layers)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+CACHE_NUMBER_BYTES = 2
+"""Bytes of one number in the exact cache, as servers hold it: 16 bits, also where a CPU computes in float32, so
+that no ratio is flattered by the dtype of the machine that made the artifact."""
+
 LayerKind = Literal["full", "sliding"]
 
 
@@ -38,10 +42,9 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Every attention layer's cache, and the bytes of one cached number (2 for bf16)."""
+    """Every attention layer's cache."""
 
     layers: tuple[LayerLayout, ...]
-    element_bytes: int
 
     @property
     def compressible(self) -> tuple[LayerLayout, ...]:
@@ -64,4 +67,4 @@ class ModelLayout:
         for layer in self.layers:
             kept = tokens if layer.window is None else min(tokens, layer.window)
             total += kept * (layer.key_width + layer.value_width)
-        return total * self.element_bytes
+        return total * CACHE_NUMBER_BYTES

@@ -18,9 +18,7 @@ from xkv_service.spec import CompressionSpec
 def layout(layers: int = 32, heads: int = 8, dim: int = 128, *, sliding: int = 0) -> ModelLayout:
     full = LayerLayout(0, "full", heads, 4 * heads, dim, dim)
     window = replace(full, kind="sliding", window=100)
-    return ModelLayout(
-        tuple(replace(window if i < sliding else full, index=i) for i in range(layers)), element_bytes=2
-    )
+    return ModelLayout(tuple(replace(window if i < sliding else full, index=i) for i in range(layers)))
 
 
 def stored_one_rank_more(layout: ModelLayout, tokens: int, spec: CompressionSpec, size: Size) -> int:
