@@ -1,0 +1,295 @@
+"""Compression overhead over bare prefill with Llama-3.1-8B shapes (random weights), one GPU.
+
+python benchmarks/gpu/compression.py --out benchmarks/results/gpu_compression.json
+
+For each prefix length: the model's own prefill (one forward, Transformers' cache), this project's observed
+prefill in chunks, compression at 8x in groups of 4 with everything counted, split into stages, peak memory,
+bytes per token, and the error against the optimal one of the same rank. `--tiny` runs the same code in
+seconds on a CPU; `--primitives` times the linear algebra that compression chooses from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import Report
+
+from xkv_service import CompressionSpec, compression, factorize, fidelity, group_factors
+from xkv_service.fidelity import held_back
+from xkv_service.inspect import inspect_loaded
+from xkv_service.prefill import prefill
+from xkv_service.subspace import inverse_cholesky, subspace_iteration
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+TINY = {
+    **LLAMA_8B,
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    arguments = _arguments()
+    device = "cpu" if arguments.tiny else "cuda"
+    model = _model(TINY if arguments.tiny else LLAMA_8B, device)
+    inspect_loaded(model)
+    report = Report(
+        "gpu_compression", " ".join(["python", *sys.argv]), "prefill of the same prefix, one forward"
+    )
+    extra: dict[str, Any] = {"primitives": primitives(device, arguments.tiny)} if arguments.primitives else {}
+    lengths = (
+        [512, 1024] if arguments.tiny else [int(length) * 1024 for length in arguments.lengths.split(",")]
+    )
+    spec = CompressionSpec(ratio=2.0 if arguments.tiny else 8.0)
+    _measure(model, 256 if arguments.tiny else 8192, spec, 1)
+    for tokens in lengths:
+        report.add(**_measure(model, tokens, spec, arguments.repeats if tokens < 100_000 else 1))
+    report.write(arguments.out, model="Llama-3.1-8B shapes, random weights", **extra)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_compression.json"))
+    parser.add_argument("--lengths", default="32,64,128", help="thousands of tokens, comma-separated")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per length, the median is kept")
+    parser.add_argument("--primitives", action="store_true", help="also time the linear algebra alone")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: checks this script")
+    return parser.parse_args()
+
+
+def _model(fields: dict[str, Any], device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _measure(model: PreTrainedModel, tokens: int, spec: CompressionSpec, repeats: int) -> dict[str, Any]:
+    ids = torch.randint(
+        3, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(tokens)
+    )
+    bare, bare_peak = _median(lambda: _bare_prefill(model, ids), repeats, model.device)
+    exact_seconds, _ = _median(lambda: prefill(model, ids, tail=held_back(tokens)), repeats, model.device)
+    runs = [_compress(model, ids, spec) for _ in range(repeats)]
+    seconds, peak, factors = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+    stages, excess = _staged(model, ids, spec)
+    started = time.perf_counter()
+    stored = sum(tensor.nbytes for tensor in factors.to_tensors().values())
+    copied = time.perf_counter() - started
+    assert factors.fidelity is not None
+    group = factors.groups[0].layout
+    return {
+        "tokens": tokens,
+        "bare_prefill_s": bare,
+        "observed_prefill_s": exact_seconds,
+        "compress_s": seconds,
+        "overhead_%": 100 * (exact_seconds + seconds - bare) / bare,
+        "compress_only_%": 100 * seconds / bare,
+        **{f"{name}_ms": 1000 * value for name, value in stages.items()},
+        "to_host_s": copied,
+        "peak_gib": peak,
+        "bare_peak_gib": bare_peak,
+        "rank_k": group.rank_k,
+        "rank_v": group.rank_v,
+        "bytes_per_token": stored / tokens,
+        "full_bytes_per_token": factors.bytes_full / tokens,
+        "excess_error_%": excess,
+        "key_error": factors.fidelity.key_error[0],
+        "value_error": factors.fidelity.value_error[0],
+        "top1_agreement": factors.fidelity.top1_agreement,
+    }
+
+
+def _bare_prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _compress(model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec) -> tuple[float, float, Any]:
+    """Seconds of compression alone, peak GiB of prefill and compression, and the factors."""
+    _reset_peak(model.device)
+    exact = prefill(model, ids, tail=held_back(ids.numel()))
+    seconds, factors = _timed(lambda: compression.compress_prefill(model, exact, spec), model.device)
+    exact.free()
+    return seconds, _peak(model.device), factors
+
+
+@dataclass
+class Stages:
+    """Seconds of each stage (the device is waited for, so their sum is a little more than the whole)."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    excess: list[float] = field(default_factory=list)
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time added to stage `name`."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            took, result = _timed(lambda: function(*args, **kwargs), self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            return result
+
+        return measured
+
+    def compared(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`leading_eigenvectors`, its first and last result held against an eigensolver in float64."""
+
+        def measured(grams: torch.Tensor, rank: int) -> Any:
+            vectors, energies = function(grams, rank)
+            for gram, basis in ((grams[0], vectors[0]), (grams[-1], vectors[-1])):
+                gram, basis = gram.double(), basis.double()
+                optimal = torch.linalg.eigvalsh(gram)[:-rank].clamp_min(0).sum().sqrt()
+                reached = (gram.trace() - (basis * (gram @ basis)).sum()).clamp_min(0).sqrt()
+                self.excess.append(100 * (float(reached / optimal) - 1) if optimal > 0 else 0.0)
+            return vectors, energies
+
+        return measured
+
+
+def _staged(
+    model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec
+) -> tuple[dict[str, float], float]:
+    """Seconds per stage, and the largest excess (percent) over the optimal error."""
+    stages = Stages(model.device)
+    work = group_factors._Work
+    with _replaced(
+        (group_factors, "accumulate_gram", lambda f: stages.timed("gram", f)),
+        (group_factors, "factorize", lambda f: stages.timed("eigenvectors_all", f)),
+        (factorize, "leading_eigenvectors", lambda f: stages.timed("eigenvectors", f)),
+        (work, "_weights", lambda f: stages.timed("weights", f)),
+        (work, "_low_rank", lambda f: stages.timed("projection", f)),
+        (compression, "index_layers", lambda f: stages.timed("index", f)),
+        (compression, "certify", lambda f: stages.timed("fidelity", f)),
+        (fidelity, "_replace", lambda f: stages.timed("rebuild", f)),
+    ):
+        exact = prefill(model, ids, tail=held_back(ids.numel()))
+        compression.compress_prefill(model, exact, spec)
+        exact.free()
+    with _replaced((factorize, "leading_eigenvectors", stages.compared)):
+        exact = prefill(model, ids)
+        compression.factorize_prefill(model, exact, spec)
+        exact.free()
+    return stages.seconds, max(stages.excess)
+
+
+@contextmanager
+def _replaced(
+    *targets: tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]],
+) -> Iterator[None]:
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
+    try:
+        for owner, name, wrap in targets:
+            setattr(owner, name, wrap(getattr(owner, name)))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    _wait(device)
+    started = time.perf_counter()
+    result = function()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def _median(function: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float]:
+    """Median seconds, and the peak GiB."""
+    _reset_peak(device)
+    times = []
+    for _ in range(repeats):
+        took, result = _timed(function, device)
+        if result is not None:
+            result.free()
+        times.append(took)
+    return sorted(times)[len(times) // 2], _peak(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+def primitives(device: str, tiny: bool) -> dict[str, float]:
+    """Milliseconds of the linear algebra alone, 16 matrices as Llama-3.1-8B has."""
+    width, rank, count, rows = (256, 20, 2, 512) if tiny else (4096, 512, 16, 32768)
+    size = rank + 64
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    gram = (x.float().T @ x.float())[None].repeat(count, 1, 1)
+    half = torch.randn(count, size, 2 * size, device=device, dtype=torch.float64)
+    small, tall = half @ half.mT, torch.randn(count, width, size, device=device, dtype=torch.float64)
+    tall32 = tall.float()
+    eye = torch.eye(size, device=device, dtype=torch.float64).expand(count, size, size)
+    cases: dict[str, Callable[[], Any]] = {
+        "subspace_iteration": lambda: subspace_iteration(gram, rank),
+        "gram @ basis, float32": lambda: gram @ tall32,
+        "basisᵀ basis, float64": lambda: tall.mT @ tall,
+        "inverse_cholesky, float64": lambda: inverse_cholesky(small),
+        "torch cholesky + triangular inverse, float64": lambda: torch.linalg.solve_triangular(
+            torch.linalg.cholesky_ex(small).L, eye, upper=False
+        ),
+        "batched eigh of the small matrices, float64": lambda: torch.linalg.eigh(small),
+        "batched eigh of the small matrices, float32": lambda: torch.linalg.eigh(small.float()),
+        "eigh of one gram, float64": lambda: torch.linalg.eigh(gram[0].double()),
+    }
+    if device == "cuda":
+        cases["bf16 gram of 32768 rows"] = lambda: torch.mm(x.T, x, out_dtype=torch.float32)
+    times = {}
+    for name, function in cases.items():
+        function()
+        times[name] = 1000 * _timed(function, torch.device(device))[0]
+        print(f"{name}: {times[name]:.2f} ms", flush=True)
+    return times
+
+
+if __name__ == "__main__":
+    main()
