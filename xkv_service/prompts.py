@@ -46,9 +46,13 @@ _CLOSE = ("", "x", " x", "1", ".", "\n", ",\n", "漢")
 _FOLLOW_UPS = ("And then?", "\n2")
 _ANSWER = "It is so."
 
+# Stands in for the clock that Transformers gives to templates.
+_ANOTHER_CLOCK = "{%- macro strftime_now(form) -%}31 December 1999{%- endmacro -%}"
+
 _LONG_DOCUMENT = 6000
 _ENDING = 2000
 _MOST_UNSTABLE = 64
+_MOST_MERGED = 16
 
 
 def render_prefix(
@@ -74,16 +78,17 @@ def render_prefix(
         ids, unstable = _stable_ids(chat, document)
     else:
         ids, unstable = _stable_ids_of_long(chat, document)
-    if unstable > _MOST_UNSTABLE:
+    other = chat.ids(("A" if document.lstrip()[0] != "A" else "B") + document[:100])
+    nothing_left = len(ids) <= len(_common([ids, other]))
+    if unstable > (_MOST_MERGED if nothing_left else _MOST_UNSTABLE):
         raise InvalidPrompt(
             "the chat template changes text before the document's end as a chat goes on",
             hint="leave the system prompt out, or use --template raw",
         )
-    other = chat.ids(("A" if document.lstrip()[0] != "A" else "B") + document[:100])
-    if len(ids) <= len(_common([ids, other])):
+    if nothing_left:
         raise InvalidPrompt(
-            "the document is too short: none of its tokens stays the same in every chat",
-            hint="give a longer document",
+            "none of the document's tokens stays the same in every chat",
+            hint="give a longer document, or use --template raw",
         )
     return ids
 
@@ -115,10 +120,12 @@ class _Chat:
         text = self._apply(self._messages(start, None), tokenize=False)
         if self.system_prompt is not None and self.system_prompt.strip() not in text:
             raise _no_system_prompt()
-        later = self._apply(self._messages(start, None), tokenize=False, strftime_now=_some_other_day)
-        if _common([text, later]) != text:
+        undated = _ANOTHER_CLOCK + self.tokenizer.get_chat_template()
+        later = self._apply(self._messages(start, None), tokenize=False, chat_template=undated)
+        common = _common([text, later])
+        if common != text and start not in common:
             raise InvalidPrompt(
-                "the chat template writes today's date: a prefix made today would match no chat tomorrow",
+                "the chat template writes today's date before the document: a prefix made today would match no chat tomorrow",
                 hint="use --template raw, or a chat template without a date",
             )
 
@@ -183,13 +190,6 @@ def _common(sequences: Sequence[Any]) -> Any:
         if any(other[index] != item for other in sequences):
             return shortest[:index]
     return shortest
-
-
-def _some_other_day(form: str) -> str:
-    """Stands in for the templates' clock."""
-    from datetime import datetime
-
-    return datetime(1999, 12, 31, 23, 59).strftime(form)
 
 
 def _no_system_prompt() -> InvalidPrompt:
