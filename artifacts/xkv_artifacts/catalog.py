@@ -124,9 +124,9 @@ class Catalog:
         return bool(self._script(_DROP, keys, [artifact_id]))
 
     def touch(self, artifact_id: str) -> None:
-        """Note that an artifact was used now."""
+        """Note that an artifact was used now; tried once, since nothing waits for it."""
         recency = self._key(RECENCY_KEY)
-        self.link.call(lambda client: client.zadd(recency, {artifact_id: time.time()}, xx=True))
+        self.link.call(lambda client: client.zadd(recency, {artifact_id: time.time()}, xx=True), patience_s=0)
 
     def clear(self) -> None:
         """Forget all entries and the prefix index (leases and rates stay)."""

@@ -35,8 +35,9 @@ class ObjectBlobStore(BlobStore):
         self.url = url.rstrip("/")
         with self._errors("open"):
             # Other machines write here too: a cached listing would be wrong.
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
             self._fs: Any
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
             if not create and not self._fs.exists(self._path(STORE_FILE)):
                 raise StoreError(f"there is no store at {self.url}", hint="xkv precompute makes one")
 

@@ -6,13 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING
 
-from xkv_artifacts import format as blob_format
-from xkv_artifacts.blobs import BlobStore, open_blob_store, store_errors
+from xkv_artifacts.blobs import BlobStore, open_blob_store
 from xkv_artifacts.catalog import Catalog
+from xkv_artifacts.checked_blobs import CheckedBlobs
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import (
@@ -20,56 +19,23 @@ from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
-    StoreError,
     UnsupportedFormat,
 )
+from xkv_artifacts.format import TOKENS, write_prefix
 from xkv_artifacts.keys import check_namespace, token_bytes
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
+from xkv_artifacts.reports import Match, Orphans, Rebuild, Verification
 from xkv_artifacts.token_cache import OwnedTokens, TokenCache
 
 if TYPE_CHECKING:
     import torch
 
-Result = TypeVar("Result")
-
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Match:
-    """A stored prefix of a prompt: the first `tokens` token ids of both are the same."""
-
-    artifact_id: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What re-reading one artifact gave; `fault` is None when every byte is as written."""
-
-    artifact_id: str
-    fault: str | None
-
-
-@dataclass(frozen=True)
-class Rebuild:
-    """What a catalog was rebuilt from: artifacts listed again, and blobs that could not be."""
-
-    artifacts: int
-    faults: tuple[Verification, ...]
-
-
-@dataclass(frozen=True)
-class Orphans:
-    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry."""
-
-    files: int
-    bytes: int
-    entries_dropped: int
-    blobs_listed: int
+__all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
 
 
 class ArtifactStore:
@@ -79,6 +45,7 @@ class ArtifactStore:
         self.blobs = blobs
         self.catalog = catalog
         self._embedded = embedded
+        self._checked = CheckedBlobs(blobs, self._forget)
         self._tokens = TokenCache()
 
     @classmethod
@@ -145,8 +112,8 @@ class ArtifactStore:
             StoreError: the blob could not be written; nothing is left behind.
             CatalogUnavailable: the blob is there, but not listed; the next `get` lists it.
         """
-        written = self.blobs.put(manifest.id, lambda file: blob_format.write_prefix(file, manifest, tensors))
-        self._list(written, token_bytes(tensors[blob_format.TOKENS].tolist()))
+        written = self.blobs.put(manifest.id, lambda file: write_prefix(file, manifest, tensors))
+        self._list(written, token_bytes(tensors[TOKENS].tolist()))
         return written
 
     def load(
@@ -160,8 +127,7 @@ class ArtifactStore:
             UnsupportedFormat: another version wrote it.
             MissingTensor: a name is not in the blob.
         """
-        loaded = self._read(artifact_id, lambda file: blob_format.read_prefix(file, names))
-        self._expect_id(artifact_id, loaded[0])
+        loaded = self._checked.read_prefix(artifact_id, names)
         with suppress(CatalogUnavailable, CatalogError):
             self.catalog.touch(artifact_id)
         return loaded
@@ -195,9 +161,7 @@ class ArtifactStore:
 
     def manifest(self, artifact_id: str) -> PrefixManifest:
         """An artifact's manifest, from the blob's own header. Raises as `load`."""
-        manifest = self._read(artifact_id, blob_format.read_manifest)
-        self._expect_id(artifact_id, manifest)
-        return manifest
+        return self._checked.read_manifest(artifact_id)
 
     def lookup(self, fingerprint: str, namespace: str, token_ids: Sequence[int]) -> Match | None:
         """The artifact that shares the longest prefix with a prompt.
@@ -227,7 +191,7 @@ class ArtifactStore:
         if ids is None:
             ids = sorted({*self.blobs.ids(), *self.catalog.ids()})
         for artifact_id in ids:
-            yield Verification(artifact_id, self._fault(artifact_id))
+            yield Verification(artifact_id, self._checked.fault(artifact_id))
 
     def remove(self, artifact_id: str) -> bool:
         """Delete an artifact, its entry first; False when there was none.
@@ -239,7 +203,7 @@ class ArtifactStore:
         return self.blobs.remove(artifact_id) or listed
 
     def rebuild(self) -> Rebuild:
-        """Make the catalog again from the blobs alone.
+        """Make the catalog again from the blobs alone. Bad blobs go to quarantine and are reported.
 
         Raises:
             CatalogUnavailable, StoreError
@@ -290,9 +254,7 @@ class ArtifactStore:
 
     def _list_blob(self, artifact_id: str) -> Entry:
         """List a blob in the catalog by what it says itself."""
-        manifest, tokens = self._read(artifact_id, blob_format.read_tokens)
-        self._expect_id(artifact_id, manifest)
-        return self._list(manifest, tokens)
+        return self._list(*self._checked.read_tokens(artifact_id))
 
     def _list(self, manifest: PrefixManifest, tokens: bytes) -> Entry:
         size = self.blobs.size(manifest.id)
@@ -303,7 +265,7 @@ class ArtifactStore:
     def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes) -> Match | None:
         """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
         try:
-            item = self._tokens.get(artifact_id) or self._read_tokens(artifact_id)
+            item = self._tokens_of(artifact_id)
         except (ArtifactNotFound, CorruptArtifact):
             self.catalog.drop(artifact_id)
             return None
@@ -313,39 +275,14 @@ class ArtifactStore:
             return Match(artifact_id, 0)
         return Match(artifact_id, common_tokens(item.tokens, prompt))
 
-    def _read_tokens(self, artifact_id: str) -> OwnedTokens:
-        manifest, tokens = self._read(artifact_id, blob_format.read_tokens)
-        self._expect_id(artifact_id, manifest)
-        item = OwnedTokens((manifest.model.fingerprint, manifest.namespace), tokens)
-        self._tokens.put(artifact_id, item)
+    def _tokens_of(self, artifact_id: str) -> OwnedTokens:
+        item = self._tokens.get(artifact_id)
+        if item is None:
+            manifest, tokens = self._checked.read_tokens(artifact_id)
+            item = OwnedTokens((manifest.model.fingerprint, manifest.namespace), tokens)
+            self._tokens.put(artifact_id, item)
         return item
 
-    def _fault(self, artifact_id: str) -> str | None:
-        try:
-            with self.blobs.open(artifact_id) as file, store_errors("read", self.blobs.url):
-                manifest = blob_format.verify(file)
-        except (CorruptArtifact, UnsupportedFormat, ArtifactNotFound) as error:
-            return error.message
-        return None if manifest.id == artifact_id else f"the blob is artifact {manifest.id}"
-
-    def _expect_id(self, artifact_id: str, manifest: PrefixManifest) -> None:
-        if manifest.id != artifact_id:
-            raise self._quarantined(artifact_id, f"the blob is artifact {manifest.id}")
-
-    def _read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
-        """Read a blob; a corrupt one is moved away and forgotten before the error goes on."""
-        try:
-            with self.blobs.open(artifact_id) as file, store_errors("read", self.blobs.url):
-                return read(file)
-        except CorruptArtifact as error:
-            raise self._quarantined(artifact_id, error.message) from None
-        except UnsupportedFormat as error:
-            raise UnsupportedFormat(f"artifact {artifact_id}: {error.message}", hint=error.hint) from None
-
-    def _quarantined(self, artifact_id: str, reason: str) -> CorruptArtifact:
-        place = "it could not be moved away"
-        with suppress(StoreError, ArtifactNotFound):
-            place = f"moved to {self.blobs.quarantine(artifact_id)}"
+    def _forget(self, artifact_id: str) -> None:
         with suppress(CatalogUnavailable, CatalogError):
             self.catalog.drop(artifact_id)
-        return CorruptArtifact(f"artifact {artifact_id}: {reason} ({place})", hint="compute it again")

@@ -1,0 +1,177 @@
+"""A store in S3, against a real S3 server (moto's) reached over HTTP."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from artifact_samples import FINGERPRINT, sample
+from redis_server import RedisServer
+
+from xkv_artifacts import object_blobs
+from xkv_artifacts.blobs import blob_name, open_blob_store
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
+from xkv_artifacts.store import ArtifactStore, Match
+
+ID = "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of the server, which the environment points everybody at."""
+    import boto3
+
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "id"),
+        ("AWS_SECRET_ACCESS_KEY", "key"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    return boto3.client("s3")
+
+
+@pytest.fixture
+def bucket(s3: Any) -> str:
+    name = f"b-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=name)
+    return name
+
+
+def keys(s3: Any, bucket: str) -> list[str]:
+    return [item["Key"] for item in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+def test_publish_list_find_load_verify_remove(s3: Any, bucket: str, redis_server: RedisServer) -> None:
+    manifest, tensors = sample()
+    with ArtifactStore.open(f"s3://{bucket}/some/place/", redis_server.url) as store:
+        store.publish(manifest, tensors)
+        assert keys(s3, bucket) == [f"some/place/{blob_name(manifest.id)}", "some/place/xkv-store.json"]
+        _, loaded = store.load(manifest.id)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        assert [check.fault for check in store.verify()] == [None]
+        assert store.lookup(FINGERPRINT, "default", range(200)) == Match(manifest.id, 100)
+        store.catalog.clear()
+        assert store.rebuild().artifacts == 1
+        assert store.collect_orphans().blobs_listed == 0
+    with ArtifactStore.open(f"s3://{bucket}/some/place", redis_server.url) as store:
+        assert [entry.id for entry in store.entries()] == [manifest.id]
+        assert store.remove(manifest.id) and not store.remove(manifest.id)
+        assert store.get(manifest.id) is None
+    assert keys(s3, bucket) == ["some/place/xkv-store.json"]
+
+
+def test_a_changed_blob_is_quarantined(s3: Any, bucket: str, redis_server: RedisServer) -> None:
+    manifest, tensors = sample()
+    with ArtifactStore.open(f"s3://{bucket}", redis_server.url) as store:
+        store.publish(manifest, tensors)
+        content = bytearray(s3.get_object(Bucket=bucket, Key=blob_name(manifest.id))["Body"].read())
+        content[-1] ^= 4
+        s3.put_object(Bucket=bucket, Key=blob_name(manifest.id), Body=bytes(content))
+        assert "checksum" in str([check.fault for check in store.verify()])
+        with pytest.raises(CorruptArtifact, match=f"s3://{bucket}/quarantine/{manifest.id}"):
+            store.load(manifest.id)
+        assert keys(s3, bucket) == [f"quarantine/{manifest.id}.safetensors", "xkv-store.json"]
+        with pytest.raises(ArtifactNotFound):
+            store.load(manifest.id)
+
+
+@pytest.mark.parametrize("size", [100, 11 << 20])
+def test_a_failing_writer_publishes_nothing(
+    s3: Any, bucket: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_blobs, "_PART_BYTES", 5 << 20)
+    blobs = open_blob_store(f"s3://{bucket}")
+
+    def fail(file: BinaryIO) -> None:
+        for _ in range(size // 100):
+            file.write(bytes(100))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        blobs.put(ID, fail)
+    assert keys(s3, bucket) == []
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+
+
+def test_a_blob_of_several_parts_appears_at_once(
+    s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_blobs, "_PART_BYTES", 5 << 20)
+    blobs = open_blob_store(f"s3://{bucket}/x")
+    content = bytes(range(256)) * 50_000
+
+    def write(file: BinaryIO) -> None:
+        for start in range(0, len(content), 1 << 20):
+            file.write(content[start : start + (1 << 20)])
+            assert not blobs.exists(ID)
+
+    blobs.put(ID, write)
+    assert blobs.size(ID) == len(content) and list(blobs.ids()) == [ID]
+    with blobs.open(ID) as file:
+        file.seek(5_000_000)
+        assert file.read(1000) == content[5_000_000:5_001_000]
+
+
+def test_only_the_ranges_asked_for_are_fetched(s3: Any, bucket: str, redis_server: RedisServer) -> None:
+    import s3fs
+
+    manifest, tensors = sample(range(3000))
+    fetched = []
+    real = s3fs.S3File._fetch_range
+
+    def record(self: Any, start: int, end: int) -> Any:
+        fetched.append(end - start)
+        return real(self, start, end)
+
+    with (
+        ArtifactStore.open(f"s3://{bucket}", redis_server.url) as store,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        store.publish(manifest, tensors)
+        patch.setattr(s3fs.S3File, "_fetch_range", record)
+        store.load(manifest.id, ["group.0.key.factors.1"])
+        assert len(fetched) == 3 and fetched[2] == 3000 * 6 * 2
+        assert sum(fetched) < store.blobs.size(manifest.id) / 10
+
+
+def test_faults_of_the_store_are_one_clear_line(
+    s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+) -> None:
+    with pytest.raises(StoreError, match="there is no store"):
+        ArtifactStore.open(f"s3://{bucket}/x", redis_server.url, create=False)
+    with pytest.raises(StoreError, match="no-such-bucket") as caught:
+        ArtifactStore.open("s3://no-such-bucket-anywhere/x", redis_server.url)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StoreError, match=f"s3://{bucket}"):
+        ArtifactStore.open(f"s3://{bucket}/other", redis_server.url)
+
+
+def test_without_the_s3_extra_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from xkv_artifacts.blobs import open_blob_store\n"
+        "from xkv_artifacts.errors import StoreError\n"
+        "try: open_blob_store('s3://b/x')\n"
+        "except StoreError as error: print(error.message, '|', error.hint)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "s3://b/x" in out and 'pip install "xkv-service[s3]"' in out
