@@ -13,6 +13,9 @@ from xkv_workers.report import DocumentError
 ROUGH_TOKENS_PER_SECOND = {"cpu": 1_000.0, "cuda": 20_000.0}
 """A guess for a model that was never precomputed here: a small one on CPU, one of 8 B parameters on a GPU."""
 
+START_SECONDS = 10.0
+"""Until the first worker is ready: Ray, torch and the model."""
+
 Action = Literal["compute", "reuse", "same as another"]
 
 
@@ -69,7 +72,7 @@ class Rate:
     def of(cls, remembered: float | None, device: str) -> Rate:
         """The catalog's remembered rate, or a guess that says so."""
         if remembered is not None:
-            return cls(remembered, f"measured before with this model on {device}")
+            return cls(remembered, f"speed measured before with this model on {device}")
         return cls(ROUGH_TOKENS_PER_SECOND[device], f"a rough guess: this model was never run on {device}")
 
 
@@ -104,7 +107,7 @@ def forecast(
         tokens=tokens,
         bytes_full=sum(line.bytes_full for line in todo),
         bytes_stored=sum(line.bytes for line in todo),
-        seconds=round(tokens / rate.tokens_per_second, 1),
+        seconds=round(tokens / rate.tokens_per_second + START_SECONDS, 1) if todo else 0.0,
         seconds_basis=rate.basis,
         plan=tuple(lines),
     )

@@ -80,13 +80,12 @@ class PrefixWorker:
         from xkv_service.fidelity import held_back
         from xkv_service.prefill import prefill_batch
 
-        tails = [held_back(job.tokens) for job in jobs]
         prefills: list[Prefill] = []
         try:
             documents = [torch.tensor(job.token_ids) for job in jobs]
-            prefills = prefill_batch(loaded.model, documents, tail=max(tails))
-            for job, prefill, tail in zip(jobs, prefills, tails, strict=True):
-                _keep_tail(prefill, tail)
+            tails = [held_back(job.tokens) for job in jobs]
+            prefills = prefill_batch(loaded.model, documents, tail=tails)
+            for job, prefill in zip(jobs, prefills, strict=True):
                 try:
                     yield job, compress_prefill(loaded.model, prefill, self._config.spec)
                 except XKVError as error:
@@ -127,9 +126,3 @@ class PrefixWorker:
             **factors.manifest_fields(),
         )
 
-
-def _keep_tail(prefill: Prefill, tail: int) -> None:
-    """Hold back as many positions as this prefix alone would: fidelity must not depend on the batch."""
-    if prefill.logits_tail is not None and tail < prefill.tail:
-        prefill.logits_tail = prefill.logits_tail[-tail:]
-        prefill.tail = tail
