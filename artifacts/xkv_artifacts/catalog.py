@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.entry import REBUILD_HINT, Entry, bad_entry
 from xkv_artifacts.errors import CatalogError
-from xkv_artifacts.keys import block_hashes_of_bytes, check_namespace, is_artifact_id
+from xkv_artifacts.keys import check_namespace, is_artifact_id, joined_block_hashes
 from xkv_artifacts.lease import Lease
 from xkv_artifacts.prefix_index import LOOKUP, big_endian, member
 from xkv_artifacts.redis_link import RedisLink
@@ -113,7 +113,7 @@ class Catalog:
         Raises:
             CatalogError: the answer holds something else than ids.
         """
-        digests = b"".join(block_hashes_of_bytes(fingerprint, namespace, tokens))
+        digests = joined_block_hashes(fingerprint, namespace, tokens)
         keys = [self._key(PREFIXES_KEY, fingerprint=fingerprint, namespace=check_namespace(namespace))]
         found = self._script(LOOKUP, keys, [digests, big_endian(tokens), self._entry_key("")])
         return [_artifact_id(raw) for raw in found]

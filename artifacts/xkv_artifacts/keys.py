@@ -21,6 +21,7 @@ DIGEST_BYTES = 8
 
 _ID_DOMAIN = b"xkv-prefix-id-1"
 _BLOCK_DOMAIN = b"xkv-prefix-block-1"
+_WITHOUT_FIRST_BIT = bytes(byte & 0x7F for byte in range(256))
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -90,19 +91,21 @@ def block_hashes(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> 
     Returns:
         `len(token_ids) // 64` digests of 8 bytes; the first bit of each is 0 (catalog members rely on it).
     """
-    return block_hashes_of_bytes(fingerprint, namespace, token_bytes(token_ids))
+    joined = joined_block_hashes(fingerprint, namespace, token_bytes(token_ids))
+    return [joined[start : start + DIGEST_BYTES] for start in range(0, len(joined), DIGEST_BYTES)]
 
 
-def block_hashes_of_bytes(fingerprint: str, namespace: str, tokens: bytes) -> list[bytes]:
-    """`block_hashes` for token ids that are already little-endian int32 bytes."""
-    sha256 = hashlib.sha256
-    state = sha256(b"".join(_framed(_BLOCK_DOMAIN, *_owner(fingerprint, namespace)))).digest()
+def joined_block_hashes(fingerprint: str, namespace: str, tokens: bytes) -> bytes:
+    """`block_hashes`, one after the other, for token ids that are already little-endian int32 bytes."""
+    running = hashlib.sha256(b"".join(_framed(_BLOCK_DOMAIN, *_owner(fingerprint, namespace))))
     size = 4 * BLOCK_TOKENS
     hashes = []
     for start in range(0, len(tokens) - size + 1, size):
-        state = sha256(state + tokens[start : start + size]).digest()
-        hashes.append(bytes([state[0] & 0x7F]) + state[1:DIGEST_BYTES])
-    return hashes
+        running.update(tokens[start : start + size])
+        hashes.append(running.copy().digest()[:DIGEST_BYTES])
+    joined = bytearray(b"".join(hashes))
+    joined[::DIGEST_BYTES] = joined[::DIGEST_BYTES].translate(_WITHOUT_FIRST_BIT)
+    return bytes(joined)
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:

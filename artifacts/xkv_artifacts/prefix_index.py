@@ -2,7 +2,7 @@
 
 One sorted set per model and namespace; all scores are 0, so Redis orders members by their bytes. A member is
 
-    8-byte running digest of each full block | 0xFF | tokens of the last, partial block | 0xFFFFFFFF | id
+    8-byte digest at the end of each full block | 0xFF | tokens of the last, partial block | 0xFFFFFFFF | id
 
 (4 bytes a token, most significant first). The more bytes two such strings share, the longer the prefix that
 their tokens share, and the member that shares most with a query stands right before or right after it.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 
-from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, block_hashes_of_bytes
+from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, joined_block_hashes
 
 _TAIL = b"\xff"
 _END = b"\xff\xff\xff\xff"
@@ -80,9 +80,9 @@ def member(fingerprint: str, namespace: str, tokens: bytes, artifact_id: str) ->
     Args:
         tokens: token ids as little-endian int32 bytes.
     """
-    digests = block_hashes_of_bytes(fingerprint, namespace, tokens)
-    tail = big_endian(tokens[4 * BLOCK_TOKENS * len(digests) :])
-    return b"".join(digests) + _TAIL + tail + _END + bytes.fromhex(artifact_id)
+    digests = joined_block_hashes(fingerprint, namespace, tokens)
+    tail = big_endian(tokens[4 * BLOCK_TOKENS * (len(digests) // DIGEST_BYTES) :])
+    return digests + _TAIL + tail + _END + bytes.fromhex(artifact_id)
 
 
 def big_endian(tokens: bytes) -> bytes:

@@ -24,7 +24,22 @@ from xkv_artifacts.manifest import (
 
 FINGERPRINT = "0123456789abcdef" * 4
 TOKEN_IDS = tuple((37 * position + position * position) % 32_000 for position in range(130))
-SPEC = {"group_size": 2, "ratio": 8.0, "rank_k": None, "dtype": "bfloat16", "index": "sketch"}
+SPEC = {
+    "group_size": 2,
+    "ratio": None,
+    "rank_k": 65,
+    "rank_v": 66,
+    "key_share": 0.4,
+    "dtype": "bfloat16",
+    "index": "sketch",
+    "sketch_planes": 2,
+    "landmark_chunk": 8,
+    "sink": 3,
+    "recent": 1,
+    "outlier_chunks": 0,
+    "key_weights": "none",
+    "value_weights": "output",
+}
 
 
 def golden_tensors() -> dict[str, torch.Tensor]:
@@ -34,25 +49,32 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         return ((torch.arange(torch.Size(shape).numel()) % 251 - 125) / 8).reshape(shape).to(dtype)
 
     tokens = len(TOKEN_IDS)
-    return {
+    tensors = {
         "tokens": torch.tensor(TOKEN_IDS, dtype=torch.int32),
-        "group.0.key.factors.0": ramp(torch.bfloat16, tokens, 4),
-        "group.0.key.bases.0": ramp(torch.bfloat16, 4, 16),
-        "group.0.value.factors.0": ramp(torch.bfloat16, tokens, 6),
-        "group.0.value.bases.0": ramp(torch.bfloat16, 6, 16),
-        "layer.0.sketch.planes": torch.arange(8, dtype=torch.int16).reshape(2, 2, 2),
-        "layer.0.sketch.codes": (torch.arange(tokens * 4) % 256).to(torch.uint8).reshape(tokens, 2, 2),
-        "layer.0.sketch.scales": ramp(torch.float16, tokens, 2),
-        "layer.1.landmarks": ramp(torch.bfloat16, 17, 2, 4),
-        "layer.1.exact.positions": torch.tensor([0, 1, 129], dtype=torch.int32),
-        "layer.1.exact.keys": ramp(torch.bfloat16, 3, 2, 4),
-        "layer.1.exact.values": ramp(torch.bfloat16, 3, 2, 4),
-        "layer.2.window.keys": ramp(torch.bfloat16, 8, 2, 4),
+        "layer.2.window.keys": ramp(torch.bfloat16, 8, 2, 8),
         "layer.2.window.values": ramp(torch.bfloat16, 8, 2, 4),
-        "rotary.0.inv_freq": ramp(torch.float32, 2),
-        "empty": torch.empty(0, 3, dtype=torch.float64),
-        "scalar": torch.tensor(-7, dtype=torch.int64),
+        "rotary.0.planes": torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]], dtype=torch.int32),
+        "rotary.0.scaling": torch.tensor([1.0], dtype=torch.float64),
+        "rotary.0.rounding": torch.tensor([1], dtype=torch.int32),
+        "rotary.0.inv_freq": torch.tensor([1.0, 0.5, 0.25, 0.125]),
     }
+    for kind, widths, columns in (("key", (64, 1), 32), ("value", (64, 2), 16)):
+        for block, width in enumerate(widths):
+            tensors[f"group.0.{kind}.factors.{block}"] = ramp(torch.bfloat16, tokens, width)
+            tensors[f"group.0.{kind}.bases.{block}"] = ramp(torch.bfloat16, width, columns)
+    for layer in (0, 1):
+        codes = torch.arange(tokens * 4) % 256
+        tensors |= {
+            f"layer.{layer}.sketch.planes": torch.tensor(
+                [[[0, 4], [1, 5]], [[3, 7], [2, 6]]], dtype=torch.int16
+            ),
+            f"layer.{layer}.sketch.codes": codes.to(torch.uint8).reshape(tokens, 2, 2),
+            f"layer.{layer}.sketch.scales": ramp(torch.float16, tokens, 2),
+            f"layer.{layer}.exact.positions": torch.tensor([0, 1, 2, 129], dtype=torch.int32),
+            f"layer.{layer}.exact.keys": ramp(torch.bfloat16, 4, 2, 8),
+            f"layer.{layer}.exact.values": ramp(torch.bfloat16, 4, 2, 4),
+        }
+    return tensors
 
 
 def golden_manifest() -> PrefixManifest:
@@ -69,14 +91,14 @@ def golden_manifest() -> PrefixManifest:
             GroupLayout(
                 layers=(0, 1),
                 kv_heads=(2, 2),
-                key_widths=(8, 8),
+                key_widths=(16, 16),
                 value_widths=(8, 8),
                 rotary=(0, 0),
-                rank_k=4,
-                rank_v=6,
+                rank_k=65,
+                rank_v=66,
             ),
         ),
-        windows=(WindowLayout(layer=2, tokens=8, kv_heads=2, head_dim=4, value_dim=4),),
+        windows=(WindowLayout(layer=2, tokens=8, kv_heads=2, head_dim=8, value_dim=4),),
         document=DocumentRef(uri='corpus/größe "quoted"\n.txt', sha256="fedcba9876543210" * 4),
         fidelity=Fidelity(
             top1_agreement=0.96875, kl=0.015625, positions=32, key_error=(0.25,), value_error=(0.5,)

@@ -12,7 +12,7 @@ from make_prefix_golden import golden_manifest, golden_tensors
 from xkv_artifacts.format import read_prefix, verify
 
 GOLDEN = Path(__file__).with_name("prefix-v1.safetensors")
-GOLDEN_SHA256 = "01b3bbc647d59d5276ccabd155401a945aeb437711e2f5463f62bfd5071d17ad"
+GOLDEN_SHA256 = "a841ceb272bd9557b0ece4c3d83dd507c17dd5692fecb9029b9c27199d5b0a74"
 
 
 def test_the_golden_file_is_the_one_of_the_day_it_was_made() -> None:
@@ -38,3 +38,11 @@ def test_a_reader_made_from_the_document_reads_the_same() -> None:
         dtype, shape, data = tensors[name]
         assert shape == list(tensor.shape)
         assert data == tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else data == b""
+
+
+def test_the_method_takes_it() -> None:
+    from xkv_service.factors import PrefixFactors
+
+    with GOLDEN.open("rb") as file:
+        factors = PrefixFactors.from_tensors(*read_prefix(file))
+    assert (factors.tokens, factors.layers, list(factors.windows)) == (130, (0, 1), [2])

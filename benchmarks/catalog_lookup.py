@@ -1,0 +1,195 @@
+"""Longest-prefix lookup in Redis with 100,000 artifacts in the catalog: time per lookup on loopback.
+
+    python benchmarks/catalog_lookup.py
+
+A timed lookup is all that a server does before it reads a blob: hash the prompt's blocks, one round trip over
+TCP on 127.0.0.1, parse the answer. For some lookups of each kind the answer is compared with the document
+that the prompt was cut from: at most 63 tokens may be lost, none when the prompt holds the whole document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from report import Report
+
+from xkv_artifacts.catalog import Catalog
+from xkv_artifacts.embedded import server_binary
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.keys import BLOCK_TOKENS, artifact_id
+from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.redis_link import RedisLink
+
+FINGERPRINT = "a" * 64
+SYSTEM_PROMPTS = 20
+CHECKED = 200
+RESULT = Path(__file__).parent / "results" / "catalog_lookup.json"
+
+
+def noise(source: random.Random, count: int) -> bytes:
+    """Random token ids below 65,536, as little-endian int32 bytes."""
+    tokens = bytearray(source.randbytes(4 * count))
+    tokens[2::4] = tokens[3::4] = bytes(count)
+    return bytes(tokens)
+
+
+class Corpus:
+    """Documents behind one of a few system prompts, 256 to 8,192 tokens, made again from their number."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        source = random.Random(1)
+        self._systems = [noise(source, 300) for _ in range(SYSTEM_PROMPTS)]
+
+    def document(self, number: int) -> bytes:
+        source = random.Random(number)
+        length = int(256 * 2 ** source.uniform(0, 5))
+        return self._systems[number % SYSTEM_PROMPTS] + noise(source, length)
+
+
+def fill(catalog: Catalog, corpus: Corpus) -> dict[str, int]:
+    """Publish every document; the number of each artifact id."""
+    numbers = {}
+    for number in range(corpus.size):
+        tokens = corpus.document(number)
+        identity = artifact_id(FINGERPRINT, "bench", memoryview(tokens).cast("i"), {"ratio": 8})
+        numbers[identity] = number
+        catalog.publish(entry(identity, len(tokens) // 4), tokens)
+        if number % 10_000 == 0:
+            print(f"{number:,} artifacts", flush=True)
+    return numbers
+
+
+def entry(identity: str, tokens: int) -> Entry:
+    return Entry(
+        id=identity,
+        blob=identity,
+        bytes=tokens * 16_384,
+        bytes_full=tokens * 131_072,
+        tokens=tokens,
+        model="bench",
+        fingerprint=FINGERPRINT,
+        namespace="bench",
+        document="bench",
+        document_sha256="0" * 64,
+        fidelity=1.0,
+        ratio=8.0,
+        created=0.0,
+        last_used=0.0,
+    )
+
+
+Prompts = list[tuple[bytes, int | None]]
+
+
+def prompts(corpus: Corpus, count: int) -> dict[str, Prompts]:
+    """By kind: token bytes, and the document that they begin as (None: no certain one)."""
+    source = random.Random(2)
+    documents = [(corpus.document(number), number) for number in source.sample(range(corpus.size), count)]
+
+    halves = [(tokens[: len(tokens) // 8 * 4], number) for tokens, number in documents]
+    return {
+        "an artifact + 200 tokens": [(tokens + noise(source, 200), number) for tokens, number in documents],
+        "half an artifact": list(halves),
+        "half an artifact + 500 tokens": [(tokens + noise(source, 500), number) for tokens, number in halves],
+        "a system prompt + 4,000 tokens": [
+            (tokens[:1200] + noise(source, 4000), None) for tokens, _ in documents
+        ],
+        "4,000 tokens that nothing shares": [(noise(source, 4000), None) for _ in documents],
+        "an artifact + 32k tokens": [(t + noise(source, 32_768), n) for t, n in documents[: count // 4]],
+        "an artifact + 128k tokens": [(t + noise(source, 131_072), n) for t, n in documents[: count // 20]],
+    }
+
+
+def measure(lookup: Callable[[bytes], list[str]], asked: Prompts) -> tuple[list[float], list[list[str]]]:
+    """(sorted milliseconds, answers in the order asked)."""
+    times, answers = [], []
+    for tokens, _ in asked:
+        begin = time.perf_counter()
+        answers.append(lookup(tokens))
+        times.append(1000 * (time.perf_counter() - begin))
+    return sorted(times), answers
+
+
+def wrong(corpus: Corpus, numbers: dict[str, int], asked: Prompts, answers: list[list[str]]) -> int:
+    """How many of the first answers share less with the prompt than its own document does."""
+    count = 0
+    for (tokens, number), found in list(zip(asked, answers, strict=True))[:CHECKED]:
+        if number is not None:
+            document = corpus.document(number)
+            shared = common_tokens(tokens, document)
+            slack = 0 if shared == len(document) // 4 else BLOCK_TOKENS - 1
+            best = max((common_tokens(tokens, corpus.document(numbers[i])) for i in found), default=0)
+            count += best < shared - slack
+    return count
+
+
+def start_redis(folder: str) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL), f"redis://127.0.0.1:{port}/0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artifacts", type=int, default=100_000)
+    parser.add_argument("--lookups", type=int, default=2_000, help="of each kind of prompt")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--realtime", action="store_true", help="measure at real-time priority (busy machine)"
+    )
+    options = parser.parse_args()
+    command = f"python benchmarks/catalog_lookup.py{' --realtime' if options.realtime else ''}"
+    report = Report("catalog_lookup", command, "none: times are absolute; the target is p99 under 3 ms")
+    corpus = Corpus(options.artifacts)
+    with tempfile.TemporaryDirectory() as folder:
+        server, url = start_redis(folder)
+        try:
+            link = RedisLink(url)
+            catalog = Catalog(link, "0" * 32)
+            numbers = fill(catalog, corpus)
+            used = link.call(lambda client: client.info("memory"))["used_memory"]
+            if options.realtime:
+                for process in (0, server.pid):
+                    os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(10))
+            gc.collect()
+            gc.freeze()  # the benchmark's own objects are no part of a lookup
+            for kind, asked in prompts(corpus, options.lookups).items():
+                times, answers = measure(partial(catalog.candidates, FINGERPRINT, "bench"), asked)
+                report.add(
+                    prompt=kind,
+                    mean_tokens=sum(len(tokens) for tokens, _ in asked) // 4 // len(asked),
+                    lookups=len(times),
+                    wrong=wrong(corpus, numbers, asked, answers),
+                    p50_ms=times[len(times) // 2],
+                    p99_ms=times[len(times) * 99 // 100],
+                    max_ms=times[-1],
+                )
+            report.write(
+                options.out,
+                artifacts=options.artifacts,
+                redis_bytes_per_artifact=used // options.artifacts,
+                load_average=os.getloadavg(),
+                realtime=options.realtime,
+            )
+        finally:
+            server.terminate()
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()
