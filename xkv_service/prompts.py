@@ -125,7 +125,7 @@ class _Chat:
         common = _common([text, later])
         if common != text and start not in common:
             raise InvalidPrompt(
-                "the chat template writes today's date before the document: a prefix made today would match no chat tomorrow",
+                "the chat template writes today's date before the document: no chat of tomorrow would match",
                 hint="use --template raw, or a chat template without a date",
             )
 
