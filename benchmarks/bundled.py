@@ -1,0 +1,50 @@
+"""The bundled model and documents of a wanted length, for the benchmarks that run on a CPU."""
+
+from __future__ import annotations
+
+import io
+from datetime import datetime, timezone
+from random import Random
+
+import torch
+
+from xkv_artifacts.format import write_prefix
+from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.manifest import DocumentRef, PrefixManifest
+from xkv_service.demo import demo_model_path
+from xkv_service.demo.documents import make_document
+from xkv_service.factors import PrefixFactors
+from xkv_service.models import LoadedModel, load_model
+from xkv_service.prompts import render_prefix
+
+
+def load() -> LoadedModel:
+    """The bundled model on the CPU."""
+    return load_model(demo_model_path(), device="cpu")
+
+
+def document_ids(loaded: LoadedModel, tokens: int, seed: int = 0) -> torch.Tensor:
+    """The first `tokens` token ids (int64) of a rendered document, so that lengths are exact."""
+
+    def measure(text: str) -> int:
+        return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+
+    document = make_document(Random(seed), tokens + 256, measure)
+    ids = render_prefix(loaded.tokenizer, document.text)
+    return torch.tensor(ids[:tokens])
+
+
+def file_bytes(loaded: LoadedModel, factors: PrefixFactors) -> int:
+    """Bytes of the artifact's file, header included."""
+    fields = factors.manifest_fields()
+    manifest = PrefixManifest(
+        id=artifact_id(loaded.identity.fingerprint, "benchmark", factors.token_ids.tolist(), fields["spec"]),
+        model=loaded.identity,
+        namespace="benchmark",
+        document=DocumentRef(uri="benchmark", sha256="0" * 64),
+        created=datetime.now(timezone.utc),
+        **fields,
+    )
+    file = io.BytesIO()
+    write_prefix(file, manifest, factors.to_tensors())
+    return file.tell()
