@@ -18,7 +18,7 @@ from xkv_service.rotary_source import frequency_change, refuse_unstable_frequenc
 
 __all__ = ["Prefill", "TokenIds", "prefill", "prefill_batch"]
 
-CHUNK_TOKENS_CPU = 512
+CHUNK_TOKENS_CPU = 1024
 CHUNK_TOKENS_CUDA = 8192
 
 
