@@ -26,7 +26,7 @@ class RotaryForm:
     """How one attention module applies the model's `position_embeddings` to its keys.
 
     Args:
-        planes: int64 [P, 2] on the CPU: dimension pairs that turn together; P = 0 means the keys are not rotated.
+        planes: int64 [P, 2] on the CPU: dimension pairs that turn together; P = 0 for keys that do not turn.
         cos_columns, sin_columns: int64 [P], the column of the model's cos and sin that turns each plane.
     """
 
