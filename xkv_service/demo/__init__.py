@@ -1,0 +1,13 @@
+"""The bundled demo model and the readable documents it was trained on.
+
+Nothing heavy is imported here: asking where the model lies must not load torch.
+"""
+
+from pathlib import Path
+
+__all__ = ["demo_model_path"]
+
+
+def demo_model_path() -> Path:
+    """Return the folder of the bundled model, loadable with ``AutoModelForCausalLM.from_pretrained``."""
+    return Path(__file__).parent / "model"
