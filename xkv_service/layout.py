@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 CACHE_NUMBER_BYTES = 2
-"""Bytes of one number in the exact cache, as servers hold it: 16 bits, also where a CPU computes in float32, so
-that no ratio is flattered by the dtype of the machine that made the artifact."""
+"""Bytes of one number in the exact cache, as servers hold it: 16 bits, also where a CPU computes in float32,
+so that no ratio is flattered by the dtype of the machine that made the artifact."""
 
 LayerKind = Literal["full", "sliding"]
 
