@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Point:
-    """When to kill whom: `delay` seconds after `published` artifacts are in the store (0: after the start)."""
+    """When to kill whom: `delay` seconds after the start, or after `published` artifacts are in the store."""
 
     victim: str
     published: int
