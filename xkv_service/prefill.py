@@ -18,9 +18,6 @@ from xkv_service.rotary_source import frequency_change, refuse_unstable_frequenc
 
 __all__ = ["Prefill", "TokenIds", "prefill", "prefill_batch"]
 
-CHUNK_TOKENS_CPU = 1024
-CHUNK_TOKENS_CUDA = 8192
-
 
 def prefill(
     model: PreTrainedModel, input_ids: TokenIds, *, chunk_tokens: int | None = None, tail: int = 0
@@ -30,7 +27,7 @@ def prefill(
     Args:
         model: a supported model; its attention implementation and hooks are as before when this returns.
         input_ids: token ids, list or integer tensor [T] or [1, T].
-        chunk_tokens: most tokens in one forward; by default chosen by device.
+        chunk_tokens: most tokens in one forward; by default by device and free memory (`chunking.py`).
         tail: last positions whose next-token logits are kept, and the position `cache(tokens=T - tail)`
             can be taken at in a model with sliding-window layers.
 
@@ -65,11 +62,10 @@ def prefill_batch(
     batch = [Document.of(ids, one) for ids, one in zip(documents, tails, strict=True)]
     for document in batch:
         refuse_unstable_frequencies(model.config, document.length)
-    chunk = chunk_tokens or (CHUNK_TOKENS_CUDA if model.device.type == "cuda" else CHUNK_TOKENS_CPU)
     results: list[Prefill] = []
     with torch.inference_mode():
         for padded_together in _batches(model, inspected, batch):
-            results += Run(model, inspected, padded_together, chunk).prefills()
+            results += Run(model, inspected, padded_together, chunk_tokens).prefills()
     return results
 
 

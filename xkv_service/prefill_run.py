@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from xkv_service.chunking import chunk_tokens
 from xkv_service.errors import InvalidPrompt
 from xkv_service.inspect import InspectedModel
 from xkv_service.observation import observe
@@ -95,14 +96,22 @@ class Run:
     """A batch of documents, padded on the right, on its way through a model.
 
     Args:
-        chunk: most tokens in one forward.
+        chunk: most tokens in one forward, or None for what suits the device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, inspected: InspectedModel, batch: list[Document], chunk: int
+        self,
+        model: PreTrainedModel,
+        inspected: InspectedModel,
+        batch: list[Document],
+        chunk: int | None = None,
     ) -> None:
-        self.model, self.inspected, self.batch, self.chunk = model, inspected, batch, chunk
+        self.model, self.inspected, self.batch = model, inspected, batch
         self.longest = max(document.length for document in batch)
+        self.fused = can_fuse_chunks(model, inspected)
+        self.chunk = chunk or chunk_tokens(
+            model, inspected.layout, len(batch), self.longest, fused=self.fused
+        )
         self.seen = Observations([document.length for document in batch])
         self.cache = self._empty_cache()
         self.logits: list[list[torch.Tensor]] = [[] for _ in batch]
@@ -118,9 +127,7 @@ class Run:
             padded[row, : document.length] = document.ids
         padded = padded.to(self.model.device)
         modules = list(self.inspected.modules.values())
-        with observe(
-            self.model, self.seen, modules, fused_chunks=can_fuse_chunks(self.model, self.inspected)
-        ):
+        with observe(self.model, self.seen, modules, fused_chunks=self.fused):
             for start, end in self._chunks():
                 self.seen.start = start
                 self._forward(padded[:, start:end], start, end)
