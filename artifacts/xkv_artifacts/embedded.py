@@ -17,6 +17,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,22 +35,16 @@ _START_SECONDS = 20.0
 _MAX_BASE = 60
 _AOF = "catalog.aof"
 _LOG = "redis.log"
+_PID = "redis.pid"
+_SERVER_LOCK = "server.lock"
 _OWN_REDIS = "set XKV_REDIS_URL (or --redis) to a Redis of your own"
 _DAMAGED = re.compile(r"append only file|RDB|loading the DB|BUG REPORT", re.IGNORECASE)
 _TRUNCATED = "AOF loaded anyway"
 # Every change is synced before it is answered: the catalog is as durable as the blobs that it lists.
-_CONFIG = """
-port 0
-unixsocket "{socket}"
-unixsocketperm 600
-daemonize yes
-appendonly yes
-appendfilename {aof}
-appendfsync always
-save ""
-logfile {log}
-loglevel notice
-"""
+_OPTIONS = (
+    *("--port", "0", "--unixsocketperm", "600", "--daemonize", "yes", "--pidfile", _PID, "--logfile", _LOG),
+    *("--appendonly", "yes", "--appendfilename", _AOF, "--appendfsync", "always", "--save", ""),
+)
 
 
 def catalog_folder(store_url: str) -> Path:
@@ -97,10 +92,8 @@ class EmbeddedRedis:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / "lock"):
-                if not _is_held(self.folder / "server.lock"):
-                    self._start()
                 self._leave()
-                self._presence = self._connect()
+                self._presence = self._join()
         except OSError as error:
             reason = error.strerror or str(error)
             raise CatalogUnavailable(
@@ -110,32 +103,42 @@ class EmbeddedRedis:
     def close(self) -> None:
         """Leave; the last to leave stops the server."""
         with suppress(OSError), _locked(self.folder / "lock"):
-            if self._presence is not None and others(self._presence) == 0:
-                self._presence.send("SHUTDOWN")
-                _wait_until(lambda: not _is_held(self.folder / "server.lock"), _START_SECONDS)
             self._leave()
+            # Not the connection held so far: the server may have been replaced since.
+            with Connection(str(self._socket)) as connection:
+                if others(connection) == 0:
+                    connection.send("SHUTDOWN")
+                    _wait_until(lambda: not self._is_running(), _START_SECONDS)
 
     def _leave(self) -> None:
         if self._presence is not None:
             self._presence.close()
             self._presence = None
 
-    def _connect(self) -> Connection:
-        """Connect to the running server, which may still be loading its data."""
-        deadline = time.monotonic() + _START_SECONDS
+    def _join(self) -> Connection:
+        """Connect to the server, started if there is none; it may still be loading its data."""
         while True:
-            try:
-                connection = Connection(str(self._socket))
-                if connection.ask("PING").startswith("+PONG"):
-                    return connection
-                connection.close()
-            except OSError as error:
-                if not isinstance(error, (FileNotFoundError, ConnectionError)) or time.monotonic() > deadline:
-                    raise CatalogUnavailable(
-                        f"the embedded catalog in {self.folder} is in use by another user or machine",
-                        hint=_OWN_REDIS,
-                    ) from None
-            time.sleep(0.01)
+            if self._is_running():
+                self._end_unreachable()
+            if not self._is_running():
+                self._start()
+            _wait_until(lambda: self._answers() or not self._is_running(), _START_SECONDS)
+            with suppress(OSError):
+                return Connection(str(self._socket))
+            if self._is_running():
+                raise CatalogUnavailable(
+                    f"the embedded catalog in {self.folder} is in use by another user or machine",
+                    hint=_OWN_REDIS,
+                )
+
+    def _end_unreachable(self) -> None:
+        """Stop our own server when its socket was removed (by a cleaner of temporary files, say)."""
+        with suppress(OSError, ValueError):
+            pid = int((self.folder / _PID).read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if os.fsencode(self._socket) in command and not self._socket.exists():
+                os.kill(pid, signal.SIGTERM)
+                _wait_until(lambda: not self._is_running(), _START_SECONDS)
 
     def _start(self) -> None:
         if not self._launch():
@@ -154,12 +157,11 @@ class EmbeddedRedis:
         _make_private(self._socket.parent)
         self._socket.unlink(missing_ok=True)
         (self.folder / _LOG).write_bytes(b"")
-        config = _CONFIG.format(socket=self._socket, aof=_AOF, log=_LOG).encode()
-        with (self.folder / "server.lock").open("wb") as lock:
+        with (self.folder / _SERVER_LOCK).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             subprocess.run(
-                [server_binary(), "-"],
-                input=config,
+                [server_binary(), "--unixsocket", str(self._socket), *_OPTIONS],
+                stdin=subprocess.DEVNULL,
                 cwd=self.folder,
                 pass_fds=[lock.fileno()],
                 stdout=subprocess.DEVNULL,
@@ -167,16 +169,18 @@ class EmbeddedRedis:
                 start_new_session=True,
                 check=False,
             )
-        _wait_until(lambda: self._answers() or not _is_held(self.folder / "server.lock"), _START_SECONDS)
+        _wait_until(lambda: self._answers() or not self._is_running(), _START_SECONDS)
         return self._answers()
 
     def _answers(self) -> bool:
         try:
-            connection = Connection(str(self._socket))
+            with Connection(str(self._socket)) as connection:
+                return connection.ask("PING").startswith("+PONG")
         except OSError:
             return False
-        with connection:
-            return connection.ask("PING").startswith("+PONG")
+
+    def _is_running(self) -> bool:
+        return _is_held(self.folder / _SERVER_LOCK)
 
     def _log(self) -> str:
         return (self.folder / _LOG).read_text(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 
@@ -78,12 +78,12 @@ class RedisLink:
         return self.call(lambda client: script(keys=keys, args=arguments, client=client), **options)
 
     def check(self) -> None:
-        """Ask once whether Redis is there.
+        """Ask whether Redis is there: once, unless it is an embedded server that can be brought back.
 
         Raises:
             CatalogUnavailable
         """
-        self.call(lambda client: client.ping(), patience_s=0)
+        self.call(lambda client: client.ping(), patience_s=None if self._revive else 0)
 
     def close(self) -> None:
         """Close every connection."""
@@ -133,7 +133,7 @@ def mask_password(url: str) -> str:
     userinfo, at, host = parts.netloc.rpartition("@")
     if at and ":" in userinfo:
         userinfo = userinfo.split(":", 1)[0] + ":***"
-    return urlunsplit(parts._replace(netloc=userinfo + at + host, query=""))
+    return f"{parts.scheme}://{userinfo}{at}{host}{parts.path}" if parts.scheme else url
 
 
 def _line(error: Any) -> str:

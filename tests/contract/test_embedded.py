@@ -156,6 +156,16 @@ def test_leftovers_of_a_crash_do_not_stop_a_start(store_path: Path) -> None:
         assert store.entries() == []
 
 
+def test_a_removed_socket_does_not_lock_everybody_out(store_path: Path) -> None:
+    with ArtifactStore.open(str(store_path)) as store:
+        store.catalog.remember_rate("f", "x", 2.0)
+        Path(store.redis_url.removeprefix("unix://")).unlink()
+        with ArtifactStore.open(str(store_path)) as other:
+            assert other.catalog.rate("f", "x") == 2.0
+            assert store.catalog.rate("f", "x") == 2.0
+    assert server_pid(store_path) is None
+
+
 def test_a_worker_given_the_url_is_a_client_like_any_other(store_path: Path) -> None:
     first = ArtifactStore.open(str(store_path))
     second = ArtifactStore.open(str(store_path), first.redis_url)
@@ -192,6 +202,6 @@ def test_a_socket_folder_open_to_others_is_refused(
 
 
 def test_a_server_that_cannot_start_says_why(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CONFIG", module._CONFIG + "\nmaxmemory nonsense\n")
+    monkeypatch.setattr(module, "_OPTIONS", (*module._OPTIONS, "--maxmemory", "nonsense"))
     with pytest.raises(CatalogUnavailable, match="did not start"):
         ArtifactStore.open(str(store_path))

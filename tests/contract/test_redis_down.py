@@ -97,6 +97,7 @@ def test_a_full_redis_is_one_clear_error(tmp_path: Path, own_redis: RedisServer)
         ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
         ("rediss://me:se@cr:et@h/0?password=x", "rediss://me:***@h/0"),
         ("unix://:secret@/run/r.sock?db=1", "unix://:***@/run/r.sock"),
+        ("unix:///run/r.sock", "unix:///run/r.sock"),
     ],
 )
 def test_passwords_are_masked(url: str, shown: str) -> None:
