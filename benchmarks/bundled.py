@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from datetime import datetime, timezone
 from random import Random
 
@@ -26,12 +27,14 @@ def load() -> LoadedModel:
 def document_ids(loaded: LoadedModel, tokens: int, seed: int = 0) -> torch.Tensor:
     """The first `tokens` token ids (int64) of a rendered document, so that lengths are exact."""
 
-    def measure(text: str) -> int:
-        return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
-
-    document = make_document(Random(seed), tokens + 256, measure)
+    document = make_document(Random(seed), tokens + 256, measure_of(loaded))
     ids = render_prefix(loaded.tokenizer, document.text)
     return torch.tensor(ids[:tokens])
+
+
+def measure_of(loaded: LoadedModel) -> Callable[[str], int]:
+    """Counts the tokens of a text."""
+    return lambda text: len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def file_bytes(loaded: LoadedModel, factors: PrefixFactors) -> int:
