@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -54,6 +55,9 @@ class PrefixWorker:
 
     def _ready(self) -> tuple[LoadedModel, ArtifactStore]:
         if self._loaded is None or self._store is None:
+            # OpenMP's threads spin while they wait; on cores shared with anything else that is many times
+            # slower. Read when torch is imported, which happens here first.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             import torch
 
             from xkv_service.models import load_model
@@ -125,4 +129,3 @@ class PrefixWorker:
             created=datetime.now(timezone.utc),
             **factors.manifest_fields(),
         )
-
