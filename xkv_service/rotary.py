@@ -47,11 +47,12 @@ def rotate_planes(
         return keys.to(torch.float32, copy=True)
     first, second = _as_slice(planes[:, 0]), _as_slice(planes[:, 1])
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    x, y = keys[..., first].float(), keys[..., second].float()
+    x, y = keys[..., first], keys[..., second]
     if 2 * planes.shape[0] == keys.shape[-1]:
         out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     else:
         out = keys.to(torch.float32, copy=True)
+    # Half-precision keys are widened inside the kernels: a float32 copy would double the bytes moved.
     out[..., first] = (x * cos).addcmul_(y, sin, value=-1)
     out[..., second] = (y * cos).addcmul_(x, sin)
     return out

@@ -16,7 +16,6 @@ OVERSAMPLING = 64
 POWER_STEPS = 6
 ORDER_STEPS = 4
 _SHIFT = 1e-12
-_LEAF = 64
 
 
 def leading_eigenvectors(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +59,7 @@ def subspace_iteration(
     basis = _start(batch, width, size, grams)
     for _ in range(steps):
         basis = orthonormal(grams @ basis.to(grams.dtype))
-    basis = orthonormal(basis)
+    basis = orthonormal(basis, passes=2)
     small = basis.mT @ (grams @ basis.to(grams.dtype)).double()
     turn = torch.eye(size, dtype=torch.float64, device=grams.device).expand(batch, size, size)
     for _ in range(order_steps):
@@ -101,31 +100,9 @@ def orthonormal(columns: torch.Tensor, *, passes: int = 1) -> torch.Tensor:
     for _ in range(passes):
         norms = torch.linalg.vector_norm(basis, dim=-2, keepdim=True)
         basis = basis / norms.clamp_min(torch.finfo(torch.float64).tiny)
-        products = basis.mT @ basis + _SHIFT * eye
-        basis = basis @ inverse_cholesky(products).mT
+        factor = torch.linalg.cholesky_ex(basis.mT @ basis + _SHIFT * eye).L
+        basis = basis @ torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
     return basis
-
-
-def inverse_cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """L⁻¹ for matrix = L Lᵀ, [n, m, m], by halves: batched products do nearly all of the work.
-
-    Batched Cholesky and triangular solves of this size are slow on a GPU (one small kernel per column).
-    """
-    size = matrix.shape[-1]
-    if size <= _LEAF:
-        factor = torch.linalg.cholesky_ex(matrix).L
-        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-        return inverse
-    half = size // 2
-    top = inverse_cholesky(matrix[..., :half, :half])
-    coupling = matrix[..., half:, :half] @ top.mT
-    bottom = inverse_cholesky(matrix[..., half:, half:] - coupling @ coupling.mT)
-    joined = torch.zeros_like(matrix)
-    joined[..., :half, :half] = top
-    joined[..., half:, half:] = bottom
-    joined[..., half:, :half] = -(bottom @ coupling) @ top
-    return joined
 
 
 def _fix_signs(vectors: torch.Tensor) -> torch.Tensor:

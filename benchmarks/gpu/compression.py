@@ -29,7 +29,7 @@ from xkv_service import CompressionSpec, compression, factorize, fidelity, group
 from xkv_service.fidelity import held_back
 from xkv_service.inspect import inspect_loaded
 from xkv_service.prefill import prefill
-from xkv_service.subspace import inverse_cholesky, subspace_iteration
+from xkv_service.subspace import subspace_iteration
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -273,7 +273,6 @@ def primitives(device: str, tiny: bool) -> dict[str, float]:
         "subspace_iteration": lambda: subspace_iteration(gram, rank),
         "gram @ basis, float32": lambda: gram @ tall32,
         "basisᵀ basis, float64": lambda: tall.mT @ tall,
-        "inverse_cholesky, float64": lambda: inverse_cholesky(small),
         "torch cholesky + triangular inverse, float64": lambda: torch.linalg.solve_triangular(
             torch.linalg.cholesky_ex(small).L, eye, upper=False
         ),

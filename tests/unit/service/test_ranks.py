@@ -21,10 +21,10 @@ def layout(layers: int = 32, heads: int = 8, dim: int = 128, *, sliding: int = 0
     return ModelLayout(tuple(replace(window if i < sliding else full, index=i) for i in range(layers)))
 
 
-def stored_one_rank_more(layout: ModelLayout, tokens: int, spec: CompressionSpec, size: Size) -> int:
-    """Bytes with one more value rank in every group."""
+def stored_with_more_ranks(layout: ModelLayout, tokens: int, spec: CompressionSpec, size: Size) -> int:
+    """Bytes with the next larger ranks in every group: multiples of 8, as all large ranks are."""
     group = size.groups[0]
-    changed = replace(spec, ratio=None, rank_k=group.rank_k, rank_v=group.rank_v + 1)
+    changed = replace(spec, ratio=None, rank_k=group.rank_k + 8, rank_v=group.rank_v + 8)
     return size_of(layout, tokens, changed).bytes_stored
 
 
@@ -35,12 +35,22 @@ def test_the_ratio_is_reached_with_everything_counted_and_no_rank_is_wasted(rati
     size = size_of(layout(), 65536, spec)
     assert size.bytes_full == 65536 * 131072
     assert size.bytes_stored <= size.bytes_full / ratio
-    assert stored_one_rank_more(layout(), 65536, spec, size) > size.bytes_full / ratio
+    assert stored_with_more_ranks(layout(), 65536, spec, size) > size.bytes_full / ratio
 
 
 def test_llama_8b_at_eight_times_has_about_the_papers_ranks() -> None:
     group = size_of(layout(), 131072, CompressionSpec(ratio=8, index="none")).groups[0]
     assert (group.rank_k, group.rank_v) == (pytest.approx(384, abs=40), pytest.approx(576, abs=60))
+
+
+def test_large_ranks_are_multiples_of_eight_and_small_ones_use_every_byte() -> None:
+    large = size_of(layout(), 65536, CompressionSpec(ratio=8)).groups[0]
+    assert large.rank_k % 8 == large.rank_v % 8 == 0
+    small = {
+        size_of(layout(8, 3, 64), 4096, CompressionSpec(ratio=ratio)).groups[0].rank_v
+        for ratio in (7.8, 8, 8.2)
+    }
+    assert len(small) == 3
 
 
 def test_keys_and_values_share_the_budget_as_asked() -> None:
@@ -62,7 +72,7 @@ def test_ranks_never_pass_tokens_or_features() -> None:
 def test_a_last_group_of_fewer_layers_gets_as_many_fewer_ranks() -> None:
     first, last = size_of(layout(6), 65536, CompressionSpec(ratio=8)).groups
     assert (first.layers, last.layers) == ((0, 1, 2, 3), (4, 5))
-    assert last.rank_k + last.rank_v == pytest.approx((first.rank_k + first.rank_v) / 2, abs=1)
+    assert last.rank_k + last.rank_v == pytest.approx((first.rank_k + first.rank_v) / 2, abs=8)
     ranks = CompressionSpec(rank_k=3000, rank_v=3000)
     assert size_of(layout(6), 65536, ranks).groups[1].rank_k == 2048
 
