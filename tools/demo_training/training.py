@@ -36,6 +36,7 @@ class Settings:
         workers: processes that make batches.
         report: steps between log lines, and between looks at the gate.
         gate_scale: multiplies every stage's gate (0 passes all of them: for a trial run).
+        save_seconds: seconds between checkpoints, at the least.
         compiled: whether to use torch.compile.
     """
 
@@ -50,6 +51,7 @@ class Settings:
     workers: int = 15
     report: int = 20
     gate_scale: float = 1.0
+    save_seconds: float = 60.0
     compiled: bool = True
 
 
@@ -70,7 +72,7 @@ class Trainer:
         self.scores = Scores(device)
 
     def run(self) -> None:
-        """Train to the end, saving about once a minute."""
+        """Train to the end, saving on the way."""
         settings, progress = self.settings, self.progress
         batches = self._batches()
         mark = saved = time.monotonic()
@@ -89,7 +91,7 @@ class Trainer:
                 progress.stage += 1
                 batches = self._batches()
             self.scores.reset()
-            if now - saved > 60:
+            if now - saved > settings.save_seconds:
                 self.save()
                 saved = mark = time.monotonic()
         self.save()
