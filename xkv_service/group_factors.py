@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout
@@ -31,6 +33,9 @@ _LOG = logging.getLogger(__name__)
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, ...] = ("key", "value")
+
+# They depend on the model alone, so every document after the first has them for nothing.
+_OUTPUT_WEIGHTS: WeakKeyDictionary[nn.Module, FeatureWeights | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -172,8 +177,12 @@ class _Work:
 
     def _output_weights(self, layer: LayerLayout) -> FeatureWeights | None:
         module = self.modules[layer.index]
-        projection = output_projection(module, layer.query_heads * layer.value_dim)
-        return None if projection is None else output_weights(projection, layer.query_heads, layer.kv_heads)
+        if module not in _OUTPUT_WEIGHTS:
+            projection = output_projection(module, layer.query_heads * layer.value_dim)
+            _OUTPUT_WEIGHTS[module] = (
+                None if projection is None else output_weights(projection, layer.query_heads, layer.kv_heads)
+            )
+        return _OUTPUT_WEIGHTS[module]
 
     def _low_rank(self, part: _Part, result: Factorization) -> LowRank:
         """A = X P in chunks, and B, in the stored dtype."""
