@@ -52,7 +52,7 @@ documents = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(documents, min_size=1, max_size=20), documents, st.integers(0, 2**32))
 def test_lookup_is_as_good_as_looking_at_every_artifact(
     catalog: Catalog, stored: list[list[int]], prompt: list[int], salt: int
