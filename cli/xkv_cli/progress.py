@@ -52,15 +52,17 @@ class _Drawn(_Notes):
 
     def progress(self, now: Progress) -> None:
         """Move the bar."""
-        figures = f"{now.tokens_per_second:,.0f} tokens/s" if now.tokens_per_second else "loading the model"
+        figures = ["computing" if now.ready else "loading the model" if now.tokens_left else "reading"]
+        if now.tokens_per_second:
+            figures = [f"{now.tokens_per_second:,.0f} tokens/s"]
         if now.ratio:
-            figures += f"  {now.ratio:.1f}x"
+            figures.append(f"{now.ratio:.1f}x")
         left = now.seconds_left
         self._bar.update(
             self._task,
             description=f"{now.settled}/{now.documents}{'+' if now.reading else ''} documents",
             completed=now.settled,
             total=now.documents or None,
-            figures=figures,
+            figures="  ".join(figures),
             eta="" if left is None else f"ETA {left // 60:.0f}:{left % 60:02.0f}",
         )

@@ -12,6 +12,7 @@ class Progress:
 
     Args:
         documents, settled: met so far, and with a known outcome. reading: more may come.
+        ready: some worker has its model.
         tokens, tokens_left: computed by this run, and still to compute.
         tokens_per_second: computed since the first worker was ready, 0 before.
         ratio: bytes of the exact caches for each byte stored, 0 while there are none.
@@ -20,6 +21,7 @@ class Progress:
     documents: int
     settled: int
     reading: bool
+    ready: bool
     tokens: int
     tokens_left: int
     tokens_per_second: float

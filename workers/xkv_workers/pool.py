@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xkv_workers.cluster import Crew
-from xkv_workers.errors import WorkerFailed, XKVError
+from xkv_workers.errors import RayUnavailable, WorkerFailed, XKVError
 from xkv_workers.messages import Outcome, PrefixJob, WorkerConfig
+from xkv_workers.plan import reason_of
 
 MAX_RESTARTS = 100
 """Of one worker. A document that kills its worker is given up long before (schedule.MAX_STRIKES)."""
 
-MAX_LOADS = 3
-"""Deaths of one worker while it loads its model, before the run is given up."""
+MAX_LOADS = 8
+"""Failures of one worker in a row to come back and load its model, before it is left for dead."""
+
+PLACE_SECONDS = 300
+LOAD_SECONDS = 3600
 
 IN_FLIGHT = 2
 """Batches a worker is given at once: one it computes, one it writes or that waits for its turn."""
@@ -30,20 +34,31 @@ class Crash:
 
 @dataclass
 class Slot:
-    """One actor, and the batches it was given."""
+    """One actor, and the batches it was given.
+
+    Args:
+        loading: the call that loads its model, None once that is done or while `load_at` is awaited.
+        placed: the call that a process answers as soon as there is one, None once it did.
+        load_at: when to try loading again, None when there is no need.
+    """
 
     actor: Any
     loading: Any | None
+    placed: Any | None
+    load_at: float | None = None
+    failed_loads: int = 0
     batches: dict[Any, tuple[PrefixJob, ...]] = field(default_factory=dict)
     alone: bool = False
-    failed_loads: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """It has its model."""
+        return self.loading is None and self.load_at is None
 
     @property
     def free(self) -> int:
         """Batches it may be given now; none until its model is loaded."""
-        if self.loading is not None or self.alone:
-            return 0
-        return IN_FLIGHT - len(self.batches)
+        return 0 if self.alone or not self.ready else IN_FLIGHT - len(self.batches)
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,12 @@ class WorkerPool:
 
         self._ray = ray
         self.crew = crew
-        self.started = time.monotonic()
         resources: dict[str, Any] = {"num_gpus": 1} if crew.device == "cuda" else {"num_cpus": crew.threads}
         actor = ray.remote(PrefixWorker).options(
             **resources, max_restarts=MAX_RESTARTS, max_task_retries=0, max_concurrency=IN_FLIGHT
         )
         workers = [actor.remote(config) for _ in range(crew.workers)]
-        self.slots = [Slot(worker, worker.load.remote()) for worker in workers]
+        self.slots = [Slot(worker, worker.load.remote(), worker.greet.remote()) for worker in workers]
 
     @property
     def busy(self) -> bool:
@@ -79,7 +93,7 @@ class WorkerPool:
     @property
     def ready(self) -> bool:
         """Some worker has its model."""
-        return any(slot.loading is None for slot in self.slots)
+        return any(slot.ready for slot in self.slots)
 
     @property
     def running_tokens(self) -> int:
@@ -96,9 +110,11 @@ class WorkerPool:
         """Batches that ended, after at most `seconds`.
 
         Raises:
-            XKVError: a worker cannot load the model.
+            XKVError: a worker cannot load the model, or no worker is left.
+            RayUnavailable: no worker got a place or its model in time.
         """
-        watched = [slot.loading for slot in self.slots if slot.loading is not None]
+        self._load_again()
+        watched = [call for slot in self.slots for call in (slot.loading, slot.placed) if call is not None]
         watched += [reference for slot in self.slots for reference in slot.batches]
         if not watched:
             time.sleep(seconds)
@@ -108,28 +124,62 @@ class WorkerPool:
             done, _ = self._ray.wait(watched, num_returns=1, timeout=seconds)
         return [ended for reference in done for ended in self._take(reference)]
 
-    def _take(self, reference: Any) -> list[Finished]:
+    def check_patience(self, since: float) -> None:
+        """Give up when nothing came of waiting for the first worker.
+
+        Args:
+            since: when anything last moved (`time.monotonic`).
+
+        Raises:
+            RayUnavailable
+        """
+        waited = time.monotonic() - since
+        if waited > PLACE_SECONDS and all(slot.placed is not None for slot in self.slots):
+            raise RayUnavailable(
+                f"no worker got a place within {PLACE_SECONDS} s",
+                hint="see `ray status`: is there a free CPU or GPU?",
+            )
+        if waited > LOAD_SECONDS:
+            raise RayUnavailable(f"no worker had its model within {LOAD_SECONDS} s")
+
+    def _load_again(self) -> None:
         for slot in self.slots:
-            if slot.loading is reference:
+            if slot.load_at is not None and time.monotonic() >= slot.load_at:
+                slot.load_at = None
+                slot.loading = slot.actor.load.remote()
+
+    def _take(self, reference: Any) -> list[Finished]:
+        for slot in list(self.slots):
+            if slot.placed is reference:
+                slot.placed = None
+            elif slot.loading is reference:
                 self._loaded(slot)
             elif reference in slot.batches:
                 jobs = slot.batches.pop(reference)
                 slot.alone = False
-                return [Finished(jobs, self._result(reference))]
+                return [Finished(jobs, self._result(slot, reference))]
         return []
 
-    def _result(self, reference: Any) -> tuple[Outcome, ...] | Crash:
+    def _result(self, slot: Slot, reference: Any) -> tuple[Outcome, ...] | Crash:
         try:
             outcomes: tuple[Outcome, ...] = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            return Crash(_one_line(error.cause or error))
+            cause = error.cause or error
+            if type(cause).__name__ == "AcceleratorError":  # CUDA is lost to that process
+                self._ray.kill(slot.actor, no_restart=False)
+                slot.loading = slot.actor.load.remote()
+            return Crash(reason_of(cause) if isinstance(cause, XKVError) else _one_line(cause))
         except self._ray.exceptions.RayError as error:
+            if slot.ready:
+                slot.loading = slot.actor.load.remote()  # Ray starts it again
             return Crash(_died(error))
         return outcomes
 
     def _loaded(self, slot: Slot) -> None:
+        loading, slot.loading = slot.loading, None
         try:
-            self._ray.get(slot.loading)
+            self._ray.get(loading)
+            slot.failed_loads = 0
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, XKVError):
@@ -137,11 +187,14 @@ class WorkerPool:
             raise WorkerFailed(f"a worker cannot load the model: {_one_line(cause or error)}") from None
         except self._ray.exceptions.RayError as error:
             slot.failed_loads += 1
-            if slot.failed_loads == MAX_LOADS:
-                raise WorkerFailed(f"no worker starts, {MAX_LOADS} times in a row: {_died(error)}") from None
-            slot.loading = slot.actor.load.remote()  # Ray starts it again
-            return
-        slot.loading = None
+            slot.load_at = time.monotonic() + 2**slot.failed_loads / 4
+            if slot.failed_loads >= MAX_LOADS:
+                self.slots.remove(slot)
+            if not self.slots:
+                raise WorkerFailed(
+                    f"the workers do not come back: {_died(error)}",
+                    hint="is there enough memory for the model?",
+                ) from None
 
 
 def _died(error: Exception) -> str:

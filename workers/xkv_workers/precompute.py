@@ -12,6 +12,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.ranks import Size, size_of
 from xkv_workers.cluster import Room, cluster, plan_crew
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
+from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
 from xkv_workers.messages import PrefixJob, WorkerConfig
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
@@ -112,4 +113,9 @@ def _prepared(request: Request) -> Iterator[_Prepared]:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
         model = choose_model(request.model, request.revision, choose_device(request.device, room))
+        if room is not None and room.nodes > 1 and store.redis_url.startswith("unix:"):
+            raise RayUnavailable(
+                f"{room.nodes} machines cannot share the embedded Redis of this one",
+                hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
+            )
         yield _Prepared(request, files, store, model, stack, room)

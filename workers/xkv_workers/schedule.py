@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from xkv_workers.corpus import Rejected
-from xkv_workers.errors import RayUnavailable
 from xkv_workers.messages import Failed, PrefixJob, Stored
 from xkv_workers.observer import Observer, Progress
 from xkv_workers.pool import Crash, Finished, WorkerPool
@@ -26,10 +25,10 @@ PENDING_TOKENS = 50_000_000
 """Tokens held ready (200 MB); reading the corpus waits when there are more."""
 
 LOOK_SECONDS = 0.5
-START_SECONDS = 300
+LOOK_MANY = 16
 _TURN_SECONDS = 0.2
 
-Item = PrefixJob | Rejected | BaseException | None
+Item = PrefixJob | Rejected | Exception | None
 
 
 class Scheduler:
@@ -69,18 +68,19 @@ class Scheduler:
             for item in plan:
                 self._inbox.put(item)
             self._inbox.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that runs the pipeline
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that runs the pipeline
             self._inbox.put(error)
 
     def _receive(self) -> None:
         """Take what the reading thread has ready, longest document first from then on."""
         held = sum(job.tokens for job in self._pending)
-        while self._reading and held < PENDING_TOKENS:
+        until = time.monotonic() + _TURN_SECONDS
+        while self._reading and held < PENDING_TOKENS and time.monotonic() < until:
             try:
                 item = self._inbox.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 self._reading = False
@@ -104,10 +104,9 @@ class Scheduler:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        waiting = {
-            **self._elsewhere,
-            **({} if self._can_work() else {j.artifact_id: j for j in self._pending}),
-        }
+        waiting = dict(self._elsewhere)
+        if not self._can_work():  # others may do our work while we wait for a place
+            waiting.update((job.artifact_id, job) for job in self._pending[:LOOK_MANY])
         for artifact_id, job in waiting.items():
             if self._take_stored(job):
                 self._elsewhere.pop(artifact_id, None)
@@ -125,11 +124,7 @@ class Scheduler:
         if self._pool is None:
             return
         if not self._pool.ready:
-            if time.monotonic() - self._moved > START_SECONDS:
-                raise RayUnavailable(
-                    f"no worker was ready within {START_SECONDS} s",
-                    hint="see `ray status`: is there a free CPU or GPU?",
-                )
+            self._pool.check_patience(self._moved)
             return
         self._first_ready = self._first_ready or time.monotonic()
         for slot in sorted(self._pool.slots, key=lambda slot: len(slot.batches)):
@@ -210,6 +205,7 @@ class Scheduler:
                 documents=self._ledger.total,
                 settled=self._ledger.settled,
                 reading=self._reading,
+                ready=self._can_work(),
                 tokens=self._ledger.computed_tokens,
                 tokens_left=running + sum(job.tokens for job in self._pending),
                 tokens_per_second=self.tokens_per_second,

@@ -34,6 +34,9 @@ class PrefixWorker:
         self._loaded: LoadedModel | None = None
         self._store: ArtifactStore | None = None
 
+    def greet(self) -> None:
+        """Answer, as soon as there is a process that can."""
+
     def load(self) -> None:
         """Load the model and open the store.
 

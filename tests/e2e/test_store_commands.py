@@ -1,0 +1,98 @@
+"""`xkv ls`, `show`, `verify`, `rm`, `index rebuild`, `gc` and `doctor` on a real store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_runs import Xkv
+
+
+def test_a_store_is_listed_shown_checked_and_cleaned(
+    xkv: Xkv, ray_address: str, tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    made = [
+        "--docs",
+        corpus,
+        "--model",
+        tiny_model,
+        "--store",
+        store,
+        "--ratio",
+        "2",
+        "--ray-address",
+        ray_address,
+    ]
+    assert xkv("precompute", *made).code == 0
+    at = ["--store", store]
+
+    listed = xkv("ls", *at, "--json").json["artifacts"]
+    assert sorted(entry["document"] for entry in listed) == ["corpus/a.txt", "corpus/b.md", "corpus/c.rst"]
+    ids = {entry["document"].split("/")[1]: entry["id"] for entry in listed}
+    assert ids["a.txt"][:12] in xkv("ls", *at).out
+
+    shown = xkv("show", ids["a.txt"][:10], *at, "--json").json
+    assert shown["id"] == ids["a.txt"] and shown["document"]["uri"] == "corpus/a.txt"
+    assert shown["spec"]["ratio"] == 2 and shown["groups"][0]["layers"] == [0, 1, 2, 3]
+    assert "tensors" not in shown
+    assert "rank K" in xkv("show", ids["a.txt"][:10], *at).out
+
+    blob = next(store.glob(f"prefixes/*/{ids['b.md']}*"))
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    verified = xkv("verify", *at, "--json")
+    assert verified.code == 1
+    assert [fault["id"] for fault in verified.json["faults"]] == [ids["b.md"]]
+    told = xkv("verify", *at)
+    assert told.code == 1 and ids["b.md"] in told.err and "2 of 3" in told.out
+    assert xkv("verify", ids["a.txt"][:8], ids["c.rst"], *at).code == 0
+
+    assert xkv("rm", ids["b.md"][:8], *at, "--json").json == {"removed": ids["b.md"]}
+    assert xkv("rm", ids["b.md"], *at).code == 1
+    assert xkv("verify", *at).code == 0
+
+    (store / "tmp" / "left.behind").write_bytes(b"half a blob")
+    swept = xkv("gc", "--orphans", *at, "--json").json
+    assert swept == {"files": 1, "bytes": 11, "entries_dropped": 0, "blobs_listed": 0}
+    assert xkv("index", "rebuild", *at, "--json").json == {"artifacts": 2, "failed": 0, "faults": []}
+    assert "2 artifacts listed" in xkv("index", "rebuild", *at).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["show", "zz"], "'zz' is not an artifact id"),
+        (["show", "0000"], "no artifact begins with 0000"),
+        (["rm", "../../etc/passwd"], "is not an artifact id"),
+        (["verify", "0" * 64], "0" * 64),
+    ],
+)
+def test_an_id_that_is_none_is_one_line(
+    xkv: Xkv, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    (tmp_path / "store" / "prefixes").mkdir(parents=True)
+    done = xkv(*arguments, "--store", tmp_path / "store")
+    assert done.code == 1 and expected in done.err
+    assert "Traceback" not in done.err and "unexpected" not in done.err
+
+
+def test_a_store_that_is_not_there_is_not_made_by_looking(xkv: Xkv, tmp_path: Path) -> None:
+    done = xkv("ls", "--store", tmp_path / "none")
+    assert done.code == 1 and "no store at" in done.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_doctor_names_what_is_wrong_and_the_fix(xkv: Xkv, tiny_model: Path, tmp_path: Path) -> None:
+    healthy = xkv("doctor", "--store", tmp_path / "store", "--model", tiny_model, "--json")
+    assert healthy.code == 0, healthy.out
+    checks = {check["name"]: check for check in healthy.json["checks"]}
+    assert {"python", "torch", "ray", "device", "store", "free space", "redis", "model"} <= set(checks)
+
+    redis = ["--redis", "redis://127.0.0.1:1/0"]
+    ill = xkv("doctor", "--store", "/proc/nowhere", *redis, "--model", tmp_path / "none", "--json")
+    assert ill.code == 1 and ill.json["ok"] is False
+    failed = {check["name"]: check for check in ill.json["checks"] if check["status"] == "failed"}
+    assert set(failed) == {"store", "free space", "redis", "model"}
+    assert failed["model"]["fix"]
