@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ from xkv_artifacts.errors import CatalogUnavailable
 
 IDLE_SECONDS = 60.0
 _START_SECONDS = 20.0
-_MAX_BASE = 60
+_SOCKET_BASE = Path("/tmp")
 _AOF = "catalog.aof"
 _LOG = "redis.log"
 _PID = "redis.pid"
@@ -210,12 +209,12 @@ def server_binary() -> str:
 
 
 def _socket_path(folder: Path) -> Path:
-    """A short path (sockets allow 107 bytes) in a folder that only this user may enter."""
-    base = tempfile.gettempdir()
-    if len(os.fsencode(base)) > _MAX_BASE or '"' in base or "\\" in base:
-        base = "/tmp"
+    """A short path (sockets allow 107 bytes) that every process of this user works out alike.
+
+    Not under TMPDIR or XDG_RUNTIME_DIR: jobs, shells and workers on one machine do not agree on those.
+    """
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return Path(base) / f"xkv-{os.getuid()}" / f"{name}.sock"
+    return _SOCKET_BASE / f"xkv-{os.getuid()}" / f"{name}.sock"
 
 
 def _make_private(folder: Path) -> None:

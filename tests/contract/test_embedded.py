@@ -179,6 +179,17 @@ def test_a_worker_given_the_url_is_a_client_like_any_other(store_path: Path) -> 
     assert server_pid(store_path) is None
 
 
+def test_processes_with_other_folders_for_temporary_files_share_it_too(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArtifactStore.open(str(store_path)) as store:
+        store.catalog.remember_rate("f", "x", 2.0)
+        for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
+            monkeypatch.setenv(name, str(tmp_path))
+        with ArtifactStore.open(f"file://{store_path}") as other:
+            assert other.redis_url == store.redis_url and other.catalog.rate("f", "x") == 2.0
+
+
 def test_without_a_server_binary_the_error_says_what_to_do(
     store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,8 +206,7 @@ def test_a_socket_folder_open_to_others_is_refused(
     folder = tmp_path / "t" / f"xkv-{os.getuid()}"
     folder.mkdir(parents=True)
     folder.chmod(0o755)
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path / "t"))
-    monkeypatch.setattr(module, "_MAX_BASE", 500)
+    monkeypatch.setattr(module, "_SOCKET_BASE", tmp_path / "t")
     with pytest.raises(CatalogUnavailable, match="only you may enter"):
         ArtifactStore.open(str(store_path))
 

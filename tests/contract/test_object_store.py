@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
@@ -90,6 +91,19 @@ def test_a_changed_blob_is_quarantined(s3: Any, bucket: str, redis_server: Redis
         assert keys(s3, bucket) == [f"quarantine/{manifest.id}.safetensors", "xkv-store.json"]
         with pytest.raises(ArtifactNotFound):
             store.load(manifest.id)
+
+
+def test_the_embedded_catalog_of_a_remote_store_is_the_users(
+    s3: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    manifest, tensors = sample()
+    with ArtifactStore.open(f"s3://{bucket}/x") as store:
+        store.publish(manifest, tensors)
+    (data,) = (tmp_path / "xkv" / "catalogs").iterdir()
+    (data / "catalog.aof").unlink()
+    with ArtifactStore.open(f"s3://{bucket}/x/") as store:
+        assert [entry.id for entry in store.entries()] == [manifest.id]
 
 
 @pytest.mark.parametrize("size", [100, 11 << 20])
