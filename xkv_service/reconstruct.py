@@ -27,7 +27,9 @@ def rebuild(
     values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
     if layer in factors.exact:
         exact = factors.exact[layer]
-        first, last = torch.searchsorted(exact.positions.cpu(), torch.tensor([start, stop], dtype=torch.int32)).tolist()
+        first, last = torch.searchsorted(
+            exact.positions.cpu(), torch.tensor([start, stop], dtype=torch.int32)
+        ).tolist()
         where = exact.positions[first:last].long() - start
         keys[where] = exact.keys[first:last].to(keys.dtype)
         values[where] = exact.values[first:last].to(values.dtype)

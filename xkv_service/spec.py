@@ -75,7 +75,9 @@ class CompressionSpec:
             if isinstance(rank, str) and rank != "full":
                 raise InvalidSpec(f"{name}={rank!r} is not a rank", hint='use an integer or "full"')
         if not 0.0 < self.key_share < 1.0:
-            raise InvalidSpec(f"key_share={self.key_share} is out of range", hint="use a number between 0 and 1")
+            raise InvalidSpec(
+                f"key_share={self.key_share} is out of range", hint="use a number between 0 and 1"
+            )
 
     def _check_counts(self) -> None:
         for name, low, high in (
