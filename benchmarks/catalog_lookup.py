@@ -142,50 +142,51 @@ def start_redis(folder: str) -> tuple[subprocess.Popen[bytes], str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL), f"redis://127.0.0.1:{port}/0"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--artifacts", type=int, default=100_000)
-    parser.add_argument("--lookups", type=int, default=2_000, help="of each kind of prompt")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument(
-        "--realtime", action="store_true", help="measure at real-time priority (busy machine)"
-    )
-    options = parser.parse_args()
+def run(options: argparse.Namespace, server: subprocess.Popen[bytes], url: str) -> None:
+    """Fill the catalog, ask it, write the report."""
     command = f"python benchmarks/catalog_lookup.py{' --realtime' if options.realtime else ''}"
     report = Report("catalog_lookup", command, "none: times are absolute; the target is p99 under 3 ms")
     corpus = Corpus(options.artifacts)
+    link = RedisLink(url)
+    catalog = Catalog(link, "0" * 32)
+    numbers = fill(catalog, corpus)
+    used = link.call(lambda client: client.info("memory"))["used_memory"]
+    if options.realtime:
+        for process in (0, server.pid):
+            os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(10))
+    gc.collect()
+    gc.freeze()  # the benchmark's own objects are no part of a lookup
+    for kind, asked in prompts(corpus, options.lookups).items():
+        times, answers = measure(partial(catalog.candidates, FINGERPRINT, "bench"), asked)
+        report.add(
+            prompt=kind,
+            mean_tokens=sum(len(tokens) for tokens, _ in asked) // 4 // len(asked),
+            lookups=len(times),
+            wrong=wrong(corpus, numbers, asked, answers),
+            p50_ms=times[len(times) // 2],
+            p99_ms=times[len(times) * 99 // 100],
+            max_ms=times[-1],
+        )
+    report.write(
+        options.out,
+        artifacts=options.artifacts,
+        redis_bytes_per_artifact=used // options.artifacts,
+        load_average=os.getloadavg(),
+        realtime=options.realtime,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of longest-prefix lookups in a large catalog.")
+    parser.add_argument("--artifacts", type=int, default=100_000)
+    parser.add_argument("--lookups", type=int, default=2_000, help="of each kind of prompt")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--realtime", action="store_true", help="measure at real-time priority (needs root)")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server, url = start_redis(folder)
         try:
-            link = RedisLink(url)
-            catalog = Catalog(link, "0" * 32)
-            numbers = fill(catalog, corpus)
-            used = link.call(lambda client: client.info("memory"))["used_memory"]
-            if options.realtime:
-                for process in (0, server.pid):
-                    os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(10))
-            gc.collect()
-            gc.freeze()  # the benchmark's own objects are no part of a lookup
-            for kind, asked in prompts(corpus, options.lookups).items():
-                times, answers = measure(partial(catalog.candidates, FINGERPRINT, "bench"), asked)
-                report.add(
-                    prompt=kind,
-                    mean_tokens=sum(len(tokens) for tokens, _ in asked) // 4 // len(asked),
-                    lookups=len(times),
-                    wrong=wrong(corpus, numbers, asked, answers),
-                    p50_ms=times[len(times) // 2],
-                    p99_ms=times[len(times) * 99 // 100],
-                    max_ms=times[-1],
-                )
-            report.write(
-                options.out,
-                artifacts=options.artifacts,
-                redis_bytes_per_artifact=used // options.artifacts,
-                load_average=os.getloadavg(),
-                realtime=options.realtime,
-            )
+            run(options, server, url)
         finally:
             server.terminate()
             server.wait()

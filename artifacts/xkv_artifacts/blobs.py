@@ -144,6 +144,7 @@ def id_of_name(name: str) -> str | None:
 
 
 def not_found(artifact_id: str, url: str) -> ArtifactNotFound:
+    """The error for a blob that is not in the store."""
     return ArtifactNotFound(f"artifact {artifact_id} is not in {url}")
 
 

@@ -81,6 +81,7 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
+        """The server's Redis URL, for processes of this user on this machine."""
         return f"unix://{self._socket}"
 
     def ensure(self) -> None:

@@ -93,4 +93,5 @@ class Entry(BaseModel):
 
 
 def bad_entry(artifact_id: str, reason: str) -> CatalogError:
+    """The error for an entry that is not one, whatever its name holds."""
     return CatalogError(f"catalog entry {artifact_id[:80]!r} is damaged: {reason[:200]}", hint=REBUILD_HINT)

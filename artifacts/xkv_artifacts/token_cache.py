@@ -27,6 +27,7 @@ class TokenCache:
         self._lock = threading.Lock()
 
     def get(self, artifact_id: str) -> OwnedTokens | None:
+        """The artifact's tokens if they are kept."""
         with self._lock:
             item = self._items.get(artifact_id)
             if item is not None:
@@ -34,6 +35,7 @@ class TokenCache:
             return item
 
     def put(self, artifact_id: str, item: OwnedTokens) -> None:
+        """Keep an artifact's tokens, and drop those not used for longest when there are too many."""
         with self._lock:
             if artifact_id not in self._items:
                 self._bytes += len(item.tokens)
