@@ -22,7 +22,7 @@ def _as_slice(dims: torch.Tensor) -> slice | torch.Tensor:
     """A slice when the dimensions are evenly spaced (views are much faster than gathers)."""
     values = dims.tolist()
     if len(values) == 1:
-        return slice(values[0], values[0] + 1)
+        return slice(values[0], values[0] + 1, 1)
     assert dims.device.type == "cpu", "planes stay on the CPU: reading them must not wait for a GPU"
     steps = {after - before for before, after in zip(values, values[1:], strict=False)}
     if len(steps) == 1 and (step := steps.pop()) > 0:
@@ -46,16 +46,34 @@ def rotate_planes(
     if planes.shape[0] == 0:
         return keys.to(torch.float32, copy=True)
     first, second = _as_slice(planes[:, 0]), _as_slice(planes[:, 1])
+    if _has_kernel(keys, planes, first, second):
+        from xkv_service.kernels.rotate import rotate
+
+        return rotate(keys, cos.float(), sin.float(), first, second)
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    x, y = keys[..., first], keys[..., second]
+    x, y = keys[..., first].float(), keys[..., second].float()
     if 2 * planes.shape[0] == keys.shape[-1]:
         out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     else:
         out = keys.to(torch.float32, copy=True)
-    # Half-precision keys are widened inside the kernels: a float32 copy would double the bytes moved.
     out[..., first] = (x * cos).addcmul_(y, sin, value=-1)
     out[..., second] = (y * cos).addcmul_(x, sin)
     return out
+
+
+def _has_kernel(
+    keys: torch.Tensor, planes: torch.Tensor, first: slice | torch.Tensor, second: slice | torch.Tensor
+) -> bool:
+    """Whether the kernel in `kernels/rotate.py` can turn these planes of these keys."""
+    return (
+        keys.is_cuda
+        and keys.shape[0] > 0
+        and keys.stride(-1) == 1
+        and 2 * planes.shape[0] == keys.shape[-1]
+        and isinstance(first, slice)
+        and isinstance(second, slice)
+        and first.step == second.step
+    )
 
 
 def inverse(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
