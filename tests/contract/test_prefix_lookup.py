@@ -116,6 +116,7 @@ def test_it_is_one_round_trip(catalog: Catalog, monkeypatch: pytest.MonkeyPatch)
     assert after - before < 20  # the script's own commands, on the server
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 9)))
 def test_common_tokens(start: list[int], left: list[int], right: list[int]) -> None:
     a, b = start + left, start + right

@@ -41,7 +41,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 names = st.from_regex(r"[a-z]{1,8}(\.[0-9]{1,3}){0,2}", fullmatch=True)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), shapes), max_size=6))
 def test_any_tensors_come_back_bit_for_bit(described: dict[str, tuple[torch.dtype, list[int]]]) -> None:
     manifest, tensors = sample()

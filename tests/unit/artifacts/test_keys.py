@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkv_artifacts.errors import InvalidKey, InvalidNamespace
@@ -62,6 +62,7 @@ def test_whole_numbers_are_the_same_setting_as_integers() -> None:
     assert artifact_id(FINGERPRINT, "default", range(200), {**SPEC, "ratio": 8}) == KNOWN_ID
 
 
+@settings(deadline=None)
 @given(token_lists, token_lists)
 def test_block_hashes_agree_exactly_as_far_as_the_tokens_do(left: list[int], right: list[int]) -> None:
     right = left[: len(left) // 2] + right
