@@ -171,13 +171,11 @@ class Scheduler:
 
     def _settle(self, finished: Finished) -> None:
         self._moved = time.monotonic()
-        if isinstance(finished.result, Crash):
-            self._observer.note(f"worker: {finished.result.reason}; {len(finished.jobs)} documents go again")
-            outcomes = tuple(Failed(job.artifact_id, finished.result.reason, True) for job in finished.jobs)
-            self._settle(Finished(finished.jobs, outcomes))
-            return
+        result = finished.result
+        if isinstance(result, Crash):
+            result = tuple(Failed(job.artifact_id, result.reason, again=True) for job in finished.jobs)
         jobs = {job.artifact_id: job for job in finished.jobs}
-        for outcome in finished.result:
+        for outcome in result:
             if isinstance(outcome, Stored):
                 self._ledger.store(outcome, computed=True)
             else:
@@ -187,6 +185,7 @@ class Scheduler:
     def _fail(self, job: PrefixJob, failed: Failed) -> None:
         self._strikes[job.artifact_id] += 1
         if failed.again and self._strikes[job.artifact_id] < MAX_STRIKES:
+            self._observer.note(f"{job.document.uri} is tried again: {failed.reason}")
             self._pending.append(job)
         else:
             tries = self._strikes[job.artifact_id]
