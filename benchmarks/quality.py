@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,23 +52,25 @@ class Method:
 
 
 def methods(
-    ratios: Sequence[float], indexes: Sequence[str], groups: Sequence[int], weights: Sequence[str]
+    ratios: Sequence[float],
+    indexes: Sequence[str],
+    groups: Sequence[int],
+    weights: Sequence[str],
+    dtypes: Sequence[str],
 ) -> list[Method]:
     """The full cache, then every combination of the arguments."""
     rows = [Method("full", None)]
-    for ratio in ratios:
-        for index in indexes:
-            for group in groups:
-                for name in weights:
-                    key_weights, value_weights = WEIGHTS[name]
-                    spec = CompressionSpec(
-                        ratio=ratio,
-                        group_size=group,
-                        index=index,
-                        key_weights=key_weights,
-                        value_weights=value_weights,
-                    )
-                    rows.append(Method(f"{'svd' if group == 1 else f'xkv-{group}'} {name}", spec))
+    for ratio, index, dtype, group, name in product(ratios, indexes, dtypes, groups, weights):
+        key_weights, value_weights = WEIGHTS[name]
+        spec = CompressionSpec(
+            ratio=ratio,
+            group_size=group,
+            index=index,
+            factor_dtype=dtype,
+            key_weights=key_weights,
+            value_weights=value_weights,
+        )
+        rows.append(Method(f"{'svd' if group == 1 else f'xkv-{group}'} {name}", spec))
     return rows
 
 
@@ -75,7 +78,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = _arguments()
     loaded = load_model(arguments.model, device=arguments.device)
-    rows = methods(arguments.ratios, arguments.indexes, arguments.groups, arguments.weights)
+    rows = methods(arguments.ratios, arguments.indexes, arguments.groups, arguments.weights, arguments.dtypes)
     rng, asked = Random(arguments.seed), 0
     while asked < arguments.questions:
         document = make_document(rng, arguments.tokens, measure_of(loaded))
@@ -103,6 +106,7 @@ def _arguments() -> argparse.Namespace:
         "--indexes", nargs="+", default=["none", "sketch"], choices=["none", "sketch", "landmark"]
     )
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["int8"], choices=["int8", "bfloat16"])
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
     return parser.parse_args()
 
@@ -138,6 +142,7 @@ def _summary(row: Method, full: Method) -> dict[str, Any]:
             "method": row.name,
             "target": row.spec and row.spec.ratio,
             "index": row.spec and row.spec.index,
+            "factors": row.spec and row.spec.factor_dtype,
             "note": row.unreachable,
         }
     share, count = sum(row.right) / len(row.right), len(row.right)
@@ -147,6 +152,7 @@ def _summary(row: Method, full: Method) -> dict[str, Any]:
         "method": row.name,
         "target": row.spec.ratio if row.spec else 1.0,
         "index": row.spec.index if row.spec else "",
+        "factors": row.spec.factor_dtype if row.spec else "",
         "ratio": sum(row.ratios) / len(row.ratios) if row.ratios else 1.0,
         "exact_match": share,
         "standard_error": (share * (1 - share) / count) ** 0.5,

@@ -1,7 +1,7 @@
 """The xKV method: compress the KV cache of a long shared prefix and decode from the factors.
 
-    from xkv_service import CompressionSpec, compress
-    factors = compress(model, input_ids, CompressionSpec(ratio=8))
+from xkv_service import CompressionSpec, compress
+factors = compress(model, input_ids, CompressionSpec(ratio=8))
 """
 
 from __future__ import annotations

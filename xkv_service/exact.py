@@ -29,6 +29,12 @@ def always_exact(tokens: int, spec: CompressionSpec) -> tuple[int, int]:
     return sink, max(sink, tokens - spec.recent)
 
 
+def low_rank_span(tokens: int, spec: CompressionSpec) -> tuple[int, int]:
+    """First and one past the last token that the factors alone must describe; all where none are left."""
+    sink, recent = always_exact(tokens, spec)
+    return (sink, recent) if recent > sink else (0, tokens)
+
+
 def outlier_range(tokens: int, spec: CompressionSpec) -> tuple[int, int]:
     """First and one past the last chunk that may be an outlier: whole chunks between sink and recent."""
     sink, recent = always_exact(tokens, spec)

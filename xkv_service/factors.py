@@ -21,6 +21,7 @@ class LowRank:
 
     Args:
         factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
+            int8 factors have the scales of their columns in `bases`.
         bases: layer bases side by side [r, W], W the sum of `widths`.
         widths: features of each layer, kv_heads x dimensions per head.
     """

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout
-from xkv_service.exact import always_exact
+from xkv_service.exact import low_rank_span
 from xkv_service.factorize import Factorization, factorize
 from xkv_service.factors import GroupFactors, LowRank
 from xkv_service.gram import accumulate_gram, fill_rows, gram_dtype, product_dtype
 from xkv_service.inspect import inspect_loaded
 from xkv_service.layout import LayerLayout
 from xkv_service.prefilled import Prefill
+from xkv_service.quantize import quantize_columns
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES
 from xkv_service.subspace import precise_products
@@ -131,8 +132,7 @@ class _Work:
 
     def _gram(self, part: _Part, out: torch.Tensor) -> None:
         """XᵀX over the tokens that are not kept exact anyway, where there are any."""
-        sink, recent = always_exact(self.exact.tokens, self.spec)
-        span = (sink, recent) if recent > sink else (0, self.exact.tokens)
+        span = low_rank_span(self.exact.tokens, self.spec)
         accumulate_gram(
             self._reader(part),
             part.widths,
@@ -186,17 +186,25 @@ class _Work:
 
     def _low_rank(self, part: _Part, result: Factorization) -> LowRank:
         """A = X P in chunks, and B, in the stored dtype."""
-        widths, dtype = part.widths, DTYPES[self.spec.dtype]
+        widths = part.widths
         product = min(self._product_dtype(part), torch.float32, key=lambda dtype: dtype.itemsize)
         projection = result.projection.to(product)
         read, tokens = self._reader(part), self.exact.tokens
-        factors = torch.empty(tokens, projection.shape[1], dtype=dtype, device=self.device)
+        factors = torch.empty(tokens, projection.shape[1], dtype=torch.float32, device=self.device)
         buffer = torch.empty(min(self.chunk, tokens), sum(widths), dtype=product, device=self.device)
         with precise_products():
             for start in range(0, tokens, self.chunk):
                 stop = min(start + self.chunk, tokens)
                 factors[start:stop] = _product(fill_rows(buffer, read, widths, start, stop), projection)
-        return LowRank(factors, result.bases.to(dtype), widths)
+        return self._rounded(factors, result.bases, widths)
+
+    def _rounded(self, factors: torch.Tensor, bases: torch.Tensor, widths: tuple[int, ...]) -> LowRank:
+        """A and B in the dtypes they are stored in."""
+        dtype, factor_dtype = DTYPES[self.spec.dtype], DTYPES[self.spec.factor_dtype]
+        if factor_dtype != torch.int8:
+            return LowRank(factors.to(factor_dtype), bases.to(dtype), widths)
+        integers, scales = quantize_columns(factors, slice(*low_rank_span(self.exact.tokens, self.spec)))
+        return LowRank(integers, (bases * scales[:, None]).to(dtype), widths)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,8 @@ def _rows(pair: LowRank, position: int, start: int, stop: int) -> torch.Tensor:
     """Rows start .. stop - 1 of A B_l."""
     left, right = pair.factors[start:stop], pair.layer_bases(position)
     if left.device.type == "cpu":
-        left, right = left.float(), right.float()
-    return left @ right
+        right = right.float()
+    return left.to(right.dtype) @ right
 
 
 def dense_cache(model: PreTrainedModel, factors: PrefixFactors, tokens: int | None = None) -> DynamicCache:

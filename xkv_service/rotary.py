@@ -46,10 +46,11 @@ def rotate_planes(
     if planes.shape[0] == 0:
         return keys.to(torch.float32, copy=True)
     first, second = _as_slice(planes[:, 0]), _as_slice(planes[:, 1])
-    if _has_kernel(keys, planes, first, second):
+    if isinstance(first, slice) and isinstance(second, slice) and _has_kernel(keys, planes, first, second):
         from xkv_service.kernels.rotate import rotate
 
-        return rotate(keys, cos.float(), sin.float(), first, second)
+        turned: torch.Tensor = rotate(keys, cos.float(), sin.float(), first, second)
+        return turned
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     x, y = keys[..., first].float(), keys[..., second].float()
     if 2 * planes.shape[0] == keys.shape[-1]:
@@ -61,17 +62,13 @@ def rotate_planes(
     return out
 
 
-def _has_kernel(
-    keys: torch.Tensor, planes: torch.Tensor, first: slice | torch.Tensor, second: slice | torch.Tensor
-) -> bool:
+def _has_kernel(keys: torch.Tensor, planes: torch.Tensor, first: slice, second: slice) -> bool:
     """Whether the kernel in `kernels/rotate.py` can turn these planes of these keys."""
     return (
         keys.is_cuda
         and keys.shape[0] > 0
         and keys.stride(-1) == 1
         and 2 * planes.shape[0] == keys.shape[-1]
-        and isinstance(first, slice)
-        and isinstance(second, slice)
         and first.step == second.step
     )
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from xkv_service.errors import InvalidSpec
 
 Rank = int | Literal["full"]
-FactorDtype = Literal["bfloat16", "float16", "float32"]
+StoredDtype = Literal["bfloat16", "float16", "float32"]
+FactorDtype = Literal["int8", "bfloat16", "float16", "float32"]
 IndexKind = Literal["sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
@@ -24,7 +25,8 @@ class CompressionSpec:
             bases, selection index, exact tokens). Default 8 when no ranks are given.
         rank_k, rank_v: ranks per group instead of a ratio; "full" keeps every direction.
         key_share: share of keys in the rank budget, r_k / (r_k + r_v); 0.4 is the paper's 1:1.5.
-        dtype: of token factors, layer bases, landmarks and exact tokens as stored.
+        dtype: of layer bases, landmarks and exact tokens as stored.
+        factor_dtype: of token factors as stored; "int8" has one scale a column, folded into the layer bases.
         index: selection index: per-token key "sketch", chunk "landmark" (paper, section 3.3), or "none".
         sketch_planes: rotary planes (pairs of dimensions) per KV head in a key sketch, 4 bits a dimension.
         landmark_chunk: tokens per landmark (paper: 8).
@@ -42,7 +44,8 @@ class CompressionSpec:
     rank_k: Rank | None = None
     rank_v: Rank | None = None
     key_share: float = 0.4
-    dtype: FactorDtype = "bfloat16"
+    dtype: StoredDtype = "bfloat16"
+    factor_dtype: FactorDtype = "int8"
     index: IndexKind = "sketch"
     sketch_planes: int = 8
     landmark_chunk: int = 8
@@ -97,6 +100,7 @@ class CompressionSpec:
     def _check_choices(self) -> None:
         for name, allowed in (
             ("dtype", ("bfloat16", "float16", "float32")),
+            ("factor_dtype", ("int8", "bfloat16", "float16", "float32")),
             ("index", ("sketch", "landmark", "none")),
             ("key_weights", ("none", "query")),
             ("value_weights", ("none", "output")),

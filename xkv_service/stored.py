@@ -17,7 +17,12 @@ from xkv_service.spec import CompressionSpec
 
 RANK_BLOCK = 64
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "int8": torch.int8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
 def _factors(name: str, spec: CompressionSpec, tokens: int, rank: int, width: int) -> Table:
     dtype = DTYPES[spec.dtype]
     for block, (start, stop) in enumerate(rank_blocks(rank)):
-        yield f"{name}.factors.{block}", StoredTensor((tokens, stop - start), dtype)
+        yield f"{name}.factors.{block}", StoredTensor((tokens, stop - start), DTYPES[spec.factor_dtype])
         yield f"{name}.bases.{block}", StoredTensor((stop - start, width), dtype)
 
 

@@ -31,6 +31,7 @@ SPEC = {
     "rank_v": 66,
     "key_share": 0.4,
     "dtype": "bfloat16",
+    "factor_dtype": "bfloat16",
     "index": "sketch",
     "sketch_planes": 2,
     "landmark_chunk": 8,

@@ -12,7 +12,7 @@ from make_prefix_golden import golden_manifest, golden_tensors
 from xkv_artifacts.format import read_prefix, verify
 
 GOLDEN = Path(__file__).with_name("prefix-v1.safetensors")
-GOLDEN_SHA256 = "a841ceb272bd9557b0ece4c3d83dd507c17dd5692fecb9029b9c27199d5b0a74"
+GOLDEN_SHA256 = "b8b3e5883d59a1d88b3583aefe18d1da091883ea8693852caf3b45d804ca4d18"
 
 
 def test_the_golden_file_is_the_one_of_the_day_it_was_made() -> None:

@@ -16,7 +16,9 @@ from xkv_service.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
 from xkv_service.spec import CompressionSpec
 
-FULL = CompressionSpec(group_size=2, rank_k="full", rank_v="full", dtype="float32", index="none", sink=0)
+FULL = CompressionSpec(
+    group_size=2, rank_k="full", rank_v="full", dtype="float32", factor_dtype="float32", index="none", sink=0
+)
 IDS = random_ids(150)
 
 
@@ -73,7 +75,15 @@ def test_ids_as_list_row_or_vector_give_the_same_factors() -> None:
 def test_exact_tokens_are_put_back(index: str) -> None:
     model = tiny_model("llama")
     spec = CompressionSpec(
-        rank_k=2, rank_v=2, index=index, sink=3, recent=5, outlier_chunks=2, landmark_chunk=4, dtype="float32"
+        rank_k=2,
+        rank_v=2,
+        index=index,
+        sink=3,
+        recent=5,
+        outlier_chunks=2,
+        landmark_chunk=4,
+        dtype="float32",
+        factor_dtype="float32",
     )  # type: ignore[arg-type]
     exact = prefill(model, IDS)
     factors, _ = factorize_prefill(model, exact, spec)
@@ -121,7 +131,11 @@ def test_one_prefill_serves_many_specs() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9])
 def test_very_short_prefixes_are_compressed(tokens: int) -> None:
     model = tiny_model("llama")
-    factors = compress(model, IDS[:tokens], CompressionSpec(rank_k="full", rank_v="full", dtype="float32"))
+    factors = compress(
+        model,
+        IDS[:tokens],
+        CompressionSpec(rank_k="full", rank_v="full", dtype="float32", factor_dtype="float32"),
+    )
     assert factors.fidelity is not None
     assert factors.fidelity.positions == held_back(tokens)
     with torch.inference_mode():

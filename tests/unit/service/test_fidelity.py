@@ -57,7 +57,13 @@ def test_fidelity_is_what_a_reader_of_the_artifact_would_measure(family: str) ->
 def test_reconstruction_errors_are_those_of_the_rebuilt_cache() -> None:
     model, ids = tiny_model("llama"), random_ids(160)
     spec = CompressionSpec(
-        rank_k=10, rank_v=20, group_size=2, dtype="float32", sink=2, value_weights="output"
+        rank_k=10,
+        rank_v=20,
+        group_size=2,
+        dtype="float32",
+        factor_dtype="float32",
+        sink=2,
+        value_weights="output",
     )
     exact = prefill(model, ids)
     factors, errors = factorize_prefill(model, exact, spec)
