@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import os
@@ -9,10 +10,13 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.messages import Device
@@ -20,6 +24,8 @@ from xkv_workers.messages import Device
 CONNECT_SECONDS = 30
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Documents cross as token ids, so Ray's shared memory stays small."""
+
+_STARTS = 3
 
 log = logging.getLogger(__name__)
 
@@ -71,24 +77,60 @@ def _set_defaults(address: str | None) -> None:
 
 def _connect(address: str | None) -> None:
     import ray
-    from ray.exceptions import RayError
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address is None:
-            ray.init(
-                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
-            )
+            _start(quiet)
             return
         if fault := _health(address).fault:  # `ray.init` alone would try for minutes
             raise ConnectionError(fault)
         ray.init(address=address, **quiet)
-    except (RayError, ConnectionError, TimeoutError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises plain Exception, among many others
         where = f"at {address}" if address else "on this machine"
         raise RayUnavailable(
             f"Ray does not start {where}: {' '.join(str(error).split())[:300]}",
             hint="see `xkv doctor`" if address is None else "check --ray-address and `ray status` there",
         ) from None
+
+
+def _start(quiet: dict[str, Any]) -> None:
+    """Start a Ray on this machine, again when it took longer than the 30 s that Ray gives itself."""
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                raise
+
+
+@contextmanager
+def start_turn() -> Iterator[bool]:
+    """Whether it is this process's turn to start a Ray: one at a time on a machine, for each user.
+
+    Eight that start at once on two cores all take longer than Ray gives itself, and none comes up.
+    """
+    path = Path(tempfile.gettempdir()) / f"xkv-{os.getuid()}-ray.lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # in somebody else's way: better all at once than never
+        yield True
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except BlockingIOError:
+        ours = False
+    try:
+        yield ours
+    finally:
+        os.close(lock)
 
 
 @dataclass(frozen=True)

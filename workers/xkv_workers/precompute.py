@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.ranks import Size, size_of
-from xkv_workers.cluster import Room, cluster, plan_crew
+from xkv_workers.cluster import Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
@@ -35,7 +35,7 @@ def run(request: Request, observer: Observer | None = None) -> Report:
     started = time.monotonic()
     ledger = Ledger()
     with _prepared(request) as job, Shelf(job.store) as shelf:
-        scheduler = Scheduler(shelf, job.open_pool, ledger, observer or Silent())
+        scheduler = Scheduler(shelf, job, ledger, observer or Silent())
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
             job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
@@ -83,7 +83,11 @@ class _Prepared:
         )
         return plan(self.files, target)
 
-    def open_pool(self) -> WorkerPool:
+    def turn(self) -> AbstractContextManager[bool]:
+        """Whether the workers may be started now; see `cluster.start_turn`."""
+        return start_turn() if self.room is None else nullcontext(True)
+
+    def start(self) -> WorkerPool:
         """Start the workers."""
         request = self.request
         if self.room is None:

@@ -6,7 +6,9 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from xkv_workers.corpus import Rejected
 from xkv_workers.messages import Failed, PrefixJob, Stored
@@ -31,13 +33,21 @@ _TURN_SECONDS = 0.2
 Item = PrefixJob | Rejected | Exception | None
 
 
+class Starter(Protocol):
+    """Starts the workers of a run."""
+
+    def turn(self) -> AbstractContextManager[bool]:
+        """Whether they may be started now, while the block runs."""
+
+    def start(self) -> WorkerPool:
+        """Start them."""
+
+
 class Scheduler:
     """Runs a plan to its end. Documents that another process computes are waited for, not computed."""
 
-    def __init__(
-        self, shelf: Shelf, open_pool: Callable[[], WorkerPool], ledger: Ledger, observer: Observer
-    ) -> None:
-        self._shelf, self._open_pool, self._ledger, self._observer = shelf, open_pool, ledger, observer
+    def __init__(self, shelf: Shelf, starter: Starter, ledger: Ledger, observer: Observer) -> None:
+        self._shelf, self._starter, self._ledger, self._observer = shelf, starter, ledger, observer
         self._inbox: queue.Queue[Item] = queue.Queue(maxsize=256)
         self._reading = True
         self._pending: list[PrefixJob] = []
@@ -119,8 +129,7 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         if self._pending and self._pool is None:
-            self._pool = self._open_pool()
-            self._moved = time.monotonic()
+            self._start()
         if self._pool is None:
             return
         if not self._pool.ready:
@@ -133,6 +142,16 @@ class Scheduler:
                 if not batch:
                     break
                 self._pool.submit(slot, batch, alone=alone)
+
+    def _start(self) -> None:
+        """Start the workers when it is our turn, unless others did the work while we waited for it."""
+        with self._starter.turn() as ours:
+            if not ours:
+                return
+            self._pending = [job for job in self._pending if not self._take_stored(job)]
+            if self._pending:
+                self._pool = self._starter.start()
+                self._moved = time.monotonic()
 
     def _next_batch(self, *, idle: bool) -> tuple[list[PrefixJob], bool]:
         """The longest documents that fit one batch; one that failed before goes alone to an idle worker."""
@@ -165,7 +184,7 @@ class Scheduler:
     def _wait(self) -> list[Finished]:
         if self._pool is not None:
             return self._pool.wait(_TURN_SECONDS)
-        if self._reading or self._elsewhere:
+        if self._reading or self._elsewhere or self._pending:
             time.sleep(_TURN_SECONDS / 10 if self._reading else _TURN_SECONDS)
         return []
 

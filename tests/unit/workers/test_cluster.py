@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from xkv_workers.cluster import Crew, Room, plan_crew
+from xkv_workers.cluster import Crew, Room, plan_crew, start_turn
 from xkv_workers.errors import RayUnavailable
 
 LAPTOP = Room(nodes=1, cpus=2, gpus=0, node_cpus=2)
@@ -35,3 +38,15 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
         plan_crew(GPU_BOX, "auto", 5)
     with pytest.raises(RayUnavailable, match="3 workers need as many CPUs; Ray sees 2"):
         plan_crew(LAPTOP, "cpu", 3)
+
+
+def test_one_ray_is_started_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with start_turn() as first, start_turn() as second:
+        assert (first, second) == (True, False)
+    with start_turn() as third:
+        assert third
+    (tmp_path / f"xkv-{os.getuid()}-ray.lock").unlink()
+    (tmp_path / f"xkv-{os.getuid()}-ray.lock").symlink_to("/dev/null")
+    with start_turn() as unlocked:
+        assert unlocked, "a lock that cannot be used keeps nobody waiting"
