@@ -61,9 +61,9 @@ def main() -> None:
     table.add_row(
         "size", _mib(manifest.bytes_full), f"{_mib(factors.nbytes)}, {_less(manifest, factors)} less"
     )
-    table.add_row("made ready in", f"{prefill_seconds:.1f} s (prefill)", f"{rebuild_seconds:.1f} s (rebuild)")
+    table.add_row("made ready in", f"{prefill_seconds:.2f} s (prefill)", f"{rebuild_seconds:.2f} s (rebuild)")
     console = Console(highlight=False)
-    console.print(f"\n{options.document.name}, {manifest.tokens:,} tokens, model {manifest.model.name}")
+    console.print(f"\n{options.document.name}, {manifest.tokens:,} tokens")
     console.print(table)
 
 
