@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from bundled import LoadedModel, measure_of
 from report import Report
 
@@ -77,6 +78,7 @@ def methods(
 def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, device=arguments.device)
     rows = methods(arguments.ratios, arguments.indexes, arguments.groups, arguments.weights, arguments.dtypes)
     rng, asked = Random(arguments.seed), 0
@@ -97,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--model", default=demo_model_path())
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="more cost time in a model this small")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per document")
     parser.add_argument("--questions", type=int, default=500, help="at least so many")
     parser.add_argument("--per-document", type=int, default=24)

@@ -53,7 +53,7 @@ class CompressionSpec:
     recent: int = 0
     outlier_chunks: int = 0
     key_weights: Literal["none", "query"] = "none"
-    value_weights: Literal["none", "output"] = "output"
+    value_weights: Literal["none", "output"] = "none"
 
     def __post_init__(self) -> None:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
