@@ -79,7 +79,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model, device=arguments.device)
+    loaded = load_model(arguments.model or demo_model_path(), device=arguments.device)
     rows = methods(arguments.ratios, arguments.indexes, arguments.groups, arguments.weights, arguments.dtypes)
     rng, asked = Random(arguments.seed), 0
     while asked < arguments.questions:
@@ -89,7 +89,7 @@ def main() -> None:
     report = Report("quality", " ".join(["python", *sys.argv]), "exact match with the full cache")
     for row in rows:
         report.add(**_summary(row, rows[0]))
-    report.write(arguments.out, model=str(arguments.model), tokens=arguments.tokens)
+    report.write(arguments.out, model=arguments.model or "bundled", tokens=arguments.tokens)
 
 
 def _arguments() -> argparse.Namespace:
@@ -97,7 +97,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
-    parser.add_argument("--model", default=demo_model_path())
+    parser.add_argument("--model", help="by default the bundled one")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="more cost time in a model this small")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per document")
