@@ -72,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         corpus = options.docs or _write_corpus(root / "corpus", options.documents)
-        common = ["--docs", str(corpus), "--ratio", str(options.ratio), "--json"]
+        common = ["--docs", str(corpus), "--ratio", str(options.ratio), "--workers", "1", "--json"]
         common += ["--model", str(options.model)] if options.model else []
         documents = sum(path.is_file() for path in corpus.rglob("*"))
         trials = []

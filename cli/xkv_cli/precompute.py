@@ -86,7 +86,7 @@ _EXISTING = click.Path(exists=True, path_type=Path)
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Worker processes. Default: one per GPU, or one with all cores per machine without.",
+    help="Worker processes. Default: one per GPU; on CPUs one per machine, of a small model one per core.",
 )
 @click.option(
     "--device",

@@ -21,10 +21,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 
 @pytest.fixture(scope="session")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray cluster of one node with room for several drivers' workers, as "host:port"."""
+    """A Ray cluster of one node with room for two workers, as "host:port"."""
     log = tmp_path_factory.mktemp("ray") / "log"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
-    command += ["--num-cpus=8", "--include-dashboard=false", "--object-store-memory=100000000"]
+    command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("w") as output:
         head = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

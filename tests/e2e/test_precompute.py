@@ -23,7 +23,8 @@ def precompute(xkv: Xkv, ray_address: str, tiny_model: Path, store: Path) -> Pre
     def run(*arguments: object, ray: bool = True) -> Done:
         common: list[object] = ["--model", tiny_model, "--store", store, "--json"]
         common += [] if {"--ratio", "--rank-k"} & set(arguments) else ["--ratio", "2"]
-        return xkv("precompute", *common, *(["--ray-address", ray_address] if ray else []), *arguments)
+        common += ["--ray-address", ray_address] if ray else []
+        return xkv("precompute", "--workers", "1", *common, *arguments)
 
     return run
 

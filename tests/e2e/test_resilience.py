@@ -36,7 +36,17 @@ def arguments(ray_address: str, tiny_model: Path, corpus: Path, tmp_path: Path) 
     for number in range(5):
         (corpus / f"more{number}.txt").write_text(words(1200, seed=30 + number))
     common = ["--docs", corpus, "--model", tiny_model, "--store", tmp_path / "store"]
-    return ["precompute", *map(str, common), "--ratio", "2", "--ray-address", ray_address, "--json"]
+    return [
+        "precompute",
+        *map(str, common),
+        "--ratio",
+        "2",
+        "--workers",
+        "1",
+        "--ray-address",
+        ray_address,
+        "--json",
+    ]
 
 
 def blobs(store: Path) -> set[str]:

@@ -24,7 +24,7 @@ def test_a_store_is_listed_shown_checked_and_cleaned(
         "--ray-address",
         ray_address,
     ]
-    assert xkv("precompute", *made).code == 0
+    assert xkv("precompute", "--workers", "1", *made).code == 0
     at = ["--store", store]
 
     listed = xkv("ls", *at, "--json").json["artifacts"]

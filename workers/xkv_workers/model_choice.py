@@ -17,6 +17,9 @@ from xkv_service.prompts import render_prefix
 from xkv_workers.cluster import Room
 from xkv_workers.messages import Device
 
+SMALL_BYTES = 256 * 2**20
+"""Weights on disk up to which a machine gets several workers; in memory they can take twice as much."""
+
 
 @dataclass(frozen=True)
 class ChosenModel:
@@ -43,6 +46,11 @@ class ChosenModel:
     @property
     def context_window(self) -> int | None:
         return self.files.context_window
+
+    @property
+    def is_small(self) -> bool:
+        """Several copies fit into any machine's memory."""
+        return sum(path.stat().st_size for path in self.files.path.glob("*.safetensors")) <= SMALL_BYTES
 
     def render(
         self, document: str, *, system_prompt: str | None, template: Literal["chat", "raw"]

@@ -69,6 +69,10 @@ class _Prepared:
         """Bytes of a prefix of so many tokens; raises InvalidSpec when it cannot be compressed as asked."""
         return size_of(self.model.layout, tokens, self.request.spec)
 
+    def _pays_to_copy(self) -> bool:
+        """Whether several workers on one machine are worth loading a model for each."""
+        return self.model.is_small and len(self.files) > 1
+
     def plan(self) -> Iterator[PrefixJob | Rejected]:
         """Jobs and rejections, document by document."""
         request = self.request
@@ -92,7 +96,7 @@ class _Prepared:
         request = self.request
         if self.room is None:
             self.room = self.stack.enter_context(cluster())
-        crew = plan_crew(self.room, self.model.device, request.workers)
+        crew = plan_crew(self.room, self.model.device, request.workers, small=self._pays_to_copy())
         config = WorkerConfig(
             model=self.model.place,
             revision=request.revision,

@@ -9,6 +9,7 @@ import pytest
 
 from xkv_workers.cluster import Crew, Room, plan_crew, start_turn
 from xkv_workers.errors import RayUnavailable
+from xkv_workers.messages import Device
 
 LAPTOP = Room(nodes=1, cpus=2, gpus=0, node_cpus=2)
 GPU_BOX = Room(nodes=1, cpus=32, gpus=4, node_cpus=32)
@@ -18,24 +19,30 @@ CLUSTER = Room(nodes=3, cpus=24, gpus=0, node_cpus=8)
 @pytest.mark.parametrize(
     ("room", "device", "workers", "crew"),
     [
-        (LAPTOP, "auto", None, Crew(1, "cpu", 2)),
+        (LAPTOP, "cpu", None, Crew(1, "cpu", 2)),
         (LAPTOP, "cpu", 2, Crew(2, "cpu", 1)),
-        (CLUSTER, "auto", None, Crew(3, "cpu", 8)),
+        (CLUSTER, "cpu", None, Crew(3, "cpu", 8)),
         (CLUSTER, "cpu", 6, Crew(6, "cpu", 4)),
-        (GPU_BOX, "auto", None, Crew(4, "cuda", 8)),
+        (GPU_BOX, "cuda", None, Crew(4, "cuda", 8)),
         (GPU_BOX, "cuda", 2, Crew(2, "cuda", 8)),
         (GPU_BOX, "cpu", None, Crew(1, "cpu", 32)),
     ],
 )
-def test_workers_follow_the_hardware(room: Room, device: str, workers: int | None, crew: Crew) -> None:
+def test_workers_follow_the_hardware(room: Room, device: Device, workers: int | None, crew: Crew) -> None:
     assert plan_crew(room, device, workers) == crew
+
+
+def test_a_small_model_is_loaded_once_per_core() -> None:
+    assert plan_crew(LAPTOP, "cpu", None, small=True) == Crew(2, "cpu", 1)
+    assert plan_crew(CLUSTER, "cpu", None, small=True) == Crew(12, "cpu", 2)
+    assert plan_crew(GPU_BOX, "cuda", None, small=True) == Crew(4, "cuda", 8)
 
 
 def test_what_does_not_fit_is_refused_at_once() -> None:
     with pytest.raises(RayUnavailable, match="Ray sees 0"):
         plan_crew(LAPTOP, "cuda", None)
     with pytest.raises(RayUnavailable, match="5 workers need as many GPUs; Ray sees 4"):
-        plan_crew(GPU_BOX, "auto", 5)
+        plan_crew(GPU_BOX, "cuda", 5)
     with pytest.raises(RayUnavailable, match="3 workers need as many CPUs; Ray sees 2"):
         plan_crew(LAPTOP, "cpu", 3)
 
