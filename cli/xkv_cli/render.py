@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xkv_artifacts.entry import Entry
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import Verification
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
@@ -165,6 +166,11 @@ def description(found: Description) -> None:
             ("spec", ", ".join(f"{k}={v}" for k, v in manifest.spec.items() if v is not None)),
         ],
     )
+    _groups(manifest)
+
+
+def _groups(manifest: PrefixManifest) -> None:
+    fidelity = manifest.fidelity
     table(
         ("group", "layers", "rank K", "rank V", "error K", "error V"),
         [
