@@ -15,8 +15,8 @@ from xkv_artifacts.manifest import DocumentRef, PrefixManifest
 from xkv_service.demo import demo_model_path
 from xkv_service.demo.documents import make_document
 from xkv_service.factors import PrefixFactors
-from xkv_service.models import LoadedModel, load_model
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.models import LoadedModel, load_model
+from xkv_service.modeling.prompts import render_prefix
 
 
 def load() -> LoadedModel:

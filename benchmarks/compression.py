@@ -21,7 +21,7 @@ from xkv_service import CompressionSpec
 from xkv_service.compression import compress_prefill
 from xkv_service.factors import PrefixFactors
 from xkv_service.fidelity import held_back
-from xkv_service.prefill import prefill
+from xkv_service.prefilling.prefill import prefill
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from xkv_service.demo import demo_model_path
 from xkv_service.demo.documents import Document, Question, make_document
 from xkv_service.demo.ruler_tasks import TASKS, make_task
 from xkv_service.evaluation import Chat, Reply, accuracy, ask_each, ask_in_turn
-from xkv_service.models import LoadedModel, load_model
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.models import LoadedModel, load_model
+from xkv_service.modeling.prompts import render_prefix
 
 RESULT = Path(__file__).parent / "results" / "demo_model.json"
 TURNS = 5

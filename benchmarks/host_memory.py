@@ -57,7 +57,7 @@ def _measure(mode: str, tokens: int) -> dict[str, float]:
     from bundled import document_ids, load
 
     from xkv_service import CompressionSpec, compress
-    from xkv_service.prefill import prefill
+    from xkv_service.prefilling.prefill import prefill
 
     loaded = load()
     ids = document_ids(loaded, tokens)

@@ -28,9 +28,9 @@ from xkv_service.demo import demo_model_path
 from xkv_service.demo.documents import Document, make_document
 from xkv_service.errors import RatioUnreachable
 from xkv_service.evaluation import Chat, ask_each
-from xkv_service.models import load_model
-from xkv_service.prefill import prefill
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.models import load_model
+from xkv_service.modeling.prompts import render_prefix
+from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache
 
 WEIGHTS = {

@@ -25,8 +25,8 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.demo import demo_model_path
 from xkv_service.evaluation import Chat
 from xkv_service.factors import PrefixFactors
-from xkv_service.models import LoadedModel, load_model
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.models import LoadedModel, load_model
+from xkv_service.modeling.prompts import render_prefix
 from xkv_service.reconstruct import dense_cache
 
 HERE = Path(__file__).resolve().parent

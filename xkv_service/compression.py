@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from xkv_service.factorization.group_factors import factorize_groups
+from xkv_service.factorization.ranks import RotaryUse, size_of
 from xkv_service.factors import LayerWindow, PrefixFactors
 from xkv_service.fidelity import certify, held_back
-from xkv_service.group_factors import factorize_groups
-from xkv_service.layer_index import index_layers
-from xkv_service.prefill import TokenIds, prefill
-from xkv_service.prefilled import Prefill
-from xkv_service.ranks import RotaryUse, size_of
-from xkv_service.rotary import RotaryTable
+from xkv_service.modeling.rotary import RotaryTable
+from xkv_service.prefilling.prefill import TokenIds, prefill
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.layer_index import index_layers
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES
 

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from xkv_service.errors import InvalidPrompt
-from xkv_service.prompts import SEPARATOR
+from xkv_service.modeling.prompts import SEPARATOR
 
 __all__ = ["Chat", "Reply", "accuracy", "ask_each", "ask_in_turn"]
 

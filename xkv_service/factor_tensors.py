@@ -9,10 +9,10 @@ import torch
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_service.errors import InvalidSpec
-from xkv_service.exact import ExactTokens
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
-from xkv_service.rotary import RotaryTable
-from xkv_service.sketch import KeySketch
+from xkv_service.modeling.rotary import RotaryTable
+from xkv_service.selection.exact import ExactTokens
+from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import RANK_BLOCK, StoredTensor, rank_blocks, stored_tensors
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from xkv_artifacts.manifest import Fidelity, GroupLayout, PrefixManifest, WindowLayout
-from xkv_service.exact import ExactTokens
-from xkv_service.rotary import RotaryTable
-from xkv_service.sketch import KeySketch
+from xkv_service.modeling.rotary import RotaryTable
+from xkv_service.selection.exact import ExactTokens
+from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
 
 

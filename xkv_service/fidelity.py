@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.factors import PrefixFactors
-from xkv_service.inspect import inspect_loaded
-from xkv_service.observation import observe
-from xkv_service.prefill_run import can_fuse_chunks
-from xkv_service.prefilled import Prefill
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.observation import observe
+from xkv_service.prefilling.prefill_run import can_fuse_chunks
+from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.reconstruct import rebuild
 
 HELD_BACK = 64

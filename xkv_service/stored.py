@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from xkv_artifacts.manifest import GroupLayout, WindowLayout
-from xkv_service.exact import exact_count
+from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
 
 RANK_BLOCK = 64

@@ -25,11 +25,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import Report
 
-from xkv_service import CompressionSpec, compression, factorize, fidelity, group_factors
+from xkv_service import CompressionSpec, compression, fidelity
+from xkv_service.factorization import factorize, group_factors
+from xkv_service.factorization.subspace import subspace_iteration
 from xkv_service.fidelity import held_back
-from xkv_service.inspect import inspect_loaded
-from xkv_service.prefill import prefill
-from xkv_service.subspace import subspace_iteration
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.prefilling.prefill import prefill
 
 LLAMA_8B = {
     "vocab_size": 128256,

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "service"))
 from families import tiny_model
 
 from xkv_service.compression import compress, factorize_prefill
+from xkv_service.factorization.gram import accumulate_gram
+from xkv_service.factorization.subspace import leading_eigenvectors
 from xkv_service.fidelity import held_back
-from xkv_service.gram import accumulate_gram
-from xkv_service.prefill import prefill
+from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
 from xkv_service.spec import CompressionSpec
-from xkv_service.subspace import leading_eigenvectors
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xkv_service.inspect import inspect_loaded
-from xkv_service.prefill import prefill, prefill_batch
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.prefilling.prefill import prefill, prefill_batch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -134,8 +134,8 @@ def _redis(store_url: str, redis_url: str | None) -> Check:
 
 def _model(model: str | None) -> Check:
     from xkv_service.demo import demo_model_path
-    from xkv_service.inspect import inspect_model
-    from xkv_service.models import load_model
+    from xkv_service.modeling.inspect import inspect_model
+    from xkv_service.modeling.models import load_model
 
     loaded = load_model(model or str(demo_model_path()))
     layout = inspect_model(loaded.model)

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from xkv_service.demo import demo_model_path
-from xkv_service.device import resolve_device, resolve_dtype
-from xkv_service.layout import ModelLayout
-from xkv_service.model_files import ModelFiles, find_model
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.device import resolve_device, resolve_dtype
+from xkv_service.modeling.layout import ModelLayout
+from xkv_service.modeling.model_files import ModelFiles, find_model
+from xkv_service.modeling.prompts import render_prefix
 from xkv_workers.cluster import Room
 from xkv_workers.messages import Device
 

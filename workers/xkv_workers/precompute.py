@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.ranks import Size, size_of
+from xkv_service.factorization.ranks import Size, size_of
 from xkv_workers.cluster import Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable

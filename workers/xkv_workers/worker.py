@@ -17,8 +17,8 @@ from xkv_workers.plan import reason_of
 
 if TYPE_CHECKING:
     from xkv_service.factors import PrefixFactors
-    from xkv_service.models import LoadedModel
-    from xkv_service.prefilled import Prefill
+    from xkv_service.modeling.models import LoadedModel
+    from xkv_service.prefilling.prefilled import Prefill
 
 
 class PrefixWorker:
@@ -63,7 +63,7 @@ class PrefixWorker:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             import torch
 
-            from xkv_service.models import load_model
+            from xkv_service.modeling.models import load_model
 
             config = self._config
             torch.set_num_threads(config.threads)
@@ -85,7 +85,7 @@ class PrefixWorker:
 
         from xkv_service.compression import compress_prefill
         from xkv_service.fidelity import held_back
-        from xkv_service.prefill import prefill_batch
+        from xkv_service.prefilling.prefill import prefill_batch
 
         prefills: list[Prefill] = []
         try:

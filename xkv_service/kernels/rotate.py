@@ -1,4 +1,4 @@
-"""Turn the rotary planes of keys in one pass over memory (reference: `xkv_service.rotary.rotate_planes`).
+"""Turn rotary planes of keys in one pass over memory (reference: `rotate_planes` in `modeling/rotary.py`).
 
 In PyTorch the same takes six passes, most of them in float32, and un-rotating a long cache three times is a
 good part of what compression costs beside its matrix products.

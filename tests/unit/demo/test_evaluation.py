@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from xkv_service.demo.documents import Document, make_document
 from xkv_service.errors import InvalidPrompt
 from xkv_service.evaluation import Chat, Reply, accuracy, ask_each, ask_in_turn
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.prompts import render_prefix
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from xkv_service.compression import compress, compress_prefill, factorize_prefil
 from xkv_service.errors import InvalidPrompt, RatioUnreachable
 from xkv_service.factors import PrefixFactors
 from xkv_service.fidelity import held_back
-from xkv_service.prefill import prefill
+from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
 from xkv_service.spec import CompressionSpec
 

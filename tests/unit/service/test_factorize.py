@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xkv_service.factorize import factorize
-from xkv_service.gram import accumulate_gram, fill_rows, product_dtype
-from xkv_service.subspace import leading_eigenvectors, orthonormal, subspace_iteration
+from xkv_service.factorization.factorize import factorize
+from xkv_service.factorization.gram import accumulate_gram, fill_rows, product_dtype
+from xkv_service.factorization.subspace import leading_eigenvectors, orthonormal, subspace_iteration
 
 TOKENS, WIDTH, RANK = 1500, 600, 80
 

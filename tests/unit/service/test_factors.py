@@ -14,8 +14,8 @@ from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.format import read_prefix, write_prefix
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_service.compression import compress
+from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
-from xkv_service.ranks import size_of
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import stored_tensors
 
@@ -55,7 +55,7 @@ def test_factors_survive_tensors_and_a_file_byte_for_byte(factors: PrefixFactors
 
 def test_predicted_bytes_are_the_real_ones_and_the_file_is_no_larger(factors: PrefixFactors) -> None:
     model = tiny_model("gemma2", num_key_value_heads=4)
-    from xkv_service.inspect import inspect_model
+    from xkv_service.modeling.inspect import inspect_model
 
     size = size_of(inspect_model(model), factors.tokens, factors.spec)
     tensors = factors.to_tensors()

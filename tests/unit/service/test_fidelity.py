@@ -9,7 +9,7 @@ from families import tiny_model
 
 from xkv_service.compression import compress_prefill, factorize_prefill
 from xkv_service.fidelity import compare_distributions, held_back
-from xkv_service.prefill import prefill
+from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
 from xkv_service.spec import CompressionSpec
 

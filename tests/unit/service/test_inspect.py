@@ -10,8 +10,8 @@ from families import FAMILIES, build, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from xkv_service.errors import UnsupportedModel
-from xkv_service.inspect import inspect_model
-from xkv_service.layout import LayerLayout
+from xkv_service.modeling.inspect import inspect_model
+from xkv_service.modeling.layout import LayerLayout
 
 
 def test_layout_of_grouped_query_attention() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from xkv_service.exact import exact_count, exact_positions, outlier_range
-from xkv_service.landmarks import chunk_likeness, landmarks, outlier_chunks
-from xkv_service.rotary import rotate_planes
+from xkv_service.modeling.rotary import rotate_planes
+from xkv_service.selection.exact import exact_count, exact_positions, outlier_range
+from xkv_service.selection.landmarks import chunk_likeness, landmarks, outlier_chunks
 from xkv_service.spec import CompressionSpec
 
 

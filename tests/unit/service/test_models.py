@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
-from xkv_service.models import (
+from xkv_service.modeling.models import (
     context_window,
     find_model,
     identify,

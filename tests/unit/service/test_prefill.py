@@ -11,10 +11,10 @@ from families import FAMILIES, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkv_service import prefill_run
 from xkv_service.errors import InvalidPrompt
-from xkv_service.inspect import inspect_loaded
-from xkv_service.prefill import Prefill, prefill, prefill_batch
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.prefilling import prefill_run
+from xkv_service.prefilling.prefill import Prefill, prefill, prefill_batch
 
 TOKENS = 40
 

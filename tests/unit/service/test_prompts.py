@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from xkv_service.errors import InvalidPrompt
-from xkv_service.prompts import render_prefix
+from xkv_service.modeling.prompts import render_prefix
 
 SAMPLE = [
     "The access code of the Lisbon office is 48213.\n\nWhat is the access code of the Lisbon office?\n\n\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xkv_service.quantize import LEVELS, quantize_columns
+from xkv_service.factorization.quantize import LEVELS, quantize_columns
 
 
 def test_each_number_is_within_half_a_step_of_its_column() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkv_service.errors import InvalidSpec, RatioUnreachable
-from xkv_service.layout import LayerLayout, ModelLayout
-from xkv_service.ranks import RotaryUse, Size, size_of
+from xkv_service.factorization.ranks import RotaryUse, Size, size_of
+from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.spec import CompressionSpec
 
 

@@ -10,10 +10,10 @@ from families import FAMILIES, build, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from xkv_service.errors import UnsupportedModel
-from xkv_service.inspect import inspect_loaded, probe_rotary
-from xkv_service.prefill import prefill
-from xkv_service.rotary import RotaryTable, inverse, pack_tables, rotate_planes, unpack_tables
-from xkv_service.rotary_source import Frequencies, fit_table
+from xkv_service.modeling.inspect import inspect_loaded, probe_rotary
+from xkv_service.modeling.rotary import RotaryTable, inverse, pack_tables, rotate_planes, unpack_tables
+from xkv_service.modeling.rotary_source import Frequencies, fit_table
+from xkv_service.prefilling.prefill import prefill
 
 TOKENS = 40
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xkv_service.rotary import inverse, rotate_planes
-from xkv_service.sketch import KeySketch, candidate_planes, choose_planes, decode, encode, scores
+from xkv_service.modeling.rotary import inverse, rotate_planes
+from xkv_service.selection.sketch import KeySketch, candidate_planes, choose_planes, decode, encode, scores
 
 HEADS, QUERY_HEADS, DIM, TOKENS = 2, 4, 32, 400
 PLANES = torch.stack([torch.arange(16), torch.arange(16) + 16], 1)

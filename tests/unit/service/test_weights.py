@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from xkv_service.factorize import factorize
-from xkv_service.rotary import rotate_planes
-from xkv_service.weights import (
+from xkv_service.factorization.factorize import factorize
+from xkv_service.factorization.weights import (
     FeatureWeights,
     output_projection,
     output_weights,
     plane_energy,
     query_weights,
 )
+from xkv_service.modeling.rotary import rotate_planes
 
 HEADS, QUERY_HEADS, DIM = 2, 6, 8
 PLANES = torch.tensor([[0, 4], [1, 5], [2, 6]])

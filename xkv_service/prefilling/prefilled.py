@@ -8,11 +8,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from xkv_service.layout import ModelLayout
-from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
-from xkv_service.rotary import RotaryTable, rotate_planes
-from xkv_service.rotary_probe import RotaryForm
-from xkv_service.rotary_source import Frequencies, fit_table
+from xkv_service.modeling.layout import ModelLayout
+from xkv_service.modeling.rotary import RotaryTable, rotate_planes
+from xkv_service.modeling.rotary_probe import RotaryForm
+from xkv_service.modeling.rotary_source import Frequencies, fit_table
+from xkv_service.prefilling.prefix_cache import StorageLayer, copy_sliding_layer
 
 PlaneTables = tuple[torch.Tensor, torch.Tensor]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from xkv_service.exact import ExactTokens, exact_positions, outlier_range
-from xkv_service.landmarks import chunk_likeness, landmarks, outlier_chunks
-from xkv_service.layout import LayerLayout
-from xkv_service.prefilled import Prefill
-from xkv_service.sketch import KeySketch, candidate_planes, choose_planes, encode
+from xkv_service.modeling.layout import LayerLayout
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.exact import ExactTokens, exact_positions, outlier_range
+from xkv_service.selection.landmarks import chunk_likeness, landmarks, outlier_chunks
+from xkv_service.selection.sketch import KeySketch, candidate_planes, choose_planes, encode
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES, sketch_planes
 

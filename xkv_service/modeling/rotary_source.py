@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xkv_service.errors import UnsupportedModel
-from xkv_service.rotary import RotaryTable
+from xkv_service.modeling.rotary import RotaryTable
 
 _TOLERANCE = 1e-6
 

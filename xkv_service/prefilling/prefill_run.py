@@ -12,14 +12,14 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from xkv_service.chunking import chunk_tokens
 from xkv_service.errors import InvalidPrompt
-from xkv_service.inspect import InspectedModel
-from xkv_service.observation import observe
-from xkv_service.prefilled import PlaneTables, Prefill
-from xkv_service.prefix_cache import StorageLayer, copy_sliding_layer
-from xkv_service.rotary_probe import PositionEmbeddings
-from xkv_service.rotary_source import Frequencies, frequency_change, model_frequencies
+from xkv_service.modeling.inspect import InspectedModel
+from xkv_service.modeling.observation import observe
+from xkv_service.modeling.rotary_probe import PositionEmbeddings
+from xkv_service.modeling.rotary_source import Frequencies, frequency_change, model_frequencies
+from xkv_service.prefilling.chunking import chunk_tokens
+from xkv_service.prefilling.prefilled import PlaneTables, Prefill
+from xkv_service.prefilling.prefix_cache import StorageLayer, copy_sliding_layer
 
 TokenIds = Sequence[int] | torch.Tensor
 

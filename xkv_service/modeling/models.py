@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from xkv_artifacts.manifest import ModelIdentity
-from xkv_service.device import DTYPES, resolve_device, resolve_dtype
 from xkv_service.errors import ModelNotFound
-from xkv_service.model_files import ModelFiles, context_window, find_model, first_line
+from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
+from xkv_service.modeling.model_files import ModelFiles, context_window, find_model, first_line
 
 __all__ = [
     "DTYPES",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from xkv_artifacts.manifest import GroupLayout, WindowLayout
 from xkv_service.errors import InvalidSpec, RatioUnreachable
-from xkv_service.layout import LayerLayout, ModelLayout
+from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.spec import CompressionSpec, Rank
 from xkv_service.stored import StoredTensor, stored_tensors
 

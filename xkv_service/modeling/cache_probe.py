@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from xkv_service.observation import observe
+from xkv_service.modeling.observation import observe
 
 PROBE_TOKENS = 4
 

@@ -13,18 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout
-from xkv_service.exact import low_rank_span
-from xkv_service.factorize import Factorization, factorize
+from xkv_service.factorization.factorize import Factorization, factorize
+from xkv_service.factorization.gram import accumulate_gram, fill_rows, gram_dtype, product_dtype
+from xkv_service.factorization.quantize import quantize_columns
+from xkv_service.factorization.subspace import precise_products
+from xkv_service.factorization.weights import FeatureWeights, output_projection, output_weights, query_weights
 from xkv_service.factors import GroupFactors, LowRank
-from xkv_service.gram import accumulate_gram, fill_rows, gram_dtype, product_dtype
-from xkv_service.inspect import inspect_loaded
-from xkv_service.layout import LayerLayout
-from xkv_service.prefilled import Prefill
-from xkv_service.quantize import quantize_columns
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.layout import LayerLayout
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.exact import low_rank_span
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES
-from xkv_service.subspace import precise_products
-from xkv_service.weights import FeatureWeights, output_projection, output_weights, query_weights
 
 CHUNK_TOKENS_CPU = 2048
 CHUNK_TOKENS_CUDA = 32768

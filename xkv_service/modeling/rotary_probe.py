@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from xkv_service.errors import UnsupportedModel
-from xkv_service.rotary import inverse, rotate_planes
+from xkv_service.modeling.rotary import inverse, rotate_planes
 
 PositionEmbeddings = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from xkv_service.layout import ModelLayout
-from xkv_service.observation import attention_implementation
+from xkv_service.modeling.layout import ModelLayout
+from xkv_service.modeling.observation import attention_implementation
 
 CPU_TOKENS = 1024
 LEAST_CUDA_TOKENS = 256

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from xkv_service.cache_probe import CacheProbe, looks_ahead, probe_cache
 from xkv_service.errors import UnsupportedModel
-from xkv_service.layout import LayerKind, LayerLayout, ModelLayout
-from xkv_service.rotary_probe import RotaryForm, probe_rotary_form
+from xkv_service.modeling.cache_probe import CacheProbe, looks_ahead, probe_cache
+from xkv_service.modeling.layout import LayerKind, LayerLayout, ModelLayout
+from xkv_service.modeling.rotary_probe import RotaryForm, probe_rotary_form
 
 
 @dataclass(frozen=True, eq=False)

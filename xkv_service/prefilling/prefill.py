@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from xkv_service.inspect import InspectedModel, inspect_loaded
-from xkv_service.prefill_run import Document, Run, TokenIds
-from xkv_service.prefilled import Prefill
-from xkv_service.rotary_source import frequency_change, refuse_unstable_frequencies
+from xkv_service.modeling.inspect import InspectedModel, inspect_loaded
+from xkv_service.modeling.rotary_source import frequency_change, refuse_unstable_frequencies
+from xkv_service.prefilling.prefill_run import Document, Run, TokenIds
+from xkv_service.prefilling.prefilled import Prefill
 
 __all__ = ["Prefill", "TokenIds", "prefill", "prefill_batch"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from xkv_service.subspace import leading_eigenvectors, precise_products
-from xkv_service.weights import FeatureWeights, apply_blocks, normalized
+from xkv_service.factorization.subspace import leading_eigenvectors, precise_products
+from xkv_service.factorization.weights import FeatureWeights, apply_blocks, normalized
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import ModelIdentity
-from xkv_service.device import DTYPES, resolve_device, resolve_dtype
 from xkv_service.errors import InvalidSpec, ModelNotFound
-from xkv_service.inspect import inspect_model
-from xkv_service.layout import ModelLayout
+from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
+from xkv_service.modeling.inspect import inspect_model
+from xkv_service.modeling.layout import ModelLayout
 
 # What a checkpoint needs to be loaded by Transformers from safetensors; never pickles, never code.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")

@@ -1,0 +1,1 @@
+"""Grouped truncated SVD: byte accounting, Gram matrices, eigenvectors, weights, rounding."""
