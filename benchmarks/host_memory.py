@@ -54,11 +54,13 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(mode: str, tokens: int) -> dict[str, float]:
     """Baseline and peak of this process in MiB, and the exact cache's size as it was computed."""
+    import torch
     from bundled import document_ids, load
 
     from xkv_service import CompressionSpec, compress
     from xkv_service.prefilling.prefill import prefill
 
+    torch.set_num_threads(1)
     loaded = load()
     ids = document_ids(loaded, tokens)
     prefill(loaded.model, ids[:64]).free()

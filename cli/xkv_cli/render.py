@@ -19,7 +19,7 @@ from xkv_artifacts.store import Verification
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
 from xkv_workers.inventory import Description
-from xkv_workers.report import DocumentError, Report
+from xkv_workers.report import LOW_FIDELITY, DocumentError, Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -79,6 +79,13 @@ def report(result: Report) -> None:
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
+    if low := result.low_fidelity:
+        worst = min(low, key=lambda line: line.fidelity)
+        _warn(
+            f"{len(low)} of {result.documents} documents have a fidelity below {percent(LOW_FIDELITY)}, "
+            f"the worst {worst.document} ({percent(worst.fidelity)}): answers from them may be wrong. "
+            f"Lower --ratio, or refuse them with --min-fidelity {LOW_FIDELITY:g}"
+        )
     errors(result.errors)
 
 
@@ -113,6 +120,11 @@ def errors(found: Sequence[DocumentError]) -> None:
     console = Console(stderr=True, highlight=False)
     for error in found:
         console.print(Text.assemble(("failed ", "red"), f"{error.document}: {error.reason}"), soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    """What a person must not overlook, on stderr."""
+    Console(stderr=True, highlight=False).print(Text.assemble(("warning ", "yellow"), text), soft_wrap=True)
 
 
 def complain(message: str, hint: str = "") -> None:

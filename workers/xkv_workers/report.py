@@ -10,6 +10,10 @@ from typing import Any
 from xkv_artifacts.manifest import DocumentRef
 from xkv_workers.messages import Stored
 
+LOW_FIDELITY = 0.9
+"""Below it a person is warned. Compressed so far that answers were lost, documents of the bundled model had
+0.78 to 0.95; compressed without loss, 0.92 and more (`docs/defaults.md`)."""
+
 
 @dataclass(frozen=True)
 class DocumentError:
@@ -50,6 +54,11 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return asdict(self)
+
+    @property
+    def low_fidelity(self) -> tuple[ArtifactLine, ...]:
+        """Artifacts whose answers may well be wrong."""
+        return tuple(line for line in self.artifacts if line.fidelity < LOW_FIDELITY)
 
     @property
     def worst_fidelity(self) -> float | None:

@@ -47,6 +47,7 @@ def test_fidelity_is_summed_up_by_worst_and_median() -> None:
         ledger.store(stored(name, fidelity), computed=True)
     report = ledger.report(1.0)
     assert (report.worst_fidelity, report.median_fidelity) == (0.5, 0.9)
+    assert [line.document for line in report.low_fidelity] == ["a"]
 
 
 def test_an_empty_report_has_every_field() -> None:
