@@ -58,7 +58,7 @@ def test_the_command_in_its_comment_uses_options_that_xkv_has() -> None:
     (command,) = re.findall(r"exec ray-head xkv (.+)$", text, re.MULTILINE)
     name, *arguments = command.split()
     shown = subprocess.run(
-        [sys.executable, "-m", "xkv_cli.main", name, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "xkv_cli", name, "--help"], capture_output=True, text=True, check=True
     ).stdout
     for option in (argument for argument in arguments if argument.startswith("--")):
         assert option in shown
