@@ -46,7 +46,7 @@ def main() -> None:
     exact = _exact_cache(loaded, prefix)
     prefill_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    rebuilt = dense_cache(loaded.model, factors)
+    rebuilt = dense_cache(loaded.model, factors, len(prefix))
     rebuild_seconds = time.perf_counter() - started
 
     exact_chat = Chat(loaded.model, loaded.tokenizer, exact, prefix, text, max_new_tokens=64)

@@ -139,7 +139,7 @@ def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreac
     return RatioUnreachable(
         f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index={spec.index!r} and "
         f"{spec.sink}+{spec.recent} exact tokens even rank 1 gives {least.ratio:.2f}x",
-        hint='lower the ratio, raise group_size, or store less with index="none", sink=0, outlier_chunks=0',
+        hint="lower the ratio, or join short documents: a document this short has too few bytes to save",
     )
 
 

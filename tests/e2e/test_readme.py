@@ -1,0 +1,53 @@
+"""The README's Python does what it says, word for word, and nothing in the pages is left to fill in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_runs import Xkv
+
+from xkv_service import CompressionSpec
+from xkv_service.modeling.models import load_model
+from xkv_service.modeling.prompts import render_prefix
+
+ROOT = Path(__file__).parents[2]
+
+
+def snippets() -> tuple[str, str]:
+    """README's two blocks of Python."""
+    compressing, decoding = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return compressing, decoding
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_no_page_has_a_gap(page: str) -> None:
+    assert not re.findall(r"@[A-Z0-9]+@|TODO|TBD", (ROOT / page).read_text())
+
+
+def test_the_readmes_python_runs(xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text("The river rises in the hills and ends in the sea. " * 20)
+    store = tmp_path / "store"
+    run = ["--model", tiny_model, "--ratio", "2", "--workers", "1", "--ray-address", ray_address]
+    assert xkv("precompute", "--docs", document, "--store", store, *run).code == 0
+    loaded = load_model(tiny_model, device="cpu")
+    compressing, decoding = snippets()
+    prefix = render_prefix(loaded.tokenizer, document.read_text())
+    names: dict[str, Any] = {"model": loaded.model, "input_ids": prefix}
+    exec(compressing.replace("ratio=8", "ratio=2"), names)
+    assert names["factors"].spec == CompressionSpec(ratio=2)
+    for tokens in (len(prefix) // 2, len(prefix)):
+        import torch
+
+        chat = [*prefix[:tokens], *([] if tokens < len(prefix) else loaded.tokenizer("Why?").input_ids)]
+        names |= {
+            "torch": torch,
+            "fingerprint": loaded.identity.fingerprint,
+            "prompt_ids": chat,
+        }
+        exec(decoding.replace("my-store", str(store)), names)
+        assert names["held"] == min(tokens, len(chat) - 1)
+        assert names["cache"].get_seq_length() >= len(chat)
