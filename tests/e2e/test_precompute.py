@@ -152,6 +152,21 @@ def test_min_fidelity_publishes_nothing_below(precompute: Precompute, corpus: Pa
     assert all("below 1" in error["reason"] for error in report["errors"])
 
 
+def test_min_fidelity_holds_for_what_is_stored_already(precompute: Precompute, corpus: Path) -> None:
+    arguments = ["--docs", corpus, "--rank-k", "1", "--rank-v", "1"]
+    stored = precompute(*arguments).json["artifacts"]
+    low = {line["document"] for line in stored if line["fidelity"] < 1}
+    assert low, "a random model at 8x should not agree everywhere"
+    foreseen = precompute(*arguments, "--min-fidelity", "1", "--dry-run", ray=False).json
+    done = precompute(*arguments, "--min-fidelity", "1")
+    assert done.code == 1
+    for told in (foreseen, done.json):
+        assert {error["document"] for error in told["errors"]} == low
+        assert all("stored already with fidelity" in error["reason"] for error in told["errors"])
+    assert (foreseen["compute"], done.json["computed"]) == (0, 0)
+    assert foreseen["reuse"] == done.json["reused"] == len(stored) - len(low)
+
+
 def test_two_workers_share_the_work(precompute: Precompute, corpus: Path) -> None:
     for number in range(4):
         (corpus / f"more{number}.txt").write_text(words(900, seed=20 + number))

@@ -81,11 +81,14 @@ def forecast(
     find: Callable[[str], Stored | None],
     size: Callable[[int], Sized],
     rate: Rate,
+    *,
+    min_fidelity: float = 0.0,
 ) -> Forecast:
     """Go through the plan and count.
 
     Args:
         plan: every document. find: what the store has already. size: bytes of a prefix of so many tokens.
+        min_fidelity: documents whose stored artifact is below fail.
     """
     lines: list[Line] = []
     errors: list[DocumentError] = []
@@ -94,8 +97,16 @@ def forecast(
         if isinstance(item, Rejected):
             errors.append(DocumentError(item.uri, item.reason))
             continue
-        lines.append(_line(item, find(item.artifact_id), size(item.tokens), item.artifact_id in seen))
+        stored = find(item.artifact_id)
+        if stored is not None and (reason := stored.shortfall(min_fidelity)):
+            errors.append(DocumentError(item.document.uri, reason))
+            continue
+        lines.append(_line(item, stored, size(item.tokens), item.artifact_id in seen))
         seen.add(item.artifact_id)
+    return _total(lines, errors, rate)
+
+
+def _total(lines: list[Line], errors: list[DocumentError], rate: Rate) -> Forecast:
     todo = [line for line in lines if line.action == "compute"]
     tokens = sum(line.tokens for line in todo)
     return Forecast(

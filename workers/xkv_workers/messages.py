@@ -73,6 +73,15 @@ class Stored:
     bytes_stored: int
     fidelity: float
 
+    def shortfall(self, min_fidelity: float) -> str | None:
+        """Why a run that asks for so much fidelity cannot use it, in one line; None when it can."""
+        if self.fidelity >= min_fidelity:
+            return None
+        return (
+            f"stored already with fidelity {self.fidelity:.3f}, below {min_fidelity:g}: "
+            "lower --min-fidelity, or compress with a lower --ratio"
+        )
+
 
 @dataclass(frozen=True)
 class Failed:

@@ -35,7 +35,7 @@ def run(request: Request, observer: Observer | None = None) -> Report:
     started = time.monotonic()
     ledger = Ledger()
     with _prepared(request) as job, Shelf(job.store) as shelf:
-        scheduler = Scheduler(shelf, job, ledger, observer or Silent())
+        scheduler = Scheduler(shelf, job, ledger, observer or Silent(), min_fidelity=request.min_fidelity)
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
             job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
@@ -51,7 +51,7 @@ def estimate(request: Request) -> Forecast:
     with _prepared(request) as job:
         remembered = job.store.catalog.rate(job.model.fingerprint, job.model.device)
         rate = Rate.of(remembered, job.model.device)
-        return forecast(job.plan(), Shelf(job.store).find, job.size, rate)
+        return forecast(job.plan(), Shelf(job.store).find, job.size, rate, min_fidelity=request.min_fidelity)
 
 
 @dataclass

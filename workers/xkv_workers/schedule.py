@@ -44,10 +44,23 @@ class Starter(Protocol):
 
 
 class Scheduler:
-    """Runs a plan to its end. Documents that another process computes are waited for, not computed."""
+    """Runs a plan to its end. Documents that another process computes are waited for, not computed.
 
-    def __init__(self, shelf: Shelf, starter: Starter, ledger: Ledger, observer: Observer) -> None:
+    Args:
+        min_fidelity: a document whose stored artifact is below fails, and is not computed again.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        starter: Starter,
+        ledger: Ledger,
+        observer: Observer,
+        *,
+        min_fidelity: float = 0.0,
+    ) -> None:
         self._shelf, self._starter, self._ledger, self._observer = shelf, starter, ledger, observer
+        self._min_fidelity = min_fidelity
         self._inbox: queue.Queue[Item] = queue.Queue(maxsize=256)
         self._reading = True
         self._pending: list[PrefixJob] = []
@@ -102,11 +115,16 @@ class Scheduler:
         self._pending.sort(key=lambda job: (self._strikes[job.artifact_id], -job.tokens))
 
     def _take_stored(self, job: PrefixJob) -> bool:
+        """Settle a document whose artifact is in the store; False when there is none."""
         stored = self._shelf.find(job.artifact_id)
-        if stored is not None:
+        if stored is None:
+            return False
+        if reason := stored.shortfall(self._min_fidelity):
+            self._ledger.fail(job.artifact_id, reason)
+        else:
             self._ledger.store(stored, computed=False)
-            self._moved = time.monotonic()
-        return stored is not None
+        self._moved = time.monotonic()
+        return True
 
     def _look_elsewhere(self) -> None:
         """Artifacts other processes work on: stored by now, or theirs no more."""

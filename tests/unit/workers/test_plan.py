@@ -113,3 +113,25 @@ def test_a_forecast_counts_what_would_be_computed(tmp_path: Path, target: Target
     assert "measured" in result.seconds_basis and "guess" in Rate.of(None, "cuda").basis
     actions = {line.document.split("/")[1]: line.action for line in result.plan}
     assert actions == {"a.txt": "compute", "b.txt": "same as another", "c.txt": "compute", "d.txt": "reuse"}
+
+
+def test_a_forecast_reuses_nothing_below_the_fidelity_asked_for(tmp_path: Path, target: Target) -> None:
+    write(tmp_path, a="x" * 20, copy="x" * 20, b="y" * 30)
+    low, high = (planned(tmp_path, target)[name] for name in ("a.txt", "b.txt"))
+    assert isinstance(low, PrefixJob) and isinstance(high, PrefixJob)
+    stored = {
+        low.artifact_id: Stored(low.artifact_id, 20, 2000, 250, 0.93),
+        high.artifact_id: Stored(high.artifact_id, 30, 3000, 350, 0.99),
+    }
+    result = forecast(
+        plan(list_files([tmp_path]), target),
+        stored.get,
+        lambda tokens: TenToOne(100 * tokens),
+        Rate.of(10.0, "cpu"),
+        min_fidelity=0.99,
+    )
+    assert (result.documents, result.compute, result.reuse, result.failed) == (3, 0, 1, 2)
+    assert {error.reason for error in result.errors} == {
+        "stored already with fidelity 0.930, below 0.99: "
+        "lower --min-fidelity, or compress with a lower --ratio"
+    }
