@@ -105,7 +105,9 @@ class Catalog:
         return [item.decode("utf-8", "replace") for item in raw]
 
     def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
-        """The (at most four) artifacts that can share the longest prefix with a prompt; one round trip.
+        """The few artifacts that can share the longest prefix with a prompt; one round trip.
+
+        At most four prefixes, each with up to `prefix_index.MOST_SPECS` artifacts of it.
 
         Args:
             tokens: the prompt's token ids as little-endian int32 bytes.

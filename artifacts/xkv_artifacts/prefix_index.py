@@ -8,7 +8,8 @@ One sorted set per model and namespace; all scores are 0, so Redis orders member
 their tokens share, and the member that shares most with a query stands right before or right after it.
 Digests start with a 0 bit and tokens are below 2^31, so neither can be taken for the marks. Inside a block
 digests tell nothing, so a second query asks, where the deepest common block ends, for the artifacts that end
-in the next one. What comes back are candidates: the blob's own tokens decide.
+in the next one. Artifacts of the same tokens, compressed differently, stand side by side: up to MOST_SPECS of
+them come back. What comes back are candidates: the blob's own tokens decide.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, joined_block_hashes
 _TAIL = b"\xff"
 _END = b"\xff\xff\xff\xff"
 ID_BYTES = 32
+MOST_SPECS = 8
+"""Artifacts of the same tokens that one lookup tells apart."""
 
 # KEYS: the sorted set. ARGV: digests, tokens (4 bytes each, most significant first), prefix of entry keys.
 # Members whose artifact has no entry any more are removed on the way, so they never hide another.
@@ -27,10 +30,15 @@ LOOKUP = f"""
 local key, digests, tokens, entry = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local found, seen = {{}}, {{}}
 
+local function place(member)
+  return string.sub(member, 1, -{ID_BYTES + 1})
+end
+
 local function live(command, from, to)
-  while true do
-    local member = redis.call(command, key, from, to, 'LIMIT', 0, 1)[1]
-    if not member then return nil end
+  local nearest, count = nil, 0
+  while count < {MOST_SPECS} do
+    local member = redis.call(command, key, from, to, 'LIMIT', count, 1)[1]
+    if not member or (nearest and place(member) ~= place(nearest)) then break end
     local id = string.gsub(string.sub(member, -{ID_BYTES}), '.', function(c)
       return string.format('%02x', string.byte(c))
     end)
@@ -39,10 +47,13 @@ local function live(command, from, to)
         seen[id] = true
         found[#found + 1] = id
       end
-      return member
+      nearest = nearest or member
+      count = count + 1
+    else
+      redis.call('ZREM', key, member)
     end
-    redis.call('ZREM', key, member)
   end
+  return nearest
 end
 
 local function digest(text, block)

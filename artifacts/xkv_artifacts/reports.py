@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Match:
-    """A stored prefix of a prompt: the first `tokens` token ids of both are the same."""
+    """A stored prefix of a prompt: the first `tokens` token ids of both are the same.
+
+    Args:
+        fidelity: of the artifact: top-1 agreement with the exact cache, 0 to 1. bytes: of its blob.
+    """
 
     artifact_id: str
     tokens: int
+    fidelity: float = field(default=0.0, compare=False)
+    bytes: int = field(default=0, compare=False)
+
+    @property
+    def rank(self) -> tuple[int, float, int, str]:
+        """Orders matches of one prompt, best last: most tokens, then closest to the exact cache."""
+        return self.tokens, self.fidelity, self.bytes, self.artifact_id
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ class ArtifactStore:
 
         Exact when the prompt contains the whole artifact; where prompt and artifact part inside a block of
         64 tokens, another might share up to 63 tokens more. The match is always compared token by token.
+        Of artifacts that share equally many the one of the highest fidelity is taken, then the largest blob.
 
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
@@ -180,7 +181,7 @@ class ArtifactStore:
             if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
                 break
         found = [match for match in matches if match is not None and match.tokens > 0]
-        return max(found, key=lambda match: (match.tokens, match.artifact_id), default=None)
+        return max(found, key=lambda match: match.rank, default=None)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
         """Re-read every byte of artifacts (all that are stored or listed, or `ids`); nothing is changed.
@@ -273,13 +274,15 @@ class ArtifactStore:
             return Match(artifact_id, 0)
         if item.owner != owner:
             return Match(artifact_id, 0)
-        return Match(artifact_id, common_tokens(item.tokens, prompt))
+        return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size)
 
     def _tokens_of(self, artifact_id: str) -> OwnedTokens:
         item = self._tokens.get(artifact_id)
         if item is None:
             manifest, tokens = self._checked.read_tokens(artifact_id)
-            item = OwnedTokens((manifest.model.fingerprint, manifest.namespace), tokens)
+            owner = (manifest.model.fingerprint, manifest.namespace)
+            size = self.blobs.size(artifact_id)
+            item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
             self._tokens.put(artifact_id, item)
         return item
 

@@ -1,4 +1,7 @@
-"""Token ids of recently looked-up artifacts: an id stands for its tokens for ever, so nothing goes stale."""
+"""Token ids of recently looked-up artifacts: an id stands for its tokens for ever, so they never go stale.
+
+Fidelity and size come along. They only choose between artifacts that match equally well.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,17 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class OwnedTokens:
-    """An artifact's model fingerprint and namespace, and its token ids as little-endian int32 bytes."""
+    """What a lookup compares of an artifact.
+
+    Args:
+        owner: model fingerprint and namespace. tokens: ids as little-endian int32 bytes.
+        fidelity: top-1 agreement with the exact cache. size: bytes of the blob.
+    """
 
     owner: tuple[str, str]
     tokens: bytes
+    fidelity: float
+    size: int
 
 
 class TokenCache:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xkv_artifacts.catalog import PREFIXES_KEY, Catalog
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.keys import BLOCK_TOKENS, token_bytes
-from xkv_artifacts.prefix_index import big_endian, common_tokens
+from xkv_artifacts.prefix_index import MOST_SPECS, big_endian, common_tokens
 from xkv_artifacts.redis_link import RedisLink
 
 FINGERPRINT = "a" * 64
@@ -80,6 +80,22 @@ def test_among_artifacts_of_every_length_the_longest_is_found(catalog: Catalog) 
         for prompt in ([*range(asked)], [*range(asked), 7, 7, 7], [*range(asked), *[2**31 - 1] * 100]):
             found = catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
             assert max(min(length_of[i], asked) for i in found) == min(asked, 199)
+
+
+@pytest.mark.parametrize("length", [30, 100, 128, 200])
+def test_all_specs_of_the_same_tokens_are_candidates(catalog: Catalog, length: int) -> None:
+    document = list(range(length))
+    for other in (1, 2):
+        publish(catalog, [*document[: length // 2], 2**31 - other])
+    specs = {publish(catalog, document, salt=salt) for salt in range(MOST_SPECS)}
+    for prompt in (document, [*document, 7, 7], [*document, *[2**31 - 1] * 100], document[:-1]):
+        assert specs <= set(catalog.candidates(FINGERPRINT, "n", token_bytes(prompt)))
+
+
+def test_however_many_specs_there_are_few_are_candidates(catalog: Catalog) -> None:
+    specs = {publish(catalog, list(range(100)), salt=salt) for salt in range(5 * MOST_SPECS)}
+    found = catalog.candidates(FINGERPRINT, "n", token_bytes(range(200)))
+    assert len(found) == len(set(found)) <= 4 * MOST_SPECS and specs > set(found)
 
 
 def test_entries_that_are_gone_hide_nothing(catalog: Catalog) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifact_samples import FINGERPRINT, sample
+from artifact_samples import FINGERPRINT, SPEC, sample
 from hostile_blobs import field, rebuilt
 from redis_server import RedisServer
 
@@ -79,6 +79,27 @@ def test_prefixes_of_artifacts_and_of_prompts_count(store: ArtifactStore) -> Non
     assert store.lookup(FINGERPRINT, "other", range(100)) is None
     with pytest.raises(InvalidNamespace):
         store.lookup(FINGERPRINT, "../x", range(100))
+
+
+@pytest.mark.parametrize("best", range(3))
+def test_of_the_same_tokens_the_most_exact_artifact_is_served(store: ArtifactStore, best: int) -> None:
+    ids = []
+    for number in range(3):
+        manifest, tensors = sample(spec={**SPEC, "ratio": 8.0 * 2**number})
+        fidelity = manifest.fidelity.model_copy(update={"top1_agreement": 0.75 + 0.25 * (number == best)})
+        ids.append(store.publish(manifest.model_copy(update={"fidelity": fidelity}), tensors).id)
+    for length in (90, 100, 200):
+        match = store.lookup(FINGERPRINT, "default", range(length))
+        assert match == Match(ids[best], min(length, 100)) and match.fidelity == 1
+
+
+@pytest.mark.parametrize("largest", range(3))
+def test_of_equally_exact_artifacts_the_largest_is_served(store: ArtifactStore, largest: int) -> None:
+    ids = []
+    for number in range(3):
+        uri = "d" * (500 if number == largest else 5)  # in the header, and so in the blob's size
+        ids.append(publish(store, spec={**SPEC, "ratio": 8.0 * 2**number}, uri=uri))
+    assert store.lookup(FINGERPRINT, "default", range(200)) == Match(ids[largest], 100)
 
 
 def test_a_lying_index_cannot_cause_a_wrong_match(store: ArtifactStore) -> None:
