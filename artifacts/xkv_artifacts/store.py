@@ -204,7 +204,10 @@ class ArtifactStore:
         return self.blobs.remove(artifact_id) or listed
 
     def rebuild(self) -> Rebuild:
-        """Make the catalog again from the blobs alone. Bad blobs go to quarantine and are reported.
+        """Make the catalog again from the blobs alone.
+
+        Only headers and token ids are read: blobs in which those are bad go to quarantine and are reported.
+        Damage elsewhere in a blob is found by `verify` and `load`.
 
         Raises:
             CatalogUnavailable, StoreError

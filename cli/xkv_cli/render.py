@@ -203,9 +203,11 @@ def _groups(manifest: PrefixManifest) -> None:
 
 
 def verification(count: int, bad: Sequence[Verification]) -> None:
-    """How many artifacts are as written, and each that is not."""
+    """How many artifacts are as written, each that is not, and what to do about those."""
     sys.stdout.write(f"{count - len(bad)} of {count} artifacts are as written\n")
     faults(bad)
+    if bad:
+        sys.stderr.write("hint: remove it with `xkv rm ID` and run xkv precompute again\n")
 
 
 def faults(bad: Sequence[Verification]) -> None:

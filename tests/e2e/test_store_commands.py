@@ -47,6 +47,7 @@ def test_a_store_is_listed_shown_checked_and_cleaned(
     assert [fault["id"] for fault in verified.json["faults"]] == [ids["b.md"]]
     told = xkv("verify", *at)
     assert told.code == 1 and ids["b.md"] in told.err and "2 of 3" in told.out
+    assert told.err.endswith("hint: remove it with `xkv rm ID` and run xkv precompute again\n")
     assert xkv("verify", ids["a.txt"][:8], ids["c.rst"], *at).code == 0
 
     assert xkv("rm", ids["b.md"][:8], *at, "--json").json == {"removed": ids["b.md"]}
