@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -135,7 +134,7 @@ def complain(message: str, hint: str = "") -> None:
 def entries(found: Sequence[Entry]) -> None:
     """A line for each artifact."""
     table(
-        ("id", "document", "tokens", "stored", "ratio", "fidelity", "created", "model"),
+        ("id", "document", "tokens", "stored", "ratio", "fidelity", "created"),
         [
             (
                 entry.id[:12],
@@ -144,8 +143,7 @@ def entries(found: Sequence[Entry]) -> None:
                 size(entry.bytes),
                 f"{entry.ratio:.2f}x",
                 percent(entry.fidelity),
-                _date(entry.created),
-                Path(entry.model).name,
+                _date(entry.created)[:10],
             )
             for entry in found
         ],
@@ -231,4 +229,5 @@ def _date(seconds: float) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    """As wide as the terminal; wide enough to break no line where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
