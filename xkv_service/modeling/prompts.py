@@ -68,10 +68,12 @@ def render_prefix(
         template: "chat" for the model's chat template, "raw" for plain text as the tokenizer encodes it.
 
     Raises:
-        InvalidPrompt: an empty document, no chat template, or one that makes no stable prefix.
+        InvalidPrompt: an empty document or one with a special token in it, no chat template, or one that
+            makes no stable prefix.
     """
     if not document.strip():
         raise InvalidPrompt("the document is empty", hint="give a document with text in it")
+    _refuse_special_tokens(tokenizer, document)
     chat = _Chat(tokenizer, system_prompt, template)
     chat.check(document)
     if len(document) <= _LONG_DOCUMENT:
@@ -91,6 +93,16 @@ def render_prefix(
             hint="give a longer document, or use --template raw",
         )
     return ids
+
+
+def _refuse_special_tokens(tokenizer: Any, document: str) -> None:
+    """Refuse a document that could end its own turn and speak as somebody else."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in document:
+            raise InvalidPrompt(
+                f"the document contains {token.content!r}, a special token of this model's tokenizer",
+                hint="remove it from the text: a document could forge turns of the chat with it",
+            )
 
 
 @dataclass(frozen=True)
