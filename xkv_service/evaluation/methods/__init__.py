@@ -1,0 +1,1 @@
+"""Ways to hold the cache of a prefix, one a file, behind one interface."""
