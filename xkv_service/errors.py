@@ -25,14 +25,24 @@ class RatioUnreachable(InvalidSpec):
     """The target ratio leaves no byte for factors of this prefix."""
 
 
+class ModelMismatch(XKVError):
+    """A model that is not the one an artifact was made with."""
+
+
+class CacheMisuse(XKVError):
+    """A call that a cache of factors cannot serve, found before any wrong token."""
+
+
 class InvalidPrompt(XKVError):
     """A document or chat template that has no stable, non-empty token prefix, or does not fit the window."""
 
 
 __all__ = [
+    "CacheMisuse",
     "DeviceUnavailable",
     "InvalidPrompt",
     "InvalidSpec",
+    "ModelMismatch",
     "ModelNotFound",
     "RatioUnreachable",
     "UnsupportedModel",

@@ -58,7 +58,7 @@ class LayerWindow:
     values: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixFactors:
     """A compressed prefix of T tokens. Immutable and shared: sessions keep only their own tails.
 
