@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from xkv_service.compression import compress
+    from xkv_service.decoding.cache import XKVCache
+    from xkv_service.decoding.xkv_attention import enable_xkv
     from xkv_service.factors import PrefixFactors
 
-__all__ = ["CompressionSpec", "PrefixFactors", "compress"]
+__all__ = ["CompressionSpec", "PrefixFactors", "SelectionSpec", "XKVCache", "compress", "enable_xkv"]
 
-_LAZY = {"compress": "xkv_service.compression", "PrefixFactors": "xkv_service.factors"}
+_LAZY = {
+    "compress": "xkv_service.compression",
+    "PrefixFactors": "xkv_service.factors",
+    "XKVCache": "xkv_service.decoding.cache",
+    "enable_xkv": "xkv_service.decoding.xkv_attention",
+}
 
 
 def __getattr__(name: str) -> Any:

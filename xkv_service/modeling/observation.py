@@ -119,7 +119,7 @@ def _register(base: str) -> str:
             active.observer.on_query(module, query)
             if active.fused_chunks and base == "sdpa" and _is_later_chunk(query, key, attention_mask):
                 return _lower_right_attention(query, key, value, kwargs.get("scaling"))
-        return _base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+        return base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
 
     base_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
@@ -134,7 +134,7 @@ def _register(base: str) -> str:
     return name
 
 
-def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
+def base_function(base: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function `module` would have called under implementation `base`."""
     if base != "eager":
         return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Decode from factors: a Transformers cache, the attention that reads it, and conversations over it."""

@@ -1,0 +1,153 @@
+"""`XKVCache`: a Transformers cache that holds a compressed prefix and an exact tail."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
+from xkv_service.decoding.loading import load_factors
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.select import Selection
+from xkv_service.decoding.xkv_attention import attend_next, is_enabled
+from xkv_service.errors import CacheMisuse
+from xkv_service.factors import PrefixFactors
+from xkv_service.selection.spec import SelectionSpec
+
+if TYPE_CHECKING:
+    from xkv_artifacts.store import ArtifactStore
+
+
+class XKVCache(Cache):  # type: ignore[misc]
+    """A cache for `generate` and forward inside `enable_xkv(model)`: greedy, sampling, beams, batches, turns.
+
+    The prefix is shared by every cache made from the same factors and never changes; the cache owns its tail.
+    In a batch every row has the same prefix.
+
+    Args:
+        prefix: the compressed prefix, bound to a model. selection: which of its tokens attention rebuilds.
+
+    Raises:
+        InvalidSpec: the selection needs an index that the artifact does not have.
+    """
+
+    def __init__(self, prefix: Prefix, selection: SelectionSpec | None = None) -> None:
+        self.prefix, self.selection = prefix, selection or SelectionSpec()
+        layers = list(DynamicCache(config=prefix.model.config).layers)
+        for index, layer in prefix.layers.items():
+            layers[index] = PrefixLayer(index, Selection(layer, self.selection))
+        for index, (keys, values) in prefix.windows.items():
+            layers[index] = WindowLayer(layers[index].sliding_window, keys, values, prefix.tokens)
+        super().__init__(layers=layers)
+
+    @classmethod
+    def from_factors(
+        cls,
+        model: PreTrainedModel,
+        factors: PrefixFactors,
+        selection: SelectionSpec | None = None,
+        *,
+        tokens: int | None = None,
+    ) -> XKVCache:
+        """A cache that starts with a compressed prefix.
+
+        Args:
+            model: the model the factors were made with. factors: on any device.
+            tokens: p, use the first p tokens of the prefix only; by default all.
+
+        Raises:
+            ModelMismatch: the factors were made with another model.
+            UnsupportedModel: the model's cache cannot be compressed.
+            InvalidSpec: `tokens` out of range, or a selection without its index.
+        """
+        return cls(Prefix.of(model, factors, tokens), selection)
+
+    @classmethod
+    def from_artifact(
+        cls,
+        model: PreTrainedModel,
+        store: ArtifactStore,
+        artifact_id: str,
+        selection: SelectionSpec | None = None,
+        *,
+        tokens: int | None = None,
+        rank_k: int | None = None,
+        rank_v: int | None = None,
+    ) -> XKVCache:
+        """A cache that starts with a stored prefix.
+
+        Args:
+            tokens: as in `from_factors`.
+            rank_k, rank_v: leading ranks to read of keys and of values; by default all. Only the column
+                blocks that hold them are read.
+
+        Raises:
+            ArtifactNotFound, CorruptArtifact: the store has no such artifact, or a damaged one.
+            ModelMismatch, UnsupportedModel, InvalidSpec: as in `from_factors`.
+        """
+        factors = load_factors(store, artifact_id, model=model, rank_k=rank_k, rank_v=rank_v)
+        return cls.from_factors(model, factors, selection, tokens=tokens)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to a layer's tail and return what the model's attention is to see of it.
+
+        Raises:
+            CacheMisuse: the model is not inside `enable_xkv`: its own attention would miss the prefix.
+        """
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PrefixLayer):
+            if not is_enabled(self.prefix.model):
+                raise CacheMisuse(
+                    "the model's attention cannot read this cache: it would answer without the prefix",
+                    hint="call it inside `with enable_xkv(model):`",
+                )
+            attend_next(layer, self.prefix.modules[layer_idx])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def fork(self) -> XKVCache:
+        """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""
+        other = copy.copy(self)
+        other.layers = [_fork(layer) for layer in self.layers]
+        return other
+
+    def reset(self) -> None:
+        """Forget the tail."""
+        for index, layer in enumerate(DynamicCache(config=self.prefix.model.config).layers):
+            if isinstance(self.layers[index], PrefixLayer | WindowLayer):
+                self.layers[index].reset()
+            else:
+                self.layers[index] = layer
+
+    @property
+    def tail_tokens(self) -> int:
+        """n, tokens of the tail."""
+        return int(self.get_seq_length()) - self.prefix.tokens
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tail: what one more session costs."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, PrefixLayer) and layer.keys is not None and layer.values is not None:
+                total += layer.keys.nbytes + layer.values.nbytes
+        return total
+
+    @property
+    def rebuilt_tokens(self) -> float:
+        """Prefix tokens rebuilt at the last call, averaged over the compressed layers."""
+        counts = [layer.rebuilt for layer in self.layers if isinstance(layer, PrefixLayer)]
+        return sum(counts) / len(counts)
+
+
+def _fork(layer: Any) -> Any:
+    return layer.fork() if isinstance(layer, PrefixLayer | WindowLayer) else copy.deepcopy(layer)

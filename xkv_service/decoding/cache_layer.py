@@ -1,0 +1,119 @@
+"""The cache layer of a full-attention layer: a shared compressed prefix and the session's exact tail."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from xkv_service.decoding.select import Selection
+from xkv_service.errors import CacheMisuse
+
+
+class PrefixLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of the tail, behind a prefix that only attention reads.
+
+    `update` returns the tail alone; lengths and masks count prefix and tail.
+
+    Args:
+        index: layer index in the model. selection: chooses tokens of the layer's prefix.
+
+    Attributes:
+        keys, values: the tail [batch, kv_heads, n, D], or None.
+        rebuilt: prefix tokens rebuilt at the last call of attention.
+    """
+
+    def __init__(self, index: int, selection: Selection) -> None:
+        super().__init__()
+        self.index, self.selection, self.rebuilt = index, selection, 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """p, tokens of the prefix."""
+        return self.selection.prefix.tokens
+
+    @property
+    def tail_tokens(self) -> int:
+        """n, tokens of the tail."""
+        return int(super().get_seq_length())
+
+    def get_seq_length(self) -> int:
+        """p + n."""
+        return self.prefix_tokens + self.tail_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of a mask for `query_length` new tokens, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of the tail (Transformers 5 takes a negative number).
+
+        Raises:
+            CacheMisuse: more tokens than the tail has.
+        """
+        if -tokens_to_remove > self.tail_tokens:
+            raise CacheMisuse(
+                f"crop of {-tokens_to_remove} tokens reaches into the prefix: the tail has "
+                f"{self.tail_tokens}",
+                hint="take a shorter prefix with tokens=, or start from a new cache",
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget the tail; the prefix stays."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take the tails of other rows of the batch; the prefix is the same for all."""
+        if self.tail_tokens:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row's tail."""
+        if self.tail_tokens:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows' tails."""
+        if self.tail_tokens:
+            super().batch_select_indices(indices)
+
+    def fork(self) -> PrefixLayer:
+        """The same prefix and the tail as it is now; tails grow by making new tensors: nothing is copied."""
+        return copy.copy(self)
+
+
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding layer that starts with the prefix's last window, for as many rows as the first call brings.
+
+    Args:
+        sliding_window: tokens a query sees, itself included.
+        keys, values: the window [1, kv_heads, w, D], keys rotated. tokens: p, tokens of the prefix.
+    """
+
+    def __init__(self, sliding_window: int, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
+        super().__init__(sliding_window)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.cumulative_length = keys, values, tokens
+        self._prefix = (keys, values, tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a sliding layer does; one row of the prefix serves a batch."""
+        rows = key_states.shape[0]
+        if self.keys.shape[0] == 1 and rows > 1:
+            self.keys, self.values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
+        result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return result
+
+    def reset(self) -> None:
+        """Back to the prefix's window."""
+        self.keys, self.values, self.cumulative_length = self._prefix
+
+    def fork(self) -> WindowLayer:
+        """The layer as it is now. Windows move by making new tensors, so nothing is copied."""
+        return copy.copy(self)

@@ -1,0 +1,111 @@
+"""A layer's share of a compressed prefix, ready for attention."""
+
+from __future__ import annotations
+
+import torch
+
+from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
+from xkv_service.factors import LowRank, PrefixFactors
+from xkv_service.modeling.rotary import RotaryTable, rotate_planes
+from xkv_service.selection.sketch import KeySketch
+
+
+class Turns:
+    """cos and sin of every position of a prefix, made once for all layers that turn alike.
+
+    Args:
+        table: the rotary table. tokens: positions 0 .. tokens - 1. device: where the layers are.
+    """
+
+    def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
+        self._planes = table.planes
+        cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
+        self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
+
+    def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
+        return rotate_planes(keys, self._planes, self._cos[positions], self._sin[positions])
+
+
+class LayerPrefix:
+    """One full-attention layer of a prefix of p tokens: shared by every session, never written to.
+
+    Args:
+        factors: the prefix, of at least `tokens` tokens.
+        layer: a compressed layer. tokens: p. turns: cos and sin of the layer's kind.
+        device, dtype: where attention runs, and the dtype of its matrix products.
+
+    Attributes:
+        positions: int64 [n], ascending: the tokens that the factors alone describe.
+        exact_positions: int64 [e], the others. exact_keys (rotated), exact_values: [e, kv_heads, D].
+        value_bases: [kv_heads, r_v, Dv].
+    """
+
+    def __init__(
+        self,
+        factors: PrefixFactors,
+        layer: int,
+        tokens: int,
+        turns: Turns,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        group, place = factors.locate(layer)
+        self.layer, self.tokens, self.dtype = layer, tokens, dtype
+        self.kv_heads = group.layout.kv_heads[place]
+        self._turns = turns
+        self._key_factors, self._key_bases = _half(group.keys, place, tokens, device, dtype)
+        self._value_factors, value_bases = _half(group.values, place, tokens, device, dtype)
+        rank = value_bases.shape[0]
+        self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
+        self.head_dim = self._key_bases.shape[1] // self.kv_heads
+        self._keep_exact(factors, device)
+        self.index = _scorer(factors, layer, tokens, device)
+
+    def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
+        where = torch.empty(0, dtype=torch.int64, device=device)
+        keys = torch.empty(0, self.kv_heads, self.head_dim, dtype=self.dtype, device=device)
+        values = torch.empty(0, self.kv_heads, self.value_bases.shape[2], dtype=self.dtype, device=device)
+        if self.layer in factors.exact:
+            exact = factors.exact[self.layer]
+            count = int((exact.positions < self.tokens).sum())
+            where = exact.positions[:count].to(device, torch.int64)
+            keys = self._turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
+            values = exact.values[:count].to(device, self.dtype)
+        self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
+        free = torch.ones(self.tokens, dtype=torch.bool, device=device)
+        free[where] = False
+        self.positions = free.nonzero()[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this layer alone adds to its group's token factors."""
+        kept = (self._key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
+        return sum(tensor.nbytes for tensor in kept)
+
+    def keys(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
+        rows = self._key_factors[positions].to(self.dtype) @ self._key_bases
+        return self._turns.rotate(rows.reshape(len(positions), self.kv_heads, -1), positions).to(self.dtype)
+
+    def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
+        """A_v[positions], [k, r_v]: values are never rebuilt, (p A_v) B_v costs less (section 3.3)."""
+        return self._value_factors[positions].to(self.dtype)
+
+
+def _half(
+    pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token factors of the first `tokens` tokens as stored, and the layer's bases in `dtype`."""
+    return pair.factors[:tokens].to(device), pair.layer_bases(place).to(device, dtype)
+
+
+def _scorer(factors: PrefixFactors, layer: int, tokens: int, device: torch.device) -> Scorer | None:
+    if layer in factors.sketches:
+        sketch = factors.sketches[layer]
+        planes, codes, scales = sketch.planes, sketch.codes[:tokens], sketch.scales[:tokens]
+        return SketchScorer(KeySketch(planes.to(device), codes.to(device), scales.to(device)))
+    if layer in factors.landmarks:
+        chunk = factors.spec.landmark_chunk
+        return LandmarkScorer(factors.landmarks[layer][: -(-tokens // chunk)].to(device), chunk)
+    return None

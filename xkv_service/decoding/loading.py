@@ -1,0 +1,98 @@
+"""Load an artifact's factors for a model, whole or by their leading ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from xkv_artifacts.fingerprint import fingerprint_files
+from xkv_artifacts.manifest import GroupLayout, PrefixManifest
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
+from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.model_files import find_model
+from xkv_service.stored import rank_blocks
+
+_Widths = dict[str, int]
+
+
+def load_factors(
+    store: ArtifactStore,
+    artifact_id: str,
+    *,
+    model: PreTrainedModel | None = None,
+    rank_k: int | None = None,
+    rank_v: int | None = None,
+) -> PrefixFactors:
+    """The factors of an artifact, on the CPU.
+
+    Args:
+        model: refuse the artifact if it was made from other files than this model's. The dtype may differ. A
+            model that did not come from files is held against the artifact when it is used (`matching.py`).
+        rank_k, rank_v: leading ranks of keys and of values to read; by default all. Blocks of columns behind
+            them are not read.
+
+    Raises:
+        ArtifactNotFound, CorruptArtifact: no such artifact, or a damaged one.
+        ModelMismatch: it was made with another model.
+        InvalidSpec: a rank that is not in the artifact.
+    """
+    manifest = store.manifest(artifact_id)
+    if model is not None:
+        _check_files(model, manifest)
+    if rank_k is None and rank_v is None:
+        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1])
+    groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
+    widths = dict(_block_widths(groups))
+    names = [name for name in manifest.tensors if not _is_block(name) or name in widths]
+    tensors = store.load(artifact_id, names)[1]
+    cut = {name: _cut(name, tensor, widths) for name, tensor in tensors.items()}
+    return PrefixFactors.from_tensors(manifest.model_copy(update={"groups": groups}), cut)
+
+
+def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return
+    try:
+        files = find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
+    except ModelNotFound:
+        return
+    if fingerprint_files(files.path, dtype=manifest.model.dtype) != manifest.model.fingerprint:
+        raise ModelMismatch(
+            f"artifact {manifest.id[:12]} was made with other files than {files.name}'s: "
+            f"{manifest.model.name} ({manifest.model.architecture})",
+            hint="load the model and revision that it was precomputed with, or precompute again",
+        )
+
+
+def _leading(group: GroupLayout, rank_k: int | None, rank_v: int | None) -> GroupLayout:
+    """The group with fewer ranks; a group that has fewer anyway keeps what it has."""
+    for name, rank in (("rank_k", rank_k), ("rank_v", rank_v)):
+        if rank is not None and rank < 1:
+            raise InvalidSpec(f"{name}={rank} is out of range", hint="use 1 or more")
+    ranks = {"rank_k": min(rank_k or group.rank_k, group.rank_k)}
+    ranks["rank_v"] = min(rank_v or group.rank_v, group.rank_v)
+    return group.model_copy(update=ranks)
+
+
+def _block_widths(groups: tuple[GroupLayout, ...]) -> Iterator[tuple[str, int]]:
+    """Name and ranks of every column block that is needed."""
+    for number, group in enumerate(groups):
+        for kind, rank in (("key", group.rank_k), ("value", group.rank_v)):
+            for block, (start, stop) in enumerate(rank_blocks(rank)):
+                for part in ("factors", "bases"):
+                    yield f"group.{number}.{kind}.{part}.{block}", stop - start
+
+
+def _is_block(name: str) -> bool:
+    return name.startswith("group.")
+
+
+def _cut(name: str, tensor: torch.Tensor, widths: _Widths) -> torch.Tensor:
+    """The leading ranks of a block: columns of factors, rows of bases."""
+    if name not in widths:
+        return tensor
+    return tensor[:, : widths[name]] if ".factors." in name else tensor[: widths[name]]

@@ -1,0 +1,78 @@
+"""Hold an artifact's exact first tokens against what the model computes for them.
+
+An artifact keeps the first tokens exact in every layer, and they depend on nothing but themselves: a forward
+of a few tokens shows whether this very model, adapters and revision included, made them.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from xkv_service.errors import ModelMismatch
+from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.inspect import inspect_loaded
+
+TOLERANCE = 0.05
+"""Relative distance of all first keys together. Rounding to bfloat16, in the file and in the model's own
+sums, stays below 0.02; another checkpoint is near 1."""
+
+
+def check_model(model: PreTrainedModel, factors: PrefixFactors) -> None:
+    """Refuse factors that `model` did not make.
+
+    Raises:
+        ModelMismatch: layers or heads differ, or the first tokens' keys do.
+        UnsupportedModel: the model's cache cannot be compressed.
+    """
+    _check_shapes(model, factors)
+    count = min((_leading(factors, layer) for layer in factors.layers), default=0)
+    if not count:
+        return
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        ids = factors.token_ids[None, :count].long().to(model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        distance, size = 0.0, 0.0
+        for layer in factors.layers:
+            expected = _first_keys(factors, layer, count)
+            found = cache.layers[layer].keys[0].transpose(0, 1).float().cpu()
+            distance += float((found - expected).square().sum())
+            size += float(expected.square().sum())
+    if distance > TOLERANCE**2 * size:
+        raise ModelMismatch(
+            f"the artifact was made with another model: first keys differ by {(distance / size) ** 0.5:.0%}",
+            hint="load the checkpoint, revision and adapters that it was precomputed with",
+        )
+
+
+def _check_shapes(model: PreTrainedModel, factors: PrefixFactors) -> None:
+    found = {layer.index: layer for layer in inspect_loaded(model).layout.compressible}
+    expected = {
+        layer: (heads, width)
+        for group in factors.groups
+        for layer, heads, width in zip(
+            group.layout.layers, group.layout.kv_heads, group.layout.key_widths, strict=True
+        )
+    }
+    if {index: (layer.kv_heads, layer.key_width) for index, layer in found.items()} != expected:
+        raise ModelMismatch(
+            f"the artifact was made with another model: it has {len(expected)} compressed layers, "
+            f"{type(model).__name__} has {len(found)}, or their heads differ",
+            hint="load the model that it was precomputed with",
+        )
+
+
+def _leading(factors: PrefixFactors, layer: int) -> int:
+    """Exact tokens from position 0 on without a gap, at most 16."""
+    if layer not in factors.exact:
+        return 0
+    positions = factors.exact[layer].positions[:16].tolist()
+    return next((i for i, position in enumerate(positions) if i != position), len(positions))
+
+
+def _first_keys(factors: PrefixFactors, layer: int, count: int) -> torch.Tensor:
+    """Keys as a cache holds them, float32 [count, kv_heads, D] on the CPU."""
+    group, place = factors.locate(layer)
+    table = factors.rotary[group.layout.rotary[place]].to("cpu")
+    return table.rotate(factors.exact[layer].keys[:count].cpu(), torch.arange(count))

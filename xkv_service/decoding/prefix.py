@@ -1,0 +1,96 @@
+"""`Prefix`: a compressed prefix bound to the model that decodes from it, shared by all its sessions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
+from xkv_service.decoding.matching import check_model
+from xkv_service.errors import InvalidSpec
+from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.inspect import inspect_loaded
+
+_BOUND: WeakKeyDictionary[PrefixFactors, dict[tuple[int, int], Prefix]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The first p tokens of a compressed prefix, ready to be attended to.
+
+    Args:
+        model: the model it was made with. token_ids: int64 [p], on the CPU.
+        layers: by layer index, the compressed layers. modules: their attention modules.
+        windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
+    """
+
+    model: PreTrainedModel
+    token_ids: torch.Tensor
+    layers: dict[int, LayerPrefix]
+    modules: dict[int, nn.Module]
+    windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def tokens(self) -> int:
+        """p, tokens of the prefix."""
+        return self.token_ids.numel()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, factors: PrefixFactors, tokens: int | None = None) -> Prefix:
+        """The prefix of `tokens` tokens (by default all), the same object for the same arguments.
+
+        Raises:
+            ModelMismatch: the factors were made with another model.
+            UnsupportedModel: the model's cache cannot be compressed.
+            InvalidSpec: `tokens` is out of range.
+        """
+        count = _checked(factors, tokens)
+        known = _BOUND.setdefault(factors, {})
+        name = (id(model), count)
+        if name not in known or known[name].model is not model:
+            check_model(model, factors)
+            known[name] = _bind(model, factors, count)
+        return known[name]
+
+
+def _checked(factors: PrefixFactors, tokens: int | None) -> int:
+    count = factors.tokens if tokens is None else tokens
+    if not isinstance(count, int) or not 0 < count <= factors.tokens:
+        raise InvalidSpec(
+            f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {factors.tokens}"
+        )
+    if count < factors.tokens and factors.windows:
+        raise InvalidSpec(
+            f"tokens={count}: this model's sliding windows are known after all {factors.tokens} tokens only",
+            hint="use the whole prefix",
+        )
+    return count
+
+
+def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix:
+    device, dtype = model.device, _product_dtype(model)
+    turns = [Turns(table, tokens, device) for table in factors.rotary]
+    layers = {}
+    for group in factors.groups:
+        for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
+            layers[layer] = LayerPrefix(factors, layer, tokens, turns[table], device, dtype)
+    windows = {
+        layer: (_cached(window.keys, model), _cached(window.values, model))
+        for layer, window in factors.windows.items()
+    }
+    modules = inspect_loaded(model).modules
+    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, windows)
+
+
+def _product_dtype(model: PreTrainedModel) -> torch.dtype:
+    """16-bit products pay on accelerators only."""
+    return torch.float32 if model.device.type == "cpu" else model.dtype
+
+
+def _cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """[w, kv_heads, D] as a cache holds it: [1, kv_heads, w, D]."""
+    return states.to(model.device, model.dtype).transpose(0, 1)[None].contiguous()

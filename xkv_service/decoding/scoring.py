@@ -1,0 +1,75 @@
+"""Score the tokens of a prefix by its selection index: approximate attention scores, before scaling.
+
+Every scorer takes the queries of one layer, [kv_heads, rows, D] with the rows of all query heads of a KV head
+together, and gives [kv_heads, rows, units], where a unit is one token or one chunk of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from xkv_service.selection.sketch import KeySketch
+
+
+class Scorer(Protocol):
+    """Scores the units of one layer's prefix.
+
+    Attributes:
+        unit: tokens of a unit; the last one may have fewer.
+    """
+
+    unit: int
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        """float32 [kv_heads, rows, units] for rotated queries [kv_heads, rows, D]."""
+
+
+class SketchScorer:
+    """Scores against a key sketch; the reference is `selection.sketch.scores`.
+
+    A code c = low + 16 high is two 4-bit numbers. low·x + high·y = c·x + high·(y - 16 x), so that the bytes
+    are used as they are stored and only the high halves are unpacked.
+
+    Args:
+        sketch: on the device of the queries.
+    """
+
+    unit = 1
+
+    def __init__(self, sketch: KeySketch) -> None:
+        self._codes = sketch.codes
+        self._scales = sketch.scales
+        self._dims = sketch.planes.long().flatten(1)
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        index = self._dims[:, None].expand(-1, queries.shape[1], -1)
+        picked = queries.float().gather(-1, index)
+        low, high = picked[..., 0::2], picked[..., 1::2]
+        products = low @ _by_head(self._codes.float())
+        products += (high - 16 * low) @ _by_head((self._codes >> 4).float())
+        products -= 8 * (low + high).sum(-1, keepdim=True)
+        products *= self._scales.t().float()[:, None]
+        return products
+
+
+def _by_head(codes: torch.Tensor) -> torch.Tensor:
+    """[T, kv_heads, P] -> a view [kv_heads, P, T]."""
+    return codes.permute(1, 2, 0)
+
+
+class LandmarkScorer:
+    """Scores whole chunks by the mean of their keys (paper, section 3.3).
+
+    Args:
+        landmarks: [chunks, kv_heads, D], means of rotated keys.
+        chunk: tokens of a chunk.
+    """
+
+    def __init__(self, landmarks: torch.Tensor, chunk: int) -> None:
+        self.unit = chunk
+        self._means = landmarks.permute(1, 2, 0)
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        return queries.float() @ self._means.float()

@@ -1,0 +1,136 @@
+"""Choose the tokens of a prefix that each query token attends to (paper, section 3.3).
+
+The score of a token is the largest share of any head's attention that its index promises it. The share is
+counted over everything the head sees, the exact tokens and the tail included: a head that looks at the tail
+claims nothing of the prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from xkv_service.decoding.layer_prefix import LayerPrefix
+from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
+from xkv_service.errors import InvalidSpec
+from xkv_service.selection.spec import SelectionSpec
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Tokens of a prefix to attend to, besides the exact ones.
+
+    Args:
+        positions: int64 [u], ascending: every token that some query token chose.
+        member: bool [batch, 1 or kv_heads, t, u], who chose what; None: everybody chose all of them.
+    """
+
+    positions: torch.Tensor
+    member: torch.Tensor | None = None
+
+
+class Selection:
+    """The selection of one layer.
+
+    Args:
+        prefix: the layer's prefix. spec: how to choose.
+    """
+
+    def __init__(self, prefix: LayerPrefix, spec: SelectionSpec) -> None:
+        self.prefix, self.spec = prefix, spec
+        self._scorer = self._choose_scorer()
+        self._always = self._always_selected()
+        self._open = torch.zeros(prefix.tokens, dtype=torch.bool, device=prefix.positions.device)
+        self._open[prefix.positions] = True
+        self._open[self._always] = False
+        self._budget = spec.tokens(prefix.tokens)
+        self.dense = self._scorer is None or self._budget >= int(self._open.sum())
+
+    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scaling: float) -> Selected:
+        """Choose for rotated queries.
+
+        Args:
+            queries: [batch, kv_heads, heads of a group, t, D].
+            others: float32 [batch, kv_heads, heads of a group, t], the log of the sum of exponentials of the
+                scores of all that is attended to besides the prefix's factors.
+            scaling: what scores are multiplied by.
+        """
+        if self.dense:
+            return Selected(self.prefix.positions)
+        assert self._scorer is not None
+        batch, heads, group, count, dim = queries.shape
+        rows = queries.transpose(0, 1).reshape(heads, batch * group * count, dim)
+        scores = (self._scorer(rows) * scaling).reshape(heads, batch, group, count, -1).transpose(0, 1)
+        total = torch.logaddexp(scores.logsumexp(-1), others)
+        shares = (scores - total[..., None]).amax(2)
+        if self.spec.granularity == "layer":
+            shares = shares.amax(1, keepdim=True)
+        return self._best(shares)
+
+    def _best(self, shares: torch.Tensor) -> Selected:
+        """The best tokens of `shares` [batch, 1 or kv_heads, t, units]."""
+        unit = self._scorer.unit if self._scorer else 1
+        if unit == 1:
+            shares.masked_fill_(~self._open, -torch.inf)
+        best = shares.topk(min(max(1, self._budget // unit), shares.shape[-1]), dim=-1).indices
+        if shares.shape[:3].numel() == 1:
+            return Selected(self._with_always(self._tokens_of(best.flatten(), unit)))
+        member = torch.zeros(shares.shape, dtype=torch.bool, device=shares.device).scatter_(-1, best, True)
+        if unit > 1:
+            member = member.repeat_interleave(unit, -1)[..., : self.prefix.tokens]
+        member = member & self._open
+        member[..., self._always] = True
+        positions = member.flatten(0, 2).any(0).nonzero()[:, 0]
+        return Selected(positions, member[..., positions])
+
+    def _tokens_of(self, best: torch.Tensor, unit: int) -> torch.Tensor:
+        """Open tokens of the units `best`."""
+        if unit == 1:
+            return best
+        tokens = (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
+        tokens = tokens[tokens < self.prefix.tokens]
+        return tokens[self._open[tokens]]
+
+    def _with_always(self, chosen: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._always, chosen]).sort().values
+
+    def _choose_scorer(self) -> Scorer | None:
+        """The index that the spec names; None stands for attention to every token.
+
+        Raises:
+            InvalidSpec: the artifact has no such index.
+        """
+        index, wanted = self.prefix.index, self.spec.selector
+        if wanted == "dense" or (wanted == "auto" and index is None):
+            return None
+        if wanted == "exact":
+            return _ExactScorer(self.prefix)
+        kind = {"sketch": SketchScorer, "landmark": LandmarkScorer}.get(wanted)
+        if index is None or (kind is not None and not isinstance(index, kind)):
+            raise InvalidSpec(
+                f"selector={wanted!r}: the artifact was made without that index",
+                hint='use selector="auto", or compress again with that index',
+            )
+        return index
+
+    def _always_selected(self) -> torch.Tensor:
+        """Positions that are rebuilt for every query: the spec's own, and those no whole unit speaks for."""
+        tokens, positions = self.prefix.tokens, self.prefix.positions
+        unit = self._scorer.unit if self._scorer else 1
+        last = min(tokens - self.spec.recent, tokens // unit * unit)
+        return positions[(positions < self.spec.sink) | (positions >= last)]
+
+
+class _ExactScorer:
+    """The scores that attention itself would compute: every key is rebuilt. A reference."""
+
+    unit = 1
+
+    def __init__(self, prefix: LayerPrefix) -> None:
+        self._prefix = prefix
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        everything = torch.arange(self._prefix.tokens, device=queries.device)
+        keys = self._prefix.keys(everything)
+        return (queries.to(keys.dtype) @ keys.permute(1, 2, 0)).float()

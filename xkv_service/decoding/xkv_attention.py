@@ -1,0 +1,107 @@
+"""`enable_xkv`: teach a model's attention to read caches of factors, and take it back afterwards.
+
+A cache layer of factors returns the tail alone from `update`; the attention function registered here finds
+that layer again through a variable of the thread and attends to its prefix as well. Layers of other caches,
+and sliding or linear layers, run the model's own attention.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from xkv_service.decoding.attend import Scoring, attend
+from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.call_checks import checked_calls
+from xkv_service.errors import CacheMisuse, UnsupportedModel
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.observation import attention_implementation, base_function
+
+_NAME = "xkv_"
+_LOCK = threading.Lock()
+_ENABLED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_THREAD = threading.local()
+
+
+@contextmanager
+def enable_xkv(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let `model` run over `XKVCache` inside the block; other caches work as before.
+
+    May be nested, and used by several threads on one model. On exit of the last block the model is as it was.
+
+    Raises:
+        UnsupportedModel: the model's cache cannot be compressed.
+    """
+    inspect_loaded(model)
+    with _LOCK:
+        _ENABLED[model] = _ENABLED.get(model, 0) + 1
+        if _ENABLED[model] == 1:
+            model.set_attn_implementation(_register(attention_implementation(model)))
+    try:
+        with checked_calls(model):
+            yield model
+    finally:
+        with _LOCK:
+            _ENABLED[model] -= 1
+            if _ENABLED[model] == 0:
+                model.set_attn_implementation(attention_implementation(model).removeprefix(_NAME))
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether `model` is inside `enable_xkv`."""
+    return _ENABLED.get(model, 0) > 0
+
+
+def attend_next(layer: PrefixLayer, module: nn.Module) -> None:
+    """Have the next attention on this thread, which must be `module`'s, read the prefix of `layer`."""
+    _THREAD.layer, _THREAD.module = layer, module
+
+
+def _take_layer(module: nn.Module) -> PrefixLayer | None:
+    layer: PrefixLayer | None = getattr(_THREAD, "layer", None)
+    _THREAD.layer = None
+    if layer is not None and module is not _THREAD.module:
+        raise CacheMisuse(
+            f"layer {layer.index} of the cache was filled by one model and read by another",
+            hint="make the cache with XKVCache.from_factors(model, ...) for the model that uses it",
+        )
+    return layer
+
+
+def _register(base: str) -> str:
+    """Register the attention over factors for models of implementation `base`; returns its name."""
+    name = _NAME + base
+    if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return name
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        layer = _take_layer(module)
+        if layer is None:
+            return base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("position_bias") is not None:
+            raise UnsupportedModel(f"{type(module).__name__} adds a position bias to its scores")
+        scoring = Scoring(
+            kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("s_aux")
+        )
+        out, layer.rebuilt = attend(query, key, value, attention_mask, layer.selection, scoring)
+        return out, None
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    return name
