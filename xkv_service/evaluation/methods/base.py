@@ -18,8 +18,11 @@ class PreparedPrefix(Protocol):
             quantized at 16 bits.
     """
 
-    tokens: int
-    nbytes: int
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     def cache(self) -> Cache:
         """A new Transformers cache that holds the prefix, batch of one; caches do not disturb each other."""
@@ -32,7 +35,8 @@ class Method(Protocol):
         name: what results call it.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def prepare(self, model: PreTrainedModel, exact: Prefill) -> PreparedPrefix:
         """Hold the prefix that `exact` is the exact cache of. Leaves `exact` as it was.
