@@ -21,7 +21,9 @@ def document() -> Document:
 
 
 def _chat(model: Any, tokenizer: Any, text: str, **options: Any) -> Chat:
-    ids = render_prefix(tokenizer, text, system_prompt=options.get("system_prompt"))
+    ids = render_prefix(
+        tokenizer, text, system_prompt=options.get("system_prompt"), template=options.get("template", "chat")
+    )
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([ids]), past_key_values=cache)
@@ -62,18 +64,41 @@ def test_the_models_own_answer_stays_in_its_context(
     said = chat.ask(first, "Something else.")
     assert said.right is False
     chat.ask(second, answer)
-    held = demo_tokenizer.decode(chat._held)
+    held = demo_tokenizer.decode(chat.greedy.held)
     assert f"{first}<|end|><|assistant|>{said.text}<|end|><|user|>{second}" in held
     assert held.startswith("<|begin|><|system|>Answer the question.<|end|><|user|>#")
 
 
+def test_plain_text_works_as_well(demo_model: Any, demo_tokenizer: Any, document: Document) -> None:
+    chat = _chat(demo_model, demo_tokenizer, document.text, template="raw")
+    pairs = _pairs(document, 5)
+    assert accuracy(ask_each(chat, pairs)) == 1.0
+    assert accuracy(ask_in_turn(chat, pairs)) == 1.0
+    chat.restart()
+    question, answer = pairs[0]
+    assert chat.ask(question).text == answer
+
+
+def test_an_answer_can_be_begun_and_cut_when_it_is_enough(
+    demo_model: Any, demo_tokenizer: Any, document: Document
+) -> None:
+    question, answer = _pairs(document, 1)[0]
+    begun, rest = answer[: len(answer) // 2].rsplit(" ", 1)[0], answer[len(answer) // 2 :].split(" ", 1)[1]
+    chat = _chat(demo_model, demo_tokenizer, document.text)
+    assert chat.ask(question, answer_prefix=begun).text.endswith(rest)
+    assert chat.turns[0].reply == answer
+    chat.restart()
+    cut = chat.ask(question, answer_prefix=begun, enough=lambda text: len(text) > 3).text
+    assert 3 < len(cut) < len(answer) - len(begun)
+
+
 def test_restart_leaves_only_the_prefix(demo_model: Any, demo_tokenizer: Any, document: Document) -> None:
     chat = _chat(demo_model, demo_tokenizer, document.text)
-    before = chat.cache.get_seq_length()
+    before = chat.greedy.cache.get_seq_length()
     ask_in_turn(chat, _pairs(document, 3))
-    assert chat.cache.get_seq_length() > before
+    assert chat.greedy.cache.get_seq_length() > before
     chat.restart()
-    assert chat.cache.get_seq_length() == before
+    assert chat.greedy.cache.get_seq_length() == before
 
 
 def test_an_answer_may_be_cut_short(demo_model: Any, demo_tokenizer: Any, document: Document) -> None:
