@@ -36,6 +36,12 @@ class CacheMisuse(XKVError):
 class InvalidPrompt(XKVError):
     """A document or chat template that has no stable, non-empty token prefix, or does not fit the window."""
 
+class MissingExtra(XKVError):
+    """A package that comes with one of this project's extras is not installed; the hint names the extra."""
+
+    def __init__(self, message: str, *, extra: str) -> None:
+        super().__init__(message, hint=f"pip install 'xkv-service[{extra}]'")
+
 
 __all__ = [
     "CacheMisuse",
@@ -43,6 +49,7 @@ __all__ = [
     "InvalidPrompt",
     "InvalidSpec",
     "ModelMismatch",
+    "MissingExtra",
     "ModelNotFound",
     "RatioUnreachable",
     "UnsupportedModel",

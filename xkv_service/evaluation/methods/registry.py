@@ -14,9 +14,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from xkv_service.errors import InvalidSpec
 from xkv_service.evaluation.methods.base import Method
 from xkv_service.evaluation.methods.full import Full
+from xkv_service.evaluation.methods.minicache import MiniCache
+from xkv_service.evaluation.methods.quantized import Quantized
+from xkv_service.evaluation.methods.snapkv import SnapKV
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
+    "minicache": MiniCache,
+    "quantized": Quantized,
+    "snapkv": SnapKV,
 }
 
 
