@@ -1,0 +1,150 @@
+"""Wrong use of a cache of factors is an error that says what to do, before any wrong token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compressed import random_ids
+from families import tiny_model
+from transformers import DynamicCache, PreTrainedModel
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.errors import CacheMisuse, InvalidSpec, ModelMismatch, UnsupportedModel
+from xkv_service.factors import PrefixFactors
+
+
+def test_a_model_that_is_not_enabled(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    cache = XKVCache.from_factors(model, lossy)
+    with pytest.raises(CacheMisuse, match="without the prefix"), torch.no_grad():
+        model(random_ids(3)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize("new", [5, 48, 60])
+def test_suffix_ids_without_a_mask(enabled: PreTrainedModel, lossy: PrefixFactors, new: int) -> None:
+    """60 ids could be all of them, but do not begin with the prefix."""
+    with pytest.raises(CacheMisuse, match="without a mask|do not begin"):
+        enabled.generate(
+            random_ids(new, seed=9)[None],
+            past_key_values=XKVCache.from_factors(enabled, lossy),
+            max_new_tokens=1,
+        )
+
+
+def test_a_mask_over_the_suffix_alone(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
+    ids, cache = random_ids(5)[None], XKVCache.from_factors(enabled, lossy)
+    with pytest.raises(CacheMisuse, match="mask"):
+        enabled.generate(ids, attention_mask=torch.ones(1, 5), past_key_values=cache, max_new_tokens=1)
+    with pytest.raises(CacheMisuse, match="9 columns for 5 ids"):
+        enabled.generate(ids, attention_mask=torch.ones(1, 9), past_key_values=cache, max_new_tokens=1)
+    with pytest.raises(CacheMisuse, match="5 columns, but 48 tokens"):
+        enabled(ids, attention_mask=torch.ones(1, 5), past_key_values=cache)
+    assert cache.tail_tokens == 0
+
+
+def test_ids_of_another_document(
+    enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
+) -> None:
+    ids = torch.cat([prefix_ids, random_ids(4)])
+    ids[20] = (ids[20] + 1) % 90 + 3
+    with pytest.raises(CacheMisuse, match="do not begin"):
+        enabled.generate(ids[None], past_key_values=XKVCache.from_factors(enabled, lossy), max_new_tokens=1)
+
+
+def test_cropping_into_the_prefix(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
+    cache = XKVCache.from_factors(enabled, lossy)
+    enabled(random_ids(3)[None], past_key_values=cache)
+    with pytest.raises(CacheMisuse, match="reaches into the prefix"):
+        cache.crop(-4)
+    cache.crop(-3)
+    assert cache.tail_tokens == 0
+
+
+def test_another_model_of_the_same_shape(lossy: PrefixFactors) -> None:
+    with pytest.raises(ModelMismatch, match="another model"):
+        XKVCache.from_factors(tiny_model("llama", seed=1), lossy)
+
+
+def test_a_model_of_another_shape(lossy: PrefixFactors) -> None:
+    with pytest.raises(ModelMismatch, match="another model"):
+        XKVCache.from_factors(tiny_model("llama", num_hidden_layers=2), lossy)
+
+
+def test_a_model_whose_weights_were_changed(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    tuned = copy.deepcopy(model)
+    XKVCache.from_factors(tuned, lossy)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    with pytest.raises(ModelMismatch):
+        XKVCache.from_factors(other, lossy)
+
+
+def test_a_cache_used_with_a_second_model(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad(), enable_xkv(model), enable_xkv(other):
+        cache = XKVCache.from_factors(model, lossy)
+        with pytest.raises(CacheMisuse, match="one model and read by another"):
+            other(random_ids(3)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 49, 2.5])
+def test_a_prefix_of_impossible_length(model: PreTrainedModel, lossy: PrefixFactors, tokens: int) -> None:
+    with pytest.raises(InvalidSpec, match="tokens="):
+        XKVCache.from_factors(model, lossy, tokens=tokens)
+
+
+def test_a_selector_without_its_index(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    with pytest.raises(InvalidSpec, match="without that index"):
+        XKVCache.from_factors(model, lossy, SelectionSpec("landmark"))
+
+
+def test_assisted_generation(
+    enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
+) -> None:
+    ids, cache = torch.cat([prefix_ids, random_ids(4)])[None], XKVCache.from_factors(enabled, lossy)
+    with pytest.raises(CacheMisuse, match="assisted generation"):
+        enabled.generate(ids, past_key_values=cache, max_new_tokens=2, prompt_lookup_num_tokens=3)
+    with pytest.raises(CacheMisuse, match="assisted generation"):
+        enabled.generate(ids, past_key_values=cache, max_new_tokens=2, assistant_model=enabled)
+
+
+def test_a_longrope_prefix_that_crosses_its_window() -> None:
+    model, ids = tiny_model("phi3-longrope"), random_ids(120)
+    with torch.no_grad(), enable_xkv(model):
+        cache = XKVCache.from_factors(model, compress(model, ids, CompressionSpec(rank_k=8, rank_v=8)))
+        model(random_ids(8)[None], past_key_values=cache)
+        with pytest.raises(UnsupportedModel, match="128 tokens"):
+            model(random_ids(1)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": 0},
+        {"budget": 0.0},
+        {"budget": 1.5},
+        {"budget": True},
+        {"selector": "best"},
+        {"granularity": "token"},
+        {"sink": -1},
+        {"recent": 1.5},
+    ],
+)
+def test_selections_out_of_range(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidSpec, match=next(iter(fields))):
+        SelectionSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_the_model_is_left_as_it_was(model: PreTrainedModel, prefix_ids: torch.Tensor) -> None:
+    before = model.config._attn_implementation
+    hooks = len(model._forward_pre_hooks)
+    with torch.no_grad():
+        expected = model(prefix_ids[None], past_key_values=DynamicCache(config=model.config)).logits
+        with enable_xkv(model), enable_xkv(model):
+            inside = model(prefix_ids[None], past_key_values=DynamicCache(config=model.config)).logits
+    assert torch.equal(inside, expected)
+    assert model.config._attn_implementation == before
+    assert len(model._forward_pre_hooks) == hooks
+    assert "generate" not in vars(model)
