@@ -44,6 +44,7 @@ class Chat:
         system_prompt: text of the system message, or None for no system message.
         template: "chat" for the tokenizer's chat template, or "raw" for plain text.
         max_new_tokens: the longest answer.
+        fresh: makes another cache that holds the prefix (see `Greedy`).
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class Chat:
         system_prompt: str | None = None,
         template: Template = "chat",
         max_new_tokens: int = 400,
+        fresh: Callable[[], Cache] | None = None,
     ) -> None:
         self.renderer = Renderer(tokenizer, template, system_prompt)
         self.document, self.max_new_tokens = document, max_new_tokens
-        self.greedy = Greedy(model, cache, prefix_ids)
-        self.prefix_ids = list(prefix_ids)
+        self.greedy = Greedy(model, cache, prefix_ids, fresh)
         self.turns: list[Turn] = []
 
     def ask(
@@ -87,7 +88,7 @@ class Chat:
             InvalidPrompt: the rendered chat does not start with the tokens in the cache.
         """
         prompt = self.renderer.prompt(self.document, self.turns, question, answer_prefix)
-        if prompt[: len(self.prefix_ids)] != self.prefix_ids:
+        if prompt[: len(self.greedy.prefix)] != self.greedy.prefix:
             raise InvalidPrompt(
                 "the chat does not start with the tokens in the cache",
                 hint="ask with the document, system prompt and template that the prefix was made with",
@@ -103,7 +104,7 @@ class Chat:
     def restart(self) -> None:
         """Forget every turn; the cache keeps the prefix."""
         self.turns.clear()
-        self.greedy.keep(len(self.prefix_ids))
+        self.greedy.keep(len(self.greedy.prefix))
 
     def _confirmed(self, prompt: list[int], expected: str) -> bool:
         ended = self.renderer.template == "chat"

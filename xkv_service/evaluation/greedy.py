@@ -16,14 +16,23 @@ class Greedy:
         model: in evaluation mode; the cache is on its device.
         cache: holds the prefix and nothing else; grows with what is run.
         prefix_ids: the tokens in the cache.
+        fresh: makes another cache that holds the prefix, to start over from where tokens would have to be
+            removed; without it the cache is cropped, which not every cache can be.
 
     Attributes:
         held: the tokens in the cache now.
         ends: tokens that end a reply.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, prefix_ids: Sequence[int]) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        prefix_ids: Sequence[int],
+        fresh: Callable[[], Cache] | None = None,
+    ) -> None:
+        self.model, self.cache, self.fresh = model, cache, fresh
+        self.prefix = list(prefix_ids)
         self.held = list(prefix_ids)
         self.ends = _end_ids(model)
 
@@ -58,10 +67,14 @@ class Greedy:
         return logits
 
     def keep(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens."""
-        if len(self.held) > tokens:
-            self.cache.crop(tokens - len(self.held))
-            del self.held[tokens:]
+        """Forget all but the first `tokens` tokens; with `fresh`, all behind the prefix."""
+        if len(self.held) <= tokens:
+            return
+        if self.fresh is not None:
+            self.cache, self.held = self.fresh(), list(self.prefix)
+            return
+        self.cache.crop(tokens - len(self.held))
+        del self.held[tokens:]
 
 
 def decode(

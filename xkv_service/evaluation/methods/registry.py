@@ -17,12 +17,14 @@ from xkv_service.evaluation.methods.full import Full
 from xkv_service.evaluation.methods.minicache import MiniCache
 from xkv_service.evaluation.methods.quantized import Quantized
 from xkv_service.evaluation.methods.snapkv import SnapKV
+from xkv_service.evaluation.methods.xkv import XKV
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
     "minicache": MiniCache,
     "quantized": Quantized,
     "snapkv": SnapKV,
+    "xkv": XKV,
 }
 
 

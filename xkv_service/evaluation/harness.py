@@ -1,0 +1,166 @@
+"""Run methods over tasks: every method on the same documents and questions, from one exact prefill each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from random import Random
+from typing import Any
+
+import torch
+
+from xkv_service.errors import InvalidSpec, XKVError
+from xkv_service.evaluation.methods.base import Method
+from xkv_service.evaluation.plan import Plan
+from xkv_service.evaluation.protocols import Examiner, Prefix, prefixes
+from xkv_service.evaluation.rendering import Renderer
+from xkv_service.evaluation.results import BASELINE, Cell, Marks, Results
+from xkv_service.evaluation.tasks.base import Question, Room, Sample, Task
+from xkv_service.modeling.models import LoadedModel
+from xkv_service.prefilling.prefill import prefill
+from xkv_service.prefilling.prefilled import Prefill
+
+Observe = Callable[["Step"], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One document is done: how many of how many, and what it was."""
+
+    done: int
+    total: int
+    task: str
+    length: int
+
+
+def evaluate(loaded: LoadedModel, plan: Plan, observe: Observe = lambda step: None) -> Results:
+    """Measure everything in a plan.
+
+    Raises:
+        InvalidSpec: the lengths do not suit the model or the tasks.
+        InvalidPrompt: the chat template has no stable prefix.
+        UnsupportedModel: the model's cache cannot be compressed.
+    """
+    return _Run(loaded, plan).results(observe)
+
+
+class _Run:
+    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+        self.loaded, self.plan = loaded, plan
+        has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
+        self.renderer = Renderer(loaded.tokenizer, plan.template or ("chat" if has_template else "raw"))
+        self._refuse_long(max(plan.lengths))
+        self._results = Results(_about(loaded, plan, self.renderer))
+
+    def results(self, observe: Observe) -> Results:
+        jobs = [
+            (length, task, number)
+            for length in self.plan.lengths
+            for task in self.plan.tasks
+            for number in self.plan.documents()
+        ]
+        for done, (length, task, number) in enumerate(jobs, 1):
+            self._examine(task, length, number)
+            observe(Step(done, len(jobs), task.name, length))
+        return self._results
+
+    def _examine(self, task: Task, length: int, number: int) -> None:
+        sample = self.sample(task, length, number)
+        examiner = Examiner(
+            self.loaded.model, self.renderer, self.plan.protocol, task, self.loaded.context_window
+        )
+        totals = {name: _Total() for name in self.plan.methods}
+        for prefix in prefixes(self.plan.protocol, self.renderer, sample):
+            self._refuse_long(len(prefix.token_ids))
+            exact = prefill(self.loaded.model, prefix.token_ids)
+            try:
+                for name, method in self.plan.methods.items():
+                    cell = Cell(task.name, length, name)
+                    if cell not in self._results.notes:
+                        self._measure(cell, method, exact, prefix, sample.document, examiner, totals[name])
+            finally:
+                exact.free()
+        for name, total in totals.items():
+            cell = Cell(task.name, length, name)
+            found = self._results.marks.setdefault(cell, [])
+            if cell in self._results.notes:
+                found.clear()
+            else:
+                found.append(total.marks(self.plan.seed, number))
+
+    def sample(self, task: Task, length: int, number: int) -> Sample:
+        """The document of that number: the same on every machine, whatever else is run."""
+        rng = Random(f"{self.plan.seed}/{task.name}/{length}/{number}")
+
+        def prompt(document: str, question: Question) -> int:
+            return len(self.renderer.prompt(document, [], question.text, question.answer_prefix))
+
+        room = Room(length, self.renderer.measure, prompt)
+        return task.make(rng, room, self.plan.questions(number))
+
+    def _measure(
+        self,
+        cell: Cell,
+        method: Method,
+        exact: Prefill,
+        prefix: Prefix,
+        document: str,
+        examiner: Examiner,
+        total: _Total,
+    ) -> None:
+        try:
+            prepared = method.prepare(self.loaded.model, exact)
+        except XKVError as error:
+            if cell.method == BASELINE:
+                raise
+            self._results.notes[cell] = error.message
+            return
+        total.scores += examiner.scores(prepared, prefix, document)
+        total.tokens += prepared.tokens
+        total.bytes_full += exact.layout.bytes_full(exact.tokens)
+        total.bytes_stored += prepared.nbytes
+
+    def _refuse_long(self, tokens: int) -> None:
+        window = self.loaded.context_window
+        if window is not None and tokens > window:
+            raise InvalidSpec(
+                f"length {tokens} is beyond the model's window of {window} tokens",
+                hint="ask for shorter documents",
+            )
+
+
+class _Total:
+    """Marks of one method and document, prefix after prefix."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+        self.tokens = self.bytes_full = self.bytes_stored = 0
+
+    def marks(self, seed: int, number: int) -> Marks:
+        return Marks(seed, number, tuple(self.scores), self.tokens, self.bytes_full, self.bytes_stored)
+
+
+def _about(loaded: LoadedModel, plan: Plan, renderer: Renderer) -> dict[str, Any]:
+    """What was run, as JSON values."""
+    return {
+        "model": loaded.identity.name,
+        "fingerprint": loaded.identity.fingerprint,
+        "dtype": loaded.identity.dtype,
+        "device": _device_name(loaded),
+        "protocol": plan.protocol.name,
+        "in_turn": plan.protocol.in_turn,
+        "template": renderer.template,
+        "samples": plan.samples,
+        "per_document": plan.per_document,
+        "seed": plan.seed,
+        "shard": f"{plan.shard.index}/{plan.shard.count}",
+        "haystack": plan.haystack,
+        "qa_data": plan.qa_data,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "xkv-service")},
+    }
+
+
+def _device_name(loaded: LoadedModel) -> str:
+    device = loaded.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,139 @@
+"""xKV (arXiv 2503.18893): the factors of this project, rebuilt whole or selected from while decoding."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from xkv_service.compression import factorize_prefill, rotary_tables
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.errors import InvalidSpec
+from xkv_service.factorization.ranks import size_of
+from xkv_service.factors import PrefixFactors
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.reconstruct import dense_cache
+from xkv_service.selection.spec import SelectionSpec
+from xkv_service.spec import CompressionSpec
+
+
+class XKV:
+    """Keep the factors of groups of layers, as `xkv precompute` stores them; the options are its spec's.
+
+    Args:
+        group: adjacent layers that share token factors; 1 is a truncated SVD of each layer alone.
+        ratio: bytes of the exact cache / bytes stored, everything counted.
+        index: the selection index stored: "sketch", "landmark" or "none".
+        factors: dtype of the token factors.
+        key_share: share of keys in the ranks.
+        key_weights, value_weights: see `CompressionSpec`.
+        planes: rotary planes in a key sketch.
+        sink, recent, outliers: first tokens, last tokens and outlier chunks kept exact.
+        selector: "none" rebuilds every token into an ordinary cache before the question comes. Any other
+            decodes from the factors, and selects by what it names (see `SelectionSpec`).
+        budget: tokens selected, or a share of the prefix; by default `SelectionSpec`'s.
+        granularity: one selection for a "layer", or for each KV "head".
+
+    Raises:
+        InvalidSpec: an option is out of range, or a budget without a selector.
+    """
+
+    name = "xkv"
+
+    def __init__(
+        self,
+        group: int = 4,
+        ratio: float = 8.0,
+        index: Literal["sketch", "landmark", "none"] = "sketch",
+        factors: Literal["int8", "bfloat16", "float16", "float32"] = "int8",
+        key_share: float = 0.4,
+        key_weights: Literal["none", "query"] = "none",
+        value_weights: Literal["none", "output"] = "none",
+        planes: int = 8,
+        sink: int = 4,
+        recent: int = 0,
+        outliers: int = 0,
+        selector: Literal["none", "auto", "sketch", "landmark", "exact", "dense"] = "none",
+        budget: int | float | None = None,
+        granularity: Literal["layer", "head"] = "layer",
+    ) -> None:
+        self.spec = CompressionSpec(
+            group_size=group,
+            ratio=ratio,
+            key_share=key_share,
+            factor_dtype=factors,
+            index=index,
+            sketch_planes=planes,
+            sink=sink,
+            recent=recent,
+            outlier_chunks=outliers,
+            key_weights=key_weights,
+            value_weights=value_weights,
+        )
+        self.selection = _selection(selector, budget, granularity)
+        if selector in ("sketch", "landmark") and selector != index:
+            raise InvalidSpec(f"selector={selector} needs its index", hint=f"give index={selector}")
+
+    def prepare(self, model: PreTrainedModel, exact: Prefill) -> FactorPrefix:
+        """Factorize the prefill.
+
+        Raises:
+            RatioUnreachable: the ratio leaves no byte for factors of a prefix this short.
+        """
+        factors, _ = factorize_prefill(model, exact, self.spec)
+        size = size_of(exact.layout, exact.tokens, self.spec, rotary_tables(exact)[1])
+        return FactorPrefix(model, factors, size.bytes_stored, self.selection)
+
+
+def _selection(selector: str, budget: int | float | None, granularity: Any) -> SelectionSpec | None:
+    if selector == "none":
+        if budget is not None:
+            raise InvalidSpec(f"budget={budget} has nothing to select by", hint="give a selector, say sketch")
+        return None
+    chosen: Any = selector
+    if budget is None:
+        return SelectionSpec(chosen, granularity=granularity)
+    return SelectionSpec(chosen, budget, granularity)
+
+
+@dataclass(frozen=True, eq=False)
+class FactorPrefix:
+    """A prefix as factors.
+
+    Args:
+        model: reads the caches. factors: of the prefix.
+        nbytes: of the file, at most: every tensor and an allowance for the header.
+        selection: how tokens are chosen while decoding, or None to rebuild all of them beforehand.
+    """
+
+    model: PreTrainedModel
+    factors: PrefixFactors
+    nbytes: int
+    selection: SelectionSpec | None
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the prefix."""
+        return self.factors.tokens
+
+    def cache(self) -> Cache:
+        """An ordinary cache of the rebuilt keys and values, or a cache of the factors."""
+        if self.selection is not None:
+            return XKVCache.from_factors(self.model, self.factors, self.selection)
+        taken = copy.copy(self._rebuilt)
+        taken.layers = [_fork(layer) for layer in self._rebuilt.layers]
+        return taken
+
+    @cached_property
+    def _rebuilt(self) -> DynamicCache:
+        return dense_cache(self.model, self.factors)
+
+
+def _fork(layer: Any) -> Any:
+    """A layer that goes on by itself: these two grow by making new tensors, so theirs need no copy."""
+    shared = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return copy.copy(layer) if shared else copy.deepcopy(layer)
