@@ -63,7 +63,10 @@ def compress_prefill(model: PreTrainedModel, exact: Prefill, spec: CompressionSp
 
 @dataclass(frozen=True)
 class ReconstructionErrors:
-    """Relative Frobenius error of each group's keys and values, before rounding and exact tokens."""
+    """Relative Frobenius error of each group's keys and values, before rounding and exact tokens.
+
+    In a group of latent attention that of the latents, and 0: what is cached beside them is exact.
+    """
 
     key_error: tuple[float, ...]
     value_error: tuple[float, ...]
@@ -79,6 +82,7 @@ def factorize_prefill(
         made = factorize_groups(model, exact, spec, size.groups)
         index = index_layers(exact, spec, made.key_energy)
         windows = _windows(exact, spec)
+        rope_keys = _rope_keys(exact, spec)
     factors = PrefixFactors(
         spec=spec,
         bytes_full=size.bytes_full,
@@ -88,7 +92,9 @@ def factorize_prefill(
         sketches=index.sketches,
         landmarks=index.landmarks,
         exact=index.exact,
+        rope_keys=rope_keys,
         windows=windows,
+        states={state.layer: exact.state(state.layer) for state in exact.layout.states},
     )
     return factors, ReconstructionErrors(made.key_error, made.value_error)
 
@@ -127,3 +133,13 @@ def _windows(exact: Prefill, spec: CompressionSpec) -> dict[int, LayerWindow]:
             keys, values = exact.window(layer.index)
             windows[layer.index] = LayerWindow(keys.to(dtype, copy=True), values.to(dtype, copy=True))
     return windows
+
+
+def _rope_keys(exact: Prefill, spec: CompressionSpec) -> dict[int, torch.Tensor]:
+    """By latent layer, the rotated keys [T, rope_dim] as cached."""
+    dtype = DTYPES[spec.dtype]
+    return {
+        layer.index: exact.values(layer.index)[:, 0].to(dtype, copy=True)
+        for layer in exact.layout.compressible
+        if layer.kind == "latent"
+    }

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
-from xkv_artifacts.manifest import GroupLayout, PrefixManifest
+from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
+from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable
 from xkv_service.selection.exact import ExactTokens
 from xkv_service.selection.sketch import KeySketch
@@ -24,7 +25,8 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {"tokens": factors.token_ids}
     for number, group in enumerate(factors.groups):
         tensors.update(_blocks(f"group.{number}.key", group.keys))
-        tensors.update(_blocks(f"group.{number}.value", group.values))
+        if group.values is not None:
+            tensors.update(_blocks(f"group.{number}.value", group.values))
     for layer, sketch in factors.sketches.items():
         tensors[f"layer.{layer}.sketch.planes"] = sketch.planes
         tensors[f"layer.{layer}.sketch.codes"] = sketch.codes
@@ -34,10 +36,16 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
     for layer, exact in factors.exact.items():
         tensors[f"layer.{layer}.exact.positions"] = exact.positions
         tensors[f"layer.{layer}.exact.keys"] = exact.keys
-        tensors[f"layer.{layer}.exact.values"] = exact.values
+        if exact.values.shape[-1]:
+            tensors[f"layer.{layer}.exact.values"] = exact.values
+    for layer, keys in factors.rope_keys.items():
+        tensors[f"layer.{layer}.rope_key"] = keys
     for layer, window in factors.windows.items():
         tensors[f"layer.{layer}.window.keys"] = window.keys
         tensors[f"layer.{layer}.window.values"] = window.values
+    for layer, state in factors.states.items():
+        for kind, states in (("conv", state.conv), ("recurrent", state.recurrent)):
+            tensors.update({f"layer.{layer}.state.{kind}.{i}": one for i, one in enumerate(states)})
     for number, table in enumerate(factors.rotary):
         tensors.update({f"rotary.{number}.{name}": value for name, value in table.to_tensors().items()})
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -51,29 +59,34 @@ def from_tensors(manifest: PrefixManifest, tensors: Tensors) -> PrefixFactors:
     """
     spec = _spec(manifest)
     _check_layout(manifest, len(tensors))
-    _check(stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows), tensors)
+    table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
+    _check(table, tensors)
     layers = [layer for group in manifest.groups for layer in group.layers]
+    latent = {layer for group in manifest.groups if group.latent for layer in group.layers}
+    indexed = [layer for layer in layers if layer not in latent]
     return PrefixFactors(
         spec=spec,
         bytes_full=manifest.bytes_full,
         token_ids=tensors["tokens"],
         groups=tuple(_group(number, group, tensors) for number, group in enumerate(manifest.groups)),
         rotary=_rotary(manifest, tensors),
-        sketches={layer: _sketch(layer, manifest, tensors) for layer in layers if spec.index == "sketch"},
+        sketches={layer: _sketch(layer, manifest, tensors) for layer in indexed if spec.index == "sketch"},
         landmarks={
-            layer: tensors[f"layer.{layer}.landmarks"] for layer in layers if spec.index == "landmark"
+            layer: tensors[f"layer.{layer}.landmarks"] for layer in indexed if spec.index == "landmark"
         },
         exact={
             layer: _exact(layer, manifest.tokens, tensors)
             for layer in layers
             if f"layer.{layer}.exact.positions" in tensors
         },
+        rope_keys={layer: tensors[f"layer.{layer}.rope_key"] for layer in layers if layer in latent},
         windows={
             window.layer: LayerWindow(
                 tensors[f"layer.{window.layer}.window.keys"], tensors[f"layer.{window.layer}.window.values"]
             )
             for window in manifest.windows
         },
+        states={state.layer: _state(state, tensors) for state in manifest.states},
         fidelity=manifest.fidelity,
     )
 
@@ -96,22 +109,37 @@ def _spec(manifest: PrefixManifest) -> CompressionSpec:
 def _check_layout(manifest: PrefixManifest, tensors: int) -> None:
     """Heads, widths and ranks that belong together, before any shape is computed from them."""
     for number, group in enumerate(manifest.groups):
-        lists = (group.kv_heads, group.key_widths, group.value_widths, group.rotary)
+        lists = [group.kv_heads, group.key_widths, group.value_widths, group.rotary]
+        lists += [group.rope_widths] * group.latent
         if not group.layers or any(len(one) != len(group.layers) for one in lists):
             raise CorruptArtifact(f"group {number} in the header does not describe each of its layers")
-        for heads, key, value in zip(group.kv_heads, group.key_widths, group.value_widths, strict=True):
-            if heads < 1 or key < 1 or value < 1 or key % heads or value % heads:
-                raise CorruptArtifact(
-                    f"group {number} in the header: {heads} heads do not divide {key} and {value}"
-                )
+        _check_widths(number, group)
         if max(group.rank_k, group.rank_v) > tensors * RANK_BLOCK:
             raise CorruptArtifact(
                 f"group {number} in the header has more ranks than the file has tensors for"
             )
     layers = [layer for group in manifest.groups for layer in group.layers]
     layers += [window.layer for window in manifest.windows]
+    layers += [state.layer for state in manifest.states]
     if not manifest.groups or len(set(layers)) != len(layers) or min(layers) < 0:
         raise CorruptArtifact("the header names a layer twice, or none")
+
+
+def _check_widths(number: int, group: GroupLayout) -> None:
+    if group.latent:
+        plain = set(group.kv_heads) == {1} and set(group.value_widths) == {0} and group.rank_v == 0
+        if not plain or min(*group.key_widths, *group.rope_widths) < 1:
+            raise CorruptArtifact(
+                f"group {number} in the header: its widths are not those of latent attention"
+            )
+        return
+    for heads, key, value in zip(group.kv_heads, group.key_widths, group.value_widths, strict=True):
+        if heads < 1 or key < 1 or value < 1 or key % heads or value % heads:
+            raise CorruptArtifact(
+                f"group {number} in the header: {heads} heads do not divide {key} and {value}"
+            )
+    if group.rank_v < 1:
+        raise CorruptArtifact(f"group {number} in the header has no rank for its values")
 
 
 def _check(expected: Mapping[str, StoredTensor], tensors: Tensors) -> None:
@@ -138,10 +166,15 @@ def _group(number: int, layout: GroupLayout, tensors: Tensors) -> GroupFactors:
             widths,
         )
 
-    return GroupFactors(
-        layout,
-        pair("key", layout.rank_k, layout.key_widths),
-        pair("value", layout.rank_v, layout.value_widths),
+    values = None if layout.latent else pair("value", layout.rank_v, layout.value_widths)
+    return GroupFactors(layout, pair("key", layout.rank_k, layout.key_widths), values)
+
+
+def _state(state: StateLayout, tensors: Tensors) -> LayerState:
+    name = f"layer.{state.layer}.state"
+    return LayerState(
+        tuple(tensors[f"{name}.conv.{number}"] for number in range(len(state.conv))),
+        tuple(tensors[f"{name}.recurrent.{number}"] for number in range(len(state.recurrent))),
     )
 
 
@@ -165,7 +198,8 @@ def _exact(layer: int, tokens: int, tensors: Tensors) -> ExactTokens:
     _check_range(f"{name}.positions", positions, tokens)
     if not bool((positions[1:] > positions[:-1]).all()):
         raise CorruptArtifact(f"tensor {name}.positions is not in ascending order")
-    return ExactTokens(positions, tensors[f"{name}.keys"], tensors[f"{name}.values"])
+    keys = tensors[f"{name}.keys"]
+    return ExactTokens(positions, keys, tensors.get(f"{name}.values", keys[..., :0]))
 
 
 def _check_range(name: str, values: torch.Tensor, limit: int) -> None:

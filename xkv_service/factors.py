@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xkv_artifacts.manifest import Fidelity, GroupLayout, PrefixManifest, WindowLayout
+from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable
 from xkv_service.selection.exact import ExactTokens
 from xkv_service.selection.sketch import KeySketch
@@ -43,11 +44,14 @@ class LowRank:
 
 @dataclass(frozen=True)
 class GroupFactors:
-    """One group of layers that share token factors. Keys are before RoPE."""
+    """One group of layers that share token factors. Keys are before RoPE.
+
+    In a group of latent attention (MLA) the keys are the latents, and there are no values: None.
+    """
 
     layout: GroupLayout
     keys: LowRank
-    values: LowRank
+    values: LowRank | None
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,10 @@ class PrefixFactors:
         token_ids: int32 [T] on the CPU.
         groups: token factors and layer bases, in layer order.
         sketches, landmarks: by layer, the selection index: one of the two, or neither. Landmarks are the mean
-            rotated key of each chunk, [ceil(T / chunk), kv_heads, D].
-        exact: by layer, tokens kept exact. windows: by layer, sliding layers.
+            rotated key of each chunk, [ceil(T / chunk), kv_heads, D]. Latent layers have none.
+        exact: by layer, tokens kept exact (of a latent layer their latents, with values [n, 1, 0]).
+        rope_keys: by latent layer, the rotated key of every token as cached, [T, rope_dim].
+        windows: by layer, sliding layers. states: by layer, linear-attention layers.
         rotary: the rotary tables that `GroupLayout.rotary` numbers.
         fidelity: what was measured against the exact cache, or None when nothing was.
     """
@@ -81,7 +87,9 @@ class PrefixFactors:
     sketches: Mapping[int, KeySketch] = field(default_factory=dict)
     landmarks: Mapping[int, torch.Tensor] = field(default_factory=dict)
     exact: Mapping[int, ExactTokens] = field(default_factory=dict)
+    rope_keys: Mapping[int, torch.Tensor] = field(default_factory=dict)
     windows: Mapping[int, LayerWindow] = field(default_factory=dict)
+    states: Mapping[int, LayerState] = field(default_factory=dict)
     fidelity: Fidelity | None = None
 
     @property
@@ -93,6 +101,11 @@ class PrefixFactors:
     def layers(self) -> tuple[int, ...]:
         """The compressed layers, in order."""
         return tuple(layer for group in self.groups for layer in group.layout.layers)
+
+    @property
+    def whole_only(self) -> bool:
+        """Whether some layers keep a window or a state of the prefix's end only: no shorter prefix then."""
+        return bool(self.windows or self.states)
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +141,7 @@ class PrefixFactors:
             "bytes_full": self.bytes_full,
             "groups": tuple(group.layout for group in self.groups),
             "windows": tuple(_window_layout(layer, window) for layer, window in sorted(self.windows.items())),
+            "states": tuple(state.layout(layer) for layer, state in sorted(self.states.items())),
             "fidelity": self.fidelity,
         }
 

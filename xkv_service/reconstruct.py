@@ -10,12 +10,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from xkv_service.factors import LayerWindow, LowRank, PrefixFactors
+from xkv_service.modeling.linear_state import fill_state
 
 
 def rebuild(
     factors: PrefixFactors, layer: int, start: int = 0, stop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys before RoPE and values of positions start .. stop - 1 of one layer, exact tokens put back.
+
+    Of a latent layer (MLA): latents [t, 1, kv_lora_rank], and rotated keys as cached [t, 1, rope_dim].
 
     Returns:
         [t, kv_heads, D] and [t, kv_heads, Dv], on the factors' device; float32 on a CPU, else their dtype.
@@ -24,7 +27,10 @@ def rebuild(
     group, position = factors.locate(layer)
     heads = group.layout.kv_heads[position]
     keys = _rows(group.keys, position, start, stop).reshape(stop - start, heads, -1)
-    values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
+    if group.values is None:
+        values = factors.rope_keys[layer][start:stop, None].to(keys.dtype)
+    else:
+        values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
     if layer in factors.exact:
         exact = factors.exact[layer]
         first, last = torch.searchsorted(
@@ -32,7 +38,8 @@ def rebuild(
         ).tolist()
         where = exact.positions[first:last].long() - start
         keys[where] = exact.keys[first:last].to(keys.dtype)
-        values[where] = exact.values[first:last].to(values.dtype)
+        if group.values is not None:
+            values[where] = exact.values[first:last].to(values.dtype)
     return keys, values
 
 
@@ -51,19 +58,25 @@ def dense_cache(model: PreTrainedModel, factors: PrefixFactors, tokens: int | No
         model: the model the prefix was compressed with. tokens: 1 to T, by default T.
 
     Raises:
-        ValueError: `tokens` is out of range, or less than T in a model with sliding-window layers.
+        ValueError: `tokens` is out of range, or less than T in a model with sliding-window or
+            linear-attention layers.
     """
     length = factors.tokens if tokens is None else tokens
     if not 0 < length <= factors.tokens:
         raise ValueError(f"tokens={length} is out of range: the prefix has {factors.tokens}")
-    if length < factors.tokens and factors.windows:
-        raise ValueError(f"tokens={length}: a prefix with sliding-window layers is rebuilt whole")
+    if length < factors.tokens and factors.whole_only:
+        kept = "sliding-window" if factors.windows else "linear-attention"
+        raise ValueError(
+            f"tokens={length}: a prefix with {kept} layers is rebuilt whole, all {factors.tokens} tokens"
+        )
     cache = DynamicCache(config=model.config)
     for layer in factors.layers:
         keys, values = _rebuilt(factors, layer, length)
         cache.update(_cached(keys, model), _cached(values, model), layer)
     for layer, window in factors.windows.items():
         _fill_window(cache.layers[layer], window, model, length)
+    for layer, state in factors.states.items():
+        fill_state(cache.layers[layer], state, model.device)
     return cache
 
 

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from xkv_artifacts.manifest import GroupLayout, WindowLayout
+from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
 from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
 
@@ -46,16 +46,20 @@ def stored_tensors(
     tokens: int,
     groups: Sequence[GroupLayout],
     windows: Sequence[WindowLayout] = (),
+    states: Sequence[StateLayout] = (),
 ) -> dict[str, StoredTensor]:
     """Every tensor of a prefix artifact but the `rotary.*` tables, by name."""
     table = {"tokens": StoredTensor((tokens,), torch.int32)}
     for number, group in enumerate(groups):
         table.update(_factors(f"group.{number}.key", spec, tokens, group.rank_k, sum(group.key_widths)))
         table.update(_factors(f"group.{number}.value", spec, tokens, group.rank_v, sum(group.value_widths)))
+        layer = _latent_layer if group.latent else _layer
         for position in range(len(group.layers)):
-            table.update(_layer(spec, tokens, group, position))
+            table.update(layer(spec, tokens, group, position))
     for window in windows:
         table.update(_window(spec, window))
+    for state in states:
+        table.update(_state(state))
     return table
 
 
@@ -92,6 +96,22 @@ def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int
         yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
         yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
         yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+
+
+def _latent_layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int) -> Table:
+    """No selection index: the leading columns of the token factors are one, since latents do not turn."""
+    name, dtype = f"layer.{group.layers[position]}", DTYPES[spec.dtype]
+    yield f"{name}.rope_key", StoredTensor((tokens, group.rope_widths[position]), dtype)
+    if count := exact_count(tokens, spec):
+        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
+        yield f"{name}.exact.keys", StoredTensor((count, 1, group.key_widths[position]), dtype)
+
+
+def _state(state: StateLayout) -> Table:
+    for kind, tensors in (("conv", state.conv), ("recurrent", state.recurrent)):
+        for number, tensor in enumerate(tensors):
+            name = f"layer.{state.layer}.state.{kind}.{number}"
+            yield name, StoredTensor(tensor.shape, DTYPES[tensor.dtype])
 
 
 def _window(spec: CompressionSpec, window: WindowLayout) -> Table:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 FORMAT: Final = "xkv-prefix"
 VERSION: Final = 1
@@ -16,8 +23,25 @@ Index = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**62)]
 
 
+StateDtype = Literal["bfloat16", "float16", "float32"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Extended(_Strict):
+    """A record that got fields after the first files were written.
+
+    Empty ones are left out of the JSON: an artifact that has no use for them is the file it always was.
+    """
+
+    later_fields: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later_fields}
 
 
 class ModelIdentity(_Strict):
@@ -36,8 +60,10 @@ class DocumentRef(_Strict):
     sha256: Sha256
 
 
-class GroupLayout(_Strict):
+class GroupLayout(_Extended):
     """One group of layers that share token factors.
+
+    In a group of latent attention (MLA) the keys are the latents: one head each, value widths and `rank_v` 0.
 
     Args:
         layers: layer indices in the model.
@@ -45,7 +71,10 @@ class GroupLayout(_Strict):
         key_widths, value_widths: kv_heads x dimensions per head of each layer.
         rotary: for each layer, which `rotary.{i}.*` table rotates its keys.
         rank_k, rank_v: columns of the token factors of keys and of values.
+        rope_widths: latent attention only: dimensions of each layer's rotated key, kept exact.
     """
+
+    later_fields = frozenset({"rope_widths"})
 
     layers: tuple[Index, ...]
     kv_heads: tuple[Index, ...]
@@ -53,7 +82,13 @@ class GroupLayout(_Strict):
     value_widths: tuple[Index, ...]
     rotary: tuple[Index, ...]
     rank_k: Count
-    rank_v: Count
+    rank_v: Index
+    rope_widths: tuple[Index, ...] = ()
+
+    @property
+    def latent(self) -> bool:
+        """Whether the layers cache latents (MLA)."""
+        return bool(self.rope_widths)
 
 
 class WindowLayout(_Strict):
@@ -66,6 +101,21 @@ class WindowLayout(_Strict):
     value_dim: Count
 
 
+class StateShape(_Strict):
+    """One state tensor of a linear-attention layer, without its batch dimension."""
+
+    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
+    dtype: StateDtype
+
+
+class StateLayout(_Strict):
+    """One linear-attention layer, kept exact: its convolution and recurrent states after the last token."""
+
+    layer: Index
+    conv: tuple[StateShape, ...]
+    recurrent: tuple[StateShape, ...]
+
+
 class Fidelity(_Strict):
     """What was measured against the exact cache when the artifact was made.
 
@@ -73,7 +123,8 @@ class Fidelity(_Strict):
         top1_agreement: share of held-back positions where the most likely next token is the same, 0 to 1.
         kl: mean KL divergence (nats) of the compressed cache's next-token distribution from the exact one's.
         positions: held-back positions measured.
-        key_error, value_error: relative Frobenius reconstruction error of each group.
+        key_error, value_error: relative Frobenius reconstruction error of each group; of latent attention,
+            that of the latents, and 0.
     """
 
     top1_agreement: float = Field(ge=0, le=1)
@@ -83,8 +134,10 @@ class Fidelity(_Strict):
     value_error: tuple[float, ...]
 
 
-class PrefixManifest(_Strict):
+class PrefixManifest(_Extended):
     """A prefix artifact's description. `tensors` holds the SHA-256 of each tensor's bytes."""
+
+    later_fields = frozenset({"states"})
 
     format: Literal["xkv-prefix"] = FORMAT
     version: Literal[1] = VERSION
@@ -96,6 +149,7 @@ class PrefixManifest(_Strict):
     bytes_full: Count
     groups: tuple[GroupLayout, ...]
     windows: tuple[WindowLayout, ...] = ()
+    states: tuple[StateLayout, ...] = ()
     document: DocumentRef
     fidelity: Fidelity
     created: AwareDatetime

@@ -65,10 +65,10 @@ def factorize_groups(
     """
     work = _Work(model, exact, spec)
     done: dict[_Part, tuple[LowRank, float]] = {}
-    for batch in work.batches([_Part(kind, layout) for layout in layouts for kind in KINDS]):
+    for batch in work.batches([_Part(kind, layout) for layout in layouts for kind in _kinds(layout)]):
         done.update(work.factor(batch))
     keys = [done[_Part("key", layout)] for layout in layouts]
-    values = [done[_Part("value", layout)] for layout in layouts]
+    values = [done.get(_Part("value", layout), (None, 0.0)) for layout in layouts]
     return FactorizedGroups(
         tuple(
             GroupFactors(*one)
@@ -78,6 +78,11 @@ def factorize_groups(
         tuple(error for _, error in values),
         work.key_energy,
     )
+
+
+def _kinds(layout: GroupLayout) -> tuple[Kind, ...]:
+    """Latents (MLA) are keys without values."""
+    return ("key",) if layout.latent else KINDS
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,8 @@ class _Work:
     def _weights(self, part: _Part) -> list[FeatureWeights] | None:
         """One weight per layer, or None when the spec asks for none or a layer has no output projection."""
         layers = [self.layers[index] for index in part.layout.layers]
+        if part.layout.latent:  # queries do not meet latents, but what these expand to
+            return None
         if part.kind == "key" and self.spec.key_weights == "query":
             return [self._query_weights(layer) for layer in layers]
         if part.kind == "value" and self.spec.value_weights == "output":

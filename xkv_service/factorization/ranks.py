@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from xkv_artifacts.manifest import GroupLayout, WindowLayout
+from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.spec import CompressionSpec, Rank
@@ -24,7 +24,7 @@ class Size:
         bytes_full: the exact cache in the model's dtype.
         bytes_tensors: every stored tensor.
         bytes_stored: the file at most: tensors and an allowance for the header.
-        groups, windows: resolved ranks and shapes.
+        groups, windows, states: resolved ranks and shapes.
     """
 
     bytes_full: int
@@ -32,6 +32,7 @@ class Size:
     bytes_stored: int
     groups: tuple[GroupLayout, ...]
     windows: tuple[WindowLayout, ...]
+    states: tuple[StateLayout, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -85,9 +86,15 @@ def ranks(
 ) -> tuple[int, int]:
     """(rank_k, rank_v) of a group: the spec's own ranks, or its share of `density` ranks per full group.
 
-    A group of fewer layers gets as many fewer ranks. What one side cannot use goes to the other.
+    A group of fewer layers gets as many fewer ranks. What one side cannot use goes to the other. Latents
+    (MLA) get all, since they have no other side: rank_v is 0.
     """
     most_k = min(tokens, sum(layer.key_width for layer in layers))
+    if layers[0].kind == "latent":
+        wanted = max(1, density * len(layers) // spec.group_size)
+        return (
+            _aligned(min(most_k, wanted), most_k) if spec.rank_k is None else _capped(spec.rank_k, most_k)
+        ), 0
     most_v = min(tokens, sum(layer.value_width for layer in layers))
     if spec.rank_k is not None and spec.rank_v is not None:
         return _capped(spec.rank_k, most_k), _capped(spec.rank_v, most_v)
@@ -114,8 +121,11 @@ def _refuse_large_ranks(layout: ModelLayout, tokens: int, spec: CompressionSpec)
     """A rank must fit the widest group; the last group may have fewer layers, and then keeps all it has."""
     groups = layout.groups(spec.group_size)
     widest_k = max(sum(layer.key_width for layer in layers) for layers in groups)
-    widest_v = max(sum(layer.value_width for layer in layers) for layers in groups)
+    with_values = [layers for layers in groups if layers[0].kind == "full"]
+    widest_v = max((sum(layer.value_width for layer in layers) for layers in with_values), default=None)
     for name, rank, width in (("rank_k", spec.rank_k, widest_k), ("rank_v", spec.rank_v, widest_v)):
+        if width is None:
+            continue
         most = min(tokens, width)
         if isinstance(rank, int) and rank > most:
             raise InvalidSpec(
@@ -144,14 +154,16 @@ def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreac
 
 
 def _group(layers: tuple[LayerLayout, ...], rotary: RotaryUse, rank_k: int, rank_v: int) -> GroupLayout:
+    latent = layers[0].kind == "latent"
     return GroupLayout(
         layers=tuple(layer.index for layer in layers),
         kv_heads=tuple(layer.kv_heads for layer in layers),
         key_widths=tuple(layer.key_width for layer in layers),
-        value_widths=tuple(layer.value_width for layer in layers),
+        value_widths=tuple(0 if latent else layer.value_width for layer in layers),
         rotary=tuple(rotary.table_of[layer.index] for layer in layers),
         rank_k=rank_k,
         rank_v=rank_v,
+        rope_widths=tuple(layer.value_width for layer in layers if latent),
     )
 
 
@@ -177,10 +189,10 @@ def _size(
     windows: tuple[WindowLayout, ...],
     rotary: RotaryUse,
 ) -> Size:
-    table = stored_tensors(spec, tokens, groups, windows)
+    table = stored_tensors(spec, tokens, groups, windows, layout.states)
     tensors = sum(map(_nbytes, table.values())) + rotary.nbytes
     header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * (len(table) + rotary.tensors)
-    return Size(layout.bytes_full(tokens), tensors, tensors + header, groups, windows)
+    return Size(layout.bytes_full(tokens), tensors, tensors + header, groups, windows, layout.states)
 
 
 def _nbytes(tensor: StoredTensor) -> int:
@@ -188,7 +200,11 @@ def _nbytes(tensor: StoredTensor) -> int:
 
 
 def _assumed_rotary(layout: ModelLayout) -> RotaryUse:
-    """One table per head dimension: planes int32 [D / 2, 2], inv_freq float32 [D / 2], scaling, rounding."""
-    dims = sorted({layer.head_dim for layer in layout.compressible})
-    table_of = {layer.index: dims.index(layer.head_dim) for layer in layout.compressible}
-    return RotaryUse(table_of, sum(6 * dim + 12 for dim in dims), 4 * len(dims))
+    """One table per head dimension: planes int32 [D / 2, 2], inv_freq float32 [D / 2], scaling, rounding.
+
+    Latents do not turn: their planes, cos and sin are empty.
+    """
+    turned = {layer.index: 0 if layer.kind == "latent" else layer.head_dim for layer in layout.compressible}
+    dims = sorted(set(turned.values()))
+    table_of = {index: dims.index(dim) for index, dim in turned.items()}
+    return RotaryUse(table_of, sum(6 * dim + 12 for dim in dims), sum(4 if dim else 5 for dim in dims))

@@ -76,7 +76,7 @@ def probe_cache(model: PreTrainedModel, *, last_token: int = 0) -> CacheProbe:
 def looks_ahead(first: CacheProbe, second: CacheProbe) -> int | None:
     """The first layer where a change of the last token changed the keys of earlier ones, or None."""
     for index, (one, other) in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
-        if one.keys is None:
+        if getattr(one, "keys", None) is None:
             continue
         before, after = one.keys[:, :, :-1].float(), other.keys[:, :, :-1].float()
         # Equal but for the order of sums (routing of experts): rounding, not attention.

@@ -80,7 +80,7 @@ def probe_rotary_form(module: nn.Module, arguments: dict[str, Any]) -> RotaryFor
     plain, turned, real = keys[0], keys[1], keys[-1]
     if torch.equal(plain, real) and torch.equal(plain, turned):
         _refuse_unless(_ignores_position(module, arguments), module, "rotates keys by itself")
-        return _no_rotation()
+        return no_rotation()
     bits = _bit_count(columns)
     planes, signs_fit = _find_planes(plain, turned)
     _refuse_unless(signs_fit, module, "does not turn key dimensions in pairs")
@@ -93,14 +93,15 @@ def probe_rotary_form(module: nn.Module, arguments: dict[str, Any]) -> RotaryFor
     return form
 
 
-def _no_rotation() -> RotaryForm:
+def no_rotation() -> RotaryForm:
+    """The form of keys that do not turn."""
     empty = torch.empty(0, dtype=torch.int64)
     return RotaryForm(empty.reshape(0, 2), empty, empty)
 
 
 def _form_without_embeddings(module: nn.Module, arguments: dict[str, Any]) -> RotaryForm:
     _refuse_unless(_ignores_position(module, arguments), module, "rotates keys by itself")
-    return _no_rotation()
+    return no_rotation()
 
 
 def _refuse_unless(condition: bool, module: nn.Module, what: str) -> None:

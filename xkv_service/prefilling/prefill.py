@@ -29,7 +29,7 @@ def prefill(
         input_ids: token ids, list or integer tensor [T] or [1, T].
         chunk_tokens: most tokens in one forward; by default by device and free memory (`chunking.py`).
         tail: last positions whose next-token logits are kept, and the position `cache(tokens=T - tail)`
-            can be taken at in a model with sliding-window layers.
+            can be taken at in a model with sliding-window or linear-attention layers.
 
     Raises:
         UnsupportedModel: the model's cache cannot be compressed.
@@ -48,7 +48,8 @@ def prefill_batch(
     """Run the model over several prefixes of similar length at once, padded on the right.
 
     Attention is causal, so no real token sees a pad. The prefixes share storage: free them together. A model
-    with sliding-window layers runs them one by one, since pads would push tokens out of the window.
+    with sliding-window or linear-attention layers runs them one by one, since pads would push tokens out of
+    the window and enter the state.
 
     Args:
         documents: token ids, each as in `prefill`.
@@ -75,6 +76,6 @@ def _batches(
     """The documents in order, cut into runs that may be padded together."""
     change = frequency_change(model.config)
     longest = max((document.length for document in documents), default=0)
-    if inspected.layout.has_sliding or (change is not None and longest > change[1]):
+    if inspected.layout.exact or (change is not None and longest > change[1]):
         return [[document] for document in documents]
     return [documents] if documents else []

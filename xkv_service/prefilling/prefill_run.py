@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from xkv_service.errors import InvalidPrompt
 from xkv_service.modeling.inspect import InspectedModel
@@ -19,7 +18,7 @@ from xkv_service.modeling.rotary_probe import PositionEmbeddings
 from xkv_service.modeling.rotary_source import Frequencies, frequency_change, model_frequencies
 from xkv_service.prefilling.chunking import chunk_tokens
 from xkv_service.prefilling.prefilled import PlaneTables, Prefill
-from xkv_service.prefilling.prefix_cache import StorageLayer, copy_sliding_layer
+from xkv_service.prefilling.prefix_cache import ExactLayer, StorageLayer, copy_exact_layer
 
 TokenIds = Sequence[int] | torch.Tensor
 
@@ -115,9 +114,9 @@ class Run:
         self.seen = Observations([document.length for document in batch])
         self.cache = self._empty_cache()
         self.logits: list[list[torch.Tensor]] = [[] for _ in batch]
-        # Sliding layers come in batches of one: their windows are copied where that document's tail begins.
+        # Windows and states come in batches of one: they are copied where that document's tail begins.
         self.tail_start = self.longest - batch[0].tail
-        self.sliding_at_tail: dict[int, DynamicSlidingWindowLayer] = {}
+        self.exact_at_tail: dict[int, ExactLayer] = {}
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def prefills(self) -> list[Prefill]:
@@ -141,21 +140,21 @@ class Run:
         return cache
 
     def _chunks(self) -> list[tuple[int, int]]:
-        """Chunk bounds; with sliding layers one of them is where the tail begins."""
+        """Chunk bounds; with windows or states one of them is where the tail begins."""
         change = frequency_change(self.model.config)
         first = self.chunk
         if change is not None and self.longest > change[1]:
             # Longrope looks at the last position of a forward: none may end where the short factors hold.
             first = max(first, change[1] + 1)
         bounds = {0, *range(first, self.longest, self.chunk), self.longest}
-        if self.inspected.layout.has_sliding:
+        if self.inspected.layout.exact:
             bounds.add(self.tail_start)
         ordered = sorted(bounds)
         return list(zip(ordered, ordered[1:], strict=False))
 
     def _forward(self, ids: torch.Tensor, start: int, end: int) -> None:
-        if self.inspected.layout.has_sliding and start == self.tail_start:
-            self.sliding_at_tail = self._sliding_layers()
+        if start == self.tail_start:
+            self.exact_at_tail = self._exact_layers()
         tails = [document.tail_positions for document in self.batch]
         wanted = [position for position in range(start, end) if any(position in tail for tail in tails)]
         kept = [position - start for position in wanted] or [end - start - 1]
@@ -167,11 +166,10 @@ class Run:
             if mine:
                 self.logits[row].append(logits[row, mine[0] : mine[-1] + 1].float())
 
-    def _sliding_layers(self) -> dict[int, DynamicSlidingWindowLayer]:
+    def _exact_layers(self) -> dict[int, ExactLayer]:
         return {
-            layer.index: copy_sliding_layer(self.cache.layers[layer.index])
-            for layer in self.inspected.layout.layers
-            if layer.kind == "sliding"
+            layer.index: copy_exact_layer(self.cache.layers[layer.index])
+            for layer in self.inspected.layout.exact
         }
 
     def _result(self, row: int, frequencies: list[Frequencies]) -> Prefill:
@@ -184,8 +182,8 @@ class Run:
             token_ids=document.ids,
             keys={i: storage[i].key_storage[row : row + 1, :, :length] for i in full},
             values={i: storage[i].value_storage[row : row + 1, :, :length] for i in full},
-            sliding=self._sliding_layers(),
-            sliding_at_tail=self.sliding_at_tail,
+            ended=self._exact_layers(),
+            at_tail=self.exact_at_tail,
             tail=document.tail,
             logits_tail=torch.cat(self.logits[row]) if document.tail else None,
             energy={index: total[row] / length for index, total in self.seen.energy.items()},

@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from xkv_service.modeling.layout import ModelLayout
+from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.modeling.rotary_probe import RotaryForm
 from xkv_service.modeling.rotary_source import Frequencies, fit_table
-from xkv_service.prefilling.prefix_cache import StorageLayer, copy_sliding_layer
+from xkv_service.prefilling.prefix_cache import ExactLayer, StorageLayer, copy_exact_layer
 
 PlaneTables = tuple[torch.Tensor, torch.Tensor]
 
 
 class Prefill:
     """The exact cache of a prefix of T tokens, held once, in the model's dtype and on its device.
+
+    A latent layer (MLA) has its latents as keys (one head, never rotated) and its rotated keys as values.
 
     Attributes:
         token_ids: int64 [T], on the CPU.
@@ -37,8 +39,8 @@ class Prefill:
         token_ids: torch.Tensor,
         keys: dict[int, torch.Tensor],
         values: dict[int, torch.Tensor],
-        sliding: dict[int, DynamicSlidingWindowLayer],
-        sliding_at_tail: dict[int, DynamicSlidingWindowLayer],
+        ended: dict[int, ExactLayer],
+        at_tail: dict[int, ExactLayer],
         tail: int,
         logits_tail: torch.Tensor | None,
         energy: dict[int, torch.Tensor],
@@ -51,7 +53,7 @@ class Prefill:
         self.device = next(iter(keys.values())).device
         self._config = config
         self._keys, self._values = keys, values
-        self._sliding, self._sliding_at_tail = sliding, sliding_at_tail
+        self._ended, self._at_tail = ended, at_tail
         self._energy, self._forms, self._tables = energy, forms, tables
         self._frequencies = frequencies
         self._rotary: dict[int | None, RotaryTable] = {}
@@ -76,9 +78,13 @@ class Prefill:
 
     def window(self, layer: int) -> PlaneTables:
         """Keys and values a sliding layer keeps after the prefix, [w, kv_heads, D], keys rotated."""
-        kept = self._sliding[layer]
+        kept = self._ended[layer]
         assert kept.keys is not None and kept.values is not None
         return kept.keys[0].transpose(0, 1), kept.values[0].transpose(0, 1)
+
+    def state(self, layer: int) -> LayerState:
+        """Copies of the states a linear-attention layer has after the prefix."""
+        return LayerState.of(self._ended[layer])
 
     def query_energy(self, layer: int) -> torch.Tensor:
         """Mean square of the rotated queries over the prefix: float32 [query_heads, D]."""
@@ -121,10 +127,10 @@ class Prefill:
         """A Transformers cache of the first `tokens` tokens, in this prefill's own memory (batch of one).
 
         Tokens run through it overwrite the keys and values of the positions behind `tokens` here. With
-        sliding-window layers `tokens` is T or T - tail.
+        sliding-window or linear-attention layers `tokens` is T or T - tail.
 
         Raises:
-            ValueError: `tokens` is out of range or between what sliding-window layers allow.
+            ValueError: `tokens` is out of range or between what those layers allow.
         """
         length = self.tokens if tokens is None else tokens
         if not 0 < length <= self.tokens:
@@ -132,27 +138,27 @@ class Prefill:
         cache = DynamicCache(config=self._config)
         for index, keys in self._keys.items():
             cache.layers[index] = StorageLayer(self.tokens, keys, self._values[index], length)
-        for index, layer in self._sliding_layers(length).items():
-            cache.layers[index] = copy_sliding_layer(layer)
+        for index, layer in self._exact_layers(length).items():
+            cache.layers[index] = copy_exact_layer(layer)
         return cache
 
-    def _sliding_layers(self, length: int) -> dict[int, DynamicSlidingWindowLayer]:
-        if length == self.tokens or not self._sliding:
-            return self._sliding
+    def _exact_layers(self, length: int) -> dict[int, ExactLayer]:
+        if length == self.tokens or not self._ended:
+            return self._ended
         if length != self.tokens - self.tail:
             raise ValueError(
-                f"tokens={length}: the sliding windows are known at {self.tokens} "
+                f"tokens={length}: sliding windows and linear-attention states are known at {self.tokens} "
                 f"and {self.tokens - self.tail} only"
             )
-        return self._sliding_at_tail
+        return self._at_tail
 
     def free(self) -> None:
         """Let go of every tensor; the object cannot be used any more."""
         for held in (
             self._keys,
             self._values,
-            self._sliding,
-            self._sliding_at_tail,
+            self._ended,
+            self._at_tail,
             self._energy,
             self._tables,
         ):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from xkv_service.modeling.linear_state import copy_state_layer
+
+ExactLayer: TypeAlias = DynamicSlidingWindowLayer | LinearAttentionLayer
 
 
 class StorageLayer(DynamicLayer):  # type: ignore[misc]
@@ -75,8 +79,13 @@ def _storage(states: torch.Tensor, capacity: int) -> torch.Tensor:
         return torch.empty(batch, heads, capacity, width, dtype=states.dtype, device=states.device)
 
 
-def copy_sliding_layer(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
-    """The layer as it is now, with keys and values of its own (as cached they are views of a whole chunk)."""
+def copy_exact_layer(layer: ExactLayer) -> ExactLayer:
+    """A sliding-window or linear-attention layer as it is now, with tensors of its own.
+
+    As cached, a window is a view of a whole chunk, and states are changed in place.
+    """
+    if isinstance(layer, LinearAttentionLayer):
+        return copy_state_layer(layer)
     taken = copy.copy(layer)
     if layer.keys is not None and layer.values is not None:
         taken.keys, taken.values = layer.keys.clone(), layer.values.clone()

@@ -35,11 +35,12 @@ def index_layers(exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int,
     """
     index = LayerIndex({}, {}, {})
     for layer in exact.layout.compressible:
-        if spec.index == "sketch":
+        latent = layer.kind == "latent"  # their factors' leading columns are an index already
+        if spec.index == "sketch" and not latent:
             index.sketches[layer.index] = _sketch(exact, spec, layer, key_energy[layer.index])
-        if spec.index == "landmark":
+        if spec.index == "landmark" and not latent:
             index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
-        kept = _exact(exact, spec, layer.index)
+        kept = _exact(exact, spec, layer)
         if kept.positions.numel():
             index.exact[layer.index] = kept
     return index
@@ -77,12 +78,13 @@ def _outliers(exact: Prefill, spec: CompressionSpec, layer: int) -> list[int]:
     return outlier_chunks(torch.cat(likeness), spec.outlier_chunks, *outlier_range(exact.tokens, spec))
 
 
-def _exact(exact: Prefill, spec: CompressionSpec, layer: int) -> ExactTokens:
-    positions = exact_positions(exact.tokens, spec, _outliers(exact, spec, layer))
+def _exact(exact: Prefill, spec: CompressionSpec, layer: LayerLayout) -> ExactTokens:
+    positions = exact_positions(exact.tokens, spec, _outliers(exact, spec, layer.index))
     dtype = DTYPES[spec.dtype]
     runs = _runs(positions)
-    keys = [exact.keys(layer, *run).to(dtype) for run in runs]
-    values = [exact.values(layer, *run).to(dtype) for run in runs]
+    width = 0 if layer.kind == "latent" else layer.value_dim  # rotated keys are exact for every token
+    keys = [exact.keys(layer.index, *run).to(dtype) for run in runs]
+    values = [exact.values(layer.index, *run)[..., :width].to(dtype) for run in runs]
     where = torch.tensor(positions, dtype=torch.int32, device=exact.device)
     if not runs:
         return ExactTokens(where, torch.empty(0), torch.empty(0))

@@ -45,8 +45,102 @@ _LONGROPE = _rope(
     factor=4.0,
 )
 _HYBRID = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 8}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
+_DELTA_NET = {
+    **_LINEAR,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+_SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_KIMI = {"linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 4}
+_CONVOLUTION = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 32, "mamba_n_groups": 1}
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+_Families = dict[str, tuple[str, dict[str, Any]]]
+
+# Multi-head latent attention: one latent and one rotated key are cached for all heads.
+LATENT: _Families = {
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, **_ROUTED, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**_LATENT, **_ROUTED}),
+    "deepseek_v3-yarn": ("deepseek_v3", {**_LATENT, **_ROUTED, **_YARN, "q_lora_rank": None}),
+    "minicpm3": ("minicpm3", {**_LATENT, "dim_model_base": 64}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_LATENT, **_ROUTED}),
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            **_LATENT,
+            "num_layers": 2,
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "moe_topk": 2,
+            "zero_expert_num": 2,
+        },
+    ),
+    "youtu": ("youtu", _LATENT),
+}
+
+# Some layers keep a state instead of keys and values; kimi_linear's others have latents.
+HYBRID: _Families = {
+    "qwen3_next": ("qwen3_next", {**_DELTA_NET, **_SHARED_EXPERT, "decoder_sparse_step": 1}),
+    "qwen3_5": ("qwen3_5_text", _DELTA_NET),
+    "olmo_hybrid": ("olmo_hybrid", _DELTA_NET),
+    "lfm2": ("lfm2", {**_CONVOLUTION, "block_auto_adjust_ff_dim": False}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "attention", "mlp", "attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+        },
+    ),
+    "kimi_linear": ("kimi_linear", {**_LATENT, **_ROUTED, **_LINEAR, **_KIMI}),
+    "bailing_hybrid": ("bailing_hybrid", {**_LATENT, **_ROUTED, **_LINEAR}),
+}
+
+FAMILIES: _Families = {
     "llama": ("llama", {}),
     "llama-llama3": ("llama", _LLAMA3),
     "llama-yarn": ("llama", _YARN),
@@ -77,7 +171,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "exaone4": ("exaone4", {**_HYBRID}),
     "ernie4_5": ("ernie4_5", {}),
+    **LATENT,
+    **HYBRID,
 }
+
+_SHARPENED = ("q_proj", "k_proj", "qkv", "query_key_value", "q_b_proj", "kv_b_proj")
+_SHARPENED += ("in_proj", "conv1d.weight", "conv.conv.weight")
 
 
 def tiny_model(
@@ -102,6 +201,10 @@ def build(
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-            elif any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value")):
+            elif "kv_a_proj" in name:
+                parameter[-config.qk_rope_head_dim :].mul_(6.0)
+            elif name.endswith("A_log"):
+                parameter.sub_(3.0)  # states that last
+            elif any(part in name for part in _SHARPENED):
                 parameter.mul_(6.0)
     return model.eval()

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, tiny_model
+from families import FAMILIES, HYBRID, LATENT, build, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from xkv_service.errors import UnsupportedModel
 from xkv_service.modeling.inspect import inspect_model
-from xkv_service.modeling.layout import LayerLayout
+from xkv_service.modeling.layout import LayerKind, LayerLayout, ModelLayout
+
+LATENT_FIELDS: dict[str, Any] = LATENT["deepseek_v3"][1]
+MAMBA_FIELDS: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 128,
+}
+JAMBA_FIELDS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 2,
+    "mamba_d_state": 8,
+    "use_mamba_kernels": False,
+}
+SHARED_FIELDS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 
 def test_layout_of_grouped_query_attention() -> None:
@@ -31,6 +54,40 @@ def test_sliding_layers_are_kept_apart_with_their_window() -> None:
     with torch.inference_mode():
         cache = model(torch.arange(3, 33)[None], use_cache=True).past_key_values
     assert layout.layers[0].window == cache.layers[0].keys.shape[2]
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_latents_are_counted_and_not_what_they_expand_to(family: str) -> None:
+    layout = inspect_model(tiny_model(family))
+    assert {layer.kind for layer in layout.layers} == {"latent"}
+    assert {(layer.kv_heads, layer.head_dim, layer.value_dim) for layer in layout.layers} == {(1, 32, 8)}
+    assert layout.bytes_full(100) == len(layout.layers) * 100 * (32 + 8) * 2
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_states_of_linear_layers_are_counted_as_they_are(family: str) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    layout = inspect_model(model)
+    with torch.inference_mode():
+        cache = model(torch.arange(3, 33)[None], use_cache=True).past_key_values
+    states = [
+        state
+        for layer in layout.layers
+        if layer.kind == "linear"
+        for held in (cache.layers[layer.index].conv_states, cache.layers[layer.index].recurrent_states)
+        for state in held.values()
+        if state is not None
+    ]
+    assert states
+    growing = layout.bytes_full(31) - layout.bytes_full(30)
+    assert layout.bytes_full(30) == 30 * growing + sum(state.nbytes for state in states)
+
+
+def test_groups_never_mix_full_and_latent_attention() -> None:
+    layer = LayerLayout(0, "full", kv_heads=2, query_heads=4, head_dim=16, value_dim=16)
+    kinds: list[LayerKind] = ["full", "latent", "latent", "linear", "latent", "full"]
+    layout = ModelLayout(tuple(replace(layer, index=i, kind=kind) for i, kind in enumerate(kinds)))
+    assert [[one.index for one in group] for group in layout.groups(2)] == [[0], [1, 2], [4], [5]]
 
 
 def test_a_number_counts_two_bytes_whatever_the_model_computes_in() -> None:
@@ -65,9 +122,19 @@ def test_shapes_that_config_fields_do_not_tell(
     [
         ("mistral", {"sliding_window": 16}, "no full-attention layer"),
         ("hunyuan_v1_dense", {}, "rotary embedding of layer 0 cannot be inverted"),
-        ("qwen3_next", {}, "LinearAttention"),
-        ("mamba", {}, "LinearAttentionLayer"),
-        ("deepseek_v3", {}, "multi-head latent attention"),
+        ("mamba", {}, "no full-attention layer"),
+        ("recurrent_gemma", {}, "no full-attention layer"),
+        (
+            "deepseek_v32",
+            LATENT_FIELDS,
+            "layer 0 keeps a DynamicIndexedLayer, which selects tokens with an indexer",
+        ),
+        ("glm_moe_dsa", LATENT_FIELDS, "indexer of its own"),
+        ("falcon_h1", MAMBA_FIELDS, "layer 0 keeps a .*, which mixes linear and full attention"),
+        ("jamba", JAMBA_FIELDS, "does not go on from a cached prefix"),
+        ("bamba", {**MAMBA_FIELDS, "attn_layer_indices": [1]}, "does not go on from a cached prefix"),
+        ("minimax", {"num_local_experts": 2}, "does not run with Transformers' ordinary cache: MiniMax"),
+        ("gemma3n_text", SHARED_FIELDS, "shares keys and values between layers"),
         ("bloom", {}, "does not use Transformers' attention interface"),
         ("gptj", {}, "does not use Transformers' attention interface"),
         ("bert", {}, "attends to later tokens"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
+from families import FAMILIES, HYBRID, LATENT, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,7 +51,7 @@ def test_chunked_prefill_is_the_models_own_forward(family: str) -> None:
         assert (prefix.values(layer.index) - cached.values[0].transpose(0, 1)).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "phi", "cohere2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "phi", "cohere2", *LATENT, *HYBRID])
 def test_the_model_goes_on_from_the_cache(family: str) -> None:
     model = tiny_model(family)
     prefix = prefill(model, ids_of(), chunk_tokens=16, tail=7)
@@ -73,7 +73,9 @@ def test_generation_from_the_cache_is_generation_from_the_prompt() -> None:
     assert torch.equal(model.generate(ids, past_key_values=prefix.cache(), **options), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3-longrope", "mixtral", "smollm3", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3-longrope", "mixtral", "smollm3", "gemma3", "deepseek_v3", "qwen3_next", "lfm2"]
+)
 def test_documents_in_a_batch_do_not_see_each_other(family: str) -> None:
     model = tiny_model(family)
     documents = [ids_of(TOKENS, 1), ids_of(31, 2), ids_of(9, 3)]
@@ -167,6 +169,34 @@ def test_sliding_windows_are_those_of_the_models_own_cache() -> None:
     assert (values - own.values[0].transpose(0, 1)).abs().max() <= 2e-5
     with pytest.raises(ValueError, match="known at 40 and 33 only"):
         prefix.cache(20)
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_states_are_those_of_the_models_own_cache(family: str) -> None:
+    model = tiny_model(family)
+    prefix = prefill(model, ids_of(), chunk_tokens=16, tail=7)
+    with torch.inference_mode():
+        own = model(ids_of()[None], use_cache=True).past_key_values
+    for layer in prefix.layout.states:
+        state, kept = prefix.state(layer.layer), own.layers[layer.layer]
+        assert state.layout(layer.layer) == layer
+        for number, conv in enumerate(state.conv):
+            assert (conv - kept.conv_states[number][0]).abs().max() <= 2e-5
+        for number, recurrent in enumerate(state.recurrent):
+            expected = kept.recurrent_states[number][0]
+            assert (recurrent - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+    with pytest.raises(ValueError, match="known at 40 and 33 only"):
+        prefix.cache(20)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_going_on_from_a_cache_leaves_the_prefills_states_alone(family: str) -> None:
+    model = tiny_model(family)
+    prefix = prefill(model, ids_of(), tail=7)
+    suffix = ids_of(5, seed=2)[None]
+    with torch.no_grad():
+        first = model(suffix, past_key_values=prefix.cache()).logits
+        assert torch.equal(model(suffix, past_key_values=prefix.cache()).logits, first)
 
 
 def test_a_cache_outgrowing_its_storage_still_works() -> None:

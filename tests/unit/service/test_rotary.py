@@ -44,8 +44,11 @@ def keys_before_rope(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, tor
             kwargs = {
                 name: cache if isinstance(value, DynamicCache) else value for name, value in kwargs.items()
             }
-            if kwargs.get("position_embeddings") is not None:
-                cos, sin = kwargs["position_embeddings"]
+            embeddings = kwargs.get("position_embeddings")
+            if isinstance(embeddings, torch.Tensor):  # complex: deepseek_v2
+                kwargs["position_embeddings"] = torch.ones_like(embeddings)
+            elif embeddings is not None:
+                cos, sin = embeddings
                 kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
             module(*args, **kwargs)
             found[layer] = cache.layers[layer].keys[0].transpose(0, 1)
