@@ -42,21 +42,23 @@ def json_option(command: Command) -> Command:
 
 
 class ManyValues(click.Command):
-    """A command without arguments, where `--docs a b c` means the same as `--docs a --docs b --docs c`."""
+    """A command without arguments, where `--docs a b c` means the same as `--docs a --docs b --docs c`.
 
-    many = "--docs"
+    The same goes for every other option that may be given several times.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         spread: list[str] = []
-        following = False
+        following = ""
         for word in args:
             if word.startswith("-"):
-                following = False
+                name, equals, _ = word.partition("=")
+                following = name if equals and name in many else ""
                 spread.append(word)
             elif following:
-                spread += [self.many, word]
+                spread += [following, word]
             else:
-                following = len(spread) > 0 and spread[-1] == self.many
+                following = spread[-1] if spread and spread[-1] in many else ""
                 spread.append(word)
-            following = following or word.startswith(self.many + "=")
         return super().parse_args(ctx, spread)

@@ -13,11 +13,11 @@ from itertools import repeat
 from random import Random
 
 from xkv_service.demo import names
+from xkv_service.errors import InvalidSpec
 from xkv_service.evaluation.tasks.base import Question, Room, Sample, Scoring
 from xkv_service.evaluation.tasks.distinct import Distinct
 from xkv_service.evaluation.tasks.sizing import Hay, fit
 
-_SHORT = 4096
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -25,9 +25,9 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class CommonWords:
     """Name the `common` words of a list that come up most often; a short solved list stands before it.
 
-    A common word comes up 30 times and any other 3 times; in documents under 4,096 tokens 6 times and once,
-    and in the example 10 times and 3 times, so that it fits. Words are of two parts ("amber-falcon"): there
-    must be thousands.
+    A common word comes up 30 times and any other 3 times, in the example 10 and 3 times. Where that does not
+    fit (by most tokenizers under 4,096 tokens), 6 times and once, in the example 3 times and once. Words are
+    of two parts ("amber-falcon"): there must be thousands.
     """
 
     name: str = "cwe"
@@ -38,10 +38,19 @@ class CommonWords:
 
     def make(self, rng: Random, room: Room, questions: int) -> Sample:
         """See `Task`."""
-        short = room.tokens < _SHORT
-        often, seldom = (6, 1) if short else (30, 3)
+        state = rng.getstate()
+        try:
+            return self._make(rng, room, (30, 3), (10, 3, 20))
+        except InvalidSpec:
+            rng.setstate(state)
+            return self._make(rng, room, (6, 1), (3, 1, 10))
+
+    def _make(
+        self, rng: Random, room: Room, times: tuple[int, int], example_times: tuple[int, int, int]
+    ) -> Sample:
+        often, seldom = times
         distinct = Distinct(rng)
-        example = self._example(distinct, *((3, 1, 10) if short else (10, 3, 20)))
+        example = self._example(distinct, *example_times)
         chosen = [distinct.draw(_two_words) for _ in range(self.common)]
         others = Hay(distinct.draw(_two_words) for _ in repeat(None))
         order = rng.random()

@@ -55,7 +55,10 @@ class Reading:
         drawn = self.passages(rng)
         asked = [passage for passage, _ in zip(drawn, range(questions), strict=False)]
         if len(asked) < questions or not all(passage.questions for passage in asked):
-            raise _too_few(f"{questions} questions")
+            raise InvalidSpec(
+                f"the question data have no {questions} passages with questions",
+                hint="give a larger file, or ask fewer questions about each document",
+            )
         pairs = tuple(_question(*rng.choice(passage.questions)) for passage in asked)
         places = [rng.random() for _ in asked]
         others = Hay(passage.text for passage in drawn)
@@ -67,7 +70,7 @@ class Reading:
             listed = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
             return Sample(f"{_INTRODUCTION}\n\n{listed}", pairs)
 
-        return fit(self.name, build, room, self.reply_tokens)
+        return fit(self.name, build, room, self.reply_tokens, others)
 
 
 def _question(text: str, answers: tuple[str, ...]) -> Question:
@@ -125,7 +128,3 @@ def _passage(paragraph: dict[str, Any]) -> Passage:
         if answers and not asked.get("is_impossible", False):
             questions.append((str(asked["question"]), answers))
     return Passage(str(paragraph["context"]), tuple(questions))
-
-
-def _too_few(wanted: str) -> InvalidSpec:
-    return InvalidSpec(f"the question data have too few passages for {wanted}", hint="give a larger file")

@@ -28,7 +28,9 @@ class Hay:
         return self._drawn[:count]
 
 
-def fit(task: str, build: Callable[[int], Sample], room: Room, reply_tokens: int) -> Sample:
+def fit(
+    task: str, build: Callable[[int], Sample], room: Room, reply_tokens: int, hay: Hay | None = None
+) -> Sample:
     """The longest sample whose prompt and reply take at most `room.tokens` tokens, to about a unit.
 
     RULER sizes its prompts the same way: the length is that of prompt and reply together.
@@ -37,18 +39,20 @@ def fit(task: str, build: Callable[[int], Sample], room: Room, reply_tokens: int
         task: named in the error.
         build: makes the sample with n units of hay; the same n gives the same sample.
         reply_tokens: tokens left free for the reply.
+        hay: where the units come from, if they may run out.
 
     Raises:
-        InvalidSpec: not even the sample without hay fits.
+        InvalidSpec: not even the sample without hay fits, or the hay runs out.
     """
     limit = room.tokens - reply_tokens
-    least, some = _cost(build(0), room), _cost(build(_TRIAL), room)
+    trial = _TRIAL if hay is None else max(1, len(hay.first(_TRIAL)))
+    least, some = _cost(build(0), room), _cost(build(trial), room)
     if least > limit:
         raise InvalidSpec(
             f"task {task} needs at least {least + reply_tokens} tokens, {room.tokens} were asked for",
             hint="ask for longer documents or fewer questions on each",
         )
-    unit = max(1.0, (some - least) / _TRIAL)
+    unit = max(1.0, (some - least) / trial)
     units = int((limit - least) / unit)
     for _ in range(_ROUNDS):
         left = limit - _cost(build(units), room)
@@ -57,6 +61,11 @@ def fit(task: str, build: Callable[[int], Sample], room: Room, reply_tokens: int
         units = max(0, units + math.floor(left / unit))
     while units > 0 and (over := _cost(build(units), room) - limit) > 0:
         units = max(0, units - math.ceil(over / unit))
+    if hay is not None and len(hay.first(units)) < units:
+        raise InvalidSpec(
+            f"task {task}: the text at hand ends before {room.tokens} tokens",
+            hint="bring more of it, or ask for shorter documents",
+        )
     return build(units)
 
 
