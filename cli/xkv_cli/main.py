@@ -26,6 +26,7 @@ _COMMANDS = {
     "rm": ("xkv_cli.artifacts", "rm"),
     "index": ("xkv_cli.store", "index"),
     "gc": ("xkv_cli.store", "gc"),
+    "analyze": ("xkv_cli.analyze", "analyze"),
     "doctor": ("xkv_cli.doctor", "doctor"),
 }
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from xkv_cli.main import xkv
 
 XKV = [sys.executable, "-m", "xkv_cli"]
-COMMANDS = ["precompute", "ls", "show", "verify", "rm", "index", "gc", "doctor"]
+COMMANDS = ["precompute", "ls", "show", "verify", "rm", "index", "gc", "analyze", "doctor"]
 HEAVY = ("torch", "ray", "transformers", "redis", "pydantic", "numpy", "fsspec")
 
 

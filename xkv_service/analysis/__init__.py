@@ -1,0 +1,1 @@
+"""What makes layers compressible together: how alike their keys and values are, and what rank holds them."""
