@@ -48,11 +48,16 @@ def factorize(
     """
     per_group = [normalized(one) if one else None for one in weights or [None] * len(grams)]
     with precise_products():
-        vectors, _ = leading_eigenvectors(_fold_all(grams, per_group), max(ranks))
-        return [
-            _factorization(gram, basis[:, :rank], one)
-            for gram, basis, rank, one in zip(grams, vectors, ranks, per_group, strict=True)
+        vectors, energies = leading_eigenvectors(_fold_all(grams, per_group), max(ranks))
+        pairs = [
+            _unfold(basis[:, :rank], one) for basis, rank, one in zip(vectors, ranks, per_group, strict=True)
         ]
+        kept = [
+            energy[:rank].sum() if one is None else _kept_energy(gram, *pair)
+            for gram, energy, rank, one, pair in zip(grams, energies, ranks, per_group, pairs, strict=True)
+        ]
+    errors = _relative_errors(grams, torch.stack(kept))
+    return [Factorization(*pair, error) for pair, error in zip(pairs, errors, strict=True)]
 
 
 def _fold_all(grams: torch.Tensor, weights: Sequence[list[FeatureWeights] | None]) -> torch.Tensor:
@@ -71,21 +76,25 @@ def _fold(gram: torch.Tensor, weights: list[FeatureWeights] | None) -> torch.Ten
     return (folded + folded.T) / 2
 
 
-def _factorization(
-    gram: torch.Tensor, vectors: torch.Tensor, weights: list[FeatureWeights] | None
-) -> Factorization:
-    projection, bases = vectors, vectors.T
-    if weights is not None:
-        projection = apply_blocks([weight.blocks for weight in weights], vectors)
-        bases = apply_blocks([weight.inverses.mT for weight in weights], vectors).T
-    return Factorization(projection, bases, _relative_error(gram, projection, bases))
+def _unfold(vectors: torch.Tensor, weights: list[FeatureWeights] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projection [W, r] and bases [r, W] of the eigenvectors of a folded matrix."""
+    if weights is None:
+        return vectors, vectors.T
+    projection = apply_blocks([weight.blocks for weight in weights], vectors)
+    return projection, apply_blocks([weight.inverses.mT for weight in weights], vectors).T
 
 
-def _relative_error(gram: torch.Tensor, projection: torch.Tensor, bases: torch.Tensor) -> float:
-    """|X - XPB| / |X| from traces: |X|² - 2 tr(GPB) + tr(Bᵀ PᵀGP B)."""
-    total = gram.diagonal().double().sum()
+def _kept_energy(gram: torch.Tensor, projection: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+    """|X|² - |X - XPB|² from traces: 2 tr(GPB) - tr(Bᵀ PᵀGP B). Without weights it is tr(PᵀGP)."""
     image = (gram @ projection.to(gram.dtype)).double()
     cross = (image * bases.T).sum()
     small = projection.T @ image
-    squared = total - 2 * cross + ((small @ bases) * bases).sum()
-    return float((squared.clamp_min(0) / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+    return 2 * cross - ((small @ bases) * bases).sum()
+
+
+def _relative_errors(grams: torch.Tensor, kept: torch.Tensor) -> list[float]:
+    """|X - XPB| / |X| of each group, given the energy it keeps [n]."""
+    total = grams.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    lost = (total - kept).clamp_min(0) / total.clamp_min(torch.finfo(torch.float64).tiny)
+    errors: list[float] = lost.sqrt().tolist()
+    return errors

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from xkv_service.factorization import subspace
 from xkv_service.factorization.factorize import factorize
 from xkv_service.factorization.gram import accumulate_gram, fill_rows, product_dtype
 from xkv_service.factorization.subspace import leading_eigenvectors, orthonormal, subspace_iteration
+from xkv_service.kernels.split_product import split
 
 TOKENS, WIDTH, RANK = 1500, 600, 80
 
@@ -60,9 +62,20 @@ def test_error_is_within_half_a_percent_of_the_optimum(case: str, solver: Callab
     assert (energies[0, 1:] <= energies[0, :-1]).all()
 
 
+def rounded_product(gram: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `split_product` computes on a GPU."""
+    parts = [part.float() for part in split(gram)]
+    return lambda basis: sum(part @ basis.bfloat16().float() for part in parts)  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_an_accelerators_arithmetic_is_within_half_a_percent_too(case: str) -> None:
-    """bf16 inputs, a float32 Gram matrix summed over chunks, float32 products: what a GPU computes."""
+@pytest.mark.parametrize("rounds", [False, True])
+def test_an_accelerators_arithmetic_is_within_half_a_percent_too(
+    case: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 inputs, a float32 Gram matrix summed over chunks, a basis rounded to bf16: as on a GPU."""
+    if rounds:
+        monkeypatch.setattr(subspace, "_product", rounded_product)
     x = CASES[case]().bfloat16()
     gram = sum(part.float().T @ part.float() for part in x.split(256))
     vectors, _ = subspace_iteration(gram[None], RANK)  # type: ignore[index]
@@ -113,11 +126,30 @@ def test_a_zero_matrix_gives_finite_directions() -> None:
 
 def test_orthonormal_columns_span_the_input_in_order() -> None:
     columns = torch.randn(2, 300, 130, dtype=torch.float64) * torch.logspace(0, -4, 130).double()
-    basis = orthonormal(columns, passes=2)
+    basis = orthonormal(orthonormal(columns))
     eye = torch.eye(130, dtype=torch.float64)
     torch.testing.assert_close(basis.mT @ basis, eye.expand(2, 130, 130), atol=1e-11, rtol=0)
     leading = basis[..., :7]
     torch.testing.assert_close(leading @ (leading.mT @ columns[..., :7]), columns[..., :7], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 75])
+def test_the_inverse_factor_by_halves_is_the_inverse_of_the_whole(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace, "_LEAF", 16)
+    half = torch.randn(3, size, 2 * size, dtype=torch.float64)
+    matrices = half @ half.mT
+    inverse = subspace._inverse_factor(matrices)
+    eye = torch.eye(size, dtype=torch.float64).expand(3, size, size)
+    torch.testing.assert_close(inverse @ torch.linalg.cholesky(matrices), eye, atol=1e-10, rtol=0)
+
+
+def test_three_bf16_numbers_hold_every_bit_of_a_float32() -> None:
+    matrix = torch.randn(2, 50, 50) * torch.logspace(-20, 20, 50)
+    parts = split(matrix)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    assert torch.equal(sum(part.double() for part in parts), matrix.double())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
