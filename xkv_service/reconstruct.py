@@ -33,14 +33,18 @@ def rebuild(
         values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
     if layer in factors.exact:
         exact = factors.exact[layer]
-        first, last = torch.searchsorted(
-            exact.positions.cpu(), torch.tensor([start, stop], dtype=torch.int32)
-        ).tolist()
-        where = exact.positions[first:last].long() - start
-        keys[where] = exact.keys[first:last].to(keys.dtype)
+        rows = slice(None) if (start, stop) == (0, factors.tokens) else _between(exact.positions, start, stop)
+        where = exact.positions[rows].long() - start
+        keys[where] = exact.keys[rows].to(keys.dtype)
         if group.values is not None:
-            values[where] = exact.values[first:last].to(values.dtype)
+            values[where] = exact.values[rows].to(values.dtype)
     return keys, values
+
+
+def _between(positions: torch.Tensor, start: int, stop: int) -> slice:
+    """Where ascending positions lie in start .. stop - 1; this waits for a GPU."""
+    first, last = torch.searchsorted(positions.cpu(), torch.tensor([start, stop], dtype=torch.int32)).tolist()
+    return slice(first, last)
 
 
 def _rows(pair: LowRank, position: int, start: int, stop: int) -> torch.Tensor:

@@ -14,10 +14,15 @@ from families import tiny_model
 
 from xkv_service.compression import compress, factorize_prefill
 from xkv_service.factorization.gram import accumulate_gram
+from xkv_service.factorization.quantize import quantize_columns, round_plainly
 from xkv_service.factorization.subspace import leading_eigenvectors
 from xkv_service.fidelity import held_back
+from xkv_service.kernels.split_product import split, split_product
+from xkv_service.kernels.wide_copy import copy_states
+from xkv_service.modeling.rotary import rotate_planes
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
+from xkv_service.selection.sketch import choose_planes, encode, encode_plainly
 from xkv_service.spec import CompressionSpec
 
 pytestmark = [
@@ -42,6 +47,59 @@ def test_a_bf16_gram_matrix_is_the_float64_one() -> None:
     x = torch.cat([layer.flatten(1) for layer in layers], 1)[4:].double()
     scale = x.norm(dim=0)[:, None] * x.norm(dim=0)
     assert ((gram.double() - x.T @ x).abs() / scale).max() < 1e-4
+
+
+def cached(
+    heads: int = 8, tokens: int = 1000, dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """States [tokens - 4, heads, dim], a view as a cache gives it."""
+    return torch.randn(heads, tokens, dim, device="cuda").to(dtype)[:, 4:].transpose(0, 1)
+
+
+def test_a_split_product_is_the_product() -> None:
+    grams = torch.randn(3, 300, 300, device="cuda") * torch.logspace(-3, 3, 300, device="cuda")
+    basis = torch.randn(3, 300, 70, device="cuda").bfloat16()
+    exact = grams.double() @ basis.double()
+    assert (split_product(split(grams), basis).double() - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [5, 8])
+def test_the_kernel_encodes_sketches_as_pytorch_does(dtype: torch.dtype, count: int) -> None:
+    keys = cached(dtype=dtype)
+    keys[7] = 0
+    pairs = torch.stack([torch.arange(64), torch.arange(64) + 64], 1)
+    planes = choose_planes(
+        torch.rand(8, 128, device="cuda"), torch.rand(32, 128, device="cuda"), pairs, count
+    )
+    for found, expected in zip(encode(keys, planes), encode_plainly(keys, planes), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_kernel_rounds_factors_as_pytorch_does() -> None:
+    factors = torch.randn(5003, 613, device="cuda") * torch.logspace(-3, 3, 613, device="cuda")
+    factors[:4] *= 100
+    integers, scales = quantize_columns(factors, slice(4, 5003))
+    assert torch.equal(integers, round_plainly(factors, scales))
+
+
+@pytest.mark.parametrize("dim", [128, 6])
+def test_states_are_copied_whole(dim: int) -> None:
+    states = cached(dim=dim)
+    rows = torch.zeros(996, 2 * 8 * dim, device="cuda", dtype=torch.bfloat16)
+    copy_states(rows[:, 8 * dim :].view(states.shape), states)
+    assert torch.equal(rows[:, 8 * dim :], states.reshape(996, -1))
+    assert not rows[:, : 8 * dim].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_rotates_into_place_as_pytorch_does(dtype: torch.dtype) -> None:
+    keys, angles = cached(), torch.randn(996, 64, device="cuda")
+    planes = torch.stack([torch.arange(64), torch.arange(64) + 64], 1)
+    out = torch.zeros(8, 996, 128, device="cuda", dtype=dtype).transpose(0, 1)
+    rotate_planes(keys, planes, angles.cos(), angles.sin(), out)
+    expected = rotate_planes(keys.cpu(), planes, angles.cos().cpu(), angles.sin().cpu())
+    torch.testing.assert_close(out.cpu(), expected.to(dtype), atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("outliers", [0, 8])

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from xkv_service.kernels.wide_copy import copy_states
+
 ReadChunk = Callable[[int, int, int], torch.Tensor]
 
 
@@ -36,7 +38,7 @@ def accumulate_gram(
     """G = XᵀX of the concatenated layers X = [X_0 | X_1 | ...] over the tokens of `span`.
 
     Args:
-        read: `read(i, start, stop)` gives layer i's rows as [stop - start, ..., ...], any float dtype.
+        read: `read(i, start, stop)` gives layer i's rows as [stop - start, heads, D], any float dtype.
         widths: features of each layer, `prod` of `read`'s trailing dimensions.
         span: first and one past the last token. chunk_tokens: rows in memory at once.
         dtype: dtype of the products (`product_dtype`). device: where to compute.
@@ -63,7 +65,8 @@ def fill_rows(
     rows = buffer[: stop - start]
     offset = 0
     for index, width in enumerate(widths):
-        rows[:, offset : offset + width].copy_(read(index, start, stop).reshape(stop - start, width))
+        states = read(index, start, stop)
+        copy_states(rows[:, offset : offset + width].view(states.shape), states)
         offset += width
     return rows
 

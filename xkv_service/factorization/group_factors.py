@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -156,8 +157,14 @@ class _Work:
             self.key_energy[layer] = part.reshape(heads, -1).clone()
 
     def _reader(self, part: _Part) -> Callable[[int, int, int], torch.Tensor]:
-        read = self.exact.keys if part.kind == "key" else self.exact.values
+        read = self.exact.values
+        if part.kind == "key":
+            read = partial(self.exact.keys, dtype=self._read_dtype(part))
         return lambda position, start, stop: read(part.layout.layers[position], start, stop)
+
+    def _read_dtype(self, part: _Part) -> torch.dtype:
+        """Features need no more than float32 before they are multiplied."""
+        return min(self._product_dtype(part), torch.float32, key=lambda dtype: dtype.itemsize)
 
     def _product_dtype(self, part: _Part) -> torch.dtype:
         read = self.exact.rotated_keys if part.kind == "key" else self.exact.values
@@ -194,7 +201,7 @@ class _Work:
     def _low_rank(self, part: _Part, result: Factorization) -> LowRank:
         """A = X P in chunks, and B, in the stored dtype."""
         widths = part.widths
-        product = min(self._product_dtype(part), torch.float32, key=lambda dtype: dtype.itemsize)
+        product = self._read_dtype(part)
         projection = result.projection.to(product)
         read, tokens = self._reader(part), self.exact.tokens
         factors = torch.empty(tokens, projection.shape[1], dtype=torch.float32, device=self.device)

@@ -23,6 +23,15 @@ def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tenso
     Returns:
         int8 [T, r] in -127 .. 127, and float32 [r] with factors ≈ integers * scales.
     """
-    peak = factors[counted].abs().amax(dim=0).float()
+    peak = torch.linalg.vector_norm(factors[counted], torch.inf, dim=0).float()
     scales = (peak / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    return (factors / scales).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scales
+    if factors.is_cuda and factors.dtype == torch.float32:
+        from xkv_service.kernels.round_columns import round_columns
+
+        return round_columns(factors, scales, LEVELS), scales
+    return round_plainly(factors, scales), scales
+
+
+def round_plainly(factors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """factors / scales as int8, in PyTorch: the reference of the kernel."""
+    return (factors / scales).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)

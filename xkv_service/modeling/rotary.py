@@ -31,7 +31,11 @@ def _as_slice(dims: torch.Tensor) -> slice | torch.Tensor:
 
 
 def rotate_planes(
-    keys: torch.Tensor, planes: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    keys: torch.Tensor,
+    planes: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn each plane of `keys` by its angle; dimensions outside every plane pass through.
 
@@ -39,24 +43,25 @@ def rotate_planes(
         keys: any float dtype [t, heads, D].
         planes: int64 [P, 2] on the CPU, dimension pairs that turn together.
         cos, sin: [t, P], scale included.
+        out: any float dtype [t, heads, D] in memory of its own, to write to.
 
     Returns:
-        float32 [t, heads, D], a new tensor.
+        `out`, or a new float32 tensor.
     """
+    if out is None:
+        out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     if planes.shape[0] == 0:
-        return keys.to(torch.float32, copy=True)
+        return out.copy_(keys)
     first, second = _as_slice(planes[:, 0]), _as_slice(planes[:, 1])
     if isinstance(first, slice) and isinstance(second, slice) and _has_kernel(keys, planes, first, second):
         from xkv_service.kernels.rotate import rotate
 
-        turned: torch.Tensor = rotate(keys, cos.float(), sin.float(), first, second)
-        return turned
+        rotate(keys, cos.float(), sin.float(), first, second, out)
+        return out
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     x, y = keys[..., first].float(), keys[..., second].float()
-    if 2 * planes.shape[0] == keys.shape[-1]:
-        out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
-    else:
-        out = keys.to(torch.float32, copy=True)
+    if 2 * planes.shape[0] < keys.shape[-1]:
+        out.copy_(keys)
     out[..., first] = (x * cos).addcmul_(y, sin, value=-1)
     out[..., second] = (y * cos).addcmul_(x, sin)
     return out

@@ -49,9 +49,11 @@ class RotaryForm:
         """Keys before RoPE [t, heads, D], cos and sin [t, P] -> float32 rotated keys."""
         return rotate_planes(keys, self.planes, cos, sin)
 
-    def unrotate(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def unrotate(
+        self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rotated keys [t, heads, D], cos and sin [t, P] -> float32 keys before RoPE."""
-        return rotate_planes(keys, self.planes, *inverse(cos, sin))
+        return rotate_planes(keys, self.planes, *inverse(cos, sin), out)
 
 
 def split_cos_sin(embeddings: PositionEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from xkv_service.kernels.wide_copy import copy_states
 from xkv_service.modeling.layout import ModelLayout
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
@@ -63,10 +64,13 @@ class Prefill:
         """T, tokens of the prefix."""
         return self.token_ids.numel()
 
-    def keys(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Keys before RoPE of positions start .. stop - 1: float32 [t, kv_heads, D]."""
-        cos, sin = self.cos_sin(layer, start, stop)
-        return self._forms[layer].unrotate(self.rotated_keys(layer, start, stop), cos, sin)
+    def keys(
+        self, layer: int, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Keys before RoPE of positions start .. stop - 1: [t, kv_heads, D], new."""
+        rotated = self.rotated_keys(layer, start, stop)
+        out = torch.empty(rotated.shape, dtype=dtype, device=rotated.device)
+        return self._forms[layer].unrotate(rotated, *self.cos_sin(layer, start, stop), out)
 
     def rotated_keys(self, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Keys as cached, a view [t, kv_heads, D] in the model's dtype."""
@@ -119,9 +123,9 @@ class Prefill:
             values: any float dtype [t, kv_heads, Dv].
         """
         stop = start + keys.shape[0]
-        rotated = rotate_planes(keys, self.planes(layer), *self.cos_sin(layer, start, stop))
-        self._keys[layer][0, :, start:stop] = rotated.transpose(0, 1).to(self._keys[layer].dtype)
-        self._values[layer][0, :, start:stop] = values.transpose(0, 1).to(self._values[layer].dtype)
+        angles = self.cos_sin(layer, start, stop)
+        rotate_planes(keys, self.planes(layer), *angles, out=self.rotated_keys(layer, start, stop))
+        copy_states(self.values(layer, start, stop), values)
 
     def cache(self, tokens: int | None = None) -> DynamicCache:
         """A Transformers cache of the first `tokens` tokens, in this prefill's own memory (batch of one).

@@ -85,7 +85,7 @@ def _exact(exact: Prefill, spec: CompressionSpec, layer: LayerLayout) -> ExactTo
     width = 0 if layer.kind == "latent" else layer.value_dim  # rotated keys are exact for every token
     keys = [exact.keys(layer.index, *run).to(dtype) for run in runs]
     values = [exact.values(layer.index, *run)[..., :width].to(dtype) for run in runs]
-    where = torch.tensor(positions, dtype=torch.int32, device=exact.device)
+    where = torch.tensor(positions, dtype=torch.int32).to(exact.device, non_blocking=True)
     if not runs:
         return ExactTokens(where, torch.empty(0), torch.empty(0))
     return ExactTokens(where, torch.cat(keys), torch.cat(values))

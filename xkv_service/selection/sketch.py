@@ -62,7 +62,7 @@ def choose_planes(
     """
     kv_heads, dim = key_energy.shape
     queries = query_energy.double().reshape(kv_heads, -1, dim).sum(1)
-    candidates = candidates.to(key_energy.device)
+    candidates = candidates.to(key_energy.device, non_blocking=True)
     score = key_energy.double()[:, candidates].sum(-1) * queries.to(key_energy.device)[:, candidates].sum(-1)
     best = score.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return candidates[best].to(torch.int16)
@@ -77,6 +77,15 @@ def encode(keys: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         uint8 [t, kv_heads, P] and float16 [t, kv_heads].
     """
+    if keys.is_cuda and keys.shape[0] and keys.stride(-1) == 1:
+        from xkv_service.kernels.encode_sketch import encode_sketch
+
+        return encode_sketch(keys, planes, _LEVELS, _ZERO)
+    return encode_plainly(keys, planes)
+
+
+def encode_plainly(keys: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode` in PyTorch: the reference of the kernel."""
     picked = _pick(keys, planes).float()
     scales = (picked.abs().amax(-1) / _LEVELS).clamp_max(_FLOAT16_MAX).half()
     step = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
