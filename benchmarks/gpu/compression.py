@@ -171,16 +171,16 @@ class Stages:
         return measured
 
     def compared(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`leading_eigenvectors`, its first and last result held against an eigensolver in float64."""
+        """`factorize`, its first and last result held against an eigensolver in float64."""
 
-        def measured(grams: torch.Tensor, rank: int) -> Any:
-            vectors, energies = function(grams, rank)
-            for gram, basis in ((grams[0], vectors[0]), (grams[-1], vectors[-1])):
-                gram, basis = gram.double(), basis.double()
-                optimal = torch.linalg.eigvalsh(gram)[:-rank].clamp_min(0).sum().sqrt()
+        def measured(grams: torch.Tensor, ranks: list[int], weights: Any) -> Any:
+            results = function(grams, ranks, weights)
+            for number in (0, -1):
+                gram, basis = grams[number].double(), results[number].projection
+                optimal = torch.linalg.eigvalsh(gram)[: -ranks[number]].clamp_min(0).sum().sqrt()
                 reached = (gram.trace() - (basis * (gram @ basis)).sum()).clamp_min(0).sqrt()
                 self.excess.append(100 * (float(reached / optimal) - 1) if optimal > 0 else 0.0)
-            return vectors, energies
+            return results
 
         return measured
 
@@ -204,7 +204,7 @@ def _staged(
         exact = prefill(model, ids, tail=held_back(ids.numel()))
         compression.compress_prefill(model, exact, spec)
         exact.free()
-    with _replaced((factorize, "leading_eigenvectors", stages.compared)):
+    with _replaced((group_factors, "factorize", stages.compared)):
         exact = prefill(model, ids)
         compression.factorize_prefill(model, exact, spec)
         exact.free()
