@@ -12,6 +12,7 @@ from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
 from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
+from xkv_service.decoding.state_layer import StateLayer
 from xkv_service.decoding.xkv_attention import attend_next, is_enabled
 from xkv_service.errors import CacheMisuse
 from xkv_service.factors import PrefixFactors
@@ -19,6 +20,10 @@ from xkv_service.selection.spec import SelectionSpec
 
 if TYPE_CHECKING:
     from xkv_artifacts.store import ArtifactStore
+
+
+# Layers that start with the prefix.
+_Kept = PrefixLayer | WindowLayer | StateLayer
 
 
 class XKVCache(Cache):  # type: ignore[misc]
@@ -41,6 +46,8 @@ class XKVCache(Cache):  # type: ignore[misc]
             layers[index] = PrefixLayer(index, Selection(layer, self.selection))
         for index, (keys, values) in prefix.windows.items():
             layers[index] = WindowLayer(layers[index].sliding_window, keys, values, prefix.tokens)
+        for index, state in prefix.states.items():
+            layers[index] = StateLayer(layers[index].number_of_states, state, prefix.model.device)
         super().__init__(layers=layers)
 
     @classmethod
@@ -114,6 +121,12 @@ class XKVCache(Cache):  # type: ignore[misc]
             attend_next(layer, self.prefix.modules[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
+    def serve(self, rows: int) -> None:
+        """Be ready for a call with a batch of `rows`: linear-attention layers look at their state first."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.serve(rows)
+
     def fork(self) -> XKVCache:
         """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""
         other = copy.copy(self)
@@ -123,7 +136,7 @@ class XKVCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget the tail."""
         for index, layer in enumerate(DynamicCache(config=self.prefix.model.config).layers):
-            if isinstance(self.layers[index], PrefixLayer | WindowLayer):
+            if isinstance(self.layers[index], _Kept):
                 self.layers[index].reset()
             else:
                 self.layers[index] = layer
@@ -150,4 +163,4 @@ class XKVCache(Cache):  # type: ignore[misc]
 
 
 def _fork(layer: Any) -> Any:
-    return layer.fork() if isinstance(layer, PrefixLayer | WindowLayer) else copy.deepcopy(layer)
+    return layer.fork() if isinstance(layer, _Kept) else copy.deepcopy(layer)

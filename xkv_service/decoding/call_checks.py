@@ -58,6 +58,7 @@ def _check_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             hint=f"give a mask of {held + new} columns: ones for the prefix, then the new tokens' own",
         )
     _refuse_crossing(module, held, new)
+    cache.serve(given.shape[0])
 
 
 def _refuse_crossing(module: Any, held: int, new: int) -> None:

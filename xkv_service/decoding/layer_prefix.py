@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.selection.sketch import KeySketch
+
+
+class ReadablePrefix(Protocol):
+    """What selection and attention read of one layer's prefix of p tokens, by KV head.
+
+    Attributes:
+        tokens: p. dtype: of matrix products.
+        positions: int64 [n], ascending: the tokens that the factors alone describe.
+        exact_positions: int64 [e], the others. exact_keys (rotated), exact_values: [e, kv_heads, D].
+        value_bases: [kv_heads, r_v, Dv].
+        index: scores tokens, or None.
+    """
+
+    tokens: int
+    dtype: torch.dtype
+    positions: torch.Tensor
+    exact_positions: torch.Tensor
+    exact_keys: torch.Tensor
+    exact_values: torch.Tensor
+    value_bases: torch.Tensor
+    index: Scorer | None
+
+    def keys(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]."""
+
+    def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
+        """Token factors of values, [k, r_v]: the values are these times `value_bases`."""
 
 
 class Turns:
@@ -28,17 +57,12 @@ class Turns:
 
 
 class LayerPrefix:
-    """One full-attention layer of a prefix of p tokens: shared by every session, never written to.
+    """One full-attention layer of a prefix of p tokens, as `ReadablePrefix`: shared by every session.
 
     Args:
         factors: the prefix, of at least `tokens` tokens.
         layer: a compressed layer. tokens: p. turns: cos and sin of the layer's kind.
         device, dtype: where attention runs, and the dtype of its matrix products.
-
-    Attributes:
-        positions: int64 [n], ascending: the tokens that the factors alone describe.
-        exact_positions: int64 [e], the others. exact_keys (rotated), exact_values: [e, kv_heads, D].
-        value_bases: [kv_heads, r_v, Dv].
     """
 
     def __init__(
@@ -51,11 +75,12 @@ class LayerPrefix:
         dtype: torch.dtype,
     ) -> None:
         group, place = factors.locate(layer)
+        assert group.values is not None
         self.layer, self.tokens, self.dtype = layer, tokens, dtype
         self.kv_heads = group.layout.kv_heads[place]
         self._turns = turns
-        self._key_factors, self._key_bases = _half(group.keys, place, tokens, device, dtype)
-        self._value_factors, value_bases = _half(group.values, place, tokens, device, dtype)
+        self._key_factors, self._key_bases = half(group.keys, place, tokens, device, dtype)
+        self._value_factors, value_bases = half(group.values, place, tokens, device, dtype)
         rank = value_bases.shape[0]
         self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
         self.head_dim = self._key_bases.shape[1] // self.kv_heads
@@ -73,9 +98,7 @@ class LayerPrefix:
             keys = self._turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
             values = exact.values[:count].to(device, self.dtype)
         self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
-        free = torch.ones(self.tokens, dtype=torch.bool, device=device)
-        free[where] = False
-        self.positions = free.nonzero()[:, 0]
+        self.positions = described_positions(where, self.tokens)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +116,14 @@ class LayerPrefix:
         return self._value_factors[positions].to(self.dtype)
 
 
-def _half(
+def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
+    """int64 [n], ascending: positions below `tokens` that are not among `exact`."""
+    free = torch.ones(tokens, dtype=torch.bool, device=exact.device)
+    free[exact] = False
+    return free.nonzero()[:, 0]
+
+
+def half(
     pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token factors of the first `tokens` tokens as stored, and the layer's bases in `dtype`."""

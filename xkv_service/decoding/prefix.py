@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
+from xkv_service.decoding.latent import Expansion, LatentPrefix
+from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.matching import check_model
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.linear_state import LayerState
 
 _BOUND: WeakKeyDictionary[PrefixFactors, dict[tuple[int, int], Prefix]] = WeakKeyDictionary()
 
@@ -26,13 +29,15 @@ class Prefix:
         model: the model it was made with. token_ids: int64 [p], on the CPU.
         layers: by layer index, the compressed layers. modules: their attention modules.
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
+        states: by layer index, of linear-attention layers.
     """
 
     model: PreTrainedModel
     token_ids: torch.Tensor
-    layers: dict[int, LayerPrefix]
+    layers: dict[int, ReadablePrefix]
     modules: dict[int, nn.Module]
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    states: Mapping[int, LayerState]
 
     @property
     def tokens(self) -> int:
@@ -63,9 +68,10 @@ def _checked(factors: PrefixFactors, tokens: int | None) -> int:
         raise InvalidSpec(
             f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {factors.tokens}"
         )
-    if count < factors.tokens and factors.windows:
+    if count < factors.tokens and factors.whole_only:
+        kept = "sliding windows" if factors.windows else "linear-attention states"
         raise InvalidSpec(
-            f"tokens={count}: this model's sliding windows are known after all {factors.tokens} tokens only",
+            f"tokens={count}: this model's {kept} are known after all {factors.tokens} tokens only",
             hint="use the whole prefix",
         )
     return count
@@ -74,16 +80,20 @@ def _checked(factors: PrefixFactors, tokens: int | None) -> int:
 def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix:
     device, dtype = model.device, _product_dtype(model)
     turns = [Turns(table, tokens, device) for table in factors.rotary]
-    layers = {}
+    modules = inspect_loaded(model).modules
+    layers: dict[int, ReadablePrefix] = {}
     for group in factors.groups:
         for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
-            layers[layer] = LayerPrefix(factors, layer, tokens, turns[table], device, dtype)
+            if group.layout.latent:
+                expansion = Expansion(modules[layer], model.dtype, dtype)
+                layers[layer] = LatentPrefix(factors, layer, tokens, expansion, device)
+            else:
+                layers[layer] = LayerPrefix(factors, layer, tokens, turns[table], device, dtype)
     windows = {
         layer: (_cached(window.keys, model), _cached(window.values, model))
         for layer, window in factors.windows.items()
     }
-    modules = inspect_loaded(model).modules
-    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, windows)
+    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, windows, factors.states)
 
 
 def _product_dtype(model: PreTrainedModel) -> torch.dtype:

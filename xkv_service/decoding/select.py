@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xkv_service.decoding.layer_prefix import LayerPrefix
+from xkv_service.decoding.layer_prefix import ReadablePrefix
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.selection.spec import SelectionSpec
@@ -37,7 +37,7 @@ class Selection:
         prefix: the layer's prefix. spec: how to choose.
     """
 
-    def __init__(self, prefix: LayerPrefix, spec: SelectionSpec) -> None:
+    def __init__(self, prefix: ReadablePrefix, spec: SelectionSpec) -> None:
         self.prefix, self.spec = prefix, spec
         self._scorer = self._choose_scorer()
         self._always = self._always_selected()
@@ -127,7 +127,7 @@ class _ExactScorer:
 
     unit = 1
 
-    def __init__(self, prefix: LayerPrefix) -> None:
+    def __init__(self, prefix: ReadablePrefix) -> None:
         self._prefix = prefix
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from xkv_artifacts.manifest import StateLayout, StateShape
 from xkv_service.errors import UnsupportedModel
+
+_Layer = TypeVar("_Layer", bound=LinearAttentionLayer)
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -58,32 +61,37 @@ def state_layout(index: int, layer: LinearAttentionLayer, model: str) -> StateLa
     return LayerState(tuple(state[0] for state in conv), tuple(state[0] for state in recurrent)).layout(index)
 
 
-def fill_state(layer: LinearAttentionLayer, state: LayerState, device: torch.device, batch: int = 1) -> None:
-    """Put copies of `state` into an empty cache layer, the same for each row of the batch."""
-    for number, conv in enumerate(state.conv):
-        rows = conv.to(device).expand(batch, *conv.shape)
-        layer.lazy_initialization(conv_states=rows, state_idx=number)
-        layer.conv_states[number].copy_(rows)
-        layer.has_previous_state[number] = True
-    for number, recurrent in enumerate(state.recurrent):
-        rows = recurrent.to(device).expand(batch, *recurrent.shape)
-        layer.lazy_initialization(recurrent_states=rows, state_idx=number)
-        layer.recurrent_states[number].copy_(rows)
+def fill_state(layer: LinearAttentionLayer, state: LayerState, device: torch.device) -> None:
+    """Put copies of `state` into a cache layer, with a batch of one."""
+    with torch.inference_mode(False):
+        for number, conv in enumerate(state.conv):
+            layer.lazy_initialization(conv_states=conv[None], state_idx=number)
+            layer.conv_states[number] = conv[None].to(device, copy=True)
+            layer.has_previous_state[number] = True
+        for number, recurrent in enumerate(state.recurrent):
+            layer.lazy_initialization(recurrent_states=recurrent[None], state_idx=number)
+            layer.recurrent_states[number] = recurrent[None].to(device, copy=True)
+    layer.device = device
 
 
-def copy_state_layer(layer: LinearAttentionLayer) -> LinearAttentionLayer:
+def copy_state_layer(layer: _Layer) -> _Layer:
     """The layer as it is now, with states of its own."""
     taken = copy.copy(layer)
-    # Ordinary tensors: those made in inference mode cannot be written to outside of it, as the layer does.
-    with torch.inference_mode(False):
-        for name, value in vars(layer).items():
-            if isinstance(value, dict):
-                setattr(taken, name, {number: _copied(one) for number, one in value.items()})
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(taken, name, dict(value))
+    change_states(taken, torch.clone)
     return taken
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def change_states(layer: LinearAttentionLayer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put `change` of each state, a new tensor, in its place."""
+    # Ordinary tensors: those made in inference mode cannot be written to outside of it, as the layer does.
+    with torch.inference_mode(False):
+        for states in (layer.conv_states, layer.recurrent_states):
+            for number, state in states.items():
+                if state is not None:
+                    states[number] = change(state)
 
 
 def _held(layer: LinearAttentionLayer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""With full ranks and every token selected, a cache of factors is the exact cache: 30 families."""
+"""With full ranks and every token selected, a cache of factors is the exact cache: in every family."""
 
 from __future__ import annotations
 

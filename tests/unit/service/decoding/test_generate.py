@@ -170,7 +170,10 @@ def test_two_threads_on_one_model_do_not_disturb_each_other(
             torch.testing.assert_close(logits, alone[number])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "cohere2"])
+@pytest.mark.parametrize(
+    "family",
+    ["gemma2", "gemma3", "gpt_oss", "cohere2", "deepseek_v3", "qwen3_next", "lfm2", "granitemoehybrid"],
+)
 def test_hybrids_generate_in_batches_and_beams(family: str) -> None:
     model, ids = tiny_model(family), random_ids(40)
     spec = CompressionSpec(
