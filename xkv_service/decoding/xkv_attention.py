@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from xkv_service.modeling.observation import attention_implementation, base_func
 _NAME = "xkv_"
 _LOCK = threading.Lock()
 _ENABLED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_UNDO: WeakKeyDictionary[PreTrainedModel, ExitStack] = WeakKeyDictionary()
 _THREAD = threading.local()
 
 
@@ -43,17 +44,27 @@ def enable_xkv(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     inspect_loaded(model)
     with _LOCK:
+        if not is_enabled(model):
+            _UNDO[model] = _install(model)
         _ENABLED[model] = _ENABLED.get(model, 0) + 1
-        if _ENABLED[model] == 1:
-            model.set_attn_implementation(_register(attention_implementation(model)))
     try:
-        with checked_calls(model):
-            yield model
+        yield model
     finally:
         with _LOCK:
             _ENABLED[model] -= 1
-            if _ENABLED[model] == 0:
-                model.set_attn_implementation(attention_implementation(model).removeprefix(_NAME))
+            if not is_enabled(model):
+                _UNDO.pop(model).close()
+
+
+def _install(model: PreTrainedModel) -> ExitStack:
+    """Change the model once for all blocks, which may end in any order; closing takes it all back."""
+    with ExitStack() as stack:
+        implementation = attention_implementation(model)
+        stack.callback(model.set_attn_implementation, implementation)
+        model.set_attn_implementation(_register(implementation))
+        stack.enter_context(checked_calls(model))
+        stack.callback(model.register_forward_pre_hook(_forget_layer).remove)
+        return stack.pop_all()
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -64,6 +75,11 @@ def is_enabled(model: PreTrainedModel) -> bool:
 def attend_next(layer: PrefixLayer, module: nn.Module) -> None:
     """Have the next attention on this thread, which must be `module`'s, read the prefix of `layer`."""
     _THREAD.layer, _THREAD.module = layer, module
+
+
+def _forget_layer(*_: Any) -> None:
+    """A call that was interrupted may have left a layer that its attention never read."""
+    _THREAD.layer = None
 
 
 def _take_layer(module: nn.Module) -> PrefixLayer | None:

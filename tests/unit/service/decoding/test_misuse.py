@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,34 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel, prefix_ids: torch.T
     assert model.config._attn_implementation == before
     assert len(model._forward_pre_hooks) == hooks
     assert "generate" not in vars(model)
+
+
+def test_blocks_that_end_in_any_order_leave_the_model_as_it_was(model: PreTrainedModel) -> None:
+    before, hooks = model.config._attn_implementation, len(model._forward_pre_hooks)
+    first, second = enable_xkv(model), enable_xkv(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.config._attn_implementation != before
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == before
+    assert len(model._forward_pre_hooks) == hooks and "generate" not in vars(model)
+
+
+class _Interrupted(XKVCache):
+    """Ctrl-C falls between a layer's update and its attention."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        super().update(*args, **kwargs)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_nothing_for_the_next(
+    enabled: PreTrainedModel, lossy: PrefixFactors
+) -> None:
+    ids = random_ids(5)[None]
+    expected = enabled(ids, past_key_values=DynamicCache(config=enabled.config)).logits
+    with pytest.raises(KeyboardInterrupt):
+        enabled(ids, past_key_values=_Interrupted.from_factors(enabled, lossy))
+    found = enabled(ids, past_key_values=DynamicCache(config=enabled.config)).logits
+    assert torch.equal(found, expected)
