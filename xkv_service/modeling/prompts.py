@@ -73,7 +73,7 @@ def render_prefix(
     """
     if not document.strip():
         raise InvalidPrompt("the document is empty", hint="give a document with text in it")
-    _refuse_special_tokens(tokenizer, document)
+    refuse_special_tokens(tokenizer, document, "document")
     chat = _Chat(tokenizer, system_prompt, template)
     chat.check(document)
     if len(document) <= _LONG_DOCUMENT:
@@ -95,14 +95,41 @@ def render_prefix(
     return ids
 
 
-def _refuse_special_tokens(tokenizer: Any, document: str) -> None:
-    """Refuse a document that could end its own turn and speak as somebody else."""
+def refuse_special_tokens(tokenizer: Any, text: str, what: str) -> None:
+    """Refuse a document or a message that could end its own turn and speak as somebody else.
+
+    Raises:
+        InvalidPrompt: a special token is in `text`; `what` names the text.
+    """
     for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in document:
+        if token.special and token.content in text:
             raise InvalidPrompt(
-                f"the document contains {token.content!r}, a special token of this model's tokenizer",
-                hint="remove it from the text: a document could forge turns of the chat with it",
+                f"the {what} contains {token.content!r}, a special token of this model's tokenizer",
+                hint=f"remove it from the text: a {what} could forge turns of the chat with it",
             )
+
+
+def apply_template(tokenizer: Any, messages: Messages, **options: Any) -> Any:
+    """The tokenizer's chat template over `messages`, up to where the next answer begins.
+
+    Args:
+        options: of `apply_chat_template`; `tokenize` says whether ids or a text come back.
+
+    Raises:
+        InvalidPrompt: the model has no chat template, or it does not take these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidPrompt("this model has no chat template", hint="use --template raw")
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **options
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        if messages and messages[0]["role"] == "system" and _mentions_system(error):
+            raise _no_system_prompt() from error
+        raise InvalidPrompt(
+            f"the chat template fails: {_one_line(error)}", hint="use --template raw"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -120,20 +147,24 @@ class _Chat:
             text = text if self.system_prompt is None else f"{self.system_prompt}{SEPARATOR}{text}"
             return list(self.tokenizer(text, verbose=False).input_ids)
         quiet = {"verbose": False}
-        return list(self._apply(self._messages(content, follow_up), tokenize=True, tokenizer_kwargs=quiet))
+        return list(
+            apply_template(
+                self.tokenizer, self._messages(content, follow_up), tokenize=True, tokenizer_kwargs=quiet
+            )
+        )
 
     def check(self, document: str) -> None:
         """Refuse templates that cannot carry the messages, or that write the date before the document."""
         if self.template == "raw":
             return
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InvalidPrompt("this model has no chat template", hint="use --template raw")
         start = document.strip()[:200]
-        text = self._apply(self._messages(start, None), tokenize=False)
+        text = apply_template(self.tokenizer, self._messages(start, None), tokenize=False)
         if self.system_prompt is not None and self.system_prompt.strip() not in text:
             raise _no_system_prompt()
         undated = _ANOTHER_CLOCK + self.tokenizer.get_chat_template()
-        later = self._apply(self._messages(start, None), tokenize=False, chat_template=undated)
+        later = apply_template(
+            self.tokenizer, self._messages(start, None), tokenize=False, chat_template=undated
+        )
         common = _common([text, later])
         if common != text and start not in common:
             raise InvalidPrompt(
@@ -148,18 +179,6 @@ class _Chat:
             messages.append({"role": "assistant", "content": _ANSWER})
             messages.append({"role": "user", "content": follow_up})
         return messages
-
-    def _apply(self, messages: Messages, **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, **options
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            if self.system_prompt is not None and _mentions_system(error):
-                raise _no_system_prompt() from error
-            raise InvalidPrompt(
-                f"the chat template fails: {_one_line(error)}", hint="use --template raw"
-            ) from error
 
 
 def _stable_ids(chat: _Chat, document: str) -> tuple[list[int], int]:
