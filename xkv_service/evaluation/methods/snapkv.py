@@ -94,7 +94,7 @@ class SnapKV:
         ratio: tokens for each one kept, 1 or more.
         budget: tokens kept, instead of `ratio`.
         window: tokens of the observation window.
-        kernel: width of the pooling along the tokens, odd.
+        kernel: width of the pooling along the tokens, odd: how much of what stands around an attended token is kept.
 
     Raises:
         InvalidSpec: an option is out of range.
@@ -103,7 +103,7 @@ class SnapKV:
     name = "snapkv"
 
     def __init__(
-        self, ratio: float = 8.0, budget: int | None = None, window: int = 32, kernel: int = 5
+        self, ratio: float = 8.0, budget: int | None = None, window: int = 32, kernel: int = 7
     ) -> None:
         if not ratio >= 1:
             raise InvalidSpec(f"ratio={ratio} is out of range", hint="give a ratio of 1 or more")
@@ -113,7 +113,7 @@ class SnapKV:
                 hint="give a window of 1 or more tokens and a budget that holds it",
             )
         if kernel < 1 or kernel % 2 == 0:
-            raise InvalidSpec(f"kernel={kernel} is not odd", hint="give 5 or 7")
+            raise InvalidSpec(f"kernel={kernel} is not odd", hint="give an odd number, such as 7")
         self.ratio, self.budget, self.window, self.kernel = ratio, budget, window, kernel
 
     @torch.no_grad()
