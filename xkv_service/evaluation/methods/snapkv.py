@@ -94,7 +94,7 @@ class SnapKV:
         ratio: tokens for each one kept, 1 or more.
         budget: tokens kept, instead of `ratio`.
         window: tokens of the observation window.
-        kernel: width of the pooling along the tokens, odd: how much of what stands around an attended token is kept.
+        kernel: width of the pooling along the tokens, odd: what stands beside attended tokens is kept too.
 
     Raises:
         InvalidSpec: an option is out of range.
