@@ -52,7 +52,7 @@ def draw(analysis: Analysis, path: Path) -> None:
         _draw_ranks(right, analysis)
         count = len(analysis.documents)
         figure.suptitle(f"{analysis.model}, {count} document{'s' if count > 1 else ''}", fontsize=11)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
 
