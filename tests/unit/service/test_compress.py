@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed import random_ids
-from families import tiny_model
+from families import HYBRID, LATENT, tiny_model
 
 import xkv_service
 from xkv_service.compression import compress, compress_prefill, factorize_prefill
@@ -28,7 +28,11 @@ def next_logits(model: torch.nn.Module, factors: PrefixFactors, ids: torch.Tenso
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-yarn", "phi", "smollm3", "gemma2", "gpt_neox", "qwen3", "phi3-longrope"]
+    "family",
+    [
+        *["llama", "llama-yarn", "phi", "smollm3", "gemma2", "gpt_neox", "qwen3", "phi3-longrope"],
+        *[*LATENT, *HYBRID],
+    ],
 )
 @pytest.mark.parametrize("weights", ["none", "query"])
 def test_full_rank_gives_the_exact_logits(family: str, weights: str) -> None:
@@ -38,7 +42,8 @@ def test_full_rank_gives_the_exact_logits(family: str, weights: str) -> None:
     factors = compress(model, ids[:100], spec)
     with torch.inference_mode():
         exact = model(input_ids=ids[None]).logits[0, 100:]
-    torch.testing.assert_close(next_logits(model, factors, ids[100:]), exact, atol=1e-4, rtol=1e-4)
+    tolerance = 1e-5 * float(exact.abs().max())
+    torch.testing.assert_close(next_logits(model, factors, ids[100:]), exact, atol=tolerance, rtol=0)
     assert factors.fidelity is not None
     assert factors.fidelity.top1_agreement == 1.0
     assert factors.fidelity.kl < 1e-8
@@ -112,10 +117,39 @@ def test_a_prefix_of_the_factors_is_the_shorter_prefix() -> None:
         dense_cache(model, factors, 151)
 
 
-def test_a_prefix_with_sliding_layers_is_rebuilt_whole_only() -> None:
-    model = tiny_model("gemma2")
-    with pytest.raises(ValueError, match="sliding"):
+@pytest.mark.parametrize(
+    ("family", "layers"), [("gemma2", "sliding-window"), ("qwen3_next", "linear-attention")]
+)
+def test_a_prefix_whose_layers_keep_only_its_end_is_rebuilt_whole(family: str, layers: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=f"tokens=90: a prefix with {layers} layers is rebuilt whole"):
         dense_cache(model, compress(model, IDS, FULL), 90)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_a_rebuilt_cache_has_states_of_its_own(family: str) -> None:
+    """Models change their states in place: a second cache must not start where the first one ended."""
+    model = tiny_model(family)
+    factors = compress(model, IDS, FULL)
+    first = next_logits(model, factors, IDS[:4])
+    assert torch.equal(next_logits(model, factors, IDS[:4]), first)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+def test_latents_have_no_values_and_no_index_and_their_rotated_keys_stay_exact(family: str) -> None:
+    model = tiny_model(family)
+    exact = prefill(model, IDS)
+    spec = CompressionSpec(rank_k=6, rank_v=1000, index="sketch", sink=3, dtype="float32")
+    factors, errors = factorize_prefill(model, exact, spec)
+    assert [(group.layout.rank_k, group.layout.rank_v) for group in factors.groups] == [(6, 0)]
+    assert factors.groups[0].values is None
+    assert not factors.sketches and not factors.landmarks
+    assert errors.value_error == (0.0,)
+    for layer in factors.layers:
+        keys, rope_keys = rebuild(factors, layer)
+        assert torch.equal(rope_keys, exact.values(layer))
+        assert torch.equal(keys[:3], exact.keys(layer)[:3])
+        assert (keys[3:] - exact.keys(layer)[3:]).abs().max() > 0.01
 
 
 def test_one_prefill_serves_many_specs() -> None:

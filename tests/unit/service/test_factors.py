@@ -9,6 +9,7 @@ import pytest
 import torch
 from compressed import manifest_of, random_ids
 from families import tiny_model
+from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.format import read_prefix, write_prefix
@@ -27,10 +28,36 @@ SPECS = {
     "none": CompressionSpec(group_size=2, rank_k=20, rank_v=30, index="none", sink=0, dtype="float16"),
 }
 
+# Every kind of layer; kimi_linear has latents, and states of two dtypes.
+KINDS = {
+    **dict.fromkeys(SPECS, "gemma2"),
+    **{family: family for family in ("deepseek_v3", "kimi_linear", "lfm2")},
+}
+RATIO = CompressionSpec(group_size=2, ratio=1.2, index="landmark", sink=2, landmark_chunk=32)
 
-@pytest.fixture(scope="module", params=SPECS)
-def factors(request: pytest.FixtureRequest) -> PrefixFactors:
-    return compress(tiny_model("gemma2", num_key_value_heads=4), random_ids(301), SPECS[request.param])
+
+def model_of(name: str) -> PreTrainedModel:
+    """Its group's keys are wider than a column block."""
+    if name in SPECS:
+        return tiny_model("gemma2", num_key_value_heads=4)
+    wide = {"kv_lora_rank": 48} if name in ("deepseek_v3", "kimi_linear") else {"num_key_value_heads": 4}
+    return tiny_model(name, dtype=torch.bfloat16, **wide)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PrefixFactors]:
+    model = model_of(request.param)
+    return model, compress(model, random_ids(701), SPECS.get(request.param, RATIO))
+
+
+@pytest.fixture(scope="module")
+def factors(case: tuple[PreTrainedModel, PrefixFactors]) -> PrefixFactors:
+    return case[1]
+
+
+@pytest.fixture(scope="module")
+def latent() -> PrefixFactors:
+    return compress(tiny_model("kimi_linear"), random_ids(301), SPECS["none"])
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +80,12 @@ def test_factors_survive_tensors_and_a_file_byte_for_byte(factors: PrefixFactors
         assert torch.equal(returned[name], tensor), name
 
 
-def test_predicted_bytes_are_the_real_ones_and_the_file_is_no_larger(factors: PrefixFactors) -> None:
-    model = tiny_model("gemma2", num_key_value_heads=4)
+def test_predicted_bytes_are_the_real_ones_and_the_file_is_no_larger(
+    case: tuple[PreTrainedModel, PrefixFactors],
+) -> None:
     from xkv_service.modeling.inspect import inspect_model
 
+    model, factors = case
     size = size_of(inspect_model(model), factors.tokens, factors.spec)
     tensors = factors.to_tensors()
     assert size.groups == tuple(group.layout for group in factors.groups)
@@ -70,7 +99,9 @@ def test_predicted_bytes_are_the_real_ones_and_the_file_is_no_larger(factors: Pr
 
 def test_stored_names_shapes_and_dtypes_are_the_tables(factors: PrefixFactors) -> None:
     fields = factors.manifest_fields()
-    table = stored_tensors(factors.spec, factors.tokens, fields["groups"], fields["windows"])
+    table = stored_tensors(
+        factors.spec, factors.tokens, fields["groups"], fields["windows"], fields["states"]
+    )
     tensors = {
         name: tensor for name, tensor in factors.to_tensors().items() if not name.startswith("rotary.")
     }
@@ -80,19 +111,19 @@ def test_stored_names_shapes_and_dtypes_are_the_tables(factors: PrefixFactors) -
 
 
 def test_column_blocks_are_of_64_ranks(factors: PrefixFactors) -> None:
-    rank = factors.groups[0].values.rank
+    rank = factors.groups[0].keys.rank
     blocks = [
-        tensor for name, tensor in factors.to_tensors().items() if name.startswith("group.0.value.factors")
+        tensor for name, tensor in factors.to_tensors().items() if name.startswith("group.0.key.factors")
     ]
     assert [block.shape[1] for block in blocks] == [64] * (rank // 64) + [rank % 64] * bool(rank % 64)
 
 
-def test_leading_bases_are_a_layers_own(factors: PrefixFactors) -> None:
-    group, position = factors.locate(2)
+def test_leading_bases_are_a_layers_own(sketched: PrefixFactors) -> None:
+    group, position = sketched.locate(2)
     assert position == 1
     assert torch.equal(group.keys.layer_bases(1), group.keys.bases[:, group.layout.key_widths[0] :])
     with pytest.raises(KeyError):
-        factors.locate(0)
+        sketched.locate(0)
 
 
 def change(name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
@@ -151,6 +182,88 @@ def test_a_manifest_that_contradicts_itself_is_refused(case: str, sketched: Pref
     group = manifest.groups[0].model_copy(update=BAD_GROUPS[case])
     with pytest.raises(CorruptArtifact):
         PrefixFactors.from_tensors(manifest.model_copy(update={"groups": (group,)}), sketched.to_tensors())
+
+
+BAD_LATENT_TENSORS = {
+    "layer.1.rope_key": change("layer.1.rope_key", lambda t: t[:, :-1]),
+    "layer.3.rope_key": drop("layer.3.rope_key"),
+    "layer.0.state.conv.0": change("layer.0.state.conv.0", lambda t: t[..., :-1]),
+    "layer.0.state.conv.1": drop("layer.0.state.conv.0"),
+    "layer.2.state.recurrent.0": change("layer.2.state.recurrent.0", lambda t: t.half()),
+    "layer.2.state.recurrent.9": lambda tensors: tensors.update(
+        {"layer.2.state.recurrent.9": torch.zeros(1)}
+    ),
+    "group.0.value.factors.0": lambda tensors: tensors.update({"group.0.value.factors.0": torch.zeros(1)}),
+    "layer.1.exact.values": lambda tensors: tensors.update({"layer.1.exact.values": torch.zeros(0, 1, 0)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LATENT_TENSORS)
+def test_latents_and_states_that_are_not_what_the_manifest_says_are_refused(
+    name: str, latent: PrefixFactors
+) -> None:
+    tensors = dict(latent.to_tensors())
+    BAD_LATENT_TENSORS[name](tensors)
+    with pytest.raises(CorruptArtifact, match="tensor"):
+        PrefixFactors.from_tensors(manifest_of(latent), tensors)
+
+
+BAD_LATENT_GROUPS = {
+    "two heads": {"kv_heads": (2, 2)},
+    "values": {"value_widths": (8, 8)},
+    "ranks of values": {"rank_v": 4},
+    "no latents": {"key_widths": (0, 0)},
+    "no rotated keys": {"rope_widths": (0, 8)},
+    "one width": {"rope_widths": (8,)},
+    "a width too many": {"rope_widths": (8, 8, 8)},
+    "wide rotated keys": {"rope_widths": (2**31 - 1, 2**31 - 1)},
+    "not latent": {"rope_widths": ()},
+    "a state's layer": {"layers": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("case_name", BAD_LATENT_GROUPS)
+def test_a_manifest_that_contradicts_itself_about_latents_is_refused(
+    case_name: str, latent: PrefixFactors
+) -> None:
+    manifest = manifest_of(latent)
+    group = manifest.groups[0].model_copy(update=BAD_LATENT_GROUPS[case_name])
+    with pytest.raises(CorruptArtifact):
+        PrefixFactors.from_tensors(manifest.model_copy(update={"groups": (group,)}), latent.to_tensors())
+
+
+def test_values_without_ranks_are_refused(sketched: PrefixFactors) -> None:
+    manifest = manifest_of(sketched)
+    group = manifest.groups[0].model_copy(update={"rank_v": 0})
+    with pytest.raises(CorruptArtifact, match="no rank for its values"):
+        PrefixFactors.from_tensors(manifest.model_copy(update={"groups": (group,)}), sketched.to_tensors())
+
+
+@pytest.mark.parametrize(
+    "shape", [{"shape": (2**61, 2**61)}, {"shape": ()}, {"shape": (1,) * 8}, {"dtype": "float16"}]
+)
+def test_states_of_other_shapes_are_refused(shape: dict[str, object], latent: PrefixFactors) -> None:
+    manifest = manifest_of(latent)
+    state = manifest.states[0]
+    other = state.model_copy(update={"conv": (state.conv[0].model_copy(update=shape), *state.conv[1:])})
+    with pytest.raises(CorruptArtifact, match=r"tensor layer\.0\.state\.conv\.0"):
+        PrefixFactors.from_tensors(
+            manifest.model_copy(update={"states": (other, *manifest.states[1:])}), latent.to_tensors()
+        )
+
+
+def test_a_layer_with_a_state_and_a_window_is_refused(latent: PrefixFactors) -> None:
+    manifest = manifest_of(latent)
+    doubled = manifest.model_copy(update={"states": (*manifest.states, manifest.states[0])})
+    with pytest.raises(CorruptArtifact, match="names a layer twice"):
+        PrefixFactors.from_tensors(doubled, latent.to_tensors())
+
+
+def test_fields_without_use_are_not_written(sketched: PrefixFactors, latent: PrefixFactors) -> None:
+    """A file of full attention is the one that the first readers know."""
+    old, new = manifest_of(sketched).model_dump(mode="json"), manifest_of(latent).model_dump(mode="json")
+    assert "states" not in old and "rope_widths" not in old["groups"][0]
+    assert len(new["states"]) == 2 and new["groups"][0]["rope_widths"] == [8, 8]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xkv_artifacts.manifest import StateLayout, StateShape
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.factorization.ranks import RotaryUse, Size, size_of
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
@@ -26,6 +27,48 @@ def stored_with_more_ranks(layout: ModelLayout, tokens: int, spec: CompressionSp
     group = size.groups[0]
     changed = replace(spec, ratio=None, rank_k=group.rank_k + 8, rank_v=group.rank_v + 8)
     return size_of(layout, tokens, changed).bytes_stored
+
+
+def latents(layers: int = 32) -> ModelLayout:
+    """DeepSeek's: 512 dimensions of latent and 64 of rotated key, for 128 heads."""
+    return ModelLayout(tuple(LayerLayout(i, "latent", 1, 128, 512, 64) for i in range(layers)))
+
+
+@pytest.mark.parametrize("ratio", [2.0, 4.0, 6.0])
+def test_latents_get_the_whole_budget_of_factors_and_are_counted_as_cached(ratio: float) -> None:
+    size = size_of(latents(), 65536, CompressionSpec(ratio=ratio))
+    assert size.bytes_full == 65536 * 32 * (512 + 64) * 2
+    assert size.bytes_stored <= size.bytes_full / ratio
+    assert {group.rank_v for group in size.groups} == {0}
+    more = CompressionSpec(rank_k=size.groups[0].rank_k + 8, rank_v=1)
+    assert size_of(latents(), 65536, more).bytes_stored > size.bytes_full / ratio
+
+
+def test_exact_rotated_keys_bound_the_ratio_of_latents() -> None:
+    """64 of 576 numbers stay as they are: 9x at most."""
+    with pytest.raises(RatioUnreachable, match="even rank 1 gives 8."):
+        size_of(latents(), 65536, CompressionSpec(ratio=9))
+
+
+def test_an_index_that_latents_do_not_have_costs_nothing() -> None:
+    sizes = {
+        size_of(latents(), 65536, CompressionSpec(ratio=4, index=index)).bytes_stored
+        for index in ("sketch", "landmark", "none")
+    }
+    assert len(sizes) == 1
+
+
+def test_states_are_counted_on_both_sides() -> None:
+    shape = StateShape(shape=(1000, 1000), dtype="float32")
+    state = StateLayout(layer=2, conv=(), recurrent=(shape,))
+    full = layout(2)
+    linear = LayerLayout(2, "linear", 0, 0, 0, 0, state=state)
+    spec = CompressionSpec(rank_k=8, rank_v=8)
+    plain = size_of(full, 4096, spec)
+    hybrid = size_of(ModelLayout((*full.layers, linear)), 4096, spec)
+    assert hybrid.bytes_full - plain.bytes_full == 4_000_000
+    assert hybrid.bytes_tensors - plain.bytes_tensors == 4_000_000
+    assert hybrid.states == (state,)
 
 
 @pytest.mark.parametrize("ratio", [3.0, 4.0, 8.0, 12.0])
