@@ -6,28 +6,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
-from pydantic import ValidationError
-
-from xkv_artifacts.errors import (
-    CorruptArtifact,
-    InvalidKey,
-    InvalidNamespace,
-    MissingTensor,
-    UnsupportedFormat,
+from xkv_artifacts.checked_file import (
+    as_tensor,
+    lay_out,
+    open_header,
+    parse_manifest,
+    read_checked,
+    read_range,
 )
-from xkv_artifacts.header import (
-    DTYPES,
-    LENGTH_BYTES,
-    Header,
-    TensorInfo,
-    build_header,
-    header_length,
-    parse_header,
-)
+from xkv_artifacts.errors import CorruptArtifact, InvalidKey, InvalidNamespace, MissingTensor
+from xkv_artifacts.header import Header
 from xkv_artifacts.keys import artifact_id_of_bytes
 from xkv_artifacts.manifest import FORMAT, VERSION, PrefixManifest
 
@@ -35,11 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS = "tokens"
-CHUNK_BYTES = 8 << 20
-_TORCH_NAMES = {
-    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
 
 
 def write_prefix(
@@ -60,20 +46,10 @@ def write_prefix(
     Raises:
         CorruptArtifact: manifest and tensors do not fit together (nothing is written).
     """
-    views = {name: _byte_view(tensor) for name, tensor in tensors.items()}
-    described = {name: _describe(name, tensor, len(views[name])) for name, tensor in tensors.items()}
-    # Widest elements first, as safetensors lays tensors out: all of them start aligned.
-    order = sorted(described, key=lambda name: (-DTYPES[described[name][0]], name))
-    digests = {name: hashlib.sha256(views[name]).hexdigest() for name in order}
-    complete = manifest.model_copy(update={"tensors": digests})
-    head = build_header({name: described[name] for name in order}, complete.model_dump(mode="json"))
-    total = len(head) + sum(len(view) for view in views.values())
-    header = parse_header(head[:LENGTH_BYTES], head[LENGTH_BYTES:], total)
-    written = _check_manifest(header)
-    _check_id(written, views[TOKENS])
-    for view in (memoryview(head), *(views[name] for name in order)):
-        for part in _chunks(view):
-            file.write(part)
+    ready = lay_out(manifest, tensors)
+    written = _check_manifest(ready.header)
+    _check_id(written, ready.views[TOKENS])
+    ready.write(file)
     return written
 
 
@@ -102,10 +78,10 @@ def read_prefix(
         raise MissingTensor(f"artifact {manifest.id} has no tensor {missing[0]}")
     buffers = {}
     for info in sorted((header.tensors[name] for name in wanted), key=lambda info: info.start):
-        buffers[info.name] = _read_checked(file, info, manifest.tensors[info.name])
+        buffers[info.name] = read_checked(file, info, manifest.tensors[info.name])
     if TOKENS in buffers:
         _check_id(manifest, buffers[TOKENS])
-    return manifest, {name: _as_tensor(header.tensors[name], buffers[name]) for name in wanted}
+    return manifest, {name: as_tensor(header.tensors[name], buffers[name]) for name in wanted}
 
 
 def read_tokens(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
@@ -115,7 +91,7 @@ def read_tokens(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
         CorruptArtifact, UnsupportedFormat: as `read_prefix`.
     """
     manifest, header = _open(file)
-    tokens = _read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS])
+    tokens = read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS])
     _check_id(manifest, tokens)
     return manifest, bytes(tokens)
 
@@ -131,45 +107,23 @@ def verify(file: BinaryIO) -> PrefixManifest:
     faults = []
     for info in sorted(header.tensors.values(), key=lambda info: info.start):
         digest = hashlib.sha256()
-        for part in _read_range(file, info):
+        for part in read_range(file, info):
             digest.update(part)
         if digest.hexdigest() != manifest.tensors[info.name]:
             faults.append(info.name)
     if faults:
         raise CorruptArtifact(f"tensor {', '.join(faults)}: the checksum does not match")
-    _check_id(manifest, _read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS]))
+    _check_id(manifest, read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS]))
     return manifest
 
 
 def _open(file: BinaryIO) -> tuple[PrefixManifest, Header]:
-    file_bytes = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    prefix = file.read(LENGTH_BYTES)
-    length = header_length(prefix, file_bytes)
-    raw = file.read(length)
-    if len(raw) < length:
-        raise CorruptArtifact("the file was truncated while it was read")
-    header = parse_header(prefix, raw, file_bytes)
+    header = open_header(file)
     return _check_manifest(header), header
 
 
 def _check_manifest(header: Header) -> PrefixManifest:
-    found = header.manifest.get("format"), header.manifest.get("version")
-    if found != (FORMAT, VERSION):
-        raise UnsupportedFormat(
-            f"format {str(found[0])[:40]!r} version {str(found[1])[:40]} is not {FORMAT!r} version {VERSION}",
-            hint="read it with the version of xkv-service that wrote it, or compute it again",
-        )
-    try:
-        manifest = PrefixManifest.model_validate(header.manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:200]
-        raise CorruptArtifact(f"manifest field {where}: {first['msg'][:200]}") from None
-    if manifest.tensors.keys() != header.tensors.keys():
-        name = min(manifest.tensors.keys() ^ header.tensors.keys())
-        side = "header" if name in manifest.tensors else "manifest"
-        raise CorruptArtifact(f"tensor {name[:80]!r}: the {side} does not know it")
+    manifest = parse_manifest(header, PrefixManifest, FORMAT, VERSION)
     tokens = header.tensors.get(TOKENS)
     if tokens is None or (tokens.dtype, tokens.shape) != ("I32", (manifest.tokens,)):
         raise CorruptArtifact(f"tensor {TOKENS}: must be I32 of shape [{manifest.tokens}]")
@@ -186,61 +140,3 @@ def _check_id(manifest: PrefixManifest, tokens: bytes | bytearray | memoryview) 
         raise CorruptArtifact(f"manifest: {error.message}") from None
     if expected != manifest.id:
         raise CorruptArtifact(f"the id {manifest.id} is not that of this model, namespace, tokens and spec")
-
-
-def _read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
-    file.seek(info.start)
-    left = info.nbytes
-    while left:
-        part = file.read(min(left, CHUNK_BYTES))
-        if not part:
-            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
-        left -= len(part)
-        yield part
-
-
-def _read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
-    """Read one tensor into the buffer it will live in, so that what is checked is what is returned."""
-    buffer = bytearray(info.nbytes)
-    view = memoryview(buffer)
-    digest = hashlib.sha256()
-    file.seek(info.start)
-    done = 0
-    while done < info.nbytes:
-        count = file.readinto(view[done : done + CHUNK_BYTES])  # type: ignore[attr-defined]
-        if not count:
-            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
-        digest.update(view[done : done + count])
-        done += count
-    if digest.hexdigest() != expected:
-        raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
-    return buffer
-
-
-def _as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:
-    import torch
-
-    dtype = getattr(torch, _TORCH_NAMES[info.dtype])
-    if not buffer:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
-
-
-def _byte_view(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _describe(name: str, tensor: torch.Tensor, nbytes: int) -> tuple[str, tuple[int, ...], int]:
-    torch_name = str(tensor.dtype).removeprefix("torch.")
-    for dtype, known in _TORCH_NAMES.items():
-        if known == torch_name:
-            return dtype, tuple(tensor.shape), nbytes
-    raise CorruptArtifact(f"tensor {name}: dtype {torch_name} cannot be stored")
-
-
-def _chunks(view: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(view), CHUNK_BYTES):
-        yield view[start : start + CHUNK_BYTES]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from xkv_artifacts.atomic_file import sync_folder
 from xkv_artifacts.blobs import (
     PREFIXES,
     QUARANTINE,
@@ -60,7 +61,7 @@ class LocalBlobStore(BlobStore):
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         return result
 
     def open(self, artifact_id: str) -> BinaryIO:
@@ -96,7 +97,7 @@ class LocalBlobStore(BlobStore):
                 path.unlink()
             except FileNotFoundError:
                 return False
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return True
 
     def quarantine(self, artifact_id: str) -> str:
@@ -107,7 +108,7 @@ class LocalBlobStore(BlobStore):
                 (self.root / blob_name(artifact_id)).rename(target)
             except FileNotFoundError:
                 raise not_found(artifact_id, self.url) from None
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         return str(target)
 
     def remove_temporary(self) -> tuple[int, int]:
@@ -149,7 +150,7 @@ class LocalBlobStore(BlobStore):
                     path.hardlink_to(temporary)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_folder(self.root)
+            sync_folder(self.root)
 
     def _open_temporary(self, stem: str) -> tuple[Path, BinaryIO]:
         """A new file in `tmp/`, locked while its writer lives: a free lock marks it as left behind."""
@@ -186,13 +187,4 @@ def _remove_if_dead(path: Path) -> int | None:
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(folder.parent)

@@ -14,6 +14,7 @@ from artifact_samples import sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xkv_artifacts import checked_file
 from xkv_artifacts import format as blob_format
 from xkv_artifacts.errors import CorruptArtifact, MissingTensor
 from xkv_artifacts.format import read_manifest, read_prefix, read_tokens, verify, write_prefix
@@ -117,7 +118,7 @@ def test_only_the_ranges_of_the_named_tensors_are_read() -> None:
 
 
 def test_tensors_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_format, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(checked_file, "CHUNK_BYTES", 7)
     blob = written()
     assert_same(read_prefix(io.BytesIO(blob))[1], sample()[1])
     verify(io.BytesIO(blob))

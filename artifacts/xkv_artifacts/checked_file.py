@@ -1,0 +1,180 @@
+"""A safetensors file with a manifest in its header, every bit under a checksum: what every format shares.
+
+`docs/format.md` describes the bytes. torch is imported only where tensors are made or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from xkv_artifacts.errors import CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.header import (
+    DTYPES,
+    LENGTH_BYTES,
+    Header,
+    TensorInfo,
+    build_header,
+    header_length,
+    parse_header,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 8 << 20
+_TORCH_NAMES = {
+    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A file that is ready to be written.
+
+    Args:
+        head: length prefix and header as bytes. header: the same, parsed and checked.
+        views: each tensor's bytes, in the order of the file.
+    """
+
+    head: bytes
+    header: Header
+    views: Mapping[str, memoryview]
+
+    def write(self, file: BinaryIO) -> None:
+        """Write all of it, a few MiB at a time."""
+        for view in (memoryview(self.head), *self.views.values()):
+            for start in range(0, len(view), CHUNK_BYTES):
+                file.write(view[start : start + CHUNK_BYTES])
+
+
+def lay_out(manifest: BaseModel, tensors: Mapping[str, torch.Tensor]) -> LaidOut:
+    """Make a file's header; the same input makes the same bytes.
+
+    Tensors on the CPU that are contiguous are used from where they are, without another copy.
+
+    Args:
+        manifest: its `tensors` are filled in here.
+        tensors: by name.
+
+    Raises:
+        CorruptArtifact: a tensor that cannot be stored.
+    """
+    views = {name: _byte_view(tensor) for name, tensor in tensors.items()}
+    described = {name: _describe(name, tensor, len(views[name])) for name, tensor in tensors.items()}
+    # Widest elements first, as safetensors lays tensors out: all of them start aligned.
+    order = sorted(described, key=lambda name: (-DTYPES[described[name][0]], name))
+    digests = {name: hashlib.sha256(views[name]).hexdigest() for name in order}
+    complete = manifest.model_copy(update={"tensors": digests})
+    head = build_header({name: described[name] for name in order}, complete.model_dump(mode="json"))
+    total = len(head) + sum(len(view) for view in views.values())
+    header = parse_header(head[:LENGTH_BYTES], head[LENGTH_BYTES:], total)
+    return LaidOut(head, header, {name: views[name] for name in order})
+
+
+def open_header(file: BinaryIO) -> Header:
+    """Read and check a file's header; its tensors' bytes are not looked at.
+
+    Raises:
+        CorruptArtifact: the header is not one that this project wrote.
+    """
+    file_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    prefix = file.read(LENGTH_BYTES)
+    length = header_length(prefix, file_bytes)
+    raw = file.read(length)
+    if len(raw) < length:
+        raise CorruptArtifact("the file was truncated while it was read")
+    return parse_header(prefix, raw, file_bytes)
+
+
+def parse_manifest(header: Header, kind: type[Kind], name: str, version: int) -> Kind:
+    """The manifest in a checked header, of the format called `name`.
+
+    Raises:
+        UnsupportedFormat: another format or version.
+        CorruptArtifact: a field is missing, unknown or wrong, or the tensors are not those in the header.
+    """
+    found = header.manifest.get("format"), header.manifest.get("version")
+    if found != (name, version):
+        raise UnsupportedFormat(
+            f"format {str(found[0])[:40]!r} version {str(found[1])[:40]} is not {name!r} version {version}",
+            hint="read it with the version of xkv-service that wrote it, or compute it again",
+        )
+    try:
+        manifest = kind.model_validate(header.manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])[:200]
+        raise CorruptArtifact(f"manifest field {where}: {first['msg'][:200]}") from None
+    _check_names(header.manifest.get("tensors", {}), header)
+    return manifest
+
+
+def _check_names(digests: Mapping[str, Any], header: Header) -> None:
+    if digests.keys() != header.tensors.keys():
+        name = min(digests.keys() ^ header.tensors.keys())
+        side = "header" if name in digests else "manifest"
+        raise CorruptArtifact(f"tensor {name[:80]!r}: the {side} does not know it")
+
+
+def read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
+    file.seek(info.start)
+    left = info.nbytes
+    while left:
+        part = file.read(min(left, CHUNK_BYTES))
+        if not part:
+            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
+        left -= len(part)
+        yield part
+
+
+def read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
+    """Read one tensor into the buffer it will live in, so that what is checked is what is returned."""
+    buffer = bytearray(info.nbytes)
+    view = memoryview(buffer)
+    digest = hashlib.sha256()
+    file.seek(info.start)
+    done = 0
+    while done < info.nbytes:
+        count = file.readinto(view[done : done + CHUNK_BYTES])  # type: ignore[attr-defined]
+        if not count:
+            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
+        digest.update(view[done : done + count])
+        done += count
+    if digest.hexdigest() != expected:
+        raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
+    return buffer
+
+
+def as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+    if not buffer:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+
+
+def _byte_view(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _describe(name: str, tensor: torch.Tensor, nbytes: int) -> tuple[str, tuple[int, ...], int]:
+    torch_name = str(tensor.dtype).removeprefix("torch.")
+    for dtype, known in _TORCH_NAMES.items():
+        if known == torch_name:
+            return dtype, tuple(tensor.shape), nbytes
+    raise CorruptArtifact(f"tensor {name}: dtype {torch_name} cannot be stored")
