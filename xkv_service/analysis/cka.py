@@ -67,9 +67,10 @@ def _panel(
     left, width = sum(widths[:count]), sum(widths)
     products = sums = None
     for rows in joined_rows(read, layers, width, tokens):
-        step, total = rows[:, :left].T @ rows, rows.sum(0)
-        products = step if products is None else products.add_(step)
-        sums = total if sums is None else sums.add_(total)
+        if products is None or sums is None:
+            products, sums = rows.new_zeros(left, width), rows.new_zeros(width)
+        products.addmm_(rows[:, :left].T, rows)
+        sums += rows.sum(0)
     assert products is not None and sums is not None
     products.addr_(sums[:left], sums, alpha=-1 / tokens)
     squares = [

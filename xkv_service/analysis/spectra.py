@@ -61,8 +61,9 @@ def group_spectra(
 def _gram(read: ReadChunk, layers: Sequence[int], width: int, tokens: int) -> torch.Tensor:
     total = None
     for rows in joined_rows(read, layers, width, tokens):
-        step = rows.T @ rows
-        total = step if total is None else total.add_(step)
+        if total is None:
+            total = rows.new_zeros(width, width)
+        total.addmm_(rows.T, rows)
     assert total is not None
     return total
 

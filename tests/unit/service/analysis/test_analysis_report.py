@@ -37,10 +37,15 @@ def test_keys_are_those_before_rope_and_values_as_cached() -> None:
         assert side.cka.shape == (3, 3)
 
 
-def test_hybrid_models_are_analyzed_in_their_full_attention_layers() -> None:
-    found, _ = _analyses("gemma2")
-    assert found.layers == (1, 2)
-    assert found.keys.cka.shape == (2, 2)
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", (1, 2)), ("deepseek_v3", (0, 1, 2))])
+def test_hybrid_and_latent_models_are_analyzed_in_what_they_cache(
+    family: str, layers: tuple[int, ...]
+) -> None:
+    found, _ = _analyses(family)
+    assert found.layers == layers
+    for side in (found.keys, found.values):
+        assert side.cka.shape == (len(layers), len(layers))
+        assert side.spectra[2][0].rank(0.95) >= 1
 
 
 def test_averages_lie_between_the_documents() -> None:
