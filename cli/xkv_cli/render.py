@@ -173,10 +173,32 @@ def description(found: Description) -> None:
                 f"{percent(fidelity.top1_agreement)} same next token, {fidelity.positions} positions",
             ),
             ("KL divergence", f"{fidelity.kl:.4f} nats"),
+            ("selection index", _index(manifest)),
+            *_kept_exact(manifest),
             ("spec", ", ".join(f"{k}={v}" for k, v in manifest.spec.items() if v is not None)),
         ],
     )
     _groups(manifest)
+
+
+def _index(manifest: PrefixManifest) -> str:
+    """What selective reconstruction finds tokens with. Latents (MLA) have no index of their own."""
+    own = str(manifest.spec.get("index", "none"))
+    kinds = {
+        "none stored: latents are scored by their own factors" if group.latent else own
+        for group in manifest.groups
+    }
+    return "; ".join(sorted(kinds))
+
+
+def _kept_exact(manifest: PrefixManifest) -> list[tuple[str, str]]:
+    """Layers that are not compressed."""
+    pairs = []
+    if manifest.windows:
+        pairs.append(("sliding windows", f"{len(manifest.windows)} layers, kept exact"))
+    if manifest.states:
+        pairs.append(("linear-attention states", f"{len(manifest.states)} layers, kept exact"))
+    return pairs
 
 
 def _groups(manifest: PrefixManifest) -> None:
@@ -188,9 +210,9 @@ def _groups(manifest: PrefixManifest) -> None:
                 str(number),
                 f"{group.layers[0]}-{group.layers[-1]}",
                 str(group.rank_k),
-                str(group.rank_v),
+                "-" if group.latent else str(group.rank_v),
                 percent(key_error),
-                percent(value_error),
+                percent(None if group.latent else value_error),
             )
             for number, (group, key_error, value_error) in enumerate(
                 zip(manifest.groups, fidelity.key_error, fidelity.value_error, strict=False)
