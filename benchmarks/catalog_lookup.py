@@ -2,9 +2,10 @@
 
     python benchmarks/catalog_lookup.py
 
-A timed lookup is all that a server does before it reads a blob: hash the prompt's blocks, one round trip over
-TCP on 127.0.0.1, parse the answer. For some lookups of each kind the answer is compared with the document
-that the prompt was cut from: at most 63 tokens may be lost, none when the prompt holds the whole document.
+A timed lookup is all that a server does before it reads a blob: hash the prompt's blocks, a round trip (or
+two) over TCP on 127.0.0.1, parse the answer. For some lookups of each kind the answer is compared with the
+document that the prompt was cut from: at most 63 tokens may be lost, none when the prompt holds the whole
+document.
 """
 
 from __future__ import annotations

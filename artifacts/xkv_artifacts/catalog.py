@@ -9,11 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from xkv_artifacts import prefix_index
 from xkv_artifacts.entry import REBUILD_HINT, Entry, bad_entry
 from xkv_artifacts.errors import CatalogError
-from xkv_artifacts.keys import check_namespace, is_artifact_id, joined_block_hashes
+from xkv_artifacts.keys import (
+    BLOCK_TOKENS,
+    DIGEST_BYTES,
+    check_namespace,
+    is_artifact_id,
+    joined_block_hashes,
+)
 from xkv_artifacts.lease import Lease
-from xkv_artifacts.prefix_index import LOOKUP, big_endian, member
+from xkv_artifacts.prefix_index import big_endian, member
 from xkv_artifacts.redis_link import RedisLink
 
 if TYPE_CHECKING:
@@ -105,9 +112,10 @@ class Catalog:
         return [item.decode("utf-8", "replace") for item in raw]
 
     def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
-        """The few artifacts that can share the longest prefix with a prompt; one round trip.
+        """The few artifacts that can share the longest prefix with a prompt.
 
-        At most four prefixes, each with up to `prefix_index.MOST_SPECS` artifacts of it.
+        One round trip, or two where the prompt goes on for more than `prefix_index.SENT_BLOCKS` blocks after
+        what it shares. At most four prefixes, each with up to `prefix_index.MOST_SPECS` artifacts of it.
 
         Args:
             tokens: the prompt's token ids as little-endian int32 bytes.
@@ -116,9 +124,27 @@ class Catalog:
             CatalogError: the answer holds something else than ids.
         """
         digests = joined_block_hashes(fingerprint, namespace, tokens)
-        keys = [self._key(PREFIXES_KEY, fingerprint=fingerprint, namespace=check_namespace(namespace))]
-        found = self._script(LOOKUP, keys, [digests, big_endian(tokens), self._entry_key("")])
-        return [_artifact_id(raw) for raw in found]
+        key = self._key(PREFIXES_KEY, fingerprint=fingerprint, namespace=check_namespace(namespace))
+        sent = max(0, len(digests) // DIGEST_BYTES - prefix_index.SENT_BLOCKS)
+        shared, found = self._nearest(key, digests, tokens, sent)
+        if shared < sent:
+            found += self._nearest(key, digests[: shared * DIGEST_BYTES], tokens, shared)[1]
+        return list(dict.fromkeys(found))
+
+    def _nearest(self, key: str, digests: bytes, tokens: bytes, sent: int) -> tuple[int, list[str]]:
+        """Blocks that the nearest artifacts share with the digests, and their ids.
+
+        Args:
+            sent: the block from which on tokens are sent.
+        """
+        size = 4 * BLOCK_TOKENS
+        end = (len(digests) // DIGEST_BYTES + 1) * size
+        part = big_endian(tokens[sent * size : end])
+        answer = self._script(prefix_index.LOOKUP, [key], [digests, part, str(sent), self._entry_key("")])
+        match answer:
+            case [int(shared), [*found]]:
+                return shared, [_artifact_id(raw) for raw in found]
+        raise CatalogError("the prefix index gave no list of ids", hint=REBUILD_HINT)
 
     def drop(self, artifact_id: str) -> bool:
         """Forget an artifact; False when it was not known."""

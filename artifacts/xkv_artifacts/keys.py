@@ -102,7 +102,7 @@ def joined_block_hashes(fingerprint: str, namespace: str, tokens: bytes) -> byte
     hashes = []
     for start in range(0, len(tokens) - size + 1, size):
         running.update(tokens[start : start + size])
-        hashes.append(running.copy().digest()[:DIGEST_BYTES])
+        hashes.append(running.digest()[:DIGEST_BYTES])
     joined = bytearray(b"".join(hashes))
     joined[::DIGEST_BYTES] = joined[::DIGEST_BYTES].translate(_WITHOUT_FIRST_BIT)
     return bytes(joined)

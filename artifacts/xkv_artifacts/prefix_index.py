@@ -1,4 +1,4 @@
-"""Longest stored prefix of a prompt, in one round trip.
+"""Longest stored prefix of a prompt, in one round trip, or two where a long prompt leaves it early.
 
 One sorted set per model and namespace; all scores are 0, so Redis orders members by their bytes. A member is
 
@@ -8,8 +8,11 @@ One sorted set per model and namespace; all scores are 0, so Redis orders member
 their tokens share, and the member that shares most with a query stands right before or right after it.
 Digests start with a 0 bit and tokens are below 2^31, so neither can be taken for the marks. Inside a block
 digests tell nothing, so a second query asks, where the deepest common block ends, for the artifacts that end
-in the next one. Artifacts of the same tokens, compressed differently, stand side by side: up to MOST_SPECS of
-them come back. What comes back are candidates: the blob's own tokens decide.
+in the next one. Only the tokens of a prompt's last SENT_BLOCKS blocks are sent for it (all of a long prompt
+would cost more than the search); where the common blocks end before those, the caller sends that block's.
+
+Artifacts of the same tokens, compressed differently, stand side by side: up to MOST_SPECS of them come back.
+What comes back are candidates: the blob's own tokens decide.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, joined_block_hashes
 _TAIL = b"\xff"
 _END = b"\xff\xff\xff\xff"
 ID_BYTES = 32
+SENT_BLOCKS = 128
+"""Blocks at a prompt's end whose tokens are sent along with its digests: 32 kB."""
 MOST_SPECS = 8
 """Artifacts of the same tokens that one lookup tells apart."""
 
-# KEYS: the sorted set. ARGV: digests, tokens (4 bytes each, most significant first), prefix of entry keys.
+# KEYS: the sorted set. ARGV: digests, tokens (4 bytes each, most significant first), the block that the
+# tokens begin at, prefix of entry keys. Answers how many blocks the nearest artifact shares, and the ids.
 # Members whose artifact has no entry any more are removed on the way, so they never hide another.
 LOOKUP = f"""
-local key, digests, tokens, entry = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local found, seen = {{}}, {{}}
 
 local function place(member)
@@ -70,7 +76,7 @@ local function common_blocks(member)
 end
 
 local function ask(blocks)
-  local first = blocks * {4 * BLOCK_TOKENS} + 1
+  local first = (blocks - sent) * {4 * BLOCK_TOKENS} + 1
   local tail = string.sub(tokens, first, first + {4 * (BLOCK_TOKENS - 1)} - 1)
   local query = string.sub(digests, 1, blocks * {DIGEST_BYTES}) .. '\\255' .. tail
   local after = live('ZRANGEBYLEX', '[' .. query, '+')
@@ -80,8 +86,8 @@ end
 
 local all = #digests / {DIGEST_BYTES}
 local deepest = ask(all)
-if deepest < all then ask(deepest) end
-return found
+if sent <= deepest and deepest < all then ask(deepest) end
+return {{deepest, found}}
 """
 
 
