@@ -34,10 +34,11 @@ def index_layers(exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int,
         key_energy: by layer, mean square of the keys [kv_heads, D].
     """
     index = LayerIndex({}, {}, {})
+    planes = _sketch_planes(exact, spec, key_energy) if spec.index == "sketch" else {}
     for layer in exact.layout.compressible:
         latent = layer.kind == "latent"  # their factors' leading columns are an index already
-        if spec.index == "sketch" and not latent:
-            index.sketches[layer.index] = _sketch(exact, spec, layer, key_energy[layer.index])
+        if layer.index in planes:
+            index.sketches[layer.index] = _sketch(exact, layer.index, planes[layer.index])
         if spec.index == "landmark" and not latent:
             index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
         kept = _exact(exact, spec, layer)
@@ -46,13 +47,33 @@ def index_layers(exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int,
     return index
 
 
-def _sketch(exact: Prefill, spec: CompressionSpec, layer: LayerLayout, energy: torch.Tensor) -> KeySketch:
-    candidates = candidate_planes(exact.planes(layer.index), layer.head_dim)
-    count = sketch_planes(spec, layer.head_dim)
-    planes = choose_planes(energy, exact.query_energy(layer.index), candidates, count)
+def _sketch_planes(
+    exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """By layer that is not latent, the planes of its sketch: chosen at once for all layers of a kind."""
+    kinds: dict[tuple[int, ...], list[LayerLayout]] = {}
+    for layer in exact.layout.compressible:
+        if layer.kind != "latent":
+            heads = (layer.kv_heads, layer.query_heads, layer.head_dim)
+            kinds.setdefault((*heads, *exact.planes(layer.index).flatten().tolist()), []).append(layer)
+    planes: dict[int, torch.Tensor] = {}
+    for layers in kinds.values():
+        numbers, one = [layer.index for layer in layers], layers[0]
+        chosen = choose_planes(
+            torch.cat([key_energy[number] for number in numbers]),
+            torch.cat([exact.query_energy(number) for number in numbers]),
+            candidate_planes(exact.planes(one.index), one.head_dim),
+            sketch_planes(spec, one.head_dim),
+        )
+        planes.update(zip(numbers, torch.split(chosen, one.kv_heads), strict=True))
+    return planes
+
+
+def _sketch(exact: Prefill, layer: int, planes: torch.Tensor) -> KeySketch:
+    step = _CHUNK if exact.device.type == "cpu" else exact.tokens  # the kernel needs no memory
     pieces = [
-        encode(exact.rotated_keys(layer.index, start, start + _CHUNK), planes)
-        for start in range(0, exact.tokens, _CHUNK)
+        encode(exact.rotated_keys(layer, start, start + step), planes)
+        for start in range(0, exact.tokens, step)
     ]
     return KeySketch(
         planes, torch.cat([codes for codes, _ in pieces]), torch.cat([scale for _, scale in pieces])
