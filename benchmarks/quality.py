@@ -58,16 +58,20 @@ def methods(
     groups: Sequence[int],
     weights: Sequence[str],
     dtypes: Sequence[str],
+    key_shares: Sequence[float] = (0.4,),
 ) -> list[Method]:
     """The full cache, then every combination of the arguments."""
     rows = [Method("full", None)]
-    for ratio, index, dtype, group, name in product(ratios, indexes, dtypes, groups, weights):
+    for ratio, index, dtype, group, name, share in product(
+        ratios, indexes, dtypes, groups, weights, key_shares
+    ):
         key_weights, value_weights = WEIGHTS[name]
         spec = CompressionSpec(
             ratio=ratio,
             group_size=group,
             index=index,
             factor_dtype=dtype,
+            key_share=share,
             key_weights=key_weights,
             value_weights=value_weights,
         )
@@ -80,7 +84,14 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model or demo_model_path(), device=arguments.device)
-    rows = methods(arguments.ratios, arguments.indexes, arguments.groups, arguments.weights, arguments.dtypes)
+    rows = methods(
+        arguments.ratios,
+        arguments.indexes,
+        arguments.groups,
+        arguments.weights,
+        arguments.dtypes,
+        arguments.key_shares,
+    )
     rng, asked = Random(arguments.seed), 0
     while asked < arguments.questions:
         document = make_document(rng, arguments.tokens, measure_of(loaded))
@@ -111,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--dtypes", nargs="+", default=["int8"], choices=["int8", "bfloat16"])
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
+    parser.add_argument("--key-shares", type=float, nargs="+", default=[0.4], help="of a group's ranks")
     return parser.parse_args()
 
 
@@ -156,6 +168,7 @@ def _summary(row: Method, full: Method) -> dict[str, Any]:
         "target": row.spec.ratio if row.spec else 1.0,
         "index": row.spec.index if row.spec else "",
         "factors": row.spec.factor_dtype if row.spec else "",
+        "key_share": row.spec.key_share if row.spec else None,
         "ratio": sum(row.ratios) / len(row.ratios) if row.ratios else 1.0,
         "exact_match": share,
         "standard_error": (share * (1 - share) / count) ** 0.5,
