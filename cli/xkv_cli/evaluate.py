@@ -144,6 +144,8 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     from xkv_cli import evaluation_render
     from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
 
+    if out is not None and not out.resolve().parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {out.resolve().parent}")
     try:
         results = _measured(options)
     except (InvalidSpec, ModelNotFound, DeviceUnavailable) as error:

@@ -23,7 +23,6 @@ def as_json(results: Results) -> None:
 
 def to_file(results: Results, path: Path) -> None:
     """Everything, with the single scores."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results.to_json(marks=True), allow_nan=False) + "\n", "utf-8")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 
+from xkv_service.demo import demo_model_path
 from xkv_service.errors import InvalidSpec, XKVError
 from xkv_service.evaluation.methods.base import Method
 from xkv_service.evaluation.plan import Plan
@@ -144,7 +146,7 @@ class _Total:
 def _about(loaded: LoadedModel, plan: Plan, renderer: Renderer) -> dict[str, Any]:
     """What was run, as JSON values."""
     return {
-        "model": loaded.identity.name,
+        "model": _model_name(loaded),
         "fingerprint": loaded.identity.fingerprint,
         "dtype": loaded.identity.dtype,
         "device": _device_name(loaded),
@@ -159,6 +161,11 @@ def _about(loaded: LoadedModel, plan: Plan, renderer: Renderer) -> dict[str, Any
         "qa_data": plan.qa_data,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "xkv-service")},
     }
+
+
+def _model_name(loaded: LoadedModel) -> str:
+    bundled = Path(loaded.model.name_or_path) == demo_model_path()
+    return "bundled" if bundled else loaded.identity.name
 
 
 def _device_name(loaded: LoadedModel) -> str:

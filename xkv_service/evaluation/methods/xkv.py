@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -19,6 +20,9 @@ from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.reconstruct import dense_cache
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
+
+_FACTORS: WeakKeyDictionary[Prefill, dict[CompressionSpec, PrefixFactors]] = WeakKeyDictionary()
+"""Factors of prefills still in use: methods that differ in their selection alone share them."""
 
 
 class XKV:
@@ -84,9 +88,11 @@ class XKV:
         Raises:
             RatioUnreachable: the ratio leaves no byte for factors of a prefix this short.
         """
-        factors, _ = factorize_prefill(model, exact, self.spec)
+        known = _FACTORS.setdefault(exact, {})
+        if self.spec not in known:
+            known[self.spec] = factorize_prefill(model, exact, self.spec)[0]
         size = size_of(exact.layout, exact.tokens, self.spec, rotary_tables(exact)[1])
-        return FactorPrefix(model, factors, size.bytes_stored, self.selection)
+        return FactorPrefix(model, known[self.spec], size.bytes_stored, self.selection)
 
 
 def _selection(selector: str, budget: int | float | None, granularity: Any) -> SelectionSpec | None:
