@@ -1,6 +1,6 @@
-"""Writes the golden prefix artifact of a format version. Run once per version; the file is never made again.
+"""Writes the golden prefix artifacts of a format version. Run once per version; a file is never made again.
 
-python tests/golden/make_prefix_golden.py tests/golden/prefix-v1.safetensors
+python tests/golden/make_prefix_golden.py tests/golden
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from xkv_artifacts.manifest import (
     GroupLayout,
     ModelIdentity,
     PrefixManifest,
+    StateLayout,
+    StateShape,
     WindowLayout,
 )
 
@@ -43,12 +45,12 @@ SPEC = {
 }
 
 
-def golden_tensors() -> dict[str, torch.Tensor]:
+def ramp(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Numbers that anyone can work out: element i is (i mod 251 - 125) / 8, exact in every dtype."""
+    return ((torch.arange(torch.Size(shape).numel()) % 251 - 125) / 8).reshape(shape).to(dtype)
 
-    def ramp(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return ((torch.arange(torch.Size(shape).numel()) % 251 - 125) / 8).reshape(shape).to(dtype)
 
+def golden_tensors() -> dict[str, torch.Tensor]:
     tokens = len(TOKEN_IDS)
     tensors = {
         "tokens": torch.tensor(TOKEN_IDS, dtype=torch.int32),
@@ -108,12 +110,72 @@ def golden_manifest() -> PrefixManifest:
     )
 
 
+def latent_tensors() -> dict[str, torch.Tensor]:
+    """Two layers of latent attention and one of linear attention."""
+    tokens = len(TOKEN_IDS)
+    tensors = {
+        "tokens": torch.tensor(TOKEN_IDS, dtype=torch.int32),
+        "rotary.0.planes": torch.empty(0, 2, dtype=torch.int32),
+        "rotary.0.scaling": torch.tensor([1.0], dtype=torch.float64),
+        "rotary.0.rounding": torch.tensor([0], dtype=torch.int32),
+        "layer.1.state.conv.0": ramp(torch.bfloat16, 6, 4),
+        "layer.1.state.conv.1": ramp(torch.bfloat16, 3, 4),
+        "layer.1.state.recurrent.0": ramp(torch.float32, 2, 3, 5),
+    }
+    for block, width in enumerate((64, 1)):
+        tensors[f"group.0.key.factors.{block}"] = ramp(torch.bfloat16, tokens, width)
+        tensors[f"group.0.key.bases.{block}"] = ramp(torch.bfloat16, width, 80)
+    for layer in (0, 2):
+        tensors[f"layer.{layer}.rope_key"] = ramp(torch.bfloat16, tokens, 8)
+        tensors[f"layer.{layer}.exact.positions"] = torch.tensor([0, 1, 2, 129], dtype=torch.int32)
+        tensors[f"layer.{layer}.exact.keys"] = ramp(torch.bfloat16, 4, 1, 40)
+    return tensors
+
+
+def latent_manifest() -> PrefixManifest:
+    group = GroupLayout(
+        layers=(0, 2),
+        kv_heads=(1, 1),
+        key_widths=(40, 40),
+        value_widths=(0, 0),
+        rotary=(0, 0),
+        rank_k=65,
+        rank_v=0,
+        rope_widths=(8, 8),
+    )
+    state = StateLayout(
+        layer=1,
+        conv=(StateShape(shape=(6, 4), dtype="bfloat16"), StateShape(shape=(3, 4), dtype="bfloat16")),
+        recurrent=(StateShape(shape=(2, 3, 5), dtype="float32"),),
+    )
+    return golden_manifest().model_copy(
+        update={
+            "id": artifact_id(FINGERPRINT, "golden.v1", TOKEN_IDS, SPEC | {"value_weights": "none"}),
+            "spec": SPEC | {"value_weights": "none"},
+            "groups": (group,),
+            "windows": (),
+            "states": (state,),
+            "fidelity": Fidelity(
+                top1_agreement=0.96875, kl=0.015625, positions=32, key_error=(0.25,), value_error=(0.0,)
+            ),
+        }
+    )
+
+
+GOLDEN = {
+    "prefix-v1.safetensors": (golden_manifest, golden_tensors),
+    "prefix-v1-latent.safetensors": (latent_manifest, latent_tensors),
+}
+
+
 def main() -> None:
-    target = Path(sys.argv[1])
-    if target.exists():
-        sys.exit(f"{target} exists: a golden file is made once and kept")
-    with target.open("wb") as file:
-        write_prefix(file, golden_manifest(), golden_tensors())
+    for name, (manifest, tensors) in GOLDEN.items():
+        target = Path(sys.argv[1]) / name
+        if target.exists():
+            print(f"{target} exists: a golden file is made once and kept")
+            continue
+        with target.open("wb") as file:
+            write_prefix(file, manifest(), tensors())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def chunk_tokens(
     """
     if model.device.type != "cuda":
         return CPU_TOKENS
-    free = _free_bytes(model.device) - documents * longest * _cache_bytes(model, layout)
+    free = _free_bytes(model.device) - documents * longest * (
+        _cache_bytes(model, layout) + _expanded_bytes(model, layout)
+    )
     token = _activation_bytes(model) + _score_bytes(model, layout, longest, fused)
     fits = int(_SHARE_OF_FREE_MEMORY * free) // (documents * token)
     if layout.has_sliding:
@@ -50,6 +52,18 @@ def _cache_bytes(model: PreTrainedModel, layout: ModelLayout) -> int:
     """Bytes of one token's exact cache as the model computes it."""
     width = sum(layer.key_width + layer.value_width for layer in layout.layers)
     return width * int(model.dtype.itemsize)
+
+
+def _expanded_bytes(model: PreTrainedModel, layout: ModelLayout) -> int:
+    """Bytes of the keys and values one cached token's latent expands to while its layer runs, and of the copy
+    that latent attention (MLA) makes of them.
+    """
+    if all(layer.kind != "latent" for layer in layout.layers):
+        return 0
+    config = model.config.get_text_config(decoder=True)
+    heads = max(layer.query_heads for layer in layout.layers)
+    width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) + int(config.v_head_dim)
+    return 2 * heads * width * int(model.dtype.itemsize)
 
 
 def _activation_bytes(model: PreTrainedModel) -> int:
