@@ -27,8 +27,9 @@ class CompressionSpec:
         key_share: share of keys in the rank budget, r_k / (r_k + r_v); 0.4 is the paper's 1:1.5.
         dtype: of layer bases, landmarks and exact tokens as stored.
         factor_dtype: of token factors as stored; "int8" has one scale a column, folded into the layer bases.
-        index: selection index: per-token key "sketch", chunk "landmark" (paper, section 3.3), or "none". Latent
-            layers (MLA) store none: their factors are one. Nor have they use for rank_v, key_share or weights.
+        index: selection index: per-token key "sketch", chunk "landmark" (paper, section 3.3), or "none".
+            Latent layers (MLA) store none: their factors are one. They have no use for rank_v, key_share
+            and weights either.
         sketch_planes: rotary planes (pairs of dimensions) per KV head in a key sketch, 4 bits a dimension.
         landmark_chunk: tokens per landmark (paper: 8).
         sink, recent: first and last tokens of the prefix kept exact.
