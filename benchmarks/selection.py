@@ -1,0 +1,283 @@
+"""What each way of selecting tokens costs and is worth: answers, bytes of the index, time of a decode step.
+
+python benchmarks/selection.py --out benchmarks/results/selection.json
+
+All rows share one factorization (8x, groups of 4, no index stored) and the same questions; only the index and
+the choice of tokens differ. Every query token selects for itself, the question's included. An answer is right
+when greedy decoding gives the expected text, character for character. `--part 1/8` measures every eighth
+document, `--merge FILES` adds parts up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from bundled import measure_of
+from report import Report
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, enable_xkv
+from xkv_service.compression import factorize_prefill
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.scoring import LandmarkScorer, Scorer
+from xkv_service.demo import demo_model_path
+from xkv_service.evaluation import Chat
+from xkv_service.evaluation.tasks.base import Room, Sample
+from xkv_service.evaluation.tasks.registry import find_tasks
+from xkv_service.modeling.models import LoadedModel, load_model
+from xkv_service.modeling.prompts import render_prefix
+from xkv_service.prefilling.prefill import prefill
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.landmarks import landmarks
+from xkv_service.selection.sketch import candidate_planes, choose_planes
+
+NEEDLES = (
+    "demo_niah_single_1",
+    "demo_niah_multikey_1",
+    "demo_niah_multikey_2",
+    "demo_niah_multikey_3",
+    "demo_niah_multivalue",
+    "demo_niah_multiquery",
+    "demo_variable_tracking",
+)
+SETS = {"documents": ("demo_documents",), "needles": NEEDLES}
+Index = Callable[[Prefill, int], Scorer]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to select: what it is called, its index (None: exact scores or none), and the choice."""
+
+    name: str
+    spec: SelectionSpec
+    index: Index | None = None
+    bytes: float = 0.0
+    outliers: int = 0
+
+
+class PlainSketch:
+    """A key sketch of any number of bits, kept as floating point: what is measured is its rounding."""
+
+    unit = 1
+
+    def __init__(self, keys: torch.Tensor, planes: torch.Tensor, bits: int) -> None:
+        self.dims = planes.long().flatten(1)
+        picked = keys.float().gather(-1, self.dims.expand(keys.shape[0], -1, -1))
+        levels = 2 ** (bits - 1) - 1
+        scale = (picked.abs().amax(-1, keepdim=True) / levels).half().float().clamp_min(1e-30)
+        self.kept = ((picked / scale).round().clamp(-levels, levels) * scale).permute(1, 2, 0).contiguous()
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        index = self.dims[:, None].expand(-1, queries.shape[1], -1)
+        return queries.float().gather(-1, index) @ self.kept
+
+
+def sketch(planes: int, bits: int, *, queries: bool = True) -> tuple[Index, float]:
+    """A sketch of so many planes, chosen by key energy, times that of the prefix's queries or not."""
+
+    def build(exact: Prefill, layer: int) -> Scorer:
+        keys = exact.rotated_keys(layer)
+        energy = exact.query_energy(layer)
+        chosen = choose_planes(
+            keys.float().square().mean(0),
+            energy if queries else torch.ones_like(energy),
+            candidate_planes(exact.planes(layer), keys.shape[-1]),
+            planes,
+        )
+        return PlainSketch(keys, chosen, bits)
+
+    return build, 2 * planes * bits / 8 + 2
+
+
+def landmark(chunk: int) -> tuple[Index, float]:
+    """The paper's landmarks of `chunk` tokens."""
+
+    def build(exact: Prefill, layer: int) -> Scorer:
+        return LandmarkScorer(landmarks(exact.rotated_keys(layer), chunk), chunk)
+
+    return build, 128 / chunk
+
+
+def rows() -> Iterator[Row]:
+    """Everything measured."""
+    yield Row("every token", SelectionSpec("dense"))
+    for budget in (16, 64, 256):
+        yield Row("exact scores", SelectionSpec("exact", budget))
+    for budget in (32, 64, 128, 256, 512):
+        yield Row("sketch, 8 planes, 4 bits", SelectionSpec("sketch", budget), *sketch(8, 4))
+    for budget in (64, 256):
+        per_head = SelectionSpec("sketch", budget, "head")
+        yield Row("sketch, 8 planes, 4 bits", per_head, *sketch(8, 4))
+    for planes, bits in ((2, 4), (4, 4), (6, 4), (12, 4), (16, 4), (8, 2), (8, 3), (8, 8), (16, 2)):
+        for budget in (64, 256):
+            index = sketch(planes, bits)
+            yield Row(f"sketch, {planes} planes, {bits} bits", SelectionSpec("sketch", budget), *index)
+    for planes in (4, 8):
+        index = sketch(planes, 4, queries=False)
+        yield Row(f"sketch, {planes} planes by key energy", SelectionSpec("sketch", 256), *index)
+    for chunk in (4, 8, 16):
+        yield Row(f"landmarks of {chunk}", SelectionSpec("landmark", 256), *landmark(chunk))
+    for budget in (256, 512, 1024):
+        yield Row("landmarks of 8", SelectionSpec("landmark", budget, "head"), *landmark(8))
+    for granularity in ("layer", "head"):
+        spec = SelectionSpec("landmark", 256, granularity)
+        yield Row("landmarks of 8, 16 outlier chunks", spec, *landmark(8), outliers=16)
+    yield Row("sketch, 4 planes, 16 outlier chunks", SelectionSpec("sketch", 64), *sketch(4, 4), outliers=16)
+    recent = SelectionSpec("sketch", 64, sink=16, recent=64)
+    yield Row("sketch, 8 planes, 16 first and 64 last tokens", recent, *sketch(8, 4))
+
+
+def main() -> None:
+    """Measure or merge; print a table, write JSON."""
+    arguments = _arguments()
+    if arguments.merge:
+        parts = [json.loads(path.read_text()) for path in arguments.merge]
+        counts = _merged([part["counts"] for part in parts])
+    else:
+        torch.set_num_threads(1)
+        counts = _measured(load_model(arguments.model, device=arguments.device), arguments)
+    report = Report("selection", " ".join(["python", *sys.argv]), "every token")
+    for count in counts:
+        report.add(**_row(count))
+    report.write(arguments.out, counts=counts, tokens=arguments.tokens)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/selection.json"))
+    parser.add_argument("--model", default=str(demo_model_path()))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a document")
+    parser.add_argument("--documents", type=int, default=26, help="documents of each set")
+    parser.add_argument("--questions", type=int, default=20, help="questions on each")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th document")
+    parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
+    return parser.parse_args()
+
+
+def _measured(loaded: LoadedModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    part, parts = map(int, arguments.part.split("/"))
+    counts: dict[tuple[str, str], dict[str, Any]] = {}
+    jobs = [(name, number) for name in SETS for number in range(arguments.documents)]
+    for name, number in jobs[part - 1 :: parts]:
+        task = SETS[name][number % len(SETS[name])]
+        for row, right, asked, seconds in _document(loaded, task, number, arguments):
+            known = counts.setdefault((_label(row), name), _empty(row, name))
+            known["right"] += right
+            known["asked"] += asked
+            known["steps_ms"].append(1000 * seconds)
+        print(f"{name} {number + 1}/{arguments.documents}", flush=True)
+        arguments.out.write_text(json.dumps({"counts": list(counts.values())}))
+    return list(counts.values())
+
+
+def _label(row: Row) -> str:
+    return f"{row.name}, {row.spec.budget} by {row.spec.granularity}"
+
+
+def _empty(row: Row, name: str) -> dict[str, Any]:
+    budget = None if row.spec.selector == "dense" else row.spec.budget
+    return {
+        "selection": row.name,
+        "budget": budget,
+        "granularity": row.spec.granularity,
+        "index_bytes": row.bytes,
+        "questions": name,
+        "right": 0,
+        "asked": 0,
+        "steps_ms": [],
+    }
+
+
+def _document(
+    loaded: LoadedModel, task: str, number: int, arguments: argparse.Namespace
+) -> Iterator[tuple[Row, int, int, float]]:
+    """Right answers, questions and seconds of one decode step, for every row."""
+    sample = _sample(loaded, task, number, arguments)
+    ids = torch.tensor(render_prefix(loaded.tokenizer, sample.document))
+    model = loaded.model
+    with torch.no_grad(), enable_xkv(model):
+        exact = prefill(model, ids)
+        prefixes = {}
+        for outliers in (0, 16):
+            spec = CompressionSpec(ratio=8, index="none", outlier_chunks=outliers)
+            prefixes[outliers] = Prefix.of(model, factorize_prefill(model, exact, spec)[0])
+        for row in rows():
+            prefix = prefixes[row.outliers]
+            for layer, one in prefix.layers.items():
+                one.index = row.index(exact, layer) if row.index else None
+            yield row, *_asked(loaded, prefix, row.spec, ids, sample)
+
+
+def _sample(loaded: LoadedModel, task: str, number: int, arguments: argparse.Namespace) -> Sample:
+    measure = measure_of(loaded)
+    room = Room(arguments.tokens, measure, lambda text, question: measure(text))
+    return find_tasks([task])[0].make(Random(f"{task} {number}"), room, arguments.questions)
+
+
+def _asked(
+    loaded: LoadedModel, prefix: Prefix, spec: SelectionSpec, ids: torch.Tensor, sample: Sample
+) -> tuple[int, int, float]:
+    # The index stands in for the kind it is of.
+    spec = SelectionSpec(
+        "auto" if spec.selector in ("sketch", "landmark") else spec.selector,
+        spec.budget,
+        spec.granularity,
+        spec.sink,
+        spec.recent,
+    )
+    cache = XKVCache(prefix, spec)
+    chat = Chat(loaded.model, loaded.tokenizer, cache, ids.tolist(), sample.document)
+    right = 0
+    for question in sample.questions:
+        chat.restart()
+        right += chat.ask(question.text, question.expected[0], enough=lambda text: True).right is True
+    return right, len(sample.questions), _step_seconds(loaded, prefix, spec)
+
+
+def _step_seconds(loaded: LoadedModel, prefix: Prefix, spec: SelectionSpec) -> float:
+    cache, token = XKVCache(prefix, spec), torch.tensor([[5]], device=loaded.model.device)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        loaded.model(token, past_key_values=cache)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[2]
+
+
+def _merged(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    total: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for count in (count for part in parts for count in part):
+        name = tuple(count[field] for field in ("selection", "budget", "granularity", "questions"))
+        if name in total:
+            for field in ("right", "asked", "steps_ms"):
+                total[name][field] += count[field]
+        else:
+            total[name] = count
+    return list(total.values())
+
+
+def _row(count: dict[str, Any]) -> dict[str, Any]:
+    share = count["right"] / count["asked"]
+    steps = sorted(count["steps_ms"])
+    fields = ("selection", "budget", "granularity", "index_bytes", "questions", "asked")
+    return {
+        **{field: count[field] for field in fields},
+        "right_%": 100 * share,
+        "error_%": 100 * (share * (1 - share) / count["asked"]) ** 0.5,
+        "step_ms": steps[len(steps) // 2],
+    }
+
+
+if __name__ == "__main__":
+    main()
