@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,18 +28,21 @@ def to_file(results: Results, path: Path) -> None:
 
 
 def results(found: Results) -> None:
-    """A line for each task, length and method."""
+    """A line for each task, length and method; what could not be measured, and why, on stderr."""
     rows = found.rows()
     turns = any("by_turn" in row for row in rows)
     head = ["task", "length", "method", "accuracy", "to full", "stored", "ratio", "n"]
     lines = [[*_line(row), *([_turns(row)] if turns else [])] for row in rows]
     render.table([*head, *(["by turn"] if turns else [])], lines, right=["length", "stored", "ratio", "n"])
+    for row in rows:
+        if "note" in row:
+            sys.stderr.write(f"note: {row['method']} on {row['task']} at {row['length']:,}: {row['note']}\n")
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
     name = [row["task"], f"{row['length']:,}", row["method"]]
     if "note" in row:
-        return [*name, f"not measured: {row['note']}", "", "", "", ""]
+        return [*name, "not measured", "", "", "", ""]
     paired = row["method"] != BASELINE
     return [
         *name,

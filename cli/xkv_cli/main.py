@@ -27,6 +27,7 @@ _COMMANDS = {
     "index": ("xkv_cli.store", "index"),
     "gc": ("xkv_cli.store", "gc"),
     "analyze": ("xkv_cli.analyze", "analyze"),
+    "eval": ("xkv_cli.evaluate", "evaluate"),
     "doctor": ("xkv_cli.doctor", "doctor"),
 }
 

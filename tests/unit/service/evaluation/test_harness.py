@@ -83,7 +83,7 @@ def test_tasks_after_ruler_are_answered_through_their_first_words(bundled: Loade
 
 
 def test_shards_merge_to_the_whole(bundled: LoadedModel, tmp_path: Path) -> None:
-    plan = {"samples": 3, "lengths": [300]}
+    plan = {"samples": 3, "lengths": [300], "methods": ["snapkv:ratio=2"]}
     whole = evaluate(bundled, _plan(**plan))
     parts = []
     for shard in ("1/2", "2/2"):
