@@ -67,12 +67,8 @@ class Session:
         messages: Messages | None = None,
         source: Source | None = None,
     ) -> None:
-        if prefix_ids is None:
-            if not isinstance(cache, XKVCache):
-                raise CacheMisuse("an exact cache was given alone", hint="give prefix_ids, its tokens")
-            prefix_ids = cache.prefix.token_ids.tolist()
         self.renderer = ChatRenderer(tokenizer, document, system_prompt, template)
-        self.context = Context(model, cache, prefix_ids)
+        self.context = Context(model, cache, _prefix_ids(cache, prefix_ids))
         self.messages: Messages = [dict(message) for message in messages or []]
         self.source = source
         self.last_reply: Reply | None = None
@@ -205,3 +201,15 @@ class Session:
         ends = config.eos_token_id if config is not None else None
         known = ends if isinstance(ends, list) else [ends]
         return frozenset(end for end in (*known, self.renderer.tokenizer.eos_token_id) if end is not None)
+
+
+def _prefix_ids(cache: Cache, given: Sequence[int] | None) -> Sequence[int]:
+    """The tokens of the prefix in a cache."""
+    if not isinstance(cache, XKVCache):
+        if given is None:
+            raise CacheMisuse("an exact cache does not know its tokens", hint="give them as prefix_ids")
+        return given
+    known: list[int] = cache.prefix.token_ids.tolist()
+    if given is not None and list(given) != known:
+        raise CacheMisuse("prefix_ids are not the tokens of the cached prefix", hint="leave prefix_ids out")
+    return known
