@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -159,8 +160,14 @@ def _about(loaded: LoadedModel, plan: Plan, renderer: Renderer) -> dict[str, Any
         "shard": f"{plan.shard.index}/{plan.shard.count}",
         "haystack": plan.haystack,
         "qa_data": plan.qa_data,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "xkv-service")},
+        "versions": dict(_versions()),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in ("torch", "transformers", "xkv-service"):
+        with suppress(metadata.PackageNotFoundError):  # run from a checkout
+            yield name, metadata.version(name)
 
 
 def _model_name(loaded: LoadedModel) -> str:
