@@ -9,6 +9,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
+from xkv_service.decoding.fold import FOLD_ERROR, fold_tail
+from xkv_service.decoding.folded_prefix import folded_bytes
 from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
@@ -133,23 +135,36 @@ class XKVCache(Cache):  # type: ignore[misc]
         other.layers = [_fork(layer) for layer in self.layers]
         return other
 
+    def fold(self, *, keep: int = 0, error: float = FOLD_ERROR) -> int:
+        """Make all but the last `keep` tokens of the tail into factors, as `fold_tail`; returns how many."""
+        return fold_tail(self, keep=keep, error=error)
+
     def reset(self) -> None:
-        """Forget the tail."""
+        """Forget the tail, folded tokens included."""
         for index, layer in enumerate(DynamicCache(config=self.prefix.model.config).layers):
-            if isinstance(self.layers[index], _Kept):
+            if isinstance(self.layers[index], PrefixLayer):
+                self.layers[index] = PrefixLayer(index, Selection(self.prefix.layers[index], self.selection))
+            elif isinstance(self.layers[index], _Kept):
                 self.layers[index].reset()
             else:
                 self.layers[index] = layer
 
     @property
     def tail_tokens(self) -> int:
-        """n, tokens of the tail."""
-        return int(self.get_seq_length()) - self.prefix.tokens
+        """n, tokens of the tail that are exact."""
+        return next(layer.tail_tokens for layer in self.layers if isinstance(layer, PrefixLayer))
+
+    @property
+    def folded_tokens(self) -> int:
+        """Tokens behind the prefix that `fold` made into factors."""
+        return int(self.get_seq_length()) - self.prefix.tokens - self.tail_tokens
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the tail: what one more session costs."""
-        total = 0
+        """Bytes of the tail, folded tokens included: what one more session costs."""
+        total = folded_bytes(
+            layer.selection.prefix for layer in self.layers if isinstance(layer, PrefixLayer)
+        )
         for layer in self.layers:
             if isinstance(layer, PrefixLayer) and layer.keys is not None and layer.values is not None:
                 total += layer.keys.nbytes + layer.values.nbytes

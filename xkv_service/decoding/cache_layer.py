@@ -81,6 +81,11 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         if self.tail_tokens:
             super().batch_select_indices(indices)
 
+    def drop_first(self, tokens: int) -> None:
+        """Remove the first tokens of the tail, which are part of the prefix now."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, tokens:].clone(), self.values[:, :, tokens:].clone()
+
     def fork(self) -> PrefixLayer:
         """The same prefix and the tail as it is now; tails grow by making new tensors: nothing is copied."""
         return copy.copy(self)

@@ -47,13 +47,13 @@ class Turns:
     """
 
     def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
-        self._planes = table.planes
+        self.table = table
         cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
         self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
-        return rotate_planes(keys, self._planes, self._cos[positions], self._sin[positions])
+        return rotate_planes(keys, self.table.planes, self._cos[positions], self._sin[positions])
 
 
 class LayerPrefix:
@@ -63,6 +63,9 @@ class LayerPrefix:
         factors: the prefix, of at least `tokens` tokens.
         layer: a compressed layer. tokens: p. turns: cos and sin of the layer's kind.
         device, dtype: where attention runs, and the dtype of its matrix products.
+
+    Attributes:
+        key_bases: [r_k, kv_heads D].
     """
 
     def __init__(
@@ -78,12 +81,12 @@ class LayerPrefix:
         assert group.values is not None
         self.layer, self.tokens, self.dtype = layer, tokens, dtype
         self.kv_heads = group.layout.kv_heads[place]
-        self._turns = turns
-        self._key_factors, self._key_bases = half(group.keys, place, tokens, device, dtype)
+        self.turns = turns
+        self._key_factors, self.key_bases = half(group.keys, place, tokens, device, dtype)
         self._value_factors, value_bases = half(group.values, place, tokens, device, dtype)
         rank = value_bases.shape[0]
         self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
-        self.head_dim = self._key_bases.shape[1] // self.kv_heads
+        self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
         self.index = _scorer(factors, layer, tokens, device)
 
@@ -95,7 +98,7 @@ class LayerPrefix:
             exact = factors.exact[self.layer]
             count = int((exact.positions < self.tokens).sum())
             where = exact.positions[:count].to(device, torch.int64)
-            keys = self._turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
+            keys = self.turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
             values = exact.values[:count].to(device, self.dtype)
         self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
         self.positions = described_positions(where, self.tokens)
@@ -103,13 +106,17 @@ class LayerPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes this layer alone adds to its group's token factors."""
-        kept = (self._key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
+        kept = (self.key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
         return sum(tensor.nbytes for tensor in kept)
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
-        rows = self._key_factors[positions].to(self.dtype) @ self._key_bases
-        return self._turns.rotate(rows.reshape(len(positions), self.kv_heads, -1), positions).to(self.dtype)
+        rows = self.key_rows(positions).reshape(len(positions), self.kv_heads, -1)
+        return self.turns.rotate(rows, positions).to(self.dtype)
+
+    def key_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rebuilt keys before RoPE, heads side by side: [k, kv_heads D]."""
+        return self._key_factors[positions].to(self.dtype) @ self.key_bases
 
     def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
         """A_v[positions], [k, r_v]: values are never rebuilt, (p A_v) B_v costs less (section 3.3)."""

@@ -28,6 +28,7 @@ class Prefix:
     Args:
         model: the model it was made with. token_ids: int64 [p], on the CPU.
         layers: by layer index, the compressed layers. modules: their attention modules.
+        groups: layer indices of those that share token factors.
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
         states: by layer index, of linear-attention layers.
     """
@@ -36,6 +37,7 @@ class Prefix:
     token_ids: torch.Tensor
     layers: dict[int, ReadablePrefix]
     modules: dict[int, nn.Module]
+    groups: tuple[tuple[int, ...], ...]
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
     states: Mapping[int, LayerState]
 
@@ -93,7 +95,8 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix
         layer: (_cached(window.keys, model), _cached(window.values, model))
         for layer, window in factors.windows.items()
     }
-    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, windows, factors.states)
+    groups = tuple(group.layout.layers for group in factors.groups)
+    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, groups, windows, factors.states)
 
 
 def _product_dtype(model: PreTrainedModel) -> torch.dtype:

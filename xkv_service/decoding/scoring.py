@@ -34,11 +34,15 @@ class SketchScorer:
 
     Args:
         sketch: on the device of the queries.
+
+    Attributes:
+        planes: int16 [kv_heads, P, 2], the planes that the sketch keeps.
     """
 
     unit = 1
 
     def __init__(self, sketch: KeySketch) -> None:
+        self.planes = sketch.planes
         self._codes = sketch.codes
         self._scales = sketch.scales
         self._dims = sketch.planes.long().flatten(1)
