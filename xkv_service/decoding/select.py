@@ -44,6 +44,7 @@ class Selection:
         self._open = torch.zeros(prefix.tokens, dtype=torch.bool, device=prefix.positions.device)
         self._open[prefix.positions] = True
         self._open[self._always] = False
+        self._closed = ~self._open
         self._budget = spec.tokens(prefix.tokens)
         self.dense = self._scorer is None or self._budget >= int(self._open.sum())
 
@@ -63,16 +64,15 @@ class Selection:
         rows = queries.transpose(0, 1).reshape(heads, batch * group * count, dim)
         scores = (self._scorer(rows) * scaling).reshape(heads, batch, group, count, -1).transpose(0, 1)
         total = torch.logaddexp(scores.logsumexp(-1), others)
-        shares = (scores - total[..., None]).amax(2)
-        if self.spec.granularity == "layer":
-            shares = shares.amax(1, keepdim=True)
+        scores -= total[..., None]
+        shares = scores.amax((1, 2))[:, None] if self.spec.granularity == "layer" else scores.amax(2)
         return self._best(shares)
 
     def _best(self, shares: torch.Tensor) -> Selected:
         """The best tokens of `shares` [batch, 1 or kv_heads, t, units]."""
         unit = self._scorer.unit if self._scorer else 1
         if unit == 1:
-            shares.masked_fill_(~self._open, -torch.inf)
+            shares.masked_fill_(self._closed, -torch.inf)
         best = shares.topk(min(max(1, self._budget // unit), shares.shape[-1]), dim=-1).indices
         if shares.shape[:3].numel() == 1:
             return Selected(self._with_always(self._tokens_of(best.flatten(), unit)))
