@@ -24,6 +24,7 @@ _KINDS: dict[type, LayerKind] = {
     DynamicSlidingWindowLayer: "sliding",
     LinearAttentionLayer: "linear",
 }
+_NO_REASON = "cannot be compressed"
 _REASONS = {
     "DynamicIndexedLayer": "selects tokens with an indexer of its own (sparse attention)",
     "LinearAttentionAndFullAttentionLayer": "mixes linear and full attention",
@@ -121,15 +122,13 @@ def cache_layer_kinds(model: PreTrainedModel) -> dict[int, LayerKind]:
     for index, layer in enumerate(DynamicCache(config=model.config).layers):
         if type(layer).__name__ == "DummyLayer" or tuple(types[index : index + 1]) in (("moe",), ("mlp",)):
             continue
-        kind = _KINDS.get(type(layer))
-        if kind is None:
+        if type(layer) not in _KINDS:
             name = type(layer).__name__
-            reason = _REASONS.get(name, "cannot be compressed")
             raise UnsupportedModel(
-                f"{_name(model)}: layer {index} keeps a {name}, which {reason}",
+                f"{_name(model)}: layer {index} keeps a {name}, which {_REASONS.get(name, _NO_REASON)}",
                 hint="supported are layers of full, latent, sliding-window or linear attention",
             )
-        kinds[index] = kind
+        kinds[index] = _KINDS[type(layer)]
     if "full" not in kinds.values():
         raise UnsupportedModel(
             f"{_name(model)} has no full-attention layer: its cache does not grow with the prefix",
