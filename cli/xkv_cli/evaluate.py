@@ -97,7 +97,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--out",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Write the results with every single score, as JSON.",
+    help="Write the results with every single score, as JSON; kept up to date while they are made.",
 )
 @json_option
 def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
@@ -147,7 +147,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     if out is not None and not out.resolve().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {out.resolve().parent}")
     try:
-        results = _measured(options)
+        results = _measured(options, out)
     except (InvalidSpec, ModelNotFound, DeviceUnavailable) as error:
         raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
     if out is not None:
@@ -159,7 +159,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     return 0
 
 
-def _measured(options: dict[str, Any]) -> Any:
+def _measured(options: dict[str, Any], out: Path | None) -> Any:
     from xkv_cli.evaluation_render import watch
     from xkv_service.demo import demo_model_path
     from xkv_service.evaluation.harness import evaluate as run
@@ -171,5 +171,5 @@ def _measured(options: dict[str, Any]) -> Any:
     options["tasks"] = options["tasks"] or (("ruler",) if model else ("demo_documents",))
     plan = Plan.create(**options)
     loaded = load_model(model or demo_model_path(), revision, device=device, dtype=dtype)
-    with watch(sys.stderr) as observe:
+    with watch(sys.stderr, out) as observe:
         return run(loaded, plan, observe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from xkv_cli import render
 from xkv_service.evaluation.harness import Step
 from xkv_service.evaluation.results import BASELINE, Results
 
+_KEEP_SECONDS = 30
+
 
 def as_json(results: Results) -> None:
     """One object on stdout, without the single scores."""
@@ -24,7 +27,13 @@ def as_json(results: Results) -> None:
 
 def to_file(results: Results, path: Path) -> None:
     """Everything, with the single scores."""
-    path.write_text(json.dumps(results.to_json(marks=True), allow_nan=False) + "\n", "utf-8")
+    text = json.dumps(results.to_json(marks=True), allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
+        path.write_text(text, "utf-8")
+        return
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, "utf-8")
+    beside.replace(path)
 
 
 def results(found: Results) -> None:
@@ -63,11 +72,12 @@ def _turns(row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def watch(stream: TextIO) -> Iterator[Callable[[Step], None]]:
-    """Draws a bar on `stream` while the block runs; nothing where it is no terminal."""
+def watch(stream: TextIO, out: Path | None) -> Iterator[Callable[[Step], None]]:
+    """While the block runs: a bar on `stream` where it is a terminal, and a file kept up to date."""
+    keep = _Keeper(out)
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
-        yield lambda step: None
+        yield keep
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -80,5 +90,18 @@ def watch(stream: TextIO) -> Iterator[Callable[[Step], None]]:
                 completed=step.done,
                 total=step.total,
             )
+            keep(step)
 
         yield observe
+
+
+class _Keeper:
+    """Writes the results so far every half minute, so that an interrupted run leaves what it has."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._written = path, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        if self._path is not None and time.monotonic() - self._written > _KEEP_SECONDS:
+            to_file(step.results, self._path)
+            self._written = time.monotonic()

@@ -29,12 +29,13 @@ Observe = Callable[["Step"], None]
 
 @dataclass(frozen=True)
 class Step:
-    """One document is done: how many of how many, and what it was."""
+    """One document is done: how many of how many, what it was, and the results up to here."""
 
     done: int
     total: int
     task: str
     length: int
+    results: Results
 
 
 def evaluate(loaded: LoadedModel, plan: Plan, observe: Observe = lambda step: None) -> Results:
@@ -65,7 +66,7 @@ class _Run:
         ]
         for done, (length, task, number) in enumerate(jobs, 1):
             self._examine(task, length, number)
-            observe(Step(done, len(jobs), task.name, length))
+            observe(Step(done, len(jobs), task.name, length, self._results))
         return self._results
 
     def _examine(self, task: Task, length: int, number: int) -> None:
