@@ -22,7 +22,8 @@ class SelectionSpec:
     Args:
         selector: what scores the prefix's tokens: "sketch" or "landmark" the index of that name; "exact" the
             true scores of the rebuilt keys (a reference: it rebuilds every key); "dense" selects nothing and
-            attends to every token; "auto" the index that the artifact has, or "dense" without one.
+            attends to every token; "auto" the index that the artifact has, or "dense" without one. Latent
+            layers (MLA) always have one: the leading columns of their token factors.
         budget: tokens to rebuild for each query token, an integer from 1, or a share of the prefix, a float
             above 0 and at most 1.
         granularity: one selection for all heads of a "layer", or one for each KV "head".

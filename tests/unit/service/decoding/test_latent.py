@@ -11,6 +11,7 @@ from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enab
 from xkv_service.decoding import latent
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.errors import InvalidSpec, UnsupportedModel
+from xkv_service.reconstruct import dense_cache
 
 IDS = random_ids(60)
 SPEC = CompressionSpec(group_size=2, rank_k=24, rank_v=24, dtype="float32", factor_dtype="float32", sink=3)
@@ -53,6 +54,20 @@ def test_a_budget_saves_rebuilding_and_the_exact_scores_choose_alike(family: str
             logits.append(model(IDS[None, :1], past_key_values=cache).logits)
             assert cache.rebuilt_tokens == 9
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "minicpm3", "kimi_linear"])
+def test_few_ranks_of_8_bits_decode_as_the_dense_rebuild_does(family: str) -> None:
+    model, suffix = tiny_model(family), IDS[None, :5]
+    factors = compress(model, IDS, CompressionSpec(rank_k=12, rank_v=12, group_size=2))
+    with torch.no_grad(), enable_xkv(model):
+        rebuilt = model(suffix, past_key_values=dense_cache(model, factors)).logits
+        found = model(
+            suffix, past_key_values=XKVCache.from_factors(model, factors, SelectionSpec("dense"))
+        ).logits
+        exact = model(torch.cat([IDS[None], suffix], 1)).logits[:, 60:]
+    torch.testing.assert_close(found, rebuilt, atol=1e-5 * float(rebuilt.abs().max()), rtol=0)
+    assert (found - exact).abs().max() > 100 * (found - rebuilt).abs().max()
 
 
 def test_a_named_index_is_refused() -> None:
