@@ -3,8 +3,8 @@
 python benchmarks/decode.py --out benchmarks/results/decode.json
 
 Baseline: the full cache of the same prefix in the same process. Steps of the full cache and of the factors
-take turns, so that noise of the machine meets both; medians and the ratio are reported. `--model random` measures
-a larger model with random weights (its answers mean nothing, its times do).
+take turns, so that noise of the machine meets both; medians and the ratio are reported. The model `random` is
+larger and has random weights: its answers mean nothing, its times do.
 """
 
 from __future__ import annotations

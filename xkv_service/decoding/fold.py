@@ -72,7 +72,7 @@ def fold_rows(states: torch.Tensor, bases: torch.Tensor, error: float) -> Folded
     extra = 0 if residual.square().sum() <= allowed else int((remaining > allowed).sum()) + 1
     rows = torch.cat([known_rows, left[:, :extra] * energy[:extra]], 1)
     integers, scales = quantize_columns(rows.float(), slice(None))
-    return FoldedRows(integers, scales, right[:extra].to(bases.dtype))
+    return FoldedRows(integers, scales, right[:extra].to(torch.bfloat16))
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ class FoldedRows:
     Args:
         integers: int8 [n, r + e], r the rank of the prefix and e the ranks added.
         scales: float32 [r + e], the size of one step of each column.
-        extra_bases: [e, W], W features of the group's layers side by side.
+        extra_bases: bfloat16 [e, W], W features of the group's layers side by side.
     """
 
     integers: torch.Tensor

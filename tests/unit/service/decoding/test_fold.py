@@ -37,7 +37,7 @@ def test_rows_reach_the_error_asked_for(error: float) -> None:
     states = torch.randn(30, 8, generator=make) @ bases + 0.2 * torch.randn(30, 48, generator=make)
     folded = fold_rows(states, bases, error)
     rows = folded.rows(torch.arange(30), torch.float32)
-    rebuilt = rows @ torch.cat([bases, folded.extra_bases])
+    rebuilt = rows @ torch.cat([bases, folded.extra_bases.float()])
     assert float((rebuilt - states).norm() / states.norm()) < error + 0.02
     assert len(folded.extra_bases) < 30
 
