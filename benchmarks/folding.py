@@ -10,9 +10,11 @@ at 16 bits a number, whatever the machine computes in.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from bundled import measure_of
@@ -34,22 +36,24 @@ ERRORS = (None, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure or merge; print a table, write JSON."""
     arguments = _arguments()
     torch.set_num_threads(1)
-    loaded = load_model(arguments.model, device="cpu")
+    if arguments.merge:
+        found = [one for path in arguments.merge for one in json.loads(path.read_text())["found"]]
+    else:
+        loaded = load_model(arguments.model, device="cpu")
+        part, parts = map(int, arguments.part.split("/"))
+        numbers = range(part - 1, arguments.documents, parts)
+        found = [row for number in numbers for row in _conversations(loaded, arguments.tokens, number)]
     report = Report("folding", " ".join(["python", *sys.argv]), "the same conversation with an exact tail")
-    totals: dict[float | None, list[dict[str, float]]] = {error: [] for error in ERRORS}
-    for number in range(arguments.documents):
-        for error, row in _conversations(loaded, arguments.tokens, number).items():
-            totals[error].append(row)
-            print(number, error, row, flush=True)
-    exact = sum(row["session_bytes"] for row in totals[None])
-    for error, rows in totals.items():
-        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        ratio = exact / sum(row["session_bytes"] for row in rows)
+    exact = [row["session_bytes"] for row in found if row["error"] is None]
+    for error in ERRORS:
+        rows = [row for row in found if row["error"] == error]
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "error"}
+        ratio = sum(exact) / sum(row["session_bytes"] for row in rows)
         report.add(error=error or "exact tail", conversations=len(rows), **mean, bytes_ratio=ratio)
-    report.write(arguments.out)
+    report.write(arguments.out, found=found)
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,23 +64,25 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(demo_model_path()))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=8, help="conversations")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th conversation")
+    parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
     return parser.parse_args()
 
 
-def _conversations(loaded: LoadedModel, tokens: int, number: int) -> dict[float | None, dict[str, float]]:
+def _conversations(loaded: LoadedModel, tokens: int, number: int) -> list[dict[str, Any]]:
     document = make_document(Random(f"folding {number}"), tokens, measure_of(loaded))
     ids = torch.tensor(render_prefix(loaded.tokenizer, document.text))
     questions = Random(number).sample(list(document.questions), TURNS)
     with torch.no_grad(), enable_xkv(loaded.model):
         factors = compress(loaded.model, ids, CompressionSpec(ratio=8))
-        found = {}
+        found = []
         for error in ERRORS:
             chat = _chat(loaded, factors, ids, document.text)
             right = []
             for question in questions:
                 right.append(chat.ask(question.question, question.answer).right is True)
                 _fold(chat, error)
-            found[error] = _row(right, chat.greedy.cache)
+            found.append({"error": error, **_row(right, chat.greedy.cache)})
     return found
 
 

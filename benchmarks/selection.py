@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -160,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="length of a document")
     parser.add_argument("--documents", type=int, default=26, help="documents of each set")
     parser.add_argument("--questions", type=int, default=20, help="questions on each")
+    parser.add_argument("--rows", default="", help="measure only rows whose name matches this expression")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th document")
     parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
     return parser.parse_args()
@@ -212,7 +214,7 @@ def _document(
         for outliers in (0, 16):
             spec = CompressionSpec(ratio=8, index="none", outlier_chunks=outliers)
             prefixes[outliers] = Prefix.of(model, factorize_prefill(model, exact, spec)[0])
-        for row in rows():
+        for row in (row for row in rows() if re.search(arguments.rows, _label(row))):
             prefix = prefixes[row.outliers]
             for layer, one in prefix.layers.items():
                 one.index = row.index(exact, layer) if row.index else None

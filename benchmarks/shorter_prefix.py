@@ -10,7 +10,9 @@ and the error of the rebuilt keys of those tokens is taken.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -20,7 +22,7 @@ from report import Report
 
 from xkv_service import CompressionSpec, XKVCache, compress, enable_xkv
 from xkv_service.demo import demo_model_path
-from xkv_service.demo.documents import Document, make_document
+from xkv_service.demo.documents import Document, Question, make_document
 from xkv_service.evaluation import Chat
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.models import LoadedModel, load_model
@@ -29,17 +31,26 @@ from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.reconstruct import rebuild
 
+CASES = [(times, ratio) for times in (2, 4) for ratio in (8.0, 16.0)]
+
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure or merge; print a table, write JSON."""
     arguments = _arguments()
     torch.set_num_threads(1)
-    loaded = load_model(arguments.model, device="cpu")
+    if arguments.merge:
+        found = [one for path in arguments.merge for one in json.loads(path.read_text())["found"]]
+    else:
+        loaded = load_model(arguments.model, device="cpu")
+        part, parts = map(int, arguments.part.split("/"))
+        numbers = range(part - 1, arguments.documents, parts)
+        found = [row for number in numbers for row in _document(loaded, arguments, number)]
     report = Report("shorter_prefix", " ".join(["python", *sys.argv]), "the same tokens compressed alone")
-    for times in (2, 4):
-        for ratio in (8.0, 16.0):
-            _measure(loaded, arguments, times, ratio, report)
-    report.write(arguments.out)
+    for times, ratio in CASES:
+        rows = [row for row in found if (row["times"], row["ratio"]) == (times, ratio)]
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        report.add(**mean | {"questions": sum(row["questions"] for row in rows)})
+    report.write(arguments.out, found=found)
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,48 +60,37 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shorter_prefix.json"))
     parser.add_argument("--model", default=str(demo_model_path()))
     parser.add_argument("--tokens", type=int, default=2048, help="length of the shorter document")
-    parser.add_argument("--documents", type=int, default=16)
-    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--documents", type=int, default=26)
+    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th document")
+    parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
     return parser.parse_args()
 
 
-def _measure(
-    loaded: LoadedModel, arguments: argparse.Namespace, times: int, ratio: float, report: Report
-) -> None:
-    right = {"alone": 0, "longer": 0}
-    errors: dict[str, list[float]] = {"alone": [], "longer": []}
-    asked = 0
-    # Without an index 16x can be reached; both ways then attend to every token.
-    spec = CompressionSpec(ratio=ratio, index="sketch" if ratio < 10 else "none")
-    for number in range(arguments.documents):
+def _document(loaded: LoadedModel, arguments: argparse.Namespace, number: int) -> Iterator[dict[str, float]]:
+    for times, ratio in CASES:
         short, ids, longer = _documents(loaded, arguments.tokens, times, number)
         questions = Random(number).sample(list(short.questions), arguments.questions)
-        asked += len(questions)
+        # Without an index 16x can be reached; both ways then attend to every token.
+        spec = CompressionSpec(ratio=ratio, index="sketch" if ratio < 10 else "none")
+        row: dict[str, float] = {"times": times, "ratio": ratio, "questions": len(questions)}
         with torch.no_grad(), enable_xkv(loaded.model):
-            whole = compress(loaded.model, longer, spec)
-            alone = compress(loaded.model, ids, spec)
-            caches = {
-                "alone": XKVCache.from_factors(loaded.model, alone),
-                "longer": XKVCache.from_factors(loaded.model, whole, tokens=len(ids)),
-            }
-            for name, cache in caches.items():
-                chat = Chat(loaded.model, loaded.tokenizer, cache, ids.tolist(), short.text)
-                for question in questions:
-                    chat.restart()
-                    reply = chat.ask(question.question, question.answer, enough=lambda text: True)
-                    right[name] += reply.right is True
             exact = prefill(loaded.model, ids)
-            for name, factors in (("alone", alone), ("longer", whole)):
-                errors[name].append(_key_error(exact, factors))
-    report.add(
-        tokens=arguments.tokens,
-        artifact_tokens=times * arguments.tokens,
-        ratio=ratio,
-        index=spec.index,
-        questions=asked,
-        **{f"{name}_right_%": 100 * count / asked for name, count in right.items()},
-        **{f"{name}_key_error": sum(found) / len(found) for name, found in errors.items()},
-    )
+            for name, tokens in (("alone", ids), ("longer", longer)):
+                factors = compress(loaded.model, tokens, spec)
+                cache = XKVCache.from_factors(loaded.model, factors, tokens=len(ids))
+                chat = Chat(loaded.model, loaded.tokenizer, cache, ids.tolist(), short.text)
+                row[f"{name}_right_%"] = 100 * _right(chat, questions)
+                row[f"{name}_key_error"] = _key_error(exact, factors)
+        yield row
+
+
+def _right(chat: Chat, questions: list[Question]) -> float:
+    right = 0
+    for question in questions:
+        chat.restart()
+        right += chat.ask(question.question, question.answer, enough=lambda text: True).right is True
+    return right / len(questions)
 
 
 def _key_error(exact: Prefill, factors: PrefixFactors) -> float:
