@@ -78,7 +78,7 @@ def main() -> None:
     spec = CompressionSpec(ratio=2.0 if arguments.tiny else 8.0)
     _measure(model, 256 if arguments.tiny else 8192, spec, 1)
     for tokens in lengths:
-        report.add(**_measure(model, tokens, spec, arguments.repeats if tokens < 100_000 else 1))
+        report.add(**_measure(model, tokens, spec, arguments.repeats))
     report.write(arguments.out, model="Llama-3.1-8B shapes, random weights", **extra)
 
 
