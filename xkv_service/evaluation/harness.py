@@ -20,6 +20,7 @@ from xkv_service.evaluation.protocols import Examiner, Prefix, prefixes
 from xkv_service.evaluation.rendering import Renderer
 from xkv_service.evaluation.results import BASELINE, Cell, Marks, Results
 from xkv_service.evaluation.tasks.base import Question, Room, Sample, Task
+from xkv_service.fidelity import held_back
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
@@ -77,7 +78,8 @@ class _Run:
         totals = {name: _Total() for name in self.plan.methods}
         for prefix in prefixes(self.plan.protocol, self.renderer, sample):
             self._refuse_long(len(prefix.token_ids))
-            exact = prefill(self.loaded.model, prefix.token_ids)
+            # With a tail, methods can run the prefix's end again in models with windows or states.
+            exact = prefill(self.loaded.model, prefix.token_ids, tail=held_back(len(prefix.token_ids)))
             try:
                 for name, method in self.plan.methods.items():
                     cell = Cell(task.name, length, name)
@@ -115,12 +117,13 @@ class _Run:
     ) -> None:
         try:
             prepared = method.prepare(self.loaded.model, exact)
+            scores = examiner.scores(prepared, prefix, document)
         except XKVError as error:
             if cell.method == BASELINE:
                 raise
             self._results.notes[cell] = error.message
             return
-        total.scores += examiner.scores(prepared, prefix, document)
+        total.scores += scores
         total.tokens += prepared.tokens
         total.bytes_full += exact.layout.bytes_full(exact.tokens)
         total.bytes_stored += prepared.nbytes
