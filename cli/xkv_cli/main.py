@@ -20,6 +20,8 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 # Command -> module and attribute. A module is imported when its command is used.
 _COMMANDS = {
     "precompute": ("xkv_cli.precompute", "precompute"),
+    "chat": ("xkv_cli.chat", "chat"),
+    "ask": ("xkv_cli.ask", "ask"),
     "ls": ("xkv_cli.artifacts", "ls"),
     "show": ("xkv_cli.artifacts", "show"),
     "verify": ("xkv_cli.artifacts", "verify"),
@@ -56,6 +58,7 @@ def xkv() -> None:
     \b
     Start here:
       xkv precompute --docs my-documents/     compress a folder with the bundled model
+      xkv chat --doc handbook.md              talk about a document
       xkv ls                                  what is in the store
       xkv verify                              re-read every byte of it
       xkv doctor                              check this machine
@@ -63,8 +66,8 @@ def xkv() -> None:
     Artifacts go to a store: ~/.local/share/xkv, or XKV_STORE, or --store. A Redis keeps the catalog: one
     that xkv starts beside the store, or XKV_REDIS_URL, or --redis.
 
-    Every command takes --json, which prints exactly one JSON object on stdout. Exit status: 0 all is well,
-    1 something failed, 2 wrong usage, 130 interrupted. XKV_DEBUG=1 shows tracebacks.
+    Every command but chat takes --json, which prints exactly one JSON object on stdout. Exit status: 0 all
+    is well, 1 something failed, 2 wrong usage, 130 interrupted. XKV_DEBUG=1 shows tracebacks.
     """
 
 

@@ -34,7 +34,7 @@ def run(request: Request, observer: Observer | None = None) -> Report:
     """
     started = time.monotonic()
     ledger = Ledger()
-    with _prepared(request) as job, Shelf(job.store) as shelf:
+    with prepared(request) as job, Shelf(job.store) as shelf:
         scheduler = Scheduler(shelf, job, ledger, observer or Silent(), min_fidelity=request.min_fidelity)
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
@@ -48,14 +48,14 @@ def estimate(request: Request) -> Forecast:
     Raises:
         XKVError: as `run`.
     """
-    with _prepared(request) as job:
+    with prepared(request) as job:
         remembered = job.store.catalog.rate(job.model.fingerprint, job.model.device)
         rate = Rate.of(remembered, job.model.device)
         return forecast(job.plan(), Shelf(job.store).find, job.size, rate, min_fidelity=request.min_fidelity)
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """A checked request: its files, store and model. Ray is joined when the first worker is needed."""
 
     request: Request
@@ -97,24 +97,28 @@ class _Prepared:
         if self.room is None:
             self.room = self.stack.enter_context(cluster())
         crew = plan_crew(self.room, self.model.device, request.workers, small=self._pays_to_copy())
-        config = WorkerConfig(
+        return WorkerPool(self.worker_config(crew.threads), crew)
+
+    def worker_config(self, threads: int) -> WorkerConfig:
+        """What a worker with so many CPU threads needs to know."""
+        request = self.request
+        return WorkerConfig(
             model=self.model.place,
             revision=request.revision,
             dtype=self.model.dtype,
             fingerprint=self.model.fingerprint,
             device=self.model.device,
-            threads=crew.threads,
+            threads=threads,
             store_url=self.store.blobs.url,
             redis_url=self.store.redis_url,
             namespace=request.namespace,
             spec=request.spec,
             min_fidelity=request.min_fidelity,
         )
-        return WorkerPool(config, crew)
 
 
 @contextmanager
-def _prepared(request: Request) -> Iterator[_Prepared]:
+def prepared(request: Request) -> Iterator[Prepared]:
     """Everything a run needs, in the order that finds a wrong argument soonest."""
     files = list_files(request.paths)
     with ExitStack() as stack:
@@ -126,4 +130,4 @@ def _prepared(request: Request) -> Iterator[_Prepared]:
                 f"{room.nodes} machines cannot share the embedded Redis of this one",
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
-        yield _Prepared(request, files, store, model, stack, room)
+        yield Prepared(request, files, store, model, stack, room)

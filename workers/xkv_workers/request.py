@@ -56,11 +56,16 @@ class Request:
             InvalidSpec, InvalidNamespace, CorpusError: a value that no run can have.
         """
         spec = CompressionSpec(group_size=group_size, ratio=ratio, rank_k=rank_k, rank_v=rank_v)
-        prompt = None if system_prompt is None else _read_prompt(system_prompt)
+        prompt = None if system_prompt is None else read_prompt(system_prompt)
         return cls(spec=spec, system_prompt=prompt, **fields)  # type: ignore[arg-type]
 
 
-def _read_prompt(path: Path) -> str:
+def read_prompt(path: Path) -> str:
+    """The system prompt in a file.
+
+    Raises:
+        CorpusError: it cannot be read, or is no text that a prompt can be.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_PROMPT_BYTES + 1)

@@ -26,13 +26,17 @@ class PrefixWorker:
 
     Two calls run at once: while one writes its blobs, the next one prefills. A lock lets one at a time use
     the model.
+
+    Args:
+        loaded, store: the model and the store, where the caller has them; else they are opened when needed.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, loaded: LoadedModel | None = None, store: ArtifactStore | None = None
+    ) -> None:
         self._config = config
         self._turn = threading.Lock()
-        self._loaded: LoadedModel | None = None
-        self._store: ArtifactStore | None = None
+        self._loaded, self._store = loaded, store
 
     def greet(self) -> None:
         """Answer, as soon as there is a process that can."""

@@ -62,6 +62,11 @@ class Context:
         """Prefix tokens that the last forward rebuilt, averaged over layers."""
         return self.cache.rebuilt_tokens if isinstance(self.cache, XKVCache) else 0.0
 
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of what is held besides the prefix: what this conversation costs."""
+        return sum(map(_tail_bytes, self.cache.layers, [self.prefix_tokens] * len(self.cache.layers)))
+
     def enabled(self) -> AbstractContextManager[Any]:
         """Within it the model can read the cache."""
         return enable_xkv(self.model) if isinstance(self.cache, XKVCache) else nullcontext()
@@ -127,6 +132,17 @@ def _can_crop(layer: Any) -> bool:
         and not layer.is_sliding
         and not isinstance(layer, LinearAttentionLayer)
     )
+
+
+def _tail_bytes(layer: Any, prefix_tokens: int) -> int:
+    """Windows and states are each session's own: all of their bytes count."""
+    if isinstance(layer, LinearAttentionLayer):
+        states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+        return sum(state.nbytes for state in states if state is not None)
+    if layer.keys is None or layer.keys.ndim == 1:
+        return 0
+    hidden = 0 if layer.is_sliding or hasattr(layer, "prefix_tokens") else prefix_tokens
+    return sum(states[..., hidden:, :].nbytes for states in (layer.keys, layer.values))
 
 
 def _trim(layer: Any, tokens: int) -> None:

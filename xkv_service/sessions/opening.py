@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xkv_service.decoding.cache import XKVCache
-from xkv_service.modeling.models import LoadedModel
+from xkv_service.errors import InvalidPrompt
+from xkv_service.modeling.models import LoadedModel, context_window
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.sessions.exact import exact_cache
 from xkv_service.sessions.recovering import recover_renderer
@@ -57,7 +58,16 @@ def open_exact_session(loaded: LoadedModel, renderer: ChatRenderer, prefix_ids: 
 
     Args:
         renderer: has the document. prefix_ids: the tokens that each of its conversations starts with.
+
+    Raises:
+        InvalidPrompt: the prefix fills the model's context window.
     """
+    window = context_window(loaded.model.config)
+    if window is not None and len(prefix_ids) >= window:
+        raise InvalidPrompt(
+            f"the document has {len(prefix_ids):,} tokens, and the model's context window {window:,}",
+            hint="use a shorter document, or a model with a longer window",
+        )
     return Session(
         loaded.model,
         loaded.tokenizer,

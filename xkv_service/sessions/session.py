@@ -116,6 +116,16 @@ class Session:
         source = replace(self.source, artifact_id=None) if self.source else None
         return self._with(Context(model, exact_cache(model, ids), ids), source)
 
+    def reset(self) -> None:
+        """Forget the conversation; the prefix stays.
+
+        Raises:
+            CacheMisuse: an answer is not done yet.
+        """
+        with self._turn():
+            self.messages, self.last_reply = [], None
+            self.context.rewind(self.context.prefix_tokens)
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One answer at a time."""

@@ -14,12 +14,18 @@ from click.testing import CliRunner
 from xkv_cli.main import xkv
 
 XKV = [sys.executable, "-m", "xkv_cli"]
-COMMANDS = ["precompute", "ls", "show", "verify", "rm", "index", "gc", "analyze", "eval", "doctor"]
+COMMANDS = ["precompute", "ask", "ls", "show", "verify", "rm", "index", "gc", "analyze", "eval", "doctor"]
 HEAVY = ("torch", "ray", "transformers", "redis", "pydantic", "numpy", "fsspec")
 
 
 def test_help_imports_nothing_heavy() -> None:
-    for arguments in (["--help"], ["ls", "--help"], ["precompute", "--help"], ["eval", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["ls", "--help"],
+        ["precompute", "--help"],
+        ["eval", "--help"],
+        ["ask", "--help"],
+    ):
         script = (
             "import sys\nfrom xkv_cli.main import xkv\n"
             f"xkv.main({arguments!r}, standalone_mode=False)\n"
