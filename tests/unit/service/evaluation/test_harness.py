@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import families
 import pytest
 
 from xkv_service.decoding.xkv_attention import enable_xkv
@@ -148,6 +149,22 @@ def test_a_model_without_template_is_asked_in_plain_text(tiny_model: Path) -> No
     )
     assert results.about["template"] == "raw"
     assert _row(results, "full", "niah_single_1")["n"] == 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_next"])
+def test_models_with_windows_and_states_hold_conversations(tiny_model: Path, family: str) -> None:
+    """Their caches cannot be cropped, so a chat that must go back starts from a fresh one."""
+    loaded = load_model(tiny_model, device="cpu")
+    model = families.tiny_model(family, vocab_size=260, max_position_embeddings=8192)
+    plan = _plan(
+        tasks=["niah_single_1"],
+        methods=["xkv:group=2,ratio=2", "snapkv:ratio=2"],
+        lengths=[1300],
+        protocol="five-turns",
+        samples=5,
+    )
+    results = evaluate(LoadedModel(model, loaded.tokenizer, loaded.identity), plan)
+    assert [row["n"] for row in results.rows()] == [5, 5, 5]
 
 
 def test_lengths_beyond_the_window_are_refused(bundled: LoadedModel) -> None:
