@@ -13,6 +13,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.folded_prefix import folded_bytes
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import CacheMisuse
 from xkv_service.modeling.linear_state import copy_state_layer
@@ -48,7 +50,7 @@ class Context:
                 hint="give a cache with the prefix and nothing else in it",
             )
         self.can_crop = all(_can_crop(layer) for layer in cache.layers)
-        self._origin = None if self.can_crop else _fork(cache)
+        self._origin = _fork(cache)
         self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._torn = False
 
@@ -65,7 +67,9 @@ class Context:
     @property
     def tail_bytes(self) -> int:
         """Bytes of what is held besides the prefix: what this conversation costs."""
-        return sum(map(_tail_bytes, self.cache.layers, [self.prefix_tokens] * len(self.cache.layers)))
+        exact = sum(_tail_bytes(layer, self.prefix_tokens) for layer in self.cache.layers)
+        factors = [layer.selection.prefix for layer in self.cache.layers if isinstance(layer, PrefixLayer)]
+        return exact + folded_bytes(factors)
 
     def enabled(self) -> AbstractContextManager[Any]:
         """Within it the model can read the cache."""
@@ -86,13 +90,27 @@ class Context:
         return logits[0, -1].float()
 
     def rewind(self, tokens: int) -> None:
-        """Forget what is behind the first `tokens` tokens; where layers cannot go back, the whole tail."""
+        """Forget what is behind the first `tokens` tokens; where layers cannot go back, the whole tail.
+
+        They cannot in a sliding window, in a state, and in tokens that were folded into factors.
+        """
         self._mend()
         if len(self.ids) <= tokens:
             return
         self._torn = True
         del self.ids[max(tokens, self.prefix_tokens) :]
         self._mend()
+
+    def fold(self, keep: int, error: float) -> int:
+        """Make all but the last `keep` tokens of the tail into factors; returns how many.
+
+        Raises:
+            CacheMisuse: the cache is exact. As `XKVCache.fold`.
+        """
+        self._mend()
+        if not isinstance(self.cache, XKVCache):
+            raise CacheMisuse("an exact cache has no factors to fold a tail into")
+        return self.cache.fold(keep=keep, error=error)
 
     def fork(self) -> Context:
         """A second context with the same tokens; both go on by themselves."""
@@ -116,7 +134,7 @@ class Context:
         """Bring every layer to the tokens in `ids`."""
         if not self._torn:
             return
-        if self._origin is None:
+        if self.can_crop and len(self.ids) >= max(map(_fixed_tokens, self.cache.layers)):
             for layer in self.cache.layers:
                 _trim(layer, len(self.ids))
         else:
@@ -141,13 +159,18 @@ def _tail_bytes(layer: Any, prefix_tokens: int) -> int:
         return sum(state.nbytes for state in states if state is not None)
     if layer.keys is None or layer.keys.ndim == 1:
         return 0
-    hidden = 0 if layer.is_sliding or hasattr(layer, "prefix_tokens") else prefix_tokens
+    hidden = 0 if layer.is_sliding or isinstance(layer, PrefixLayer) else prefix_tokens
     return sum(states[..., hidden:, :].nbytes for states in (layer.keys, layer.values))
+
+
+def _fixed_tokens(layer: Any) -> int:
+    """Tokens that the layer has as factors: the prefix's, and those folded behind it."""
+    return layer.prefix_tokens if isinstance(layer, PrefixLayer) else 0
 
 
 def _trim(layer: Any, tokens: int) -> None:
     """Leave the first `tokens` tokens of a layer, whatever of an update was done."""
-    kept = tokens - getattr(layer, "prefix_tokens", 0)
+    kept = tokens - _fixed_tokens(layer)
     for name in ("keys", "values"):
         states = getattr(layer, name)
         if states is not None and states.ndim > 1:

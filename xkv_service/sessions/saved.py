@@ -41,6 +41,9 @@ def save_session(session: Session, path: str | Path) -> None:
             hint="make it with source=Source(model identity, artifact id)",
         )
     held = session.fork()
+    cache = held.context.cache
+    if isinstance(cache, XKVCache) and cache.folded_tokens:
+        raise CacheMisuse("a session with a folded tail cannot be saved", hint="save it before it is folded")
     tensors = {TOKENS: torch.tensor(held.context.ids, dtype=torch.int32), **tail_tensors(held.context)}
     if held.renderer.document is not None:
         text = held.renderer.document.encode("utf-8")

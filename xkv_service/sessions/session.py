@@ -17,6 +17,7 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.fold import FOLD_ERROR
 from xkv_service.errors import CacheMisuse, InvalidPrompt
 from xkv_service.modeling.model_files import context_window
 from xkv_service.sessions.answer import Answer
@@ -125,6 +126,21 @@ class Session:
         with self._turn():
             self.messages, self.last_reply = [], None
             self.context.rewind(self.context.prefix_tokens)
+
+    def fold(self, *, keep: int = 0, error: float = FOLD_ERROR) -> int:
+        """Make all but the last `keep` tokens of the tail into factors, so that it does not grow back.
+
+        Answers change by about `error` from then on, and a conversation that is changed before the folded
+        end is computed again from the prefix.
+
+        Returns:
+            Tokens folded now.
+
+        Raises:
+            CacheMisuse, UnsupportedModel, InvalidSpec: as `XKVCache.fold`, or an answer is not done yet.
+        """
+        with self._turn():
+            return self.context.fold(keep, error)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -230,3 +230,32 @@ def test_without_a_chat_template_there_is_raw(talker: Talker, tokenizer: Any) ->
     )
     session.send("Where?", SHORT)
     assert plain.decode(session.context.ids).startswith(f"{DOCUMENT}\n\nQuestion: Where?\nAnswer:")
+
+
+def test_a_folded_tail_is_kept_as_far_as_the_conversation_goes_on(talker: Talker) -> None:
+    session = talker.session()
+    for question in QUESTIONS:
+        session.send(question, SHORT)
+    plain, before = session.fork(), session.context.tail_bytes
+    folded = session.fold(keep=10, error=1e-3)
+    assert folded == len(session.context.ids) - talker.factors.tokens - 10
+    assert session.context.tail_bytes != before
+    assert plain.context.tail_bytes == before
+    held = len(session.context.ids)
+    reply = session.send("More?", SHORT)
+    assert reply.cached_tokens + reply.dropped_tokens == held
+    session.messages = session.messages[:2]
+    reply = session.send("Else?", SHORT)
+    assert reply.cached_tokens == talker.factors.tokens, "folded tokens cannot be cut"
+    fresh = talker.session(messages=session.messages[:2])
+    assert fresh.send("Else?", SHORT).text == reply.text
+    with pytest.raises(CacheMisuse, match="exact cache"):
+        session.exact().fold()
+
+
+def test_a_reset_forgets_the_conversation(talker: Talker) -> None:
+    session = talker.session()
+    first = session.send(QUESTIONS[0], SHORT).text
+    session.reset()
+    assert (session.messages, session.last_reply, session.context.tail_bytes) == ([], None, 0)
+    assert session.send(QUESTIONS[0], SHORT).text == first
