@@ -40,6 +40,7 @@ class SessionManifest(BaseModel):
         model: whose cache it is. artifact: the id of the prefix's artifact; None: the prefix is exact.
         selection: how tokens of the prefix are chosen, plain values; None with an exact prefix.
         tokens: all that the cache holds. prefix_tokens: how many of them are the prefix.
+        folded: tokens of each part of the tail that was made into factors, directly behind the prefix.
         system_prompt, template: how the conversation is rendered, the document (a tensor) first.
         messages: the conversation.
         tensors: SHA-256 of each tensor's bytes.
@@ -54,6 +55,7 @@ class SessionManifest(BaseModel):
     selection: dict[str, Any] | None
     tokens: Count
     prefix_tokens: Count
+    folded: tuple[Count, ...]
     system_prompt: str | None
     template: Literal["chat", "raw"]
     messages: tuple[Message, ...]
@@ -112,8 +114,8 @@ def _parse(header: Header) -> SessionManifest:
     document = header.tensors.get(DOCUMENT)
     if document is not None and (document.dtype != "U8" or len(document.shape) != 1):
         raise CorruptArtifact(f"tensor {DOCUMENT}: must be U8 of one dimension")
-    if manifest.prefix_tokens > manifest.tokens:
-        raise CorruptArtifact("manifest: the prefix is longer than all tokens")
+    if manifest.prefix_tokens + sum(manifest.folded) > manifest.tokens:
+        raise CorruptArtifact("manifest: prefix and folded tokens are more than all tokens")
     if (manifest.artifact is None) != (manifest.selection is None):
         raise CorruptArtifact("manifest: artifact and selection go together")
     return manifest

@@ -10,8 +10,25 @@ from typing import Any
 OPENING = rb'{"__metadata__":{"xkv":"{\"header_sha256\":\"'
 
 
-def read(blob: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], bytes]]]:
-    """(manifest, tensors as dtype, shape and bytes); AssertionError when anything is wrong."""
+_Tensors = dict[str, tuple[str, list[int], bytes]]
+
+
+def read(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
+    """A prefix: (manifest, tensors as dtype, shape and bytes); AssertionError when anything is wrong."""
+    manifest, tensors = _read(blob, "xkv-prefix")
+    assert artifact_id(manifest, tensors["tokens"][2]) == manifest["id"]
+    return manifest, tensors
+
+
+def read_session(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
+    """A session, as `read`."""
+    manifest, tensors = _read(blob, "xkv-session")
+    assert tensors["tokens"][:2] == ("I32", [manifest["tokens"]])
+    assert manifest["prefix_tokens"] + sum(manifest["folded"]) <= manifest["tokens"]
+    return manifest, tensors
+
+
+def _read(blob: bytes, kind: str) -> tuple[dict[str, Any], _Tensors]:
     (length,) = struct.unpack("<Q", blob[:8])
     header = blob[8 : 8 + length]
     start = len(OPENING)
@@ -20,7 +37,7 @@ def read(blob: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], b
     assert hashlib.sha256(blob[:8] + blanked).hexdigest().encode() == header[start : start + 64]
     entries = json.loads(header)
     manifest = json.loads(entries.pop("__metadata__")["xkv"])
-    assert (manifest["format"], manifest["version"]) == ("xkv-prefix", 1)
+    assert (manifest["format"], manifest["version"]) == (kind, 1)
     tensors, end = {}, 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = (8 + length + offset for offset in entry["data_offsets"])
@@ -29,7 +46,6 @@ def read(blob: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], b
         assert hashlib.sha256(data).hexdigest() == manifest["tensors"].pop(name)
         tensors[name] = entry["dtype"], entry["shape"], data
     assert end == len(blob) and not manifest["tensors"]
-    assert artifact_id(manifest, tensors["tokens"][2]) == manifest["id"]
     return manifest, tensors
 
 

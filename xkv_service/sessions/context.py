@@ -60,6 +60,11 @@ class Context:
         return self.ids[: self.prefix_tokens]
 
     @property
+    def fixed_tokens(self) -> int:
+        """Tokens that stay: the prefix's, and those that were folded behind it."""
+        return max(self.prefix_tokens, *map(_fixed_tokens, self.cache.layers))
+
+    @property
     def rebuilt_tokens(self) -> float:
         """Prefix tokens that the last forward rebuilt, averaged over layers."""
         return self.cache.rebuilt_tokens if isinstance(self.cache, XKVCache) else 0.0
@@ -134,7 +139,7 @@ class Context:
         """Bring every layer to the tokens in `ids`."""
         if not self._torn:
             return
-        if self.can_crop and len(self.ids) >= max(map(_fixed_tokens, self.cache.layers)):
+        if self.can_crop and len(self.ids) >= self.fixed_tokens:
             for layer in self.cache.layers:
                 _trim(layer, len(self.ids))
         else:

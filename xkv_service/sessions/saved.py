@@ -20,6 +20,7 @@ from xkv_service.errors import CacheMisuse, InvalidSpec, ModelMismatch
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.sessions.exact import exact_cache
+from xkv_service.sessions.folded_tensors import fill_folded, folded_counts, folded_tensors
 from xkv_service.sessions.session import Session
 from xkv_service.sessions.source import Source
 from xkv_service.sessions.tail_tensors import fill_tail, tail_tensors
@@ -41,10 +42,10 @@ def save_session(session: Session, path: str | Path) -> None:
             hint="make it with source=Source(model identity, artifact id)",
         )
     held = session.fork()
-    cache = held.context.cache
-    if isinstance(cache, XKVCache) and cache.folded_tokens:
-        raise CacheMisuse("a session with a folded tail cannot be saved", hint="save it before it is folded")
     tensors = {TOKENS: torch.tensor(held.context.ids, dtype=torch.int32), **tail_tensors(held.context)}
+    cache = held.context.cache
+    if isinstance(cache, XKVCache):
+        tensors |= {name: tensor.cpu().contiguous() for name, tensor in folded_tensors(cache)}
     if held.renderer.document is not None:
         text = held.renderer.document.encode("utf-8")
         tensors[DOCUMENT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -88,7 +89,7 @@ def load_session(
         messages=[message.model_dump() for message in manifest.messages],
         source=Source(loaded.identity, manifest.artifact),
     )
-    fill_tail(session.context, ids, tensors)
+    _fill(session, ids, manifest, tensors)
     return session
 
 
@@ -100,6 +101,7 @@ def _manifest(session: Session, source: Source) -> SessionManifest:
         selection=None if selection is None else asdict(selection),
         tokens=len(session.context.ids),
         prefix_tokens=session.context.prefix_tokens,
+        folded=folded_counts(session.context.cache),
         system_prompt=session.renderer.system_prompt,
         template=session.renderer.template,
         messages=tuple(Message(**message) for message in session.messages),
@@ -162,6 +164,18 @@ def _cache(
     if factors.token_ids[: len(prefix_ids)].tolist() != prefix_ids:
         raise CorruptArtifact("session: its tokens do not begin with those of its artifact")
     return XKVCache.from_factors(loaded.model, factors, selection, tokens=len(prefix_ids))
+
+
+def _fill(
+    session: Session, ids: list[int], manifest: SessionManifest, tensors: dict[str, torch.Tensor]
+) -> None:
+    folded = {name: tensors.pop(name) for name in list(tensors) if name.startswith("fold.")}
+    cache = session.context.cache
+    if isinstance(cache, XKVCache):
+        fill_folded(cache, manifest.folded, folded)
+    elif folded or manifest.folded:
+        raise CorruptArtifact("session: an exact cache has no folded tail")
+    fill_tail(session.context, ids, tensors)
 
 
 def _text(document: torch.Tensor) -> str:

@@ -26,7 +26,7 @@ def tail_tensors(context: Context) -> dict[str, torch.Tensor]:
 
 
 def fill_tail(context: Context, ids: list[int], tensors: _Tensors) -> None:
-    """Put a saved tail into a context that holds the prefix alone.
+    """Put a saved tail into a context that holds the prefix alone, and what was folded behind it.
 
     Args:
         ids: all tokens, those of the prefix first. tensors: as `tail_tensors` gives them, not trusted.
@@ -62,7 +62,7 @@ def _expected(context: Context, tokens: int) -> Iterator[tuple[str, StoredTensor
                 for number, state in enumerate(states):
                     yield f"{name}.state.{kind}.{number}", StoredTensor(state.shape, DTYPES[state.dtype])
             continue
-        part, count = "tail", tokens - context.prefix_tokens
+        part, count = "tail", tokens - context.fixed_tokens
         if layout.kind == "sliding":
             part, count = "window", min(tokens, context.cache.layers[layout.index].sliding_window - 1)
         for kind, dim in (("keys", layout.head_dim), ("values", layout.value_dim)):
@@ -80,7 +80,7 @@ def _held(context: Context) -> Iterator[tuple[str, torch.Tensor]]:
                 yield from ((f"{name}.state.{kind}.{number}", one) for number, one in enumerate(states))
             continue
         sliding = layout.kind == "sliding"
-        part, count = ("window", None) if sliding else ("tail", len(context.ids) - context.prefix_tokens)
+        part, count = ("window", None) if sliding else ("tail", len(context.ids) - context.fixed_tokens)
         for kind, states in (("keys", layer.keys), ("values", layer.values)):
             if count != 0:
                 kept = states[0] if count is None else states[0, :, -count:]

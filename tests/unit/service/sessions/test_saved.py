@@ -46,6 +46,26 @@ def test_a_loaded_session_goes_on_alike(
             assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_a_folded_session_goes_on_alike(
+    talkers: Callable[[str], Talker], store: ArtifactStore, tmp_path: Path, family: str
+) -> None:
+    talker = talkers(family)
+    session = talker.published(store)
+    for question, keep in (("Where?", 4), ("And then?", 7)):
+        session.send(question, SHORT)
+        session.fold(keep=keep, error=0.01)
+    save_session(session, tmp_path / "talk")
+    loaded = load_session(tmp_path / "talk", talker.loaded, store)
+    assert loaded.context.tail_bytes == session.context.tail_bytes
+    for question in ("Why?", "No?"):
+        expected, found = session.send(question, SHORT), loaded.send(question, SHORT)
+        assert (found.text, found.cached_tokens) == (expected.text, expected.cached_tokens)
+    _change(tmp_path / "talk", lambda fields, tensors: tensors.pop("fold.0.group.0.key.scales"))
+    with pytest.raises(CorruptArtifact, match="fold.0.group.0.key.scales"):
+        load_session(tmp_path / "talk", talker.loaded, store)
+
+
 @pytest.fixture
 def saved(talker: Talker, store: ArtifactStore, tmp_path: Path) -> Path:
     session = talker.published(store)
