@@ -14,7 +14,6 @@ import torch
 
 from xkv_service.demo import demo_model_path
 from xkv_service.errors import InvalidSpec, XKVError
-from xkv_service.evaluation.methods.base import Method
 from xkv_service.evaluation.plan import Plan
 from xkv_service.evaluation.protocols import Examiner, Prefix, prefixes
 from xkv_service.evaluation.rendering import Renderer
@@ -72,28 +71,25 @@ class _Run:
 
     def _examine(self, task: Task, length: int, number: int) -> None:
         sample = self.sample(task, length, number)
-        examiner = Examiner(
-            self.loaded.model, self.renderer, self.plan.protocol, task, self.loaded.context_window
-        )
-        totals = {name: _Total() for name in self.plan.methods}
+        window = self.loaded.context_window
+        examiner = Examiner(self.loaded.model, self.renderer, self.plan.protocol, task, window)
+        totals = {Cell(task.name, length, name): _Total() for name in self.plan.methods}
         for prefix in prefixes(self.plan.protocol, self.renderer, sample):
-            self._refuse_long(len(prefix.token_ids))
-            # With a tail, methods can run the prefix's end again in models with windows or states.
-            exact = prefill(self.loaded.model, prefix.token_ids, tail=held_back(len(prefix.token_ids)))
-            try:
-                for name, method in self.plan.methods.items():
-                    cell = Cell(task.name, length, name)
-                    if cell not in self._results.notes:
-                        self._measure(cell, method, exact, prefix, sample.document, examiner, totals[name])
-            finally:
-                exact.free()
-        for name, total in totals.items():
-            cell = Cell(task.name, length, name)
-            found = self._results.marks.setdefault(cell, [])
-            if cell in self._results.notes:
-                found.clear()
-            else:
-                found.append(total.marks(self.plan.seed, number))
+            self._ask_all(prefix, sample.document, examiner, totals)
+        for cell, total in totals.items():
+            self._results.add(cell, total.marks(self.plan.seed, number))
+
+    def _ask_all(self, prefix: Prefix, document: str, examiner: Examiner, totals: dict[Cell, _Total]) -> None:
+        """Prefill a prefix once and ask every method its questions."""
+        self._refuse_long(len(prefix.token_ids))
+        # With a tail, methods can run the prefix's end again in models with windows or states.
+        exact = prefill(self.loaded.model, prefix.token_ids, tail=held_back(len(prefix.token_ids)))
+        try:
+            for cell, total in totals.items():
+                if cell not in self._results.notes:
+                    self._measure(cell, exact, prefix, document, examiner, total)
+        finally:
+            exact.free()
 
     def sample(self, task: Task, length: int, number: int) -> Sample:
         """The document of that number: the same on every machine, whatever else is run."""
@@ -106,17 +102,10 @@ class _Run:
         return task.make(rng, room, self.plan.questions(number))
 
     def _measure(
-        self,
-        cell: Cell,
-        method: Method,
-        exact: Prefill,
-        prefix: Prefix,
-        document: str,
-        examiner: Examiner,
-        total: _Total,
+        self, cell: Cell, exact: Prefill, prefix: Prefix, document: str, examiner: Examiner, total: _Total
     ) -> None:
         try:
-            prepared = method.prepare(self.loaded.model, exact)
+            prepared = self.plan.methods[cell.method].prepare(self.loaded.model, exact)
             scores = examiner.scores(prepared, prefix, document)
         except XKVError as error:
             if cell.method == BASELINE:

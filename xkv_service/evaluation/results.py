@@ -55,6 +55,14 @@ class Results:
     marks: dict[Cell, list[Marks]] = field(default_factory=dict)
     notes: dict[Cell, str] = field(default_factory=dict)
 
+    def add(self, cell: Cell, marks: Marks) -> None:
+        """One more document of a cell; a cell with a note keeps none."""
+        found = self.marks.setdefault(cell, [])
+        if cell in self.notes:
+            found.clear()
+        else:
+            found.append(marks)
+
     def rows(self) -> list[dict[str, Any]]:
         """One row for each task, length and method, then the averages over tasks, as JSON values."""
         cells = list(self.marks)
