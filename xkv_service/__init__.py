@@ -16,12 +16,22 @@ if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
     from xkv_service.decoding.xkv_attention import enable_xkv
     from xkv_service.factors import PrefixFactors
+    from xkv_service.sessions.session import Session
 
-__all__ = ["CompressionSpec", "PrefixFactors", "SelectionSpec", "XKVCache", "compress", "enable_xkv"]
+__all__ = [
+    "CompressionSpec",
+    "PrefixFactors",
+    "SelectionSpec",
+    "Session",
+    "XKVCache",
+    "compress",
+    "enable_xkv",
+]
 
 _LAZY = {
     "compress": "xkv_service.compression",
     "PrefixFactors": "xkv_service.factors",
+    "Session": "xkv_service.sessions.session",
     "XKVCache": "xkv_service.decoding.cache",
     "enable_xkv": "xkv_service.decoding.xkv_attention",
 }

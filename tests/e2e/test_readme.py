@@ -16,10 +16,11 @@ from xkv_service.modeling.prompts import render_prefix
 ROOT = Path(__file__).parents[2]
 
 
-def snippets() -> tuple[str, str]:
-    """README's two blocks of Python."""
-    compressing, decoding = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return compressing, decoding
+def snippets() -> tuple[str, str, str]:
+    """README's blocks of Python."""
+    page = (ROOT / "README.md").read_text()
+    compressing, decoding, talking = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    return compressing, decoding, talking
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
@@ -34,7 +35,7 @@ def test_the_readmes_python_runs(xkv: Xkv, ray_address: str, tiny_model: Path, t
     run = ["--model", tiny_model, "--ratio", "2", "--workers", "1", "--ray-address", ray_address]
     assert xkv("precompute", "--docs", document, "--store", store, *run).code == 0
     loaded = load_model(tiny_model, device="cpu")
-    compressing, decoding = snippets()
+    compressing, decoding, talking = snippets()
     prefix = render_prefix(loaded.tokenizer, document.read_text())
     names: dict[str, Any] = {"model": loaded.model, "input_ids": prefix}
     exec(compressing.replace("ratio=8", "ratio=2"), names)
@@ -51,3 +52,6 @@ def test_the_readmes_python_runs(xkv: Xkv, ray_address: str, tiny_model: Path, t
         exec(decoding.replace("my-store", str(store)), names)
         assert names["held"] == min(tokens, len(chat) - 1)
         assert names["cache"].get_seq_length() >= len(chat)
+    names |= {"tokenizer": loaded.tokenizer, "text": document.read_text()}
+    exec(talking, names)
+    assert names["reply"].cached_tokens == len(prefix) and len(names["session"].messages) == 4
