@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, Fp8QuantizedLayer, HQQQuantizedLayer
+from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer
 
 from xkv_service.errors import InvalidSpec, MissingExtra
 from xkv_service.evaluation.methods.exact_layers import ExactLayers, filled_layer, number_bytes
@@ -136,8 +136,18 @@ class Quantized:
 
     def _make_layer(self, group: int) -> DynamicLayer:
         if self.backend == "fp8":
-            return Fp8QuantizedLayer()
+            return _fp8_layer()
         try:
             return HQQQuantizedLayer(nbits=self.bits, axis_key=1, axis_value=1, q_group_size=group)
         except ImportError:
             raise MissingExtra("quantized caches of integers need hqq", extra="quantized") from None
+
+
+def _fp8_layer() -> DynamicLayer:
+    try:
+        from transformers.cache_utils import Fp8QuantizedLayer
+    except ImportError:
+        raise InvalidSpec(
+            "backend='fp8' needs a newer Transformers", hint="upgrade transformers, or use backend=hqq"
+        ) from None
+    return Fp8QuantizedLayer()
