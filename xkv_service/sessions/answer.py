@@ -18,7 +18,7 @@ class Answer:
     Args:
         context: what is held; whatever of it the prompt does not continue is forgotten first.
         prompt: longer than the prefix, and begins with it.
-        settings: how to decode. most: tokens of the longest answer.
+        settings: how to decode.
         ends: tokens that end an answer. text: turns tokens into text.
 
     Attributes:
@@ -31,12 +31,11 @@ class Answer:
         prompt: list[int],
         settings: GenerationSettings,
         *,
-        most: int,
         ends: frozenset[int],
         text: TextStream,
     ) -> None:
         self.context, self.prompt, self.text = context, prompt, text
-        self._sample, self._most, self._ends = Sampler(settings), most, ends
+        self._sample, self._most, self._ends = Sampler(settings), settings.max_new_tokens, ends
         self.finish: Finish = "interrupted"
         self.tokens = 0
         self.cached = self.dropped = 0

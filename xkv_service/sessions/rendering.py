@@ -54,10 +54,11 @@ class ChatRenderer:
         """Token ids up to where the next answer begins.
 
         Raises:
-            InvalidPrompt: a user message with a special token in it, or messages that the template refuses.
+            InvalidPrompt: a user message that is no Unicode text or has a special token in it, or messages that the template refuses.
         """
         for message in messages:
             if message["role"] != "assistant":
+                _refuse_broken_text(message["content"])
                 refuse_special_tokens(self.tokenizer, message["content"], "message")
         if self.template == "raw":
             return list(self.tokenizer(self._text(messages), verbose=False).input_ids)
@@ -88,3 +89,10 @@ class ChatRenderer:
             else:
                 parts.append(message["content"])
         return SEPARATOR.join(parts)
+
+
+def _refuse_broken_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidPrompt("the message is not Unicode text", hint="type it in UTF-8") from None

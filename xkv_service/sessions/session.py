@@ -100,7 +100,8 @@ class Session:
         settings = settings or GenerationSettings()
         asked = {"role": "user", "content": text}
         prompt = self.renderer.prompt_ids([*self.messages, asked])
-        return self._answered(asked, prompt, settings, self._room(prompt))
+        most = min(settings.max_new_tokens, self._room(prompt))
+        return self._answered(list(self.messages), asked, prompt, replace(settings, max_new_tokens=most))
 
     def fork(self) -> Session:
         """The same conversation a second time; both go on by themselves. Costs nothing until they do.
@@ -182,14 +183,18 @@ class Session:
         return window - len(prompt) if window is not None else 2**62
 
     def _answered(
-        self, asked: dict[str, str], prompt: list[int], settings: GenerationSettings, room: int
+        self, before: Messages, asked: dict[str, str], prompt: list[int], settings: GenerationSettings
     ) -> Iterator[str]:
         with self._turn():
+            if self.messages != before:
+                raise CacheMisuse(
+                    "the conversation went on after this stream was made",
+                    hint="read a stream before the next",
+                )
             answer = Answer(
                 self.context,
                 prompt,
                 settings,
-                most=min(settings.max_new_tokens, room),
                 ends=self._ends(),
                 text=self._text_stream(settings),
             )
