@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from bundled import measure_of
-from report import Report
+from report import Report, command, measured_on
 
 from xkv_service import CompressionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding.cache_layer import PrefixLayer
@@ -46,14 +45,14 @@ def main() -> None:
         part, parts = map(int, arguments.part.split("/"))
         numbers = range(part - 1, arguments.documents, parts)
         found = [row for number in numbers for row in _conversations(loaded, arguments.tokens, number)]
-    report = Report("folding", " ".join(["python", *sys.argv]), "the same conversation with an exact tail")
+    report = Report("folding", command(arguments.merge), "the same conversation with an exact tail")
     exact = [row["session_bytes"] for row in found if row["error"] is None]
     for error in ERRORS:
         rows = [row for row in found if row["error"] == error]
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "error"}
         ratio = sum(exact) / sum(row["session_bytes"] for row in rows)
         report.add(error=error or "exact tail", conversations=len(rows), **mean, bytes_ratio=ratio)
-    report.write(arguments.out, found=found)
+    report.write(arguments.out, found=found, **measured_on(arguments.merge))
 
 
 def _arguments() -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -40,6 +41,22 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command(merged: Sequence[Path] | None = None) -> str:
+    """What was run, for a report; the names of merged parts say nothing and are left out."""
+    if not merged:
+        return " ".join(["python", *sys.argv])
+    return f"python {sys.argv[0]} --part I/N for {len(merged)} parts, then --merge"
+
+
+def measured_on(merged: Sequence[Path] | None = None) -> dict[str, Any]:
+    """The machine and versions of merged parts; nothing where nothing is merged."""
+    for path in merged or ():
+        part = json.loads(path.read_text())
+        if "machine" in part:
+            return {"measured_on": part["machine"], "measured_with": part["versions"]}
+    return {}
 
 
 @dataclass

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from bundled import measure_of
-from report import Report
+from report import Report, command, measured_on
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, enable_xkv
 from xkv_service.compression import factorize_prefill
@@ -145,10 +144,12 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         counts = _measured(load_model(arguments.model, device=arguments.device), arguments)
-    report = Report("selection", " ".join(["python", *sys.argv]), "every token")
+    report = Report("selection", command(arguments.merge), "every token")
     for count in counts:
         report.add(**_row(count))
-    report.write(arguments.out, counts=counts, tokens=arguments.tokens)
+    # What parts are merged by; a merged file has the rows.
+    counts = [] if arguments.merge else counts
+    report.write(arguments.out, counts=counts, tokens=arguments.tokens, **measured_on(arguments.merge))
 
 
 def _arguments() -> argparse.Namespace:

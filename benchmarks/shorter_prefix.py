@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import torch
 from bundled import measure_of
-from report import Report
+from report import Report, command, measured_on
 
 from xkv_service import CompressionSpec, XKVCache, compress, enable_xkv
 from xkv_service.demo import demo_model_path
@@ -45,12 +44,12 @@ def main() -> None:
         part, parts = map(int, arguments.part.split("/"))
         numbers = range(part - 1, arguments.documents, parts)
         found = [row for number in numbers for row in _document(loaded, arguments, number)]
-    report = Report("shorter_prefix", " ".join(["python", *sys.argv]), "the same tokens compressed alone")
+    report = Report("shorter_prefix", command(arguments.merge), "the same tokens compressed alone")
     for times, ratio in CASES:
         rows = [row for row in found if (row["times"], row["ratio"]) == (times, ratio)]
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         report.add(**mean | {"questions": sum(row["questions"] for row in rows)})
-    report.write(arguments.out, found=found)
+    report.write(arguments.out, found=found, **measured_on(arguments.merge))
 
 
 def _arguments() -> argparse.Namespace:
