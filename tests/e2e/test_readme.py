@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_runs import Xkv
 
+from xkv_artifacts import ArtifactStore
 from xkv_service import CompressionSpec
 from xkv_service.modeling.models import load_model
 from xkv_service.modeling.prompts import render_prefix
@@ -40,18 +42,18 @@ def test_the_readmes_python_runs(xkv: Xkv, ray_address: str, tiny_model: Path, t
     names: dict[str, Any] = {"model": loaded.model, "input_ids": prefix}
     exec(compressing.replace("ratio=8", "ratio=2"), names)
     assert names["factors"].spec == CompressionSpec(ratio=2)
-    for tokens in (len(prefix) // 2, len(prefix)):
-        import torch
-
-        chat = [*prefix[:tokens], *([] if tokens < len(prefix) else loaded.tokenizer("Why?").input_ids)]
-        names |= {
-            "torch": torch,
-            "fingerprint": loaded.identity.fingerprint,
-            "prompt_ids": chat,
-        }
-        exec(decoding.replace("my-store", str(store)), names)
-        assert names["held"] == min(tokens, len(chat) - 1)
-        assert names["cache"].get_seq_length() >= len(chat)
+    question = loaded.tokenizer("Why?").input_ids
+    with ArtifactStore.open(str(store)) as opened:
+        match = opened.lookup(loaded.identity.fingerprint, "default", [*prefix, *question])
+    assert match is not None and match.tokens == len(prefix)
+    names |= {
+        "artifact_id": match.artifact_id,
+        "ids": torch.tensor([question]),
+        "mask": torch.ones(1, len(prefix) + len(question), dtype=torch.int64),
+    }
+    exec(decoding.replace("my-store", str(store)).replace("my-llama", str(tiny_model)), names)
+    assert names["out"].shape[1] > len(question)
+    assert names["cache"].get_seq_length() >= len(prefix) + len(question)
     names |= {"tokenizer": loaded.tokenizer, "text": document.read_text()}
     exec(talking, names)
     assert names["reply"].cached_tokens == len(prefix) and len(names["session"].messages) == 4
