@@ -134,19 +134,7 @@ def open_conversation(request: ConversationRequest, tell: Tell) -> Conversation:
 
 def _over_document(request: ConversationRequest, path: Path, tell: Tell) -> Conversation:
     document = read_document(path)
-    work = Request(
-        paths=(path,),
-        store_url=request.store_url,
-        spec=request.spec or CompressionSpec(),
-        model=request.model,
-        revision=request.revision,
-        redis_url=request.redis_url,
-        system_prompt=request.system_prompt,
-        template=request.template,
-        namespace=request.namespace,
-        device=request.device,
-    )
-    with prepared(work) as job:
+    with prepared(_as_precompute(request, path)) as job:
         planned = next(job.plan())
         if not isinstance(planned, PrefixJob):
             raise CorpusError(f"{path}: {planned.reason}")
@@ -158,6 +146,22 @@ def _over_document(request: ConversationRequest, path: Path, tell: Tell) -> Conv
         renderer = ChatRenderer(loaded.tokenizer, document.text, request.system_prompt, request.template)
         session = open_session(loaded, job.store, artifact_id, request.selection, renderer=renderer)
         return _conversation(session, loaded, job.store, artifact_id)
+
+
+def _as_precompute(request: ConversationRequest, path: Path) -> Request:
+    """What `xkv precompute` would be asked to do: ids and rendering are its own."""
+    return Request(
+        paths=(path,),
+        store_url=request.store_url,
+        spec=request.spec or CompressionSpec(),
+        model=request.model,
+        revision=request.revision,
+        redis_url=request.redis_url,
+        system_prompt=request.system_prompt,
+        template=request.template,
+        namespace=request.namespace,
+        device=request.device,
+    )
 
 
 def _over_artifact(request: ConversationRequest, start: str, tell: Tell) -> Conversation:

@@ -54,7 +54,8 @@ class ChatRenderer:
         """Token ids up to where the next answer begins.
 
         Raises:
-            InvalidPrompt: a user message that is no Unicode text or has a special token in it, or messages that the template refuses.
+            InvalidPrompt: a user message that is no Unicode text or has a special token in it, or messages
+                that the template refuses.
         """
         for message in messages:
             if message["role"] != "assistant":

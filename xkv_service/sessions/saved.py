@@ -134,7 +134,7 @@ def _check_fit(
         raise ModelMismatch(
             f"the session was held with {manifest.model.name} in {manifest.model.dtype}, not with "
             f"{loaded.identity.name} in {loaded.identity.dtype}, or its files have changed",
-            hint="load the model that it was held with",
+            hint="load the model that it was held with: --model",
         )
     if artifact_id is not None and artifact_id != manifest.artifact:
         raise InvalidSpec(
