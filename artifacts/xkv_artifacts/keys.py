@@ -85,18 +85,15 @@ def artifact_id_of_bytes(fingerprint: str, namespace: str, tokens: bytes, spec: 
     return hashlib.sha256(b"".join(fields)).hexdigest()
 
 
-def block_hashes(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> list[bytes]:
+def joined_block_hashes(fingerprint: str, namespace: str, tokens: bytes) -> bytes:
     """A running digest after each full block of 64 tokens: equal digests mean equal prefixes up to there.
 
+    Args:
+        tokens: ids as little-endian int32 bytes (`token_bytes`).
+
     Returns:
-        `len(token_ids) // 64` digests of 8 bytes; the first bit of each is 0 (catalog members rely on it).
+        One digest of 8 bytes after the other; the first bit of each is 0 (catalog members rely on it).
     """
-    joined = joined_block_hashes(fingerprint, namespace, token_bytes(token_ids))
-    return [joined[start : start + DIGEST_BYTES] for start in range(0, len(joined), DIGEST_BYTES)]
-
-
-def joined_block_hashes(fingerprint: str, namespace: str, tokens: bytes) -> bytes:
-    """`block_hashes`, one after the other, for token ids that are already little-endian int32 bytes."""
     running = hashlib.sha256(b"".join(_framed(_BLOCK_DOMAIN, *_owner(fingerprint, namespace))))
     size = 4 * BLOCK_TOKENS
     hashes = []

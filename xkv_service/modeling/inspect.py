@@ -55,15 +55,6 @@ def inspect_model(model: PreTrainedModel) -> ModelLayout:
     return inspect_loaded(model).layout
 
 
-def probe_rotary(model: PreTrainedModel) -> dict[int, RotaryForm]:
-    """The rotary form of each compressible layer of a loaded model.
-
-    Raises:
-        UnsupportedModel: as `inspect_model`.
-    """
-    return inspect_loaded(model).forms
-
-
 _INSPECTED: WeakKeyDictionary[PreTrainedModel, InspectedModel] = WeakKeyDictionary()
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "ModelFiles",
     "context_window",
     "find_model",
-    "identify",
     "load_model",
     "load_tokenizer",
     "resolve_device",
@@ -43,13 +42,6 @@ class LoadedModel:
     def context_window(self) -> int | None:
         """Most tokens the model can take, or None when its config does not say."""
         return context_window(self.model.config)
-
-
-def identify(
-    name_or_path: str | Path, revision: str | None = None, *, dtype: str = "auto", device: str = "auto"
-) -> ModelIdentity:
-    """Who a model is, without loading it. Arguments and errors as `find_model`."""
-    return find_model(name_or_path, revision, dtype=dtype, device=device).identity
 
 
 def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ longrope). Which dimensions pair up is a property of the modeling code and is pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,31 +170,3 @@ class RotaryTable:
             if (value := getattr(self, name)) is not None
         }
         return RotaryTable(self.planes, scaling=self.scaling, rounding=self.rounding, **moved)
-
-
-def pack_tables(tables: Mapping[int, RotaryTable]) -> tuple[dict[str, torch.Tensor], dict[int, int]]:
-    """Tensors named `rotary.{i}.*`, each distinct table once, and for each layer its i.
-
-    Args:
-        tables: by layer; layers of a kind share one object.
-    """
-    numbers: dict[int, int] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    layers = {}
-    for layer, table in tables.items():
-        if id(table) not in numbers:
-            numbers[id(table)] = len(numbers)
-            for name, tensor in table.to_tensors().items():
-                tensors[f"rotary.{numbers[id(table)]}.{name}"] = tensor
-        layers[layer] = numbers[id(table)]
-    return tensors, layers
-
-
-def unpack_tables(tensors: Mapping[str, torch.Tensor]) -> list[RotaryTable]:
-    """The tables that `pack_tables` numbered; other tensors in the mapping are left alone."""
-    fields: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("rotary."):
-            _, number, field_name = name.split(".")
-            fields.setdefault(int(number), {})[field_name] = tensor
-    return [RotaryTable.from_tensors(fields[number]) for number in sorted(fields)]

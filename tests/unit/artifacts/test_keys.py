@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkv_artifacts.errors import InvalidKey, InvalidNamespace
-from xkv_artifacts.keys import BLOCK_TOKENS, artifact_id, block_hashes, check_namespace
+from xkv_artifacts.keys import (
+    BLOCK_TOKENS,
+    DIGEST_BYTES,
+    artifact_id,
+    check_namespace,
+    joined_block_hashes,
+    token_bytes,
+)
 
 FINGERPRINT = "ab" * 32
 SPEC = {"ratio": 8.0, "group_size": 4, "rank_k": None, "index": "sketch"}
@@ -22,9 +30,14 @@ KNOWN_BLOCK = "6e1ce26d44e80468"
 token_lists = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=300)
 
 
+def block_hashes(namespace: str, ids: Sequence[int]) -> list[bytes]:
+    joined = joined_block_hashes(FINGERPRINT, namespace, token_bytes(ids))
+    return [joined[start : start + DIGEST_BYTES] for start in range(0, len(joined), DIGEST_BYTES)]
+
+
 def test_id_and_block_hash_are_the_ones_of_every_earlier_day() -> None:
     assert artifact_id(FINGERPRINT, "default", range(200), SPEC) == KNOWN_ID
-    assert block_hashes(FINGERPRINT, "default", range(200))[2].hex() == KNOWN_BLOCK
+    assert block_hashes("default", range(200))[2].hex() == KNOWN_BLOCK
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "random"])
@@ -68,7 +81,7 @@ def test_block_hashes_agree_exactly_as_far_as_the_tokens_do(left: list[int], rig
     right = left[: len(left) // 2] + right
     common = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), None)
     common = min(len(left), len(right)) if common is None else common
-    hashes = block_hashes(FINGERPRINT, "n", left), block_hashes(FINGERPRINT, "n", right)
+    hashes = block_hashes("n", left), block_hashes("n", right)
     equal = [a == b for a, b in zip(*hashes, strict=False)]
     assert equal == [(block + 1) * BLOCK_TOKENS <= common for block in range(len(equal))]
     assert all(len(digest) == 8 and digest[0] < 0x80 for digest in hashes[0])

@@ -19,7 +19,6 @@ from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
 from xkv_service.modeling.models import (
     context_window,
     find_model,
-    identify,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -65,21 +64,21 @@ def test_a_sharded_model_comes_back_whole(saved: Path) -> None:
 
 
 def test_identity_without_loading_is_the_loaded_models(saved: Path) -> None:
-    identity = identify(saved, device="cpu")
+    identity = find_model(saved, device="cpu").identity
     assert identity == load_model(saved, device="cpu").identity
     assert (identity.name, identity.architecture) == ("tiny-sharded", "LlamaForCausalLM")
     assert identity.dtype == "float32"
 
 
 def test_identity_does_not_depend_on_place_but_on_weights_and_dtype(saved: Path, broken: Path) -> None:
-    fingerprint = identify(saved).fingerprint
-    assert identify(broken).fingerprint == fingerprint
-    assert identify(saved, dtype="bfloat16").fingerprint != fingerprint
+    fingerprint = find_model(saved).identity.fingerprint
+    assert find_model(broken).identity.fingerprint == fingerprint
+    assert find_model(saved, dtype="bfloat16").identity.fingerprint != fingerprint
     shard = sorted(broken.glob("*.safetensors"))[0]
     tensors = load_file(shard)
     next(iter(tensors.values())).view(-1)[0] += 1e-3
     save_file(tensors, shard, metadata={"format": "pt"})
-    assert identify(broken).fingerprint != fingerprint
+    assert find_model(broken).identity.fingerprint != fingerprint
 
 
 def test_layout_and_tokenizer_need_no_weights(broken: Path) -> None:

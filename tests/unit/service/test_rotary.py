@@ -10,8 +10,8 @@ from families import FAMILIES, build, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from xkv_service.errors import UnsupportedModel
-from xkv_service.modeling.inspect import inspect_loaded, probe_rotary
-from xkv_service.modeling.rotary import RotaryTable, inverse, pack_tables, rotate_planes, unpack_tables
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.rotary import RotaryTable, inverse, rotate_planes
 from xkv_service.modeling.rotary_source import Frequencies, fit_table
 from xkv_service.prefilling.prefill import prefill
 
@@ -70,7 +70,7 @@ def test_unrotated_keys_are_the_keys_before_rope(family: str) -> None:
 
 
 def test_layers_without_rope_have_no_planes() -> None:
-    forms = probe_rotary(tiny_model("smollm3"))
+    forms = inspect_loaded(tiny_model("smollm3")).forms
     assert [len(forms[layer].planes) for layer in range(3)] == [8, 0, 8]
 
 
@@ -79,7 +79,7 @@ def test_layers_without_rope_have_no_planes() -> None:
     [("llama", [0, 8], 8), ("cohere", [0, 1], 8), ("phi", [0, 4], 4), ("glm", [0, 1], 4)],
 )
 def test_planes_are_the_pairs_that_turn_together(family: str, first: list[int], count: int) -> None:
-    planes = probe_rotary(tiny_model(family))[0].planes
+    planes = inspect_loaded(tiny_model(family)).forms[0].planes
     assert planes[0].tolist() == first
     assert planes.shape == (count, 2)
 
@@ -97,7 +97,7 @@ def test_half_precision_keys_survive_the_round_trip(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
 def test_norm_after_rope_is_refused(model_type: str) -> None:
     with pytest.raises(UnsupportedModel, match="rotary embedding of layer 0 cannot be inverted"):
-        probe_rotary(build(model_type))
+        inspect_loaded(build(model_type))
 
 
 @pytest.mark.parametrize("planes", [[(0, 4), (1, 5), (2, 6), (3, 7)], [(0, 1), (2, 3)], [(1, 6), (2, 3)], []])
@@ -138,7 +138,7 @@ def test_frequencies_reproduce_far_positions(family: str, dtype: torch.dtype) ->
     if family != "phi3-longrope":  # its frequencies change past the original window
         positions = torch.tensor([[0, 1, 77_777, 1_000_003]])
     embeddings = rotary_embedding(model)(torch.zeros(1, 1, dtype=dtype), positions)
-    cos, sin = probe_rotary(model)[layer].plane_tables(embeddings)
+    cos, sin = inspect_loaded(model).forms[layer].plane_tables(embeddings)
     found = table.cos_sin(positions[0])
     assert (found[0] - cos[0].float()).abs().max() <= 1e-6
     assert (found[1] - sin[0].float()).abs().max() <= 1e-6
@@ -151,16 +151,13 @@ def rotary_embedding(model: PreTrainedModel) -> Any:
 
 def test_tables_come_back_from_their_tensors() -> None:
     prefix = prefill(tiny_model("smollm3"), ids_of())
-    tables = {layer: prefix.rotary(layer) for layer in range(3)}
-    tensors, numbers = pack_tables(tables)
-    assert numbers == {0: 0, 1: 1, 2: 0}
-    assert "rotary.0.inv_freq" in tensors
-    assert "rotary.0.cos" not in tensors
-    back = unpack_tables({**tensors, "tokens": torch.zeros(1)})
     for layer in range(3):
-        keys = prefix.rotary(layer).unrotate(prefix.rotated_keys(layer), torch.arange(TOKENS))
-        again = back[numbers[layer]].unrotate(prefix.rotated_keys(layer), torch.arange(TOKENS))
-        assert torch.equal(keys, again)
+        table = prefix.rotary(layer)
+        assert table.cos is None
+        again = RotaryTable.from_tensors(table.to_tensors())
+        rotated = prefix.rotated_keys(layer)
+        positions = torch.arange(TOKENS)
+        assert torch.equal(table.unrotate(rotated, positions), again.unrotate(rotated, positions))
 
 
 def test_angles_without_a_formula_are_kept_and_end_where_they_were_seen() -> None:
