@@ -149,6 +149,8 @@ def main() -> None:
         report.add(**_row(count))
     # What parts are merged by; a merged file has the rows.
     counts = [] if arguments.merge else counts
+    if arguments.plot:
+        _draw(report.rows, arguments.plot)
     report.write(arguments.out, counts=counts, tokens=arguments.tokens, **measured_on(arguments.merge))
 
 
@@ -164,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=20, help="questions on each")
     parser.add_argument("--rows", default="", help="measure only rows whose name matches this expression")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th document")
+    parser.add_argument("--plot", type=Path, help="draw answers against the budget, as PNG")
     parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
     return parser.parse_args()
 
@@ -280,6 +283,42 @@ def _row(count: dict[str, Any]) -> dict[str, Any]:
         "error_%": 100 * (share * (1 - share) / count["asked"]) ** 0.5,
         "step_ms": steps[len(steps) // 2],
     }
+
+
+LINES = {
+    "exact scores": "exact scores",
+    "sketch, 8 planes, 4 bits": "key sketch, 8 planes (10 bytes)",
+    "sketch, 6 planes, 4 bits": "key sketch, 6 planes (8 bytes)",
+    "sketch, 4 planes, 4 bits": "key sketch, 4 planes (6 bytes)",
+    "landmarks of 8": "landmarks of 8, by KV head (16 bytes)",
+}
+
+
+def _draw(measured: list[dict[str, Any]], path: Path) -> None:
+    """Right answers against the budget, one panel for each set of questions."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(SETS), figsize=(11, 4), sharey=True)
+    for axis, questions in zip(axes, SETS, strict=True):
+        for name, label in LINES.items():
+            by = "head" if name.startswith("landmarks") else "layer"
+            mine = [row for row in measured if row["questions"] == questions and row["selection"] == name]
+            points = sorted(
+                (row["budget"], row["right_%"], row["error_%"]) for row in mine if row["granularity"] == by
+            )
+            if points:
+                budgets, right, error = zip(*points, strict=True)
+                axis.errorbar(budgets, right, yerr=error, marker="o", capsize=3, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([16, 32, 64, 128, 256, 512, 1024], ["16", "32", "64", "128", "256", "512", "1,024"])
+        axis.set_xlabel("tokens rebuilt of 4,096")
+        axis.set_title(questions, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("right answers, %")
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":
