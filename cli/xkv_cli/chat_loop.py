@@ -55,6 +55,11 @@ class ChatLoop:
             except XKVError as error:
                 complain(error.message, error.hint)
                 self._failed = True
+            except KeyboardInterrupt:
+                if not self._person:
+                    raise
+                click.echo()
+                tell("stopped")
         if self._path is not None and self._session.messages:
             self._save(self._path)
         return 1 if self._failed and not self._person else 0
@@ -87,19 +92,12 @@ class ChatLoop:
                 yield line.strip()
 
     def _answer(self, session: Session, question: str) -> None:
-        """Stream an answer; Ctrl-C keeps what came."""
-        try:
-            for piece in session.stream(question, self._settings):
-                sys.stdout.write(printable(piece))
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-            tell("stopped")
-            if not self._person:
-                raise
-        finally:
+        """Stream an answer; the session keeps as much as came before Ctrl-C."""
+        for piece in session.stream(question, self._settings):
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
         self._say_what_was_dropped(session.last_reply)
 
     def _say_what_was_dropped(self, reply: Reply | None) -> None:
