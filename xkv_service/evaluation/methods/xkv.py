@@ -41,6 +41,7 @@ class XKV:
             decodes from the factors, and selects by what it names (see `SelectionSpec`).
         budget: tokens selected, or a share of the prefix; by default `SelectionSpec`'s.
         granularity: one selection for a "layer", or for each KV "head".
+        last: last tokens of the prefix that are rebuilt always, beside the budget; they cost no bytes.
 
     Raises:
         InvalidSpec: an option is out of range, or a budget without a selector.
@@ -64,6 +65,7 @@ class XKV:
         selector: Literal["none", "auto", "sketch", "landmark", "exact", "dense"] = "none",
         budget: int | float | None = None,
         granularity: Literal["layer", "head"] = "layer",
+        last: int = 0,
     ) -> None:
         self.spec = CompressionSpec(
             group_size=group,
@@ -78,7 +80,7 @@ class XKV:
             key_weights=key_weights,
             value_weights=value_weights,
         )
-        self.selection = _selection(selector, budget, granularity)
+        self.selection = _selection(selector, budget, granularity, last)
         if selector in ("sketch", "landmark") and selector != index:
             raise InvalidSpec(f"selector={selector} needs its index", hint=f"give index={selector}")
 
@@ -95,15 +97,17 @@ class XKV:
         return FactorPrefix(model, known[self.spec], size.bytes_stored, self.selection)
 
 
-def _selection(selector: str, budget: int | float | None, granularity: Any) -> SelectionSpec | None:
+def _selection(
+    selector: Any, budget: int | float | None, granularity: Any, last: int
+) -> SelectionSpec | None:
     if selector == "none":
-        if budget is not None:
-            raise InvalidSpec(f"budget={budget} has nothing to select by", hint="give a selector, say sketch")
+        if budget is not None or last:
+            raise InvalidSpec(
+                f"budget={budget}, last={last}: nothing is selected", hint="give a selector, say sketch"
+            )
         return None
-    chosen: Any = selector
-    if budget is None:
-        return SelectionSpec(chosen, granularity=granularity)
-    return SelectionSpec(chosen, budget, granularity)
+    wanted = SelectionSpec.budget if budget is None else budget
+    return SelectionSpec(selector, wanted, granularity, recent=last)
 
 
 @dataclass(frozen=True, eq=False)
