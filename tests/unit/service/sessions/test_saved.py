@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Talker
+from talking import Talker
 
 from xkv_artifacts import session_format
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError

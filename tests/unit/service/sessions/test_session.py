@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DOCUMENT, SELECTION, Talker
+from talking import DOCUMENT, SELECTION, Talker
 from transformers import DynamicCache
 
 from xkv_service import XKVCache, enable_xkv

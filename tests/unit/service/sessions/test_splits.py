@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Talker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from talking import Talker
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.sessions.saved import load_session, save_session
