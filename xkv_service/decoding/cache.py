@@ -32,7 +32,9 @@ class XKVCache(Cache):  # type: ignore[misc]
     """A cache for `generate` and forward inside `enable_xkv(model)`: greedy, sampling, beams, batches, turns.
 
     The prefix is shared by every cache made from the same factors and never changes; the cache owns its tail.
-    In a batch every row has the same prefix.
+    In a batch every row has the same prefix. Padding between prefix and new tokens takes room in sliding
+    windows and enters linear-attention states, as with Transformers' own cache: with such layers, rows of
+    different lengths answer as each alone does only in calls of their own.
 
     Args:
         prefix: the compressed prefix, bound to a model. selection: which of its tokens attention rebuilds.
@@ -111,7 +113,8 @@ class XKVCache(Cache):  # type: ignore[misc]
         """Append to a layer's tail and return what the model's attention is to see of it.
 
         Raises:
-            CacheMisuse: the model is not inside `enable_xkv`: its own attention would miss the prefix.
+            CacheMisuse: the model is not inside `enable_xkv`, so that its own attention would miss the
+                prefix, or it is another one than the cache was made for.
         """
         layer = self.layers[layer_idx]
         if isinstance(layer, PrefixLayer):
@@ -122,6 +125,24 @@ class XKVCache(Cache):  # type: ignore[misc]
                 )
             attend_next(layer, self.prefix.modules[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of the tail (Transformers 5 takes a negative number).
+
+        Raises:
+            CacheMisuse: more tokens than the exact tail has, or a layer whose window or state cannot go
+                back; the cache is then as it was.
+        """
+        if tokens_to_remove and not all(_can_crop(layer) for layer in self.layers):
+            raise CacheMisuse(
+                "sliding windows and linear-attention states cannot go back: no tokens can be removed",
+                hint="fork() the cache before tokens that may be taken back",
+            )
+        super().crop(tokens_to_remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
+        """A fork: the prefix and the model are shared."""
+        return self.fork()
 
     def serve(self, rows: int) -> None:
         """Be ready for a call with a batch of `rows`: linear-attention layers look at their state first."""
@@ -175,6 +196,13 @@ class XKVCache(Cache):  # type: ignore[misc]
         """Prefix tokens rebuilt at the last call, averaged over the compressed layers."""
         counts = [layer.rebuilt for layer in self.layers if isinstance(layer, PrefixLayer)]
         return sum(counts) / len(counts)
+
+
+def _can_crop(layer: Any) -> bool:
+    """Whether the layer still has everything that an earlier token sees."""
+    if isinstance(layer, WindowLayer):
+        return int(layer.get_seq_length()) < int(layer.sliding_window)
+    return not isinstance(layer, StateLayer)
 
 
 def _fork(layer: Any) -> Any:

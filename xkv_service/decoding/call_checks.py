@@ -50,6 +50,7 @@ def _check_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     given = arguments.get("inputs_embeds") if given is None else given
     if given is None:
         return
+    _refuse_checkpointing(module)
     held, new = cache.get_seq_length(), given.shape[1]
     mask = arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] != held + new:
@@ -59,6 +60,15 @@ def _check_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         )
     _refuse_crossing(module, held, new)
     cache.serve(given.shape[0])
+
+
+def _refuse_checkpointing(module: Any) -> None:
+    """Transformers drops the cache then, and would answer without the prefix."""
+    if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise CacheMisuse(
+            "a model in training mode with gradient checkpointing does not use its cache",
+            hint="call model.eval() first",
+        )
 
 
 def _refuse_crossing(module: Any, held: int, new: int) -> None:
@@ -75,7 +85,7 @@ def _checked_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
     def checked(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         cache = _cache_of(kwargs)
         if cache is not None:
-            _check_assistance(kwargs, *args)
+            _check_assistance(cache.prefix.model.generation_config, kwargs, *args)
             ids = kwargs.get("input_ids") if inputs is None else inputs
             if isinstance(ids, torch.Tensor) and kwargs.get("inputs_embeds") is None:
                 _check_ids(cache, ids, kwargs.get("attention_mask"))
@@ -84,10 +94,13 @@ def _checked_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _check_assistance(kwargs: dict[str, Any], config: Any = None, *rest: Any) -> None:
-    config = kwargs.get("generation_config", config)
-    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(config, "prompt_lookup_num_tokens", None)
-    if lookup or kwargs.get("assistant_model") is not None:
+def _check_assistance(default: Any, kwargs: dict[str, Any], given: Any = None, *_: Any) -> None:
+    """Assistance may be asked for in the call, in its generation config, and in the model's own."""
+    configs = (kwargs.get("generation_config", given), default)
+    asked = [kwargs.get("assistant_model")]
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        asked += [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
+    if any(one is not None and one is not False for one in asked):
         raise CacheMisuse(
             "assisted generation and prompt lookup give wrong tokens over a cache that is already filled",
             hint="call generate without them",
@@ -106,8 +119,9 @@ def _check_ids(cache: XKVCache, ids: torch.Tensor, mask: torch.Tensor | None) ->
             hint=f"give a mask of {held + given} columns with these ids, or all {held} ids and the new ones",
         )
     if given <= held:
+        seen = "without a mask" if mask is None else f"with a mask of {covered} columns"
         raise CacheMisuse(
-            f"{given} ids were given without a mask, but the cache already holds {held} tokens",
+            f"{given} ids were given {seen}, but the cache already holds {held} tokens",
             hint=f"give all ids from the prefix's first on, or an attention_mask of {held + given} columns",
         )
     first = cache.prefix.token_ids.to(ids.device)

@@ -27,6 +27,8 @@ from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.observation import attention_implementation, base_function
 
 _NAME = "xkv_"
+# Others leave causality to their kernels: without a mask the tokens of a prompt would see those behind them.
+_MASKED = ("sdpa", "eager")
 _LOCK = threading.Lock()
 _ENABLED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 _UNDO: WeakKeyDictionary[PreTrainedModel, ExitStack] = WeakKeyDictionary()
@@ -40,7 +42,8 @@ def enable_xkv(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     May be nested, and used by several threads on one model. On exit of the last block the model is as it was.
 
     Raises:
-        UnsupportedModel: the model's cache cannot be compressed.
+        UnsupportedModel: the model's cache cannot be compressed, or its attention implementation is neither
+            "sdpa" nor "eager".
     """
     inspect_loaded(model)
     with _LOCK:
@@ -60,10 +63,17 @@ def _install(model: PreTrainedModel) -> ExitStack:
     """Change the model once for all blocks, which may end in any order; closing takes it all back."""
     with ExitStack() as stack:
         implementation = attention_implementation(model)
+        if implementation not in _MASKED:
+            raise UnsupportedModel(
+                f"attention implementation {implementation!r} makes no mask that says what each token sees",
+                hint='call model.set_attn_implementation("sdpa") first',
+            )
         stack.callback(model.set_attn_implementation, implementation)
         model.set_attn_implementation(_register(implementation))
         stack.enter_context(checked_calls(model))
-        stack.callback(model.register_forward_pre_hook(_forget_layer).remove)
+        for module in inspect_loaded(model).modules.values():
+            stack.callback(module.register_forward_pre_hook(_enter_module).remove)
+            stack.callback(module.register_forward_hook(_leave_module).remove)
         return stack.pop_all()
 
 
@@ -73,23 +83,37 @@ def is_enabled(model: PreTrainedModel) -> bool:
 
 
 def attend_next(layer: PrefixLayer, module: nn.Module) -> None:
-    """Have the next attention on this thread, which must be `module`'s, read the prefix of `layer`."""
-    _THREAD.layer, _THREAD.module = layer, module
+    """Have the attention of `module`, which is running on this thread, read the prefix of `layer`.
 
-
-def _forget_layer(*_: Any) -> None:
-    """A call that was interrupted may have left a layer that its attention never read."""
-    _THREAD.layer = None
-
-
-def _take_layer(module: nn.Module) -> PrefixLayer | None:
-    layer: PrefixLayer | None = getattr(_THREAD, "layer", None)
-    _THREAD.layer = None
-    if layer is not None and module is not _THREAD.module:
+    Raises:
+        CacheMisuse: another module is running, or one that is not inside `enable_xkv`.
+    """
+    if getattr(_THREAD, "module", None) is not module:
         raise CacheMisuse(
             f"layer {layer.index} of the cache was filled by one model and read by another",
             hint="make the cache with XKVCache.from_factors(model, ...) for the model that uses it",
         )
+    _THREAD.layer = layer
+
+
+def _enter_module(module: nn.Module, *_: Any) -> None:
+    """A call that was interrupted may have left a layer that its attention never read."""
+    _THREAD.layer, _THREAD.module = None, module
+
+
+def _leave_module(*_: Any) -> None:
+    layer = _take_layer()
+    _THREAD.module = None
+    if layer is not None:
+        raise CacheMisuse(
+            f"attention of layer {layer.index} did not read the prefix: its implementation was changed",
+            hint="leave set_attn_implementation alone inside `with enable_xkv(model):`",
+        )
+
+
+def _take_layer() -> PrefixLayer | None:
+    layer: PrefixLayer | None = getattr(_THREAD, "layer", None)
+    _THREAD.layer = None
     return layer
 
 
@@ -107,7 +131,7 @@ def _register(base: str) -> str:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        layer = _take_layer(module)
+        layer = _take_layer()
         if layer is None:
             return base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_bias") is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed import random_ids
 from families import tiny_model
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.errors import CacheMisuse, InvalidSpec, ModelMismatch, UnsupportedModel
@@ -35,7 +35,7 @@ def test_suffix_ids_without_a_mask(enabled: PreTrainedModel, lossy: PrefixFactor
 
 def test_a_mask_over_the_suffix_alone(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
     ids, cache = random_ids(5)[None], XKVCache.from_factors(enabled, lossy)
-    with pytest.raises(CacheMisuse, match="mask"):
+    with pytest.raises(CacheMisuse, match="with a mask of 5 columns"):
         enabled.generate(ids, attention_mask=torch.ones(1, 5), past_key_values=cache, max_new_tokens=1)
     with pytest.raises(CacheMisuse, match="9 columns for 5 ids"):
         enabled.generate(ids, attention_mask=torch.ones(1, 9), past_key_values=cache, max_new_tokens=1)
@@ -90,6 +90,40 @@ def test_a_cache_used_with_a_second_model(model: PreTrainedModel, lossy: PrefixF
             other(random_ids(3)[None], past_key_values=cache)
 
 
+def test_a_cache_used_with_a_second_model_that_is_not_enabled(
+    enabled: PreTrainedModel, lossy: PrefixFactors
+) -> None:
+    """One token needs no mask: nothing but the cache could notice that its prefix is not read."""
+    other = tiny_model("llama")
+    with pytest.raises(CacheMisuse, match="one model and read by another"):
+        other(random_ids(1)[None], past_key_values=XKVCache.from_factors(enabled, lossy))
+
+
+def test_an_attention_implementation_that_is_changed_inside(
+    enabled: PreTrainedModel, lossy: PrefixFactors
+) -> None:
+    ours = enabled.config._attn_implementation
+    enabled.set_attn_implementation("sdpa")
+    try:
+        with pytest.raises(CacheMisuse, match="did not read the prefix"):
+            enabled(random_ids(1)[None], past_key_values=XKVCache.from_factors(enabled, lossy))
+    finally:
+        enabled.set_attn_implementation(ours)
+
+
+def test_an_implementation_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(UnsupportedModel, match="flash_attention_2"), enable_xkv(model):
+        pass
+
+
+def test_an_update_outside_of_a_call(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
+    states = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(CacheMisuse, match="filled by"):
+        XKVCache.from_factors(enabled, lossy).update(states, states, 0)
+
+
 @pytest.mark.parametrize("tokens", [0, -1, 49, 2.5])
 def test_a_prefix_of_impossible_length(model: PreTrainedModel, lossy: PrefixFactors, tokens: int) -> None:
     with pytest.raises(InvalidSpec, match="tokens="):
@@ -109,6 +143,41 @@ def test_assisted_generation(
         enabled.generate(ids, past_key_values=cache, max_new_tokens=2, prompt_lookup_num_tokens=3)
     with pytest.raises(CacheMisuse, match="assisted generation"):
         enabled.generate(ids, past_key_values=cache, max_new_tokens=2, assistant_model=enabled)
+
+
+def test_assistance_that_the_model_asks_for_itself(
+    enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, cache = torch.cat([prefix_ids, random_ids(4)])[None], XKVCache.from_factors(enabled, lossy)
+    monkeypatch.setattr(enabled.generation_config, "prompt_lookup_num_tokens", 3)
+    with pytest.raises(CacheMisuse, match="assisted generation"):
+        enabled.generate(ids, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(CacheMisuse, match="assisted generation"):
+        enabled.generate(ids, GenerationConfig(max_new_tokens=2), past_key_values=cache)
+
+
+def test_a_model_that_drops_its_cache(lossy: PrefixFactors) -> None:
+    """Transformers does when it trains with gradient checkpointing."""
+    model = tiny_model("llama")
+    with torch.no_grad(), enable_xkv(model):
+        cache = XKVCache.from_factors(model, lossy)
+        model.train()
+        model.model.layers[0].gradient_checkpointing = True
+        with pytest.raises(CacheMisuse, match="gradient checkpointing"):
+            model(random_ids(1)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_next"])
+def test_cropping_windows_and_states(family: str) -> None:
+    """Not even a part of the layers goes back."""
+    model, ids = tiny_model(family), random_ids(20)
+    spec = CompressionSpec(rank_k=8, rank_v=8)
+    with torch.no_grad(), enable_xkv(model):
+        cache = XKVCache.from_factors(model, compress(model, ids, spec))
+        model(random_ids(6)[None], past_key_values=cache)
+        with pytest.raises(CacheMisuse, match="cannot go back"):
+            cache.crop(-6)
+    assert cache.tail_tokens == 6
 
 
 def test_a_longrope_prefix_that_crosses_its_window() -> None:
@@ -138,21 +207,25 @@ def test_selections_out_of_range(fields: dict[str, object]) -> None:
         SelectionSpec(**fields)  # type: ignore[arg-type]
 
 
+def _hooks(model: PreTrainedModel) -> int:
+    return sum(len(one._forward_pre_hooks) + len(one._forward_hooks) for one in model.modules())
+
+
 def test_the_model_is_left_as_it_was(model: PreTrainedModel, prefix_ids: torch.Tensor) -> None:
     before = model.config._attn_implementation
-    hooks = len(model._forward_pre_hooks)
+    hooks = _hooks(model)
     with torch.no_grad():
         expected = model(prefix_ids[None], past_key_values=DynamicCache(config=model.config)).logits
         with enable_xkv(model), enable_xkv(model):
             inside = model(prefix_ids[None], past_key_values=DynamicCache(config=model.config)).logits
     assert torch.equal(inside, expected)
     assert model.config._attn_implementation == before
-    assert len(model._forward_pre_hooks) == hooks
+    assert _hooks(model) == hooks
     assert "generate" not in vars(model)
 
 
 def test_blocks_that_end_in_any_order_leave_the_model_as_it_was(model: PreTrainedModel) -> None:
-    before, hooks = model.config._attn_implementation, len(model._forward_pre_hooks)
+    before, hooks = model.config._attn_implementation, _hooks(model)
     first, second = enable_xkv(model), enable_xkv(model)
     first.__enter__()
     second.__enter__()
@@ -160,7 +233,7 @@ def test_blocks_that_end_in_any_order_leave_the_model_as_it_was(model: PreTraine
     assert model.config._attn_implementation != before
     second.__exit__(None, None, None)
     assert model.config._attn_implementation == before
-    assert len(model._forward_pre_hooks) == hooks and "generate" not in vars(model)
+    assert _hooks(model) == hooks and "generate" not in vars(model)
 
 
 class _Interrupted(XKVCache):
