@@ -41,10 +41,12 @@ def fold_tail(cache: XKVCache, *, keep: int = 0, error: float = FOLD_ERROR) -> i
     Raises:
         CacheMisuse: a batch of several rows, whose padding could not be told from tokens any more.
         UnsupportedModel: latent layers, or an index of landmarks.
-        InvalidSpec: `error` out of range.
+        InvalidSpec: `keep` or `error` out of range.
     """
     if not 0 < error < 1:
         raise InvalidSpec(f"error={error!r} is out of range", hint="use a number between 0 and 1")
+    if keep < 0:
+        raise InvalidSpec(f"keep={keep} is out of range", hint="use an integer from 0")
     count = cache.tail_tokens - keep
     if count <= 0:
         return 0

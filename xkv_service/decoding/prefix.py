@@ -18,7 +18,9 @@ from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
 
-_BOUND: WeakKeyDictionary[PrefixFactors, dict[tuple[int, int], Prefix]] = WeakKeyDictionary()
+# A model object, where and in which dtype it is, and tokens of the prefix.
+_Place = tuple[int, torch.device, torch.dtype, int]
+_BOUND: WeakKeyDictionary[PrefixFactors, dict[_Place, Prefix]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Prefix:
         """
         count = _checked(factors, tokens)
         known = _BOUND.setdefault(factors, {})
-        name = (id(model), count)
+        name = (id(model), model.device, model.dtype, count)
         if name not in known or known[name].model is not model:
             check_model(model, factors)
             known[name] = _bind(model, factors, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from threading import Thread
 from typing import Any
 
@@ -132,6 +133,27 @@ def test_cropping_the_tail_takes_it_back(
     enabled(first, past_key_values=cache)
     cache.crop(-7)
     torch.testing.assert_close(enabled(second, past_key_values=cache).logits, expected)
+
+
+def test_a_deep_copy_is_a_fork(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
+    """Transformers' guides copy a cache deeply to use its prefix again."""
+    cache, ids = XKVCache.from_factors(enabled, lossy), random_ids(5, seed=5)[None]
+    copied = copy.deepcopy(cache)
+    assert copied.prefix is cache.prefix
+    expected = enabled(ids, past_key_values=cache).logits
+    assert copied.tail_tokens == 0
+    torch.testing.assert_close(enabled(ids, past_key_values=copied).logits, expected)
+
+
+def test_a_model_that_was_cast_gets_a_prefix_of_its_own() -> None:
+    model, ids = tiny_model("gemma2"), random_ids(20)
+    with torch.no_grad(), enable_xkv(model):
+        factors = compress(model, ids, CompressionSpec(rank_k=8, rank_v=8))
+        before = XKVCache.from_factors(model, factors).prefix
+        model.to(torch.bfloat16)
+        cache = XKVCache.from_factors(model, factors)
+        assert cache.prefix is not before
+        assert model(random_ids(3)[None], past_key_values=cache).logits.dtype == torch.bfloat16
 
 
 def test_forks_go_their_own_ways_and_share_the_prefix(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
