@@ -31,6 +31,7 @@ from xkv_workers.messages import PrefixJob
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.on_demand import Tell, read_document, store_now, stored_somehow
 from xkv_workers.precompute import prepared
+from xkv_workers.report import LOW_FIDELITY
 from xkv_workers.request import Request, read_prompt
 
 
@@ -121,6 +122,14 @@ def open_conversation(request: ConversationRequest, tell: Tell) -> Conversation:
         XKVError: the document cannot be read or compressed, the artifact or session is not there or is bad,
             or they do not fit the model or each other.
     """
+    opened = _open(request, tell)
+    agreement = 1.0 if opened.manifest is None else opened.manifest.fidelity.top1_agreement
+    if agreement < LOW_FIDELITY:
+        tell(f"this artifact's fidelity is {agreement:.1%}: answers may be wrong; a lower ratio keeps more")
+    return opened
+
+
+def _open(request: ConversationRequest, tell: Tell) -> Conversation:
     if request.session is not None and request.session.exists():
         return _resumed(request, request.session)
     if request.document is not None:
