@@ -15,6 +15,7 @@ from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.decoding.state_layer import StateLayer
+from xkv_service.decoding.tail_ids import TailIds
 from xkv_service.decoding.xkv_attention import attend_next, is_enabled
 from xkv_service.errors import CacheMisuse
 from xkv_service.factors import PrefixFactors
@@ -39,6 +40,9 @@ class XKVCache(Cache):  # type: ignore[misc]
     Args:
         prefix: the compressed prefix, bound to a model. selection: which of its tokens attention rebuilds.
 
+    Attributes:
+        tail_ids: the tokens of the tail, as far as they were given as ids.
+
     Raises:
         InvalidSpec: the selection needs an index that the artifact does not have.
     """
@@ -53,6 +57,7 @@ class XKVCache(Cache):  # type: ignore[misc]
         for index, state in prefix.states.items():
             layers[index] = StateLayer(layers[index].number_of_states, state, prefix.model.device)
         super().__init__(layers=layers)
+        self.tail_ids = TailIds()
 
     @classmethod
     def from_factors(
@@ -144,11 +149,30 @@ class XKVCache(Cache):  # type: ignore[misc]
         """A fork: the prefix and the model are shared."""
         return self.fork()
 
-    def serve(self, rows: int) -> None:
-        """Be ready for a call with a batch of `rows`: linear-attention layers look at their state first."""
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take the tails of other rows of the batch."""
+        super().reorder_cache(beam_idx)
+        self.tail_ids = self.tail_ids.rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self.tail_ids = self.tail_ids.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self.tail_ids = self.tail_ids.repeated(repeats)
+
+    def serve(self, given: torch.Tensor) -> None:
+        """Be ready for a call with ids [rows, t] or embeddings [rows, t, D].
+
+        Linear-attention layers look at their states before the cache sees the batch.
+        """
         for layer in self.layers:
             if isinstance(layer, StateLayer):
-                layer.serve(rows)
+                layer.serve(given.shape[0])
+        self.tail_ids = self.tail_ids.extended(int(self.get_seq_length()) - self.prefix.tokens, given)
 
     def fork(self) -> XKVCache:
         """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""

@@ -59,7 +59,7 @@ def _check_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             hint=f"give a mask of {held + new} columns: ones for the prefix, then the new tokens' own",
         )
     _refuse_crossing(module, held, new)
-    cache.serve(given.shape[0])
+    cache.serve(given)
 
 
 def _refuse_checkpointing(module: Any) -> None:
@@ -129,4 +129,10 @@ def _check_ids(cache: XKVCache, ids: torch.Tensor, mask: torch.Tensor | None) ->
         raise CacheMisuse(
             "the ids do not begin with the tokens of the cached prefix",
             hint="render the same document, system prompt and template, or look up the artifact that fits",
+        )
+    departure = cache.tail_ids.departure(ids[:, len(first) : held])
+    if departure is not None:
+        raise CacheMisuse(
+            f"the ids differ from the cached tokens at position {len(first) + departure}",
+            hint="crop the cache to what is common, or start from a new cache or a fork",
         )

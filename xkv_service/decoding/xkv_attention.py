@@ -63,7 +63,7 @@ def _install(model: PreTrainedModel) -> ExitStack:
     """Change the model once for all blocks, which may end in any order; closing takes it all back."""
     with ExitStack() as stack:
         implementation = attention_implementation(model)
-        if implementation not in _MASKED:
+        if not implementation.endswith(_MASKED):  # an observer's has a longer name
             raise UnsupportedModel(
                 f"attention implementation {implementation!r} makes no mask that says what each token sees",
                 hint='call model.set_attn_implementation("sdpa") first',

@@ -53,6 +53,38 @@ def test_ids_of_another_document(
         enabled.generate(ids[None], past_key_values=XKVCache.from_factors(enabled, lossy), max_new_tokens=1)
 
 
+def test_ids_of_another_conversation(
+    enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
+) -> None:
+    cache = XKVCache.from_factors(enabled, lossy)
+    enabled(random_ids(6, seed=3)[None], past_key_values=cache)
+    said = torch.cat([prefix_ids, random_ids(6, seed=3), random_ids(3, seed=4)])[None]
+    other = said.clone()
+    other[0, 52] = said[0, 52] % 90 + 3
+    for used in (cache, cache.fork()):
+        with pytest.raises(CacheMisuse, match="at position 52"):
+            enabled.generate(other, past_key_values=used, max_new_tokens=1)
+    cache.crop(-2)
+    enabled.generate(other, past_key_values=cache.fork(), max_new_tokens=1)
+    enabled.generate(said, past_key_values=cache, max_new_tokens=1)
+
+
+def test_the_next_turn_after_beams(
+    enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
+) -> None:
+    """The cache holds all the beams, and the best one is not told apart."""
+    cache = XKVCache.from_factors(enabled, lossy)
+    ids = torch.cat([prefix_ids, random_ids(4)])[None]
+    best = enabled.generate(ids, past_key_values=cache, max_new_tokens=6, num_beams=3, eos_token_id=None)
+    with pytest.raises(CacheMisuse, match="differ from the cached tokens"):
+        enabled.generate(
+            torch.cat([best, best[:, -3:]], 1),
+            attention_mask=torch.ones(1, best.shape[1] + 3),
+            past_key_values=cache,
+            max_new_tokens=1,
+        )
+
+
 def test_cropping_into_the_prefix(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
     cache = XKVCache.from_factors(enabled, lossy)
     enabled(random_ids(3)[None], past_key_values=cache)
