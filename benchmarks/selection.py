@@ -38,6 +38,7 @@ from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.landmarks import landmarks
 from xkv_service.selection.sketch import candidate_planes, choose_planes
+from xkv_service.selection.spec import Granularity, SelectorKind
 
 NEEDLES = (
     "demo_niah_single_1",
@@ -106,32 +107,39 @@ def landmark(chunk: int) -> tuple[Index, float]:
     return build, 128 / chunk
 
 
+def _spec(
+    selector: SelectorKind, budget: int = 1, granularity: Granularity = "layer", **always: int
+) -> SelectionSpec:
+    """A selection of the index alone, unless `always` says more."""
+    return SelectionSpec(selector, budget, granularity, **{"recent": 0, **always})
+
+
 def rows() -> Iterator[Row]:
     """Everything measured."""
-    yield Row("every token", SelectionSpec("dense"))
+    yield Row("every token", _spec("dense"))
     for budget in (16, 64, 256):
-        yield Row("exact scores", SelectionSpec("exact", budget))
+        yield Row("exact scores", _spec("exact", budget))
     for budget in (32, 64, 128, 256, 512):
-        yield Row("sketch, 8 planes, 4 bits", SelectionSpec("sketch", budget), *sketch(8, 4))
+        yield Row("sketch, 8 planes, 4 bits", _spec("sketch", budget), *sketch(8, 4))
     for budget in (64, 256):
-        per_head = SelectionSpec("sketch", budget, "head")
+        per_head = _spec("sketch", budget, "head")
         yield Row("sketch, 8 planes, 4 bits", per_head, *sketch(8, 4))
     for planes, bits in ((2, 4), (4, 4), (6, 4), (12, 4), (16, 4), (8, 2), (8, 3), (8, 8), (16, 2)):
         for budget in (64, 256):
             index = sketch(planes, bits)
-            yield Row(f"sketch, {planes} planes, {bits} bits", SelectionSpec("sketch", budget), *index)
+            yield Row(f"sketch, {planes} planes, {bits} bits", _spec("sketch", budget), *index)
     for planes in (4, 8):
         index = sketch(planes, 4, queries=False)
-        yield Row(f"sketch, {planes} planes by key energy", SelectionSpec("sketch", 256), *index)
+        yield Row(f"sketch, {planes} planes by key energy", _spec("sketch", 256), *index)
     for chunk in (4, 8, 16):
-        yield Row(f"landmarks of {chunk}", SelectionSpec("landmark", 256), *landmark(chunk))
+        yield Row(f"landmarks of {chunk}", _spec("landmark", 256), *landmark(chunk))
     for budget in (256, 512, 1024):
-        yield Row("landmarks of 8", SelectionSpec("landmark", budget, "head"), *landmark(8))
+        yield Row("landmarks of 8", _spec("landmark", budget, "head"), *landmark(8))
     for granularity in ("layer", "head"):
-        spec = SelectionSpec("landmark", 256, granularity)
+        spec = _spec("landmark", 256, granularity)
         yield Row("landmarks of 8, 16 outlier chunks", spec, *landmark(8), outliers=16)
-    yield Row("sketch, 4 planes, 16 outlier chunks", SelectionSpec("sketch", 64), *sketch(4, 4), outliers=16)
-    recent = SelectionSpec("sketch", 64, sink=16, recent=64)
+    yield Row("sketch, 4 planes, 16 outlier chunks", _spec("sketch", 64), *sketch(4, 4), outliers=16)
+    recent = _spec("sketch", 64, sink=16, recent=64)
     yield Row("sketch, 8 planes, 16 first and 64 last tokens", recent, *sketch(8, 4))
 
 

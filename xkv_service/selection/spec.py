@@ -37,7 +37,7 @@ class SelectionSpec:
     budget: int | float = 1 / 16
     granularity: Granularity = "layer"
     sink: int = 0
-    recent: int = 0
+    recent: int = 32
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -41,7 +41,8 @@ class XKV:
             decodes from the factors, and selects by what it names (see `SelectionSpec`).
         budget: tokens selected, or a share of the prefix; by default `SelectionSpec`'s.
         granularity: one selection for a "layer", or for each KV "head".
-        last: last tokens of the prefix that are rebuilt always, beside the budget; they cost no bytes.
+        last: last tokens of the prefix that are rebuilt always, beside the budget, by default
+            `SelectionSpec`'s; they cost no bytes.
 
     Raises:
         InvalidSpec: an option is out of range, or a budget without a selector.
@@ -65,7 +66,7 @@ class XKV:
         selector: Literal["none", "auto", "sketch", "landmark", "exact", "dense"] = "none",
         budget: int | float | None = None,
         granularity: Literal["layer", "head"] = "layer",
-        last: int = 0,
+        last: int | None = None,
     ) -> None:
         self.spec = CompressionSpec(
             group_size=group,
@@ -98,16 +99,16 @@ class XKV:
 
 
 def _selection(
-    selector: Any, budget: int | float | None, granularity: Any, last: int
+    selector: Any, budget: int | float | None, granularity: Any, last: int | None
 ) -> SelectionSpec | None:
     if selector == "none":
-        if budget is not None or last:
+        if budget is not None or last is not None:
             raise InvalidSpec(
                 f"budget={budget}, last={last}: nothing is selected", hint="give a selector, say sketch"
             )
         return None
     wanted = SelectionSpec.budget if budget is None else budget
-    return SelectionSpec(selector, wanted, granularity, recent=last)
+    return SelectionSpec(selector, wanted, granularity, recent=SelectionSpec.recent if last is None else last)
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ def test_attention_equals_the_slow_reference(
     states = _states(count, tail=count + 3)
     for scoring in (Scoring(0.25), Scoring(0.4, softcap=5.0), Scoring(0.25, sinks=SINKS)):
         for spec in (
-            SelectionSpec(budget=8, granularity=granularity),
+            SelectionSpec(budget=8, granularity=granularity, recent=0),
             SelectionSpec(budget=8, granularity=granularity, sink=6, recent=7),
             SelectionSpec("dense"),
         ):
@@ -163,14 +163,14 @@ def test_attention_equals_the_slow_reference(
 def test_an_additive_mask_means_the_same(sketched: PrefixFactors) -> None:
     query, keys, values, mask = _states(4, tail=7)
     added = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    selection = _selection(sketched, SelectionSpec(budget=8))
+    selection = _selection(sketched, SelectionSpec(budget=8, recent=0))
     expected, _ = attend(query, keys, values, mask, selection, Scoring(0.25))
     found, _ = attend(query, keys, values, added, selection, Scoring(0.25))
     torch.testing.assert_close(found, expected)
 
 
 def test_queries_in_pieces_give_the_same(sketched: PrefixFactors, monkeypatch: pytest.MonkeyPatch) -> None:
-    states, selection = _states(9, tail=9), _selection(sketched, SelectionSpec(budget=8))
+    states, selection = _states(9, tail=9), _selection(sketched, SelectionSpec(budget=8, recent=0))
     expected, _ = attend(*states, selection, Scoring(0.25))
     monkeypatch.setattr(module, "_PIECE", 1)
     found, _ = attend(*states, selection, Scoring(0.25))
@@ -180,7 +180,9 @@ def test_queries_in_pieces_give_the_same(sketched: PrefixFactors, monkeypatch: p
 def test_a_token_that_sees_nothing_gives_no_nan(sketched: PrefixFactors) -> None:
     query, keys, values, mask = _states(2, tail=2)
     mask[0, :, 0] = False
-    out, _ = attend(query, keys, values, mask, _selection(sketched, SelectionSpec(budget=8)), Scoring(0.25))
+    out, _ = attend(
+        query, keys, values, mask, _selection(sketched, SelectionSpec(budget=8, recent=0)), Scoring(0.25)
+    )
     assert bool(out.isfinite().all())
 
 
@@ -209,7 +211,7 @@ def test_a_shorter_prefix_is_the_artifact_of_its_first_tokens(sketched: PrefixFa
 
 def test_landmarks_of_a_shorter_prefix_leave_no_token_behind(marked: PrefixFactors) -> None:
     """The last chunk's landmark speaks for tokens that are not there, so its tokens are always taken."""
-    selection = _selection(marked, SelectionSpec(budget=4), 42)
+    selection = _selection(marked, SelectionSpec(budget=4, recent=0), 42)
     states = _states(1, tail=2, batch=1)
     attend(*states[:3], None, selection, Scoring(0.25))
     chosen = selection(states[0].reshape(1, HEADS, GROUP, 1, DIM), torch.zeros(1, HEADS, GROUP, 1), 0.25)

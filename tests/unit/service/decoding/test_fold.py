@@ -70,7 +70,7 @@ def test_folding_again_and_again(enabled: PreTrainedModel, lossy: PrefixFactors)
 
 
 def test_folded_tokens_can_be_selected(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
-    cache = _talked(enabled, lossy, 30, SelectionSpec(budget=60))
+    cache = _talked(enabled, lossy, 30, SelectionSpec(budget=60, recent=0))
     cache.fold(keep=4, error=0.1)
     enabled(random_ids(1)[None], past_key_values=cache)
     assert 44 < cache.rebuilt_tokens <= 70

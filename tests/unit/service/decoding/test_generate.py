@@ -109,7 +109,7 @@ def test_turns_on_one_cache_give_what_one_prompt_gives(
     enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
 ) -> None:
     """With selection: each token chooses for itself, so it does not matter in which call it came."""
-    selection = SelectionSpec(budget=6)
+    selection = SelectionSpec(budget=6, recent=0)
     cache = XKVCache.from_factors(enabled, lossy, selection)
     ids = prefix_ids[None]
     for turn in range(3):
@@ -127,7 +127,7 @@ def test_turns_on_one_cache_give_what_one_prompt_gives(
 def test_cropping_the_tail_takes_it_back(
     enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
 ) -> None:
-    cache = XKVCache.from_factors(enabled, lossy, SelectionSpec(budget=6))
+    cache = XKVCache.from_factors(enabled, lossy, SelectionSpec(budget=6, recent=0))
     first, second = random_ids(7, seed=3)[None], random_ids(7, seed=4)[None]
     expected = enabled(second, past_key_values=cache.fork()).logits
     enabled(first, past_key_values=cache)

@@ -50,7 +50,7 @@ def test_a_budget_saves_rebuilding_and_the_exact_scores_choose_alike(family: str
         factors = compress(model, IDS, SPEC)
         logits = []
         for selector in ("auto", "exact"):
-            cache = XKVCache.from_factors(model, factors, SelectionSpec(selector, budget=9))  # type: ignore[arg-type]
+            cache = XKVCache.from_factors(model, factors, SelectionSpec(selector, budget=9, recent=0))  # type: ignore[arg-type]
             logits.append(model(IDS[None, :1], past_key_values=cache).logits)
             assert cache.rebuilt_tokens == 9
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
