@@ -124,13 +124,18 @@ def _check_ids(cache: XKVCache, ids: torch.Tensor, mask: torch.Tensor | None) ->
             f"{given} ids were given {seen}, but the cache already holds {held} tokens",
             hint=f"give all ids from the prefix's first on, or an attention_mask of {held + given} columns",
         )
+    _check_beginning(cache, ids[:, :held])
+
+
+def _check_beginning(cache: XKVCache, ids: torch.Tensor) -> None:
+    """All the ids that the cache should hold are those that it holds."""
     first = cache.prefix.token_ids.to(ids.device)
     if not bool((ids[:, : len(first)] == first).all()):
         raise CacheMisuse(
             "the ids do not begin with the tokens of the cached prefix",
             hint="render the same document, system prompt and template, or look up the artifact that fits",
         )
-    departure = cache.tail_ids.departure(ids[:, len(first) : held])
+    departure = cache.tail_ids.departure(ids[:, len(first) :])
     if departure is not None:
         raise CacheMisuse(
             f"the ids differ from the cached tokens at position {len(first) + departure}",
