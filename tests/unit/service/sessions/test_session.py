@@ -52,7 +52,7 @@ def test_a_reply_counts_what_it_took(talker: Talker) -> None:
     assert first.finish == ("length" if first.generated_tokens == 8 else "stop")
     assert first.cached_tokens == talker.factors.tokens and first.dropped_tokens == 0
     assert first.prompt_tokens == len(session.renderer.prompt_ids(session.messages[:1]))
-    assert 0 < first.rebuilt_tokens <= SELECTION.budget
+    assert 0 < first.rebuilt_tokens <= SELECTION.budget + SELECTION.recent
     assert 0 < first.first_token_seconds <= first.seconds
     held = len(session.context.ids)
     second = session.send(QUESTIONS[1], SHORT)
