@@ -68,7 +68,7 @@ _OPTIONS = (
     click.option(
         "--budget",
         type=BudgetType(),
-        help="Tokens to rebuild for each new token, or their share of the prefix. Default: 1/16 of it.",
+        help="Tokens to rebuild for each new token, or their share of the prefix. Default: docs/selection.md.",
     ),
     click.option("--system-prompt", type=_FILE, metavar="FILE", help="System prompt of the conversation."),
     click.option(

@@ -23,7 +23,7 @@ from xkv_service.sessions.session import Session
 
 DOCUMENT = "The river Ume rises in the hills, flows by 3 towns and ends in the sea. " * 2
 BYTES = 260
-SELECTION = SelectionSpec(budget=24)
+SELECTION = SelectionSpec(budget=24, recent=0)
 
 
 @dataclass(frozen=True)
