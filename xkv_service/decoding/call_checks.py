@@ -52,6 +52,11 @@ def _check_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return
     _refuse_checkpointing(module)
     held, new = cache.get_seq_length(), given.shape[1]
+    if new == 0:
+        raise CacheMisuse(
+            f"the call brings no token behind the {held} that are cached",
+            hint="generate takes as many embeddings from the front as are cached: give all, or ids",
+        )
     mask = arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] != held + new:
         raise CacheMisuse(

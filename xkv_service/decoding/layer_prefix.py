@@ -111,7 +111,7 @@ class LayerPrefix:
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
-        rows = self.key_rows(positions).reshape(len(positions), self.kv_heads, -1)
+        rows = self.key_rows(positions).reshape(len(positions), self.kv_heads, self.head_dim)
         return self.turns.rotate(rows, positions).to(self.dtype)
 
     def key_rows(self, positions: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed import manifest_of, random_ids
 from families import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
@@ -130,6 +130,16 @@ def test_a_shorter_prefix_answers_as_its_own_factors_would(loaded: PreTrainedMod
     assert part.get_seq_length() == 100
     own = XKVCache.from_factors(loaded, short, dense)
     torch.testing.assert_close(_logits(loaded, part), _logits(loaded, own), atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_so_short_that_all_of_it_is_exact(loaded: PreTrainedModel, factors: PrefixFactors) -> None:
+    """Nothing is left to rebuild."""
+    exact = DynamicCache(config=loaded.config)
+    with torch.no_grad():
+        loaded(random_ids(TOKENS)[None, :2], past_key_values=exact)
+        expected = loaded(random_ids(5, seed=3)[None], past_key_values=exact).logits
+    found = _logits(loaded, XKVCache.from_factors(loaded, factors, tokens=2))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sessions_of_one_prefix_share_its_memory(loaded: PreTrainedModel, factors: PrefixFactors) -> None:

@@ -44,6 +44,18 @@ def test_a_mask_over_the_suffix_alone(enabled: PreTrainedModel, lossy: PrefixFac
     assert cache.tail_tokens == 0
 
 
+def test_embeddings_of_the_suffix_alone(enabled: PreTrainedModel, lossy: PrefixFactors) -> None:
+    """Transformers takes away as many as are cached."""
+    embeddings = enabled.get_input_embeddings()(random_ids(5)[None])
+    with pytest.raises(CacheMisuse, match="no token behind the 48"):
+        enabled.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(1, 53),
+            past_key_values=XKVCache.from_factors(enabled, lossy),
+            max_new_tokens=1,
+        )
+
+
 def test_ids_of_another_document(
     enabled: PreTrainedModel, lossy: PrefixFactors, prefix_ids: torch.Tensor
 ) -> None:
