@@ -36,6 +36,7 @@ class CacheMisuse(XKVError):
 class InvalidPrompt(XKVError):
     """A document or chat template that has no stable, non-empty token prefix, or does not fit the window."""
 
+
 class MissingExtra(XKVError):
     """A package that comes with one of this project's extras is not installed; the hint names the extra."""
 

@@ -18,6 +18,12 @@ from xkv_cli.conversation_options import conversation_options, open_from, settin
     metavar="FILE",
     help="Go on with the conversation in FILE, or begin it; it is saved there at the end.",
 )
+@click.option(
+    "--fold-after",
+    type=click.IntRange(min=64),
+    metavar="N",
+    help="Make the conversation's tokens into factors when more than N are held exactly. Default: never.",
+)
 def chat(session: Path | None, **options: Any) -> int:
     """Talk about a document. Answers stream; every turn keeps what was computed before.
 

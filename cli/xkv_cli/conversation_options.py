@@ -68,7 +68,7 @@ _OPTIONS = (
     click.option(
         "--budget",
         type=BudgetType(),
-        help="Tokens to rebuild for each new token, or their share of the prefix. Default: docs/selection.md.",
+        help="Tokens to rebuild for each new token, or their share of the prefix. Default: a sixteenth.",
     ),
     click.option("--system-prompt", type=_FILE, metavar="FILE", help="System prompt of the conversation."),
     click.option(

@@ -46,6 +46,7 @@ class ConversationRequest:
         selection: None: the default, or a saved session's.
         system_prompt: its text.
         exact: answer from the exact cache; nothing is compressed.
+        fold_after: exact tokens of the tail past which it is folded; None: never.
     """
 
     store_url: str
@@ -62,6 +63,7 @@ class ConversationRequest:
     namespace: str = "default"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exact: bool = False
+    fold_after: int | None = None
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
@@ -123,6 +125,7 @@ def open_conversation(request: ConversationRequest, tell: Tell) -> Conversation:
             or they do not fit the model or each other.
     """
     opened = _open(request, tell)
+    opened.session.fold_after = request.fold_after
     agreement = 1.0 if opened.manifest is None else opened.manifest.fidelity.top1_agreement
     if agreement < LOW_FIDELITY:
         tell(f"this artifact's fidelity is {agreement:.1%}: answers may be wrong; a lower ratio keeps more")

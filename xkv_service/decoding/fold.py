@@ -14,7 +14,7 @@ import torch
 
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.folded_prefix import FoldedPart, FoldedPrefix, FoldedRows
-from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
+from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.decoding.select import Selection
 from xkv_service.errors import CacheMisuse, InvalidSpec, UnsupportedModel
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FOLD_ERROR = 0.1
 """Relative error that folding aims at; measured in docs/defaults.md."""
+FOLD_KEEP = 64
+"""Last tokens of a tail that a session leaves exact when it folds by itself."""
 
 
 def fold_tail(cache: XKVCache, *, keep: int = 0, error: float = FOLD_ERROR) -> int:
@@ -77,6 +79,19 @@ def fold_rows(states: torch.Tensor, bases: torch.Tensor, error: float) -> Folded
     return FoldedRows(integers, scales, right[:extra].to(torch.bfloat16))
 
 
+def refuse_unfoldable(prefix: ReadablePrefix) -> None:
+    """Refuse a layer whose tail cannot be folded.
+
+    Raises:
+        UnsupportedModel: latent attention, or an index of landmarks.
+    """
+    base = prefix.base if isinstance(prefix, FoldedPrefix) else prefix
+    if not isinstance(base, LayerPrefix):
+        raise UnsupportedModel("the tails of latent attention are not folded", hint="leave folding off")
+    if base.index is not None and base.index.unit > 1:
+        raise UnsupportedModel("a tail cannot join an index of landmarks", hint="compress with key sketches")
+
+
 @dataclass(frozen=True, eq=False)
 class _Open:
     """A cache layer about to be folded: its first `count` tail tokens."""
@@ -90,17 +105,13 @@ class _Open:
     def of(cls, layer: PrefixLayer, count: int) -> _Open:
         """Refuse what cannot be folded."""
         prefix = layer.selection.prefix
+        refuse_unfoldable(prefix)
         base, parts = (prefix.base, prefix.parts) if isinstance(prefix, FoldedPrefix) else (prefix, ())
+        assert isinstance(base, LayerPrefix)
         assert layer.keys is not None
         if layer.keys.shape[0] != 1:
             raise CacheMisuse(
                 f"a batch of {layer.keys.shape[0]} rows cannot be folded", hint="fold sessions of one"
-            )
-        if not isinstance(base, LayerPrefix):
-            raise UnsupportedModel("the tails of latent attention are not folded", hint="leave folding off")
-        if base.index is not None and base.index.unit > 1:
-            raise UnsupportedModel(
-                "a tail cannot join an index of landmarks", hint="compress with key sketches"
             )
         return cls(layer, base, parts, count)
 

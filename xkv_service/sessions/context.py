@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.fold import refuse_unfoldable
 from xkv_service.decoding.folded_prefix import folded_bytes
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import CacheMisuse
@@ -106,6 +107,23 @@ class Context:
         del self.ids[max(tokens, self.prefix_tokens) :]
         self._mend()
 
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens behind the prefix that are held exactly."""
+        return len(self.ids) - self.fixed_tokens
+
+    def refuse_unfoldable(self) -> None:
+        """Refuse a cache whose tail cannot be folded.
+
+        Raises:
+            CacheMisuse: it is exact. UnsupportedModel: latent attention, or an index of landmarks.
+        """
+        if not isinstance(self.cache, XKVCache):
+            raise CacheMisuse("an exact cache has no factors to fold a tail into")
+        for layer in self.cache.layers:
+            if isinstance(layer, PrefixLayer):
+                refuse_unfoldable(layer.selection.prefix)
+
     def fold(self, keep: int, error: float) -> int:
         """Make all but the last `keep` tokens of the tail into factors; returns how many.
 
@@ -113,9 +131,9 @@ class Context:
             CacheMisuse: the cache is exact. As `XKVCache.fold`.
         """
         self._mend()
-        if not isinstance(self.cache, XKVCache):
-            raise CacheMisuse("an exact cache has no factors to fold a tail into")
-        return self.cache.fold(keep=keep, error=error)
+        self.refuse_unfoldable()
+        folded: int = self.cache.fold(keep=keep, error=error)
+        return folded
 
     def fork(self) -> Context:
         """A second context with the same tokens; both go on by themselves."""

@@ -17,8 +17,8 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
-from xkv_service.decoding.fold import FOLD_ERROR
-from xkv_service.errors import CacheMisuse, InvalidPrompt
+from xkv_service.decoding.fold import FOLD_ERROR, FOLD_KEEP
+from xkv_service.errors import CacheMisuse, InvalidPrompt, InvalidSpec
 from xkv_service.modeling.model_files import context_window
 from xkv_service.sessions.answer import Answer
 from xkv_service.sessions.context import Context
@@ -46,13 +46,16 @@ class Session:
         system_prompt, template: those the prefix was made with.
         messages: a conversation to go on from, {"role", "content"} each.
         source: what the prefix was made from, needed to save the session.
+        fold_after: fold the tail whenever an answer leaves more exact tokens than this; None: never.
 
     Attributes:
         messages: the conversation so far. It may be changed: the next turn computes what is new.
         last_reply: the last answer and what it took, or None.
 
     Raises:
-        CacheMisuse: cache and prefix do not fit.
+        CacheMisuse: cache and prefix do not fit, or an exact cache is to be folded.
+        UnsupportedModel: tails of this model or index cannot be folded.
+        InvalidSpec: `fold_after` is out of range.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Session:
         template: Template = "chat",
         messages: Messages | None = None,
         source: Source | None = None,
+        fold_after: int | None = None,
     ) -> None:
         self.renderer = ChatRenderer(tokenizer, document, system_prompt, template)
         self.context = Context(model, cache, _prefix_ids(cache, prefix_ids))
@@ -74,6 +78,23 @@ class Session:
         self.source = source
         self.last_reply: Reply | None = None
         self._answering = threading.Lock()
+        self.fold_after = fold_after
+
+    @property
+    def fold_after(self) -> int | None:
+        """Exact tokens of the tail past which it is folded but for its last `FOLD_KEEP`; None: never."""
+        return self._fold_after
+
+    @fold_after.setter
+    def fold_after(self, tokens: int | None) -> None:
+        if tokens is not None:
+            if not isinstance(tokens, int) or tokens < FOLD_KEEP:
+                raise InvalidSpec(
+                    f"fold_after={tokens!r} is out of range",
+                    hint=f"use an integer from {FOLD_KEEP}, the tokens that stay exact",
+                )
+            self.context.refuse_unfoldable()
+        self._fold_after = tokens
 
     def send(self, text: str, settings: GenerationSettings | None = None) -> Reply:
         """Say something, and get the whole answer.
@@ -161,6 +182,7 @@ class Session:
         other.renderer, other.context, other.source = self.renderer, context, source or self.source
         other.messages = [dict(message) for message in self.messages]
         other.last_reply, other._answering = self.last_reply, threading.Lock()
+        other._fold_after = self._fold_after if isinstance(context.cache, XKVCache) else None
         return other
 
     def _room(self, prompt: list[int]) -> int:
@@ -209,6 +231,8 @@ class Session:
     def _keep(self, asked: dict[str, str], answer: Answer) -> None:
         self.last_reply = answer.reply()
         self.messages += [asked, {"role": "assistant", "content": self.last_reply.text}]
+        if self._fold_after is not None and self.context.exact_tokens > self._fold_after:
+            self.context.fold(FOLD_KEEP, FOLD_ERROR)
         if dropped := self.last_reply.dropped_tokens:
             _log.info(
                 "the prompt departs from what is held: %d of its %d tokens were kept, %d dropped",

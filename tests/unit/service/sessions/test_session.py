@@ -13,7 +13,7 @@ from talking import DOCUMENT, SELECTION, Talker
 from transformers import DynamicCache
 
 from xkv_service import XKVCache, enable_xkv
-from xkv_service.errors import CacheMisuse, InvalidPrompt
+from xkv_service.errors import CacheMisuse, InvalidPrompt, InvalidSpec
 from xkv_service.modeling.prompts import SEPARATOR
 from xkv_service.sessions.session import Session
 from xkv_service.sessions.settings import GenerationSettings
@@ -254,6 +254,22 @@ def test_a_folded_tail_is_kept_as_far_as_the_conversation_goes_on(talker: Talker
     assert fresh.send("Else?", SHORT).text == reply.text
     with pytest.raises(CacheMisuse, match="exact cache"):
         session.exact().fold()
+
+
+def test_a_long_tail_folds_by_itself(talker: Talker) -> None:
+    session = talker.session(fold_after=64)
+    for number in range(6):
+        session.send(f"What about town {number}?", SHORT)
+        assert session.context.exact_tokens <= 64
+        assert len(session.context.ids) == session.context.cache.get_seq_length()
+    assert session.context.cache.folded_tokens > 100
+    assert session.fork().fold_after == 64
+    assert session.exact().fold_after is None
+    for wrong in (0, 63, 2.5):
+        with pytest.raises(InvalidSpec, match="fold_after"):
+            talker.session(fold_after=wrong)
+    with pytest.raises(CacheMisuse, match="exact cache"):
+        session.exact().fold_after = 64
 
 
 def test_a_reset_forgets_the_conversation(talker: Talker) -> None:
