@@ -28,7 +28,8 @@ demo: $(READY)  ## compress the example corpus, then compare an answer from both
 	$(BIN)/python examples/side_by_side.py --store $(DEMO)/store
 
 test: check  ## check, then run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/e2e
+	$(BIN)/python -m pytest tests/e2e
 
 check: $(READY)  ## format, lint, types and the direction of dependencies
 	$(BIN)/ruff format --check .
