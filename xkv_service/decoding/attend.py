@@ -6,35 +6,15 @@ chosen tokens, (p A_v) B_v is their share of the output (paper, section 3.3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from xkv_service.decoding.scoring import Scoring
 from xkv_service.decoding.select import Selected, Selection
 
 # Scores of one piece of queries at most, in numbers: 128 MiB of float32.
 _PIECE = 2**25
 # A score that takes no weight. Not -inf: a padding token may see nothing at all, and must not become NaN.
 _HIDDEN = torch.finfo(torch.float32).min
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a model turns products of queries and keys into weights.
-
-    Args:
-        scaling: factor of the products. softcap: bound of the scores by tanh (Gemma 2), or None.
-        sinks: [query_heads], scores of a sink that takes weight and gives nothing (gpt-oss), or None.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-
-    def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """float32 scores of products of any shape."""
-        scores = products.float() * self.scaling
-        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
 
 
 def attend(
@@ -84,7 +64,7 @@ class _Piece:
         if scoring.sinks is not None:
             known.append(self._sink_scores(scoring.sinks))
         others = torch.cat(known, -1)
-        chosen = selection(self.query, others.logsumexp(-1), scoring.scaling)
+        chosen = selection(self.query, others.logsumexp(-1), scoring)
         scores = self._prefix_scores(selection, chosen, scoring)
         weights = torch.cat([scores, others], -1).softmax(-1).to(prefix.dtype)
         sizes = [scores.shape[-1], prefix.exact_keys.shape[0], self.keys.shape[2]]

@@ -60,8 +60,9 @@ class Prefix:
         count = _checked(factors, tokens)
         known = _BOUND.setdefault(factors, {})
         name = (id(model), model.device, model.dtype, count)
+        # Each time: an adapter may have been loaded since.
+        check_model(model, factors)
         if name not in known or known[name].model is not model:
-            check_model(model, factors)
             known[name] = _bind(model, factors, count)
         return known[name]
 

@@ -1,4 +1,4 @@
-"""Score the tokens of a prefix by its selection index: approximate attention scores, before scaling.
+"""Score tokens: as attention does, and approximately by the selection index of a prefix.
 
 Every scorer takes the queries of one layer, [kv_heads, rows, D] with the rows of all query heads of a KV head
 together, and gives [kv_heads, rows, units], where a unit is one token or one chunk of tokens.
@@ -6,11 +6,31 @@ together, and gives [kv_heads, rows, units], where a unit is one token or one ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from xkv_service.selection.sketch import KeySketch
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model turns products of queries and keys into weights.
+
+    Args:
+        scaling: factor of the products. softcap: bound of the scores by tanh (Gemma 2), or None.
+        sinks: [query_heads], scores of a sink that takes weight and gives nothing (gpt-oss), or None.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def __call__(self, products: torch.Tensor) -> torch.Tensor:
+        """float32 scores of products of any shape."""
+        scores = products.float() * self.scaling
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
 
 
 class Scorer(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from xkv_service.decoding.layer_prefix import ReadablePrefix
-from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
+from xkv_service.decoding.scoring import LandmarkScorer, Scorer, Scoring, SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.selection.spec import SelectionSpec
 
@@ -48,21 +48,21 @@ class Selection:
         self._budget = spec.tokens(prefix.tokens)
         self.dense = self._scorer is None or self._budget >= int(self._open.sum())
 
-    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scaling: float) -> Selected:
+    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
         """Choose for rotated queries.
 
         Args:
             queries: [batch, kv_heads, heads of a group, t, D].
             others: float32 [batch, kv_heads, heads of a group, t], the log of the sum of exponentials of the
                 scores of all that is attended to besides the prefix's factors.
-            scaling: what scores are multiplied by.
+            scoring: what makes scores of products.
         """
         if self.dense:
             return Selected(self.prefix.positions)
         assert self._scorer is not None
         batch, heads, group, count, dim = queries.shape
         rows = queries.transpose(0, 1).reshape(heads, batch * group * count, dim)
-        scores = (self._scorer(rows) * scaling).reshape(heads, batch, group, count, -1).transpose(0, 1)
+        scores = scoring(self._scorer(rows)).reshape(heads, batch, group, count, -1).transpose(0, 1)
         total = torch.logaddexp(scores.logsumexp(-1), others)
         scores -= total[..., None]
         shares = scores.amax((1, 2))[:, None] if self.spec.granularity == "layer" else scores.amax(2)

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from xkv_service.decoding.attend import Scoring, attend
+from xkv_service.decoding.attend import attend
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.call_checks import checked_calls
+from xkv_service.decoding.scoring import Scoring
 from xkv_service.errors import CacheMisuse, UnsupportedModel
 from xkv_service.modeling.inspect import inspect_loaded
-from xkv_service.modeling.observation import attention_implementation, base_function
+from xkv_service.modeling.observation import attention_implementation, base_function, switching
 
 _NAME = "xkv_"
 # Others leave causality to their kernels: without a mask the tokens of a prompt would see those behind them.
@@ -46,14 +47,14 @@ def enable_xkv(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             "sdpa" nor "eager".
     """
     inspect_loaded(model)
-    with _LOCK:
+    with switching(model), _LOCK:
         if not is_enabled(model):
             _UNDO[model] = _install(model)
         _ENABLED[model] = _ENABLED.get(model, 0) + 1
     try:
         yield model
     finally:
-        with _LOCK:
+        with switching(model), _LOCK:
             _ENABLED[model] -= 1
             if not is_enabled(model):
                 _UNDO.pop(model).close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -40,6 +42,8 @@ class _Active:
     fused_chunks: bool
 
 
+_SWITCHING_LOCK = threading.Lock()
+_SWITCHING: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _ACTIVE: ContextVar[_Active | None] = ContextVar("xkv_attention_observer", default=None)
 
 
@@ -60,6 +64,22 @@ def observe(
         fused_chunks: let chunks behind the first use a fused causal kernel instead of a [t, T] mask. Only for
             right-padded input on CUDA in half precision, keys and values of one width up to 256.
     """
+    with switching(model):
+        yield from _observed(model, observer, modules, fused_chunks)
+
+
+def switching(model: PreTrainedModel) -> threading.RLock:
+    """Held while the attention implementation of `model` is changed or must not change.
+
+    Each thread puts back what it found: two at a time would put back each other's.
+    """
+    with _SWITCHING_LOCK:
+        return _SWITCHING.setdefault(model, threading.RLock())
+
+
+def _observed(
+    model: PreTrainedModel, observer: AttentionObserver, modules: list[nn.Module], fused_chunks: bool
+) -> Iterator[None]:
     original = attention_implementation(model)
     handles: list[Any] = []
     token = _ACTIVE.set(_Active(observer, fused_chunks))

@@ -9,9 +9,9 @@ from families import tiny_model
 
 from xkv_service import CompressionSpec, SelectionSpec, compress
 from xkv_service.decoding import attend as module
-from xkv_service.decoding.attend import Scoring, attend
+from xkv_service.decoding.attend import attend
 from xkv_service.decoding.prefix import Prefix
-from xkv_service.decoding.scoring import SketchScorer
+from xkv_service.decoding.scoring import Scoring, SketchScorer
 from xkv_service.decoding.select import Selection
 from xkv_service.factors import PrefixFactors
 from xkv_service.reconstruct import rebuild
@@ -108,7 +108,7 @@ def _chosen(
     if spec.selector == "dense":
         return visible
     unit = 1 if LAYER in factors.sketches else factors.spec.landmark_chunk
-    scores = scoring.scaling * _scores(factors, query)
+    scores = scoring(_scores(factors, query))
     others = torch.cat([exact, torch.arange(TOKENS, len(keys))])
     others = others[mask[others]]
     share = torch.empty(HEADS, scores.shape[1])
@@ -214,6 +214,8 @@ def test_landmarks_of_a_shorter_prefix_leave_no_token_behind(marked: PrefixFacto
     selection = _selection(marked, SelectionSpec(budget=4, recent=0), 42)
     states = _states(1, tail=2, batch=1)
     attend(*states[:3], None, selection, Scoring(0.25))
-    chosen = selection(states[0].reshape(1, HEADS, GROUP, 1, DIM), torch.zeros(1, HEADS, GROUP, 1), 0.25)
+    chosen = selection(
+        states[0].reshape(1, HEADS, GROUP, 1, DIM), torch.zeros(1, HEADS, GROUP, 1), Scoring(0.25)
+    )
     assert {40, 41} <= set(chosen.positions.tolist())
     assert max(chosen.positions.tolist()) < 42

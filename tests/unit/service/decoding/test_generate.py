@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from typing import Any
 
@@ -207,3 +208,20 @@ def test_hybrids_generate_in_batches_and_beams(family: str) -> None:
         assert torch.equal(found, expected)
         found, expected = _both(model, factors, _full_ids(ids, 12), 2, **GREEDY, num_beams=2)
         assert torch.equal(found, expected)
+
+
+def test_one_thread_compresses_while_another_decodes(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    """Both change the model's attention, and each puts it back."""
+
+    def decode() -> None:
+        for _ in range(15):
+            with torch.no_grad(), enable_xkv(model):
+                model(random_ids(4)[None], past_key_values=XKVCache.from_factors(model, lossy))
+
+    before = model.config._attn_implementation
+    with ThreadPoolExecutor() as threads:
+        decoding = threads.submit(decode)
+        for seed in range(5):
+            compress(model, random_ids(30, seed=seed), CompressionSpec(rank_k=4, rank_v=4))
+        decoding.result()
+    assert model.config._attn_implementation == before

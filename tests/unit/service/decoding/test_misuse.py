@@ -168,6 +168,15 @@ def test_an_update_outside_of_a_call(enabled: PreTrainedModel, lossy: PrefixFact
         XKVCache.from_factors(enabled, lossy).update(states, states, 0)
 
 
+def test_weights_changed_after_the_first_cache(model: PreTrainedModel, lossy: PrefixFactors) -> None:
+    tuned = copy.deepcopy(model)
+    XKVCache.from_factors(tuned, lossy)
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    with pytest.raises(ModelMismatch):
+        XKVCache.from_factors(tuned, lossy)
+
+
 @pytest.mark.parametrize("tokens", [0, -1, 49, 2.5])
 def test_a_prefix_of_impossible_length(model: PreTrainedModel, lossy: PrefixFactors, tokens: int) -> None:
     with pytest.raises(InvalidSpec, match="tokens="):
