@@ -45,6 +45,10 @@ def is_artifact_id(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
 
 
+# The highest byte of a number from 0 to 2^31 - 1: prompts of 134k ids are checked at every lookup.
+_NOT_NEGATIVE = bytes(range(128))
+
+
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian int32, as in a blob's `tokens` tensor.
 
@@ -55,11 +59,12 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
         packed = array("i", token_ids)
     except (OverflowError, TypeError) as error:
         raise InvalidKey(f"token ids are not 32-bit integers: {error}") from None
-    if packed and min(packed) < 0:
-        raise InvalidKey(f"token id {min(packed)} is negative")
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tobytes()
+    data = packed.tobytes()
+    if data[3::4].translate(None, delete=_NOT_NEGATIVE):
+        raise InvalidKey(f"token id {min(token_ids)} is negative")
+    return data
 
 
 def artifact_id(fingerprint: str, namespace: str, token_ids: Sequence[int], spec: Mapping[str, Any]) -> str:
