@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from xkv_service.sessions.answer import common_tokens
+
 
 class Greedy:
     """The likeliest tokens behind a prefix, computed on a cache that holds it.
@@ -58,7 +60,7 @@ class Greedy:
 
     def run(self, ids: list[int], positions: int) -> torch.Tensor:
         """Logits [positions, vocabulary] behind the last tokens of `ids`; computes what the cache lacks."""
-        self.keep(min(_common(self.held, ids), len(ids) - positions))
+        self.keep(min(common_tokens(self.held, ids), len(ids) - positions))
         new = torch.tensor([ids[len(self.held) :]], device=self.model.device)
         with torch.no_grad():
             output: Any = self.model(new, past_key_values=self.cache, logits_to_keep=positions)
@@ -93,14 +95,6 @@ def decode(
         said.append(token)
         text = text_of(said)
     return text
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Tokens that two sequences begin with alike."""
-    if right[: len(left)] == left:
-        return len(left)
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:
