@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.factorization.group_factors import factorize_groups
+from xkv_service.factorization.projected_factors import project_groups
 from xkv_service.factorization.ranks import RotaryUse, size_of
 from xkv_service.factors import LayerWindow, PrefixFactors
 from xkv_service.fidelity import certify, held_back
@@ -26,7 +28,10 @@ from xkv_service.stored import DTYPES
 
 
 def compress(
-    model: PreTrainedModel, input_ids: TokenIds, spec: CompressionSpec | None = None
+    model: PreTrainedModel,
+    input_ids: TokenIds,
+    spec: CompressionSpec | None = None,
+    calibration: Calibration | None = None,
 ) -> PrefixFactors:
     """Compress the KV cache of one prefix.
 
@@ -34,6 +39,7 @@ def compress(
         model: a supported Transformers model, on any device.
         input_ids: token ids of the prefix, a list or integer tensor [T] or [1, T].
         spec: how to compress; by default 8x, everything counted.
+        calibration: the one that the spec names, if it names one.
 
     Returns:
         Factors on the model's device, with their fidelity.
@@ -46,18 +52,20 @@ def compress(
     ids = torch.as_tensor(input_ids).flatten()
     exact = prefill(model, ids, tail=held_back(ids.numel()))
     try:
-        return compress_prefill(model, exact, spec or CompressionSpec())
+        return compress_prefill(model, exact, spec or CompressionSpec(), calibration)
     finally:
         exact.free()
 
 
-def compress_prefill(model: PreTrainedModel, exact: Prefill, spec: CompressionSpec) -> PrefixFactors:
+def compress_prefill(
+    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec, calibration: Calibration | None = None
+) -> PrefixFactors:
     """Compress a prefill made with `tail=held_back(T)`. Measuring fidelity uses the prefill up.
 
     Raises:
         RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
     """
-    factors, errors = factorize_prefill(model, exact, spec)
+    factors, errors = factorize_prefill(model, exact, spec, calibration)
     return factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
 
 
@@ -73,14 +81,17 @@ class ReconstructionErrors:
 
 
 def factorize_prefill(
-    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec
+    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec, calibration: Calibration | None = None
 ) -> tuple[PrefixFactors, ReconstructionErrors]:
     """Factors of a prefill without fidelity. The prefill is left as it was and can serve other specs."""
     tables, use = rotary_tables(exact)
-    size = size_of(exact.layout, exact.tokens, spec, use)
+    size = size_of(exact.layout, exact.tokens, spec, use, calibration)
     with torch.no_grad():
-        made = factorize_groups(model, exact, spec, size.groups)
-        index = index_layers(exact, spec, made.key_energy)
+        if calibration is not None and spec.basis == "calibrated":
+            made = project_groups(exact, spec, size.groups, calibration)
+        else:
+            made = factorize_groups(model, exact, spec, size.groups, calibration)
+        index = index_layers(exact, spec, made.key_energy, calibration)
         windows = _windows(exact, spec)
         rope_keys = _rope_keys(exact, spec)
     factors = PrefixFactors(
@@ -91,6 +102,7 @@ def factorize_prefill(
         rotary=tables,
         sketches=index.sketches,
         landmarks=index.landmarks,
+        planes=index.planes,
         exact=index.exact,
         rope_keys=rope_keys,
         windows=windows,

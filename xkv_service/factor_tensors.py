@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
+from xkv_service.calibration.calibration import Calibration, Kind
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable
+from xkv_service.packed_factors import PackedFactors, Runs, column_blocks, packed_width
 from xkv_service.selection.exact import ExactTokens
 from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
-from xkv_service.stored import RANK_BLOCK, StoredTensor, rank_blocks, stored_tensors
+from xkv_service.stored import RANK_BLOCK, StoredTensor, runs_of, stored_tensors
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -24,9 +26,14 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
     """Every tensor under its stored name, on the CPU and contiguous."""
     tensors: dict[str, torch.Tensor] = {"tokens": factors.token_ids}
     for number, group in enumerate(factors.groups):
-        tensors.update(_blocks(f"group.{number}.key", group.keys))
+        layout = group.layout
+        runs = runs_of(factors.spec, layout.rank_k, layout.columns_k)
+        tensors.update(_blocks(f"group.{number}.key", group.keys, runs))
         if group.values is not None:
-            tensors.update(_blocks(f"group.{number}.value", group.values))
+            runs = runs_of(factors.spec, layout.rank_v, layout.columns_v)
+            tensors.update(_blocks(f"group.{number}.value", group.values, runs))
+    for layer, planes in factors.planes.items():
+        tensors[f"layer.{layer}.sketch.planes"] = planes
     for layer, sketch in factors.sketches.items():
         tensors[f"layer.{layer}.sketch.planes"] = sketch.planes
         tensors[f"layer.{layer}.sketch.codes"] = sketch.codes
@@ -51,13 +58,20 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def from_tensors(manifest: PrefixManifest, tensors: Tensors) -> PrefixFactors:
+def from_tensors(
+    manifest: PrefixManifest, tensors: Tensors, calibration: Calibration | None = None
+) -> PrefixFactors:
     """Factors from a file's tensors.
+
+    Args:
+        calibration: whose bases the artifact shares, where it has none of its own.
 
     Raises:
         CorruptArtifact: names the first tensor that is not what the manifest says.
+        InvalidSpec: the artifact needs another calibration.
     """
     spec = _spec(manifest)
+    shared = _needed(spec, calibration)
     _check_layout(manifest, len(tensors))
     table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
     _check(table, tensors)
@@ -68,9 +82,12 @@ def from_tensors(manifest: PrefixManifest, tensors: Tensors) -> PrefixFactors:
         spec=spec,
         bytes_full=manifest.bytes_full,
         token_ids=tensors["tokens"],
-        groups=tuple(_group(number, group, tensors) for number, group in enumerate(manifest.groups)),
+        groups=tuple(
+            _group(number, group, spec, tensors, shared) for number, group in enumerate(manifest.groups)
+        ),
         rotary=_rotary(manifest, tensors),
         sketches={layer: _sketch(layer, manifest, tensors) for layer in indexed if spec.index == "sketch"},
+        planes={layer: _planes(layer, manifest, tensors) for layer in indexed if spec.index == "derived"},
         landmarks={
             layer: tensors[f"layer.{layer}.landmarks"] for layer in indexed if spec.index == "landmark"
         },
@@ -91,12 +108,38 @@ def from_tensors(manifest: PrefixManifest, tensors: Tensors) -> PrefixFactors:
     )
 
 
-def _blocks(name: str, pair: LowRank) -> dict[str, torch.Tensor]:
+def _blocks(name: str, pair: LowRank, runs: Runs) -> dict[str, torch.Tensor]:
+    """The blocks of token factors, and bases or the scales of a calibration's."""
     tensors = {}
-    for block, (start, stop) in enumerate(rank_blocks(pair.rank)):
-        tensors[f"{name}.factors.{block}"] = pair.factors[:, start:stop]
-        tensors[f"{name}.bases.{block}"] = pair.bases[start:stop]
+    for block, ((start, stop, _), columns) in enumerate(
+        zip(column_blocks(runs, RANK_BLOCK), _factor_blocks(pair.factors), strict=True)
+    ):
+        tensors[f"{name}.factors.{block}"] = columns
+        if pair.scales is None:
+            tensors[f"{name}.bases.{block}"] = pair.bases[start:stop]
+    if pair.scales is not None:
+        tensors[f"{name}.scales"] = pair.scales
     return tensors
+
+
+def _factor_blocks(factors: torch.Tensor | PackedFactors) -> Iterator[torch.Tensor]:
+    if isinstance(factors, torch.Tensor):
+        yield from torch.split(factors, RANK_BLOCK, dim=1)
+        return
+    for piece, (bits, _) in zip(factors.pieces, factors.runs, strict=True):
+        yield from torch.split(piece, packed_width(bits, RANK_BLOCK), dim=1)
+
+
+def _needed(spec: CompressionSpec, calibration: Calibration | None) -> Calibration | None:
+    """The calibration whose bases are used; None where the artifact has its own."""
+    if spec.basis == "document":
+        return None
+    if calibration is None or calibration.id != spec.calibration:
+        raise InvalidSpec(
+            f"the artifact shares the bases of calibration {str(spec.calibration)[:12]}, which was not given",
+            hint="load it with XKVCache.from_artifact, or pass that calibration",
+        )
+    return calibration
 
 
 def _spec(manifest: PrefixManifest) -> CompressionSpec:
@@ -114,6 +157,7 @@ def _check_layout(manifest: PrefixManifest, tensors: int) -> None:
         if not group.layers or any(len(one) != len(group.layers) for one in lists):
             raise CorruptArtifact(f"group {number} in the header does not describe each of its layers")
         _check_widths(number, group)
+        _check_columns(number, group)
         if max(group.rank_k, group.rank_v) > tensors * RANK_BLOCK:
             raise CorruptArtifact(
                 f"group {number} in the header has more ranks than the file has tensors for"
@@ -123,6 +167,18 @@ def _check_layout(manifest: PrefixManifest, tensors: int) -> None:
     layers += [state.layer for state in manifest.states]
     if not manifest.groups or len(set(layers)) != len(layers) or min(layers) < 0:
         raise CorruptArtifact("the header names a layer twice, or none")
+
+
+def _check_columns(number: int, group: GroupLayout) -> None:
+    """Columns of different bits are as many as the ranks, and each number of bits comes once, most first."""
+    for rank, columns in ((group.rank_k, group.columns_k), (group.rank_v, group.columns_v)):
+        bits = [bits for bits, _ in columns]
+        if columns and (
+            sum(count for _, count in columns) != rank or bits != sorted(set(bits), reverse=True)
+        ):
+            raise CorruptArtifact(f"group {number} in the header: its columns are not those of its ranks")
+    if group.latent and (group.columns_k or group.columns_v):
+        raise CorruptArtifact(f"group {number} in the header: latent attention has columns of one width")
 
 
 def _check_widths(number: int, group: GroupLayout) -> None:
@@ -156,18 +212,43 @@ def _check(expected: Mapping[str, StoredTensor], tensors: Tensors) -> None:
             raise CorruptArtifact(f"tensor {name} is not part of the format")
 
 
-def _group(number: int, layout: GroupLayout, tensors: Tensors) -> GroupFactors:
-    def pair(kind: str, rank: int, widths: tuple[int, ...]) -> LowRank:
-        blocks = range(len(rank_blocks(rank)))
+def _group(
+    number: int, layout: GroupLayout, spec: CompressionSpec, tensors: Tensors, shared: Calibration | None
+) -> GroupFactors:
+    def pair(kind: Kind, rank: int, columns: Runs, widths: tuple[int, ...]) -> LowRank:
         name = f"group.{number}.{kind}"
-        return LowRank(
-            torch.cat([tensors[f"{name}.factors.{block}"] for block in blocks], dim=1),
-            torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks]),
-            widths,
-        )
+        runs = runs_of(spec, rank, columns)
+        factors = _factors(name, runs, tensors, packed=bool(columns))
+        if shared is None:
+            blocks = range(len(column_blocks(runs, RANK_BLOCK)))
+            return LowRank(factors, torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks]), widths)
+        scales = tensors[f"{name}.scales"]
+        return LowRank(factors, _shared_bases(shared, layout, kind, scales), widths, scales)
 
-    values = None if layout.latent else pair("value", layout.rank_v, layout.value_widths)
-    return GroupFactors(layout, pair("key", layout.rank_k, layout.key_widths), values)
+    values = None if layout.latent else pair("value", layout.rank_v, layout.columns_v, layout.value_widths)
+    keys = pair("key", layout.rank_k, layout.columns_k, layout.key_widths)
+    return GroupFactors(layout, keys, values)
+
+
+def _factors(name: str, runs: Runs, tensors: Tensors, *, packed: bool) -> torch.Tensor | PackedFactors:
+    blocks: dict[int, list[torch.Tensor]] = {}
+    for block, (_, _, bits) in enumerate(column_blocks(runs, RANK_BLOCK)):
+        blocks.setdefault(bits, []).append(tensors[f"{name}.factors.{block}"])
+    pieces = tuple(torch.cat(one, dim=1) for one in blocks.values())
+    return PackedFactors(runs, pieces) if packed else pieces[0]
+
+
+def _shared_bases(
+    calibration: Calibration, layout: GroupLayout, kind: Kind, scales: torch.Tensor
+) -> torch.Tensor:
+    try:
+        bases = calibration.group_of(layout.layers).basis(kind).bases
+    except KeyError:
+        raise CorruptArtifact(f"layers {layout.layers} are no group of the calibration") from None
+    widths = layout.key_widths if kind == "key" else layout.value_widths
+    if len(scales) > bases.shape[0] or bases.shape[1] != sum(widths):
+        raise CorruptArtifact(f"layers {layout.layers}: ranks or widths are not those of the calibration")
+    return bases[: len(scales)] * scales[:, None]
 
 
 def _state(state: StateLayout, tensors: Tensors) -> LayerState:
@@ -186,9 +267,14 @@ def _head_dim(layer: int, manifest: PrefixManifest) -> int:
     raise KeyError(layer)
 
 
-def _sketch(layer: int, manifest: PrefixManifest, tensors: Tensors) -> KeySketch:
+def _planes(layer: int, manifest: PrefixManifest, tensors: Tensors) -> torch.Tensor:
     planes = tensors[f"layer.{layer}.sketch.planes"]
     _check_range(f"layer.{layer}.sketch.planes", planes, _head_dim(layer, manifest))
+    return planes
+
+
+def _sketch(layer: int, manifest: PrefixManifest, tensors: Tensors) -> KeySketch:
+    planes = _planes(layer, manifest, tensors)
     return KeySketch(planes, tensors[f"layer.{layer}.sketch.codes"], tensors[f"layer.{layer}.sketch.scales"])
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xkv_artifacts.manifest import Fidelity, GroupLayout, PrefixManifest, WindowLayout
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable
+from xkv_service.packed_factors import PackedFactors
 from xkv_service.selection.exact import ExactTokens
 from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from xkv_service.calibration.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,16 @@ class LowRank:
 
     Args:
         factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
-            int8 factors have the scales of their columns in `bases`.
+            Integer factors have the scales of their columns in `bases`.
         bases: layer bases side by side [r, W], W the sum of `widths`.
         widths: features of each layer, kv_heads x dimensions per head.
+        scales: float32 [r], where the bases are a calibration's times these; None where they are its own.
     """
 
-    factors: torch.Tensor
+    factors: torch.Tensor | PackedFactors
     bases: torch.Tensor
     widths: tuple[int, ...]
+    scales: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -72,6 +78,7 @@ class PrefixFactors:
         groups: token factors and layer bases, in layer order.
         sketches, landmarks: by layer, the selection index: one of the two, or neither. Landmarks are the mean
             rotated key of each chunk, [ceil(T / chunk), kv_heads, D]. Latent layers have none.
+        planes: by layer with a derived index, the planes of the sketch that is made when it is used.
         exact: by layer, tokens kept exact (of a latent layer their latents, with values [n, 1, 0]).
         rope_keys: by latent layer, the rotated key of every token as cached, [T, rope_dim].
         windows: by layer, sliding layers. states: by layer, linear-attention layers.
@@ -86,6 +93,7 @@ class PrefixFactors:
     rotary: tuple[RotaryTable, ...]
     sketches: Mapping[int, KeySketch] = field(default_factory=dict)
     landmarks: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    planes: Mapping[int, torch.Tensor] = field(default_factory=dict)
     exact: Mapping[int, ExactTokens] = field(default_factory=dict)
     rope_keys: Mapping[int, torch.Tensor] = field(default_factory=dict)
     windows: Mapping[int, LayerWindow] = field(default_factory=dict)
@@ -152,15 +160,24 @@ class PrefixFactors:
         return to_tensors(self)
 
     @classmethod
-    def from_tensors(cls, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixFactors:
+    def from_tensors(
+        cls,
+        manifest: PrefixManifest,
+        tensors: Mapping[str, torch.Tensor],
+        calibration: Calibration | None = None,
+    ) -> PrefixFactors:
         """The factors that `to_tensors` was called on, from a file's tensors, which are not trusted.
+
+        Args:
+            calibration: the one whose bases the artifact shares, where it has none of its own.
 
         Raises:
             CorruptArtifact: a tensor is missing, unknown, or not of the shape and dtype the manifest says.
+            InvalidSpec: the artifact needs another calibration.
         """
         from xkv_service.factor_tensors import from_tensors
 
-        return from_tensors(manifest, tensors)
+        return from_tensors(manifest, tensors, calibration)
 
 
 def _window_layout(layer: int, window: LayerWindow) -> WindowLayout:

@@ -113,7 +113,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     each = 8 // bits
     codes = torch.stack([packed >> (bits * place) for place in range(each)], -1) & (2**bits - 1)
     whole = codes.flatten(1)[:, :columns].to(torch.int8)
-    return 2 * whole - (2**bits - 1)
+    odd: torch.Tensor = 2 * whole - (2**bits - 1)
+    return odd
 
 
 def column_blocks(runs: Runs, most: int) -> Sequence[tuple[int, int, int]]:

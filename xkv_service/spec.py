@@ -9,8 +9,8 @@ from xkv_service.errors import InvalidSpec
 
 Rank = int | Literal["full"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
-FactorDtype = Literal["int8", "bfloat16", "float16", "float32"]
-IndexKind = Literal["sketch", "landmark", "none"]
+FactorDtype = Literal["mixed", "int4", "int8", "bfloat16", "float16", "float32"]
+IndexKind = Literal["derived", "sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
 
@@ -27,7 +27,9 @@ class CompressionSpec:
         key_share: share of keys in the rank budget, r_k / (r_k + r_v); 0.4 is the paper's 1:1.5.
         dtype: of layer bases, landmarks and exact tokens as stored.
         factor_dtype: of token factors as stored; "int8" has one scale a column, folded into the layer bases.
-        index: selection index: per-token key "sketch", chunk "landmark" (paper, section 3.3), or "none".
+            With a calibration: "mixed" gives each column 2, 4 or 8 bits, "int4" and "int8" all the same.
+        index: selection index: per-token key "sketch", stored or "derived" from the factors when they are
+            loaded, chunk "landmark" (paper, section 3.3), or "none".
             Latent layers (MLA) store none: their factors are one. They have no use for rank_v, key_share
             and weights either.
         sketch_planes: rotary planes (pairs of dimensions) per KV head in a key sketch, 4 bits a dimension.
@@ -36,6 +38,9 @@ class CompressionSpec:
         outlier_chunks: chunks of `landmark_chunk` tokens least like their mean, kept exact (paper: 48).
         key_weights: "query" weights each KV head's rotary planes by the energy of its queries there.
         value_weights: "output" weights each KV head's values by its output projections.
+        calibration: id of the calibration that groups, weights, bits and planes come from, instead of
+            `group_size`, `key_share` and the weights above.
+        basis: whose layer bases: the "document"'s own, or the "calibrated" ones that all documents share.
 
     Raises:
         InvalidSpec: a field is out of range.
@@ -56,6 +61,8 @@ class CompressionSpec:
     outlier_chunks: int = 0
     key_weights: Literal["none", "query"] = "none"
     value_weights: Literal["none", "output"] = "none"
+    calibration: str | None = None
+    basis: Literal["document", "calibrated"] = "document"
 
     def __post_init__(self) -> None:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
@@ -63,6 +70,7 @@ class CompressionSpec:
         self._check_target()
         self._check_counts()
         self._check_choices()
+        self._check_calibration()
 
     def _check_target(self) -> None:
         if (self.rank_k is None) != (self.rank_v is None):
@@ -102,19 +110,39 @@ class CompressionSpec:
     def _check_choices(self) -> None:
         for name, allowed in (
             ("dtype", ("bfloat16", "float16", "float32")),
-            ("factor_dtype", ("int8", "bfloat16", "float16", "float32")),
-            ("index", ("sketch", "landmark", "none")),
+            ("factor_dtype", ("mixed", "int4", "int8", "bfloat16", "float16", "float32")),
+            ("index", ("derived", "sketch", "landmark", "none")),
             ("key_weights", ("none", "query")),
             ("value_weights", ("none", "output")),
+            ("basis", ("document", "calibrated")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidSpec(
                     f"{name}={getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(allowed)}"
                 )
 
+    def _check_calibration(self) -> None:
+        if self.calibration is None:
+            if self.basis == "calibrated" or self.factor_dtype in ("mixed", "int4"):
+                raise InvalidSpec(
+                    f"basis={self.basis!r}, factor_dtype={self.factor_dtype!r}: there is no calibration",
+                    hint="name one, or use basis='document' and factor_dtype='int8'",
+                )
+        elif self.ratio is None or self.factor_dtype not in ("mixed", "int4", "int8"):
+            raise InvalidSpec(
+                "a calibration chooses ranks and bits by itself",
+                hint="give a ratio, no ranks, and factor_dtype mixed, int4 or int8",
+            )
+
     def canonical(self) -> dict[str, Any]:
-        """The spec as plain JSON values, every field present: what artifact ids are made from."""
-        return asdict(self)
+        """The spec as plain JSON values: what artifact ids are made from.
+
+        Every field is present, but for those that came later and say nothing: ids stay what they were.
+        """
+        fields = asdict(self)
+        if self.calibration is None:
+            del fields["calibration"], fields["basis"]
+        return fields
 
     @classmethod
     def from_canonical(cls, fields: dict[str, Any]) -> CompressionSpec:

@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
+from xkv_service.packed_factors import Runs, column_blocks, packed_width, rank_of
 from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
 
@@ -51,8 +52,10 @@ def stored_tensors(
     """Every tensor of a prefix artifact but the `rotary.*` tables, by name."""
     table = {"tokens": StoredTensor((tokens,), torch.int32)}
     for number, group in enumerate(groups):
-        table.update(_factors(f"group.{number}.key", spec, tokens, group.rank_k, sum(group.key_widths)))
-        table.update(_factors(f"group.{number}.value", spec, tokens, group.rank_v, sum(group.value_widths)))
+        keys = runs_of(spec, group.rank_k, group.columns_k)
+        values = runs_of(spec, group.rank_v, group.columns_v)
+        table.update(_factors(f"group.{number}.key", spec, tokens, keys, sum(group.key_widths)))
+        table.update(_factors(f"group.{number}.value", spec, tokens, values, sum(group.value_widths)))
         layer = _latent_layer if group.latent else _layer
         for position in range(len(group.layers)):
             table.update(layer(spec, tokens, group, position))
@@ -63,9 +66,11 @@ def stored_tensors(
     return table
 
 
-def rank_blocks(rank: int) -> list[tuple[int, int]]:
-    """Column ranges of the blocks of 64 ranks that factors and bases are stored in."""
-    return [(start, min(start + RANK_BLOCK, rank)) for start in range(0, rank, RANK_BLOCK)]
+def runs_of(spec: CompressionSpec, rank: int, columns: Runs) -> Runs:
+    """Bits and number of the columns of token factors, 16 or 32 bits where they are floating point."""
+    if columns or not rank:
+        return columns
+    return ((8 * DTYPES[spec.factor_dtype].itemsize, rank),)
 
 
 def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
@@ -73,20 +78,25 @@ def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
     return min(spec.sketch_planes, head_dim // 2)
 
 
-def _factors(name: str, spec: CompressionSpec, tokens: int, rank: int, width: int) -> Table:
-    dtype = DTYPES[spec.dtype]
-    for block, (start, stop) in enumerate(rank_blocks(rank)):
-        yield f"{name}.factors.{block}", StoredTensor((tokens, stop - start), DTYPES[spec.factor_dtype])
-        yield f"{name}.bases.{block}", StoredTensor((stop - start, width), dtype)
+def _factors(name: str, spec: CompressionSpec, tokens: int, runs: Runs, width: int) -> Table:
+    for block, (start, stop, bits) in enumerate(column_blocks(runs, RANK_BLOCK)):
+        dtype = torch.uint8 if bits < 8 else DTYPES.get(spec.factor_dtype, torch.int8)
+        columns = packed_width(bits, stop - start) if bits < 8 else stop - start
+        yield f"{name}.factors.{block}", StoredTensor((tokens, columns), dtype)
+        if spec.basis == "document":
+            yield f"{name}.bases.{block}", StoredTensor((stop - start, width), DTYPES[spec.dtype])
+    if runs and spec.basis == "calibrated":
+        yield f"{name}.scales", StoredTensor((rank_of(runs),), torch.float32)
 
 
 def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int) -> Table:
     heads = group.kv_heads[position]
     dim, value_dim = group.key_widths[position] // heads, group.value_widths[position] // heads
     name, dtype = f"layer.{group.layers[position]}", DTYPES[spec.dtype]
-    if spec.index == "sketch":
-        planes = sketch_planes(spec, dim)
+    planes = sketch_planes(spec, dim)
+    if spec.index in ("sketch", "derived"):
         yield f"{name}.sketch.planes", StoredTensor((heads, planes, 2), torch.int16)
+    if spec.index == "sketch":
         yield f"{name}.sketch.codes", StoredTensor((tokens, heads, planes), torch.uint8)
         yield f"{name}.sketch.scales", StoredTensor((tokens, heads), torch.float16)
     if spec.index == "landmark":

@@ -80,6 +80,9 @@ class LatentPrefix:
         group, place = factors.locate(layer)
         self.layer, self.tokens, self.dtype, self._expand = layer, tokens, expansion.dtype, expansion
         self._factors, self._bases = half(group.keys, place, tokens, device, self.dtype)
+        assert isinstance(
+            self._factors, torch.Tensor
+        )  # packed columns are a calibration's, latents have none
         self._rope_keys = factors.rope_keys[layer][:tokens].to(device, self.dtype)
         key_maps, value_maps, rope_maps = expansion.maps(
             self._bases.shape[1], self._rope_keys.shape[1], device

@@ -9,7 +9,11 @@ import torch
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
-from xkv_service.selection.sketch import KeySketch
+from xkv_service.packed_factors import PackedFactors
+from xkv_service.selection.sketch import KeySketch, encode
+
+_PIECE = 16384
+"""Tokens whose keys are rebuilt at once for a derived index."""
 
 
 class ReadablePrefix(Protocol):
@@ -89,6 +93,8 @@ class LayerPrefix:
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
         self.index = _scorer(factors, layer, tokens, device)
+        if layer in factors.planes:
+            self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
         where = torch.empty(0, dtype=torch.int64, device=device)
@@ -108,6 +114,15 @@ class LayerPrefix:
         """Bytes this layer alone adds to its group's token factors."""
         kept = (self.key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
         return sum(tensor.nbytes for tensor in kept)
+
+    def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
+        """A sketch of the keys as the factors give them, made in pieces."""
+        parts = [
+            encode(self.keys(positions), planes)
+            for positions in torch.split(torch.arange(self.tokens, device=planes.device), _PIECE)
+        ]
+        codes, scales = zip(*parts, strict=True)
+        return KeySketch(planes, torch.cat(codes), torch.cat(scales))
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
@@ -132,9 +147,11 @@ def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def half(
     pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | PackedFactors, torch.Tensor]:
     """Token factors of the first `tokens` tokens as stored, and the layer's bases in `dtype`."""
-    return pair.factors[:tokens].to(device), pair.layer_bases(place).to(device, dtype)
+    factors = pair.factors
+    first = factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
+    return first.to(device), pair.layer_bases(place).to(device, dtype)
 
 
 def _scorer(factors: PrefixFactors, layer: int, tokens: int, device: torch.device) -> Scorer | None:

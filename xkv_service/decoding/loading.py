@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.model_files import find_model
-from xkv_service.stored import rank_blocks
-
-_Widths = dict[str, int]
+from xkv_service.packed_factors import leading_runs
+from xkv_service.spec import CompressionSpec
+from xkv_service.stored import stored_tensors
 
 
 def load_factors(
@@ -42,14 +40,18 @@ def load_factors(
     manifest = store.manifest(artifact_id)
     if model is not None:
         _check_files(model, manifest)
+    calibration = _calibration(store, manifest)
     if rank_k is None and rank_v is None:
-        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1])
+        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
-    widths = dict(_block_widths(groups))
-    names = [name for name in manifest.tensors if not _is_block(name) or name in widths]
-    tensors = store.load(artifact_id, names)[1]
-    cut = {name: _cut(name, tensor, widths) for name, tensor in tensors.items()}
-    return PrefixFactors.from_tensors(manifest.model_copy(update={"groups": groups}), cut)
+    cut = manifest.model_copy(update={"groups": groups})
+    wanted = stored_tensors(CompressionSpec.from_canonical(manifest.spec), manifest.tokens, groups)
+    names = [name for name in manifest.tensors if not _is_block(name) or name in wanted]
+    tensors = {
+        name: tensor[tuple(slice(size) for size in wanted[name].shape)] if _is_block(name) else tensor
+        for name, tensor in store.load(artifact_id, names)[1].items()
+    }
+    return PrefixFactors.from_tensors(cut, tensors, calibration)
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:
@@ -75,24 +77,19 @@ def _leading(group: GroupLayout, rank_k: int | None, rank_v: int | None) -> Grou
             raise InvalidSpec(f"{name}={rank} is out of range", hint="use 1 or more")
     ranks = {"rank_k": min(rank_k or group.rank_k, group.rank_k)}
     ranks["rank_v"] = min(rank_v or group.rank_v, group.rank_v)
-    return group.model_copy(update=ranks)
-
-
-def _block_widths(groups: tuple[GroupLayout, ...]) -> Iterator[tuple[str, int]]:
-    """Name and ranks of every column block that is needed."""
-    for number, group in enumerate(groups):
-        for kind, rank in (("key", group.rank_k), ("value", group.rank_v)):
-            for block, (start, stop) in enumerate(rank_blocks(rank)):
-                for part in ("factors", "bases"):
-                    yield f"group.{number}.{kind}.{part}.{block}", stop - start
+    columns = {
+        "columns_k": leading_runs(group.columns_k, ranks["rank_k"]),
+        "columns_v": leading_runs(group.columns_v, ranks["rank_v"]),
+    }
+    return group.model_copy(update={**ranks, **columns})
 
 
 def _is_block(name: str) -> bool:
     return name.startswith("group.")
 
 
-def _cut(name: str, tensor: torch.Tensor, widths: _Widths) -> torch.Tensor:
-    """The leading ranks of a block: columns of factors, rows of bases."""
-    if name not in widths:
-        return tensor
-    return tensor[:, : widths[name]] if ".factors." in name else tensor[: widths[name]]
+def _calibration(store: ArtifactStore, manifest: PrefixManifest) -> Calibration | None:
+    """The calibration that the artifact's bases come from, or None."""
+    if manifest.spec.get("basis") != "calibrated":
+        return None
+    raise NotImplementedError

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,11 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.factorization.factorize import Factorization, factorize
-from xkv_service.factorization.gram import accumulate_gram, fill_rows, gram_dtype, product_dtype
-from xkv_service.factorization.quantize import quantize_columns
-from xkv_service.factorization.subspace import precise_products
-from xkv_service.factorization.weights import FeatureWeights, output_projection, output_weights, query_weights
+from xkv_service.factorization.features import Features, features_of
+from xkv_service.factorization.gram import accumulate_gram, gram_dtype
+from xkv_service.factorization.quantize import quantize_columns, quantize_runs
+from xkv_service.factorization.weights import (
+    FeatureWeights,
+    metric_weights,
+    output_projection,
+    output_weights,
+    query_weights,
+)
 from xkv_service.factors import GroupFactors, LowRank
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout
@@ -27,14 +32,9 @@ from xkv_service.selection.exact import low_rank_span
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import DTYPES
 
-CHUNK_TOKENS_CPU = 2048
-CHUNK_TOKENS_CUDA = 32768
 BATCH_CUDA = 16
 
 _LOG = logging.getLogger(__name__)
-
-Kind = Literal["key", "value"]
-KINDS: tuple[Kind, ...] = ("key", "value")
 
 # They depend on the model alone, so every document after the first has them for nothing.
 _OUTPUT_WEIGHTS: WeakKeyDictionary[nn.Module, FeatureWeights | None] = WeakKeyDictionary()
@@ -47,7 +47,7 @@ class FactorizedGroups:
     Args:
         key_error, value_error: relative reconstruction error of each group (`Factorization.error`).
         key_energy: by layer, mean square of the keys before RoPE [kv_heads, D]; rotary planes keep theirs
-            when they turn.
+            when they turn. Empty where the factors were not made from Gram matrices.
     """
 
     groups: tuple[GroupFactors, ...]
@@ -57,19 +57,27 @@ class FactorizedGroups:
 
 
 def factorize_groups(
-    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec, layouts: tuple[GroupLayout, ...]
+    model: PreTrainedModel,
+    exact: Prefill,
+    spec: CompressionSpec,
+    layouts: tuple[GroupLayout, ...],
+    calibration: Calibration | None = None,
 ) -> FactorizedGroups:
     """Factor every group's keys and values.
 
     On an accelerator matrices of one width are factored together (small batched products keep it busy), keys
     and values alike; on a CPU one after the other, so that only one Gram matrix is in memory.
+
+    Args:
+        calibration: whose weights are used instead of the spec's, if any.
     """
-    work = _Work(model, exact, spec)
-    done: dict[_Part, tuple[LowRank, float]] = {}
-    for batch in work.batches([_Part(kind, layout) for layout in layouts for kind in _kinds(layout)]):
+    work = _Work(model, exact, spec, calibration)
+    parts = [features_of(exact, layout) for layout in layouts]
+    done: dict[Features, tuple[LowRank, float]] = {}
+    for batch in work.batches([part for both in parts for part in both]):
         done.update(work.factor(batch))
-    keys = [done[_Part("key", layout)] for layout in layouts]
-    values = [done.get(_Part("value", layout), (None, 0.0)) for layout in layouts]
+    keys = [done[both[0]] for both in parts]
+    values = [done[both[1]] if len(both) > 1 else (None, 0.0) for both in parts]
     return FactorizedGroups(
         tuple(
             GroupFactors(*one)
@@ -81,51 +89,30 @@ def factorize_groups(
     )
 
 
-def _kinds(layout: GroupLayout) -> tuple[Kind, ...]:
-    """Latents (MLA) are keys without values."""
-    return ("key",) if layout.latent else KINDS
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The keys or the values of one group."""
-
-    kind: Kind
-    layout: GroupLayout
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.layout.key_widths if self.kind == "key" else self.layout.value_widths
-
-    @property
-    def rank(self) -> int:
-        return self.layout.rank_k if self.kind == "key" else self.layout.rank_v
-
-
 class _Work:
     """One prefill under factorization."""
 
-    def __init__(self, model: PreTrainedModel, exact: Prefill, spec: CompressionSpec) -> None:
-        self.exact, self.spec = exact, spec
+    def __init__(
+        self, model: PreTrainedModel, exact: Prefill, spec: CompressionSpec, calibration: Calibration | None
+    ) -> None:
+        self.exact, self.spec, self.calibration = exact, spec, calibration
         self.device = exact.device
-        self.on_cpu = self.device.type == "cpu"
-        self.chunk = CHUNK_TOKENS_CPU if self.on_cpu else CHUNK_TOKENS_CUDA
         self.modules = inspect_loaded(model).modules
         self.layers = {layer.index: layer for layer in exact.layout.compressible}
         self.key_energy: dict[int, torch.Tensor] = {}
 
-    def batches(self, parts: list[_Part]) -> list[list[_Part]]:
+    def batches(self, parts: Sequence[Features]) -> list[list[Features]]:
         """Parts to factor together."""
-        by_width: dict[int, list[_Part]] = {}
+        by_width: dict[int, list[Features]] = {}
         for part in parts:
             by_width.setdefault(sum(part.widths), []).append(part)
-        size = 1 if self.on_cpu else BATCH_CUDA
+        size = 1 if self.device.type == "cpu" else BATCH_CUDA
         return [same[i : i + size] for same in by_width.values() for i in range(0, len(same), size)]
 
-    def factor(self, batch: list[_Part]) -> dict[_Part, tuple[LowRank, float]]:
+    def factor(self, batch: list[Features]) -> dict[Features, tuple[LowRank, float]]:
         """Factors and relative error of each part; all are of one width."""
         width = sum(batch[0].widths)
-        dtype = gram_dtype(self._product_dtype(batch[0]))
+        dtype = gram_dtype(batch[0].product_dtype)
         grams = torch.zeros(len(batch), width, width, dtype=dtype, device=self.device)
         for gram, part in zip(grams, batch, strict=True):
             self._gram(part, gram)
@@ -136,15 +123,15 @@ class _Work:
             for part, result in zip(batch, results, strict=True)
         }
 
-    def _gram(self, part: _Part, out: torch.Tensor) -> None:
+    def _gram(self, part: Features, out: torch.Tensor) -> None:
         """XᵀX over the tokens that are not kept exact anyway, where there are any."""
         span = low_rank_span(self.exact.tokens, self.spec)
         accumulate_gram(
-            self._reader(part),
+            part.read,
             part.widths,
             span,
-            chunk_tokens=self.chunk,
-            dtype=self._product_dtype(part),
+            chunk_tokens=part.chunk_tokens,
+            dtype=part.product_dtype,
             device=self.device,
             out=out,
         )
@@ -156,23 +143,12 @@ class _Work:
         for layer, heads, part in zip(layout.layers, layout.kv_heads, parts, strict=True):
             self.key_energy[layer] = part.reshape(heads, -1).clone()
 
-    def _reader(self, part: _Part) -> Callable[[int, int, int], torch.Tensor]:
-        read = self.exact.values
-        if part.kind == "key":
-            read = partial(self.exact.keys, dtype=self._read_dtype(part))
-        return lambda position, start, stop: read(part.layout.layers[position], start, stop)
-
-    def _read_dtype(self, part: _Part) -> torch.dtype:
-        """Features need no more than float32 before they are multiplied."""
-        return min(self._product_dtype(part), torch.float32, key=lambda dtype: dtype.itemsize)
-
-    def _product_dtype(self, part: _Part) -> torch.dtype:
-        read = self.exact.rotated_keys if part.kind == "key" else self.exact.values
-        return product_dtype(read(part.layout.layers[0], 0, 1).dtype, self.device)
-
-    def _weights(self, part: _Part) -> list[FeatureWeights] | None:
-        """One weight per layer, or None when the spec asks for none or a layer has no output projection."""
+    def _weights(self, part: Features) -> list[FeatureWeights] | None:
+        """One weight per layer, or None when none is asked for or a layer has no output projection."""
         layers = [self.layers[index] for index in part.layout.layers]
+        if self.calibration is not None:
+            metric = self.calibration.group_of(part.layout.layers).basis(part.kind).metric
+            return [metric_weights(one.to(self.device)) for one in metric]
         if part.layout.latent:  # queries do not meet latents, but what these expand to
             return None
         if part.kind == "key" and self.spec.key_weights == "query":
@@ -198,29 +174,15 @@ class _Work:
             )
         return _OUTPUT_WEIGHTS[module]
 
-    def _low_rank(self, part: _Part, result: Factorization) -> LowRank:
-        """A = X P in chunks, and B, in the stored dtype."""
-        widths = part.widths
-        product = self._read_dtype(part)
-        projection = result.projection.to(product)
-        read, tokens = self._reader(part), self.exact.tokens
-        factors = torch.empty(tokens, projection.shape[1], dtype=torch.float32, device=self.device)
-        buffer = torch.empty(min(self.chunk, tokens), sum(widths), dtype=product, device=self.device)
-        with precise_products():
-            for start in range(0, tokens, self.chunk):
-                stop = min(start + self.chunk, tokens)
-                factors[start:stop] = _product(fill_rows(buffer, read, widths, start, stop), projection)
-        return self._rounded(factors, result.bases, widths)
-
-    def _rounded(self, factors: torch.Tensor, bases: torch.Tensor, widths: tuple[int, ...]) -> LowRank:
-        """A and B in the dtypes they are stored in."""
-        dtype, factor_dtype = DTYPES[self.spec.dtype], DTYPES[self.spec.factor_dtype]
+    def _low_rank(self, part: Features, result: Factorization) -> LowRank:
+        """A = X P and B, in the dtypes they are stored in."""
+        factors, bases = part.project(result.projection), result.bases
+        dtype, span = DTYPES[self.spec.dtype], slice(*low_rank_span(self.exact.tokens, self.spec))
+        if part.runs:
+            packed, scales = quantize_runs(factors, part.runs, span)
+            return LowRank(packed, (bases * scales[:, None]).to(dtype), part.widths)
+        factor_dtype = DTYPES[self.spec.factor_dtype]
         if factor_dtype != torch.int8:
-            return LowRank(factors.to(factor_dtype), bases.to(dtype), widths)
-        integers, scales = quantize_columns(factors, slice(*low_rank_span(self.exact.tokens, self.spec)))
-        return LowRank(integers, (bases * scales[:, None]).to(dtype), widths)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, summed and returned in float32 where the inputs have 16 bits."""
-    return torch.mm(left, right, out_dtype=torch.float32) if left.dtype.itemsize == 2 else left @ right
+            return LowRank(factors.to(factor_dtype), bases.to(dtype), part.widths)
+        integers, scales = quantize_columns(factors, span)
+        return LowRank(integers, (bases * scales[:, None]).to(dtype), part.widths)

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import torch
 
+from xkv_service.packed_factors import PackedFactors, Runs, pack
+
 LEVELS = 127
+# The step of the best uniform quantizer of a Gaussian source, in standard deviations, by bits; real columns
+# are tried at a few multiples of it.
+_STEP = {2: 0.9957, 4: 0.3352}
+_MULTIPLES = (0.7, 0.85, 1.0, 1.15, 1.3)
 
 
 def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,3 +41,43 @@ def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tenso
 def round_plainly(factors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """factors / scales as int8, in PyTorch: the reference of the kernel."""
     return (factors / scales).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+
+
+def quantize_runs(factors: torch.Tensor, runs: Runs, counted: slice) -> tuple[PackedFactors, torch.Tensor]:
+    """Round columns to the bits of their run.
+
+    Args:
+        factors: float32 [T, r]. runs: bits of the columns. counted: the rows that decide a column's scale.
+
+    Returns:
+        Packed integers, and float32 [r] with factors ≈ integers * scales.
+    """
+    pieces, scales, start = [], [], 0
+    for bits, count in runs:
+        columns = factors[:, start : start + count]
+        if bits == 8:
+            integers, scale = quantize_columns(columns, counted)
+        else:
+            scale = _best_scales(columns[counted], bits)
+            integers = _round_odd(columns, scale, bits)
+        pieces.append(pack(integers, bits))
+        scales.append(scale)
+        start += count
+    return PackedFactors(runs, tuple(pieces)), torch.cat(scales)
+
+
+def _round_odd(columns: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The odd integers of at most 2^bits - 1 nearest to columns / scales: half a step apart from zero."""
+    half = 2 ** (bits - 1)
+    steps = (columns / (2 * scales)).floor_().clamp_(-half, half - 1)
+    return (2 * steps + 1).to(torch.int8)
+
+
+def _best_scales(columns: torch.Tensor, bits: int) -> torch.Tensor:
+    """Half the step, of each column, with the least squared error among the multiples."""
+    usual = _STEP[bits] / 2 * columns.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    tried = [usual * multiple for multiple in _MULTIPLES]
+    errors = torch.stack(
+        [(_round_odd(columns, scales, bits) * scales - columns).square().sum(0) for scales in tried]
+    )
+    return torch.stack(tried).gather(0, errors.argmin(0, keepdim=True))[0]

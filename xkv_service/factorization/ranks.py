@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
+from xkv_service.packed_factors import Runs, rank_of
 from xkv_service.spec import CompressionSpec, Rank
 from xkv_service.stored import StoredTensor, stored_tensors
 
 HEADER_BYTES = 4096
 HEADER_BYTES_PER_TENSOR = 280
 ALIGNED_FROM = 128
+_SEARCH = 24
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,29 @@ class RotaryUse:
     tensors: int
 
 
-def size_of(layout: ModelLayout, tokens: int, spec: CompressionSpec, rotary: RotaryUse | None = None) -> Size:
+def size_of(
+    layout: ModelLayout,
+    tokens: int,
+    spec: CompressionSpec,
+    rotary: RotaryUse | None = None,
+    calibration: Calibration | None = None,
+) -> Size:
     """Ranks and bytes of an artifact.
 
     Args:
         layout: the model's cache. tokens: T, tokens of the prefix. spec: what to store.
         rotary: the model's rotary tables; None assumes one table by formula per head dimension.
+        calibration: the one that the spec names, if it names one.
 
     Raises:
         RatioUnreachable: the target ratio leaves no byte for factors.
-        InvalidSpec: a rank larger than the matrix it is a rank of.
+        InvalidSpec: a rank larger than the matrix it is a rank of, or another calibration than the spec's.
     """
-    _refuse_large_ranks(layout, tokens, spec)
     rotary = rotary or _assumed_rotary(layout)
     windows = _windows(layout, tokens)
+    if spec.calibration is not None:
+        return _calibrated(layout, tokens, spec, rotary, windows, _named(spec, calibration))
+    _refuse_large_ranks(layout, tokens, spec)
 
     def sized(density: int) -> Size:
         groups = tuple(
@@ -79,6 +91,51 @@ def size_of(layout: ModelLayout, tokens: int, spec: CompressionSpec, rotary: Rot
     if density is None:
         raise _unreachable(spec, tokens, sized(0))
     return sized(density)
+
+
+def _named(spec: CompressionSpec, calibration: Calibration | None) -> Calibration:
+    if calibration is None or calibration.id != spec.calibration:
+        raise InvalidSpec(
+            f"the spec names calibration {str(spec.calibration)[:12]}, which was not given",
+            hint="pass that calibration",
+        )
+    return calibration
+
+
+def _calibrated(
+    layout: ModelLayout,
+    tokens: int,
+    spec: CompressionSpec,
+    rotary: RotaryUse,
+    windows: tuple[WindowLayout, ...],
+    calibration: Calibration,
+) -> Size:
+    """The most bits that fit: all that is not token factors is known, but for the number of tensors."""
+    from xkv_service.calibration.plan import column_runs
+
+    def sized(bits_per_token: float) -> Size:
+        runs = column_runs(calibration, spec, tokens, bits_per_token)
+        groups = tuple(
+            _group(layers, rotary, rank_of(keys), rank_of(values), keys, values)
+            for layers, (keys, values) in zip(calibration.layer_groups(layout), runs, strict=True)
+        )
+        return _size(layout, tokens, spec, groups, windows, rotary)
+
+    assert spec.ratio is not None
+    budget = int(layout.bytes_full(tokens) / spec.ratio)
+    most = 8 * layout.bytes_full(tokens) / tokens
+    least = sized(0.0)
+    if least.bytes_stored > budget:
+        raise _unreachable(spec, tokens, least)
+    best, low, high = least, 0.0, most
+    for _ in range(_SEARCH):
+        middle = (low + high) / 2
+        found = sized(middle)
+        if found.bytes_stored <= budget:
+            best, low = found, middle
+        else:
+            high = middle
+    return best
 
 
 def ranks(
@@ -153,7 +210,14 @@ def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreac
     )
 
 
-def _group(layers: tuple[LayerLayout, ...], rotary: RotaryUse, rank_k: int, rank_v: int) -> GroupLayout:
+def _group(
+    layers: tuple[LayerLayout, ...],
+    rotary: RotaryUse,
+    rank_k: int,
+    rank_v: int,
+    columns_k: Runs = (),
+    columns_v: Runs = (),
+) -> GroupLayout:
     latent = layers[0].kind == "latent"
     return GroupLayout(
         layers=tuple(layer.index for layer in layers),
@@ -164,6 +228,8 @@ def _group(layers: tuple[LayerLayout, ...], rotary: RotaryUse, rank_k: int, rank
         rank_k=rank_k,
         rank_v=rank_v,
         rope_widths=tuple(layer.value_width for layer in layers if latent),
+        columns_k=columns_k,  # type: ignore[arg-type] # bits are 2, 4 or 8
+        columns_v=columns_v,  # type: ignore[arg-type]
     )
 
 

@@ -71,15 +71,29 @@ def output_weights(projection: torch.Tensor, query_heads: int, kv_heads: int) ->
     Args:
         projection: [hidden, query_heads * value_dim], the weight of the attention's output projection.
     """
+    return metric_weights(output_metric(projection, query_heads, kv_heads))
+
+
+def output_metric(projection: torch.Tensor, query_heads: int, kv_heads: int) -> torch.Tensor:
+    """The sum of W_oᵀ W_o over each KV head's query heads, made definite: float64 [kv_heads, D, D]."""
     hidden, columns = projection.shape
     dim = columns // query_heads
     per_head = projection.detach().float().reshape(hidden, query_heads, dim).transpose(0, 1)
     energy = (per_head.mT @ per_head).double().reshape(kv_heads, -1, dim, dim).sum(1)
     eye = torch.eye(dim, dtype=torch.float64, device=energy.device)
     mean = energy.diagonal(dim1=-2, dim2=-1).mean()
-    factor = torch.linalg.cholesky(energy + _FLOOR * mean.clamp_min(torch.finfo(torch.float32).tiny) * eye)
-    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    return FeatureWeights(factor, inverse)
+    return energy + _FLOOR * mean.clamp_min(torch.finfo(torch.float32).tiny) * eye
+
+
+def metric_weights(metric: torch.Tensor) -> FeatureWeights:
+    """The weights W of a metric M = W Wᵀ (`calibration.SharedBasis`): its Cholesky factor.
+
+    Args:
+        metric: [kv_heads, D, D], symmetric positive definite.
+    """
+    factor = torch.linalg.cholesky(metric.double())
+    eye = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+    return FeatureWeights(factor, torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False))
 
 
 def output_projection(module: nn.Module, columns: int) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.modeling.layout import LayerLayout
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.exact import ExactTokens, exact_positions, outlier_range
@@ -20,24 +21,39 @@ _CHUNK = 32768
 
 @dataclass(frozen=True)
 class LayerIndex:
-    """By layer: sketches or landmarks (or neither), and exact tokens."""
+    """By layer: sketches, planes of a sketch to be derived, or landmarks (or none), and exact tokens."""
 
+    planes: dict[int, torch.Tensor]
     sketches: dict[int, KeySketch]
     landmarks: dict[int, torch.Tensor]
     exact: dict[int, ExactTokens]
 
 
-def index_layers(exact: Prefill, spec: CompressionSpec, key_energy: Mapping[int, torch.Tensor]) -> LayerIndex:
+def index_layers(
+    exact: Prefill,
+    spec: CompressionSpec,
+    key_energy: Mapping[int, torch.Tensor],
+    calibration: Calibration | None = None,
+) -> LayerIndex:
     """Selection index and exact tokens of every compressed layer.
 
     Args:
-        key_energy: by layer, mean square of the keys [kv_heads, D].
+        key_energy: by layer, mean square of the keys [kv_heads, D]; not needed with a calibration.
+        calibration: where the planes of sketches come from, instead of this prefix's energies.
     """
-    index = LayerIndex({}, {}, {})
-    planes = _sketch_planes(exact, spec, key_energy) if spec.index == "sketch" else {}
+    index = LayerIndex({}, {}, {}, {})
+    planes: dict[int, torch.Tensor] = {}
+    if spec.index in ("sketch", "derived"):
+        planes = (
+            _calibrated_planes(exact, spec, calibration)
+            if calibration is not None
+            else _sketch_planes(exact, spec, key_energy)
+        )
     for layer in exact.layout.compressible:
         latent = layer.kind == "latent"  # their factors' leading columns are an index already
-        if layer.index in planes:
+        if layer.index in planes and spec.index == "derived":
+            index.planes[layer.index] = planes[layer.index]
+        elif layer.index in planes:
             index.sketches[layer.index] = _sketch(exact, layer.index, planes[layer.index])
         if spec.index == "landmark" and not latent:
             index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
@@ -67,6 +83,17 @@ def _sketch_planes(
         )
         planes.update(zip(numbers, torch.split(chosen, one.kv_heads), strict=True))
     return planes
+
+
+def _calibrated_planes(
+    exact: Prefill, spec: CompressionSpec, calibration: Calibration
+) -> dict[int, torch.Tensor]:
+    return {
+        layer.index: calibration.planes[layer.index][:, : sketch_planes(spec, layer.head_dim)].to(
+            exact.device
+        )
+        for layer in exact.layout.compressible
+    }
 
 
 def _sketch(exact: Prefill, layer: int, planes: torch.Tensor) -> KeySketch:

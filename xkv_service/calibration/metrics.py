@@ -1,0 +1,77 @@
+"""Metrics: which errors of a layer's keys or values matter, each a choice that validation keeps or drops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from xkv_service.calibration.bases import Metric
+from xkv_service.calibration.calibration import Kind
+from xkv_service.calibration.moments import Moments
+from xkv_service.calibration.tolerance import Tolerances
+
+Weighting = Literal["plain", "tolerance", "tolerance+output", "tolerance+query", "tolerance+both"]
+WEIGHTINGS: tuple[Weighting, ...] = (
+    "plain",
+    "tolerance",
+    "tolerance+output",
+    "tolerance+query",
+    "tolerance+both",
+)
+
+
+class Metrics:
+    """The metrics of a model's layers.
+
+    Args:
+        moments: second moments. tolerances: error that each layer stands.
+        queries: by position, float64 [kv_heads, D, D]: energy of the queries that meet its keys, by plane.
+        outputs: by position, float64 [kv_heads, D, D]: W_oᵀ W_o summed over query heads, or None.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        tolerances: Tolerances,
+        queries: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor | None],
+    ) -> None:
+        self._moments, self._tolerances = moments, tolerances
+        self._special: Mapping[Kind, Sequence[torch.Tensor | None]] = {"key": queries, "value": outputs}
+
+    def of(self, weighting: Weighting) -> Metric:
+        """The metric of one weighting."""
+
+        def metric(place: int, kind: Kind) -> torch.Tensor:
+            shape = self._shape(place, kind, weighting)
+            return shape * (self._worth(place, kind, weighting) / self._scale(place, kind, shape))
+
+        return metric
+
+    def _shape(self, place: int, kind: Kind, weighting: Weighting) -> torch.Tensor:
+        """Before scaling: the identity, or what the heads' queries or output projections say."""
+        wanted = {"key": ("query", "both"), "value": ("output", "both")}[kind]
+        special = self._special[kind][place]
+        if special is not None and weighting.endswith(wanted):
+            return special
+        energy = self._moments.energy(kind, place)
+        heads, dim = energy.shape
+        return torch.eye(dim, dtype=torch.float64, device=energy.device).expand(heads, dim, dim).contiguous()
+
+    def _scale(self, place: int, kind: Kind, shape: torch.Tensor) -> float:
+        """The layer's variance in this metric over its plain variance: 1 for the identity."""
+        covariance = self._moments.covariance(kind, place)
+        heads, dim = shape.shape[:2]
+        blocks = torch.stack(
+            [covariance[h * dim : (h + 1) * dim, h * dim : (h + 1) * dim] for h in range(heads)]
+        )
+        return float((blocks * shape).sum() / covariance.trace())
+
+    def _worth(self, place: int, kind: Kind, weighting: Weighting) -> float:
+        """What a unit of squared error costs: 1 over what is tolerated, or over the kind's mean variance."""
+        if weighting != "plain":
+            return 1 / self._tolerances[place, kind].error
+        count = len(self._moments.layers)
+        return count / sum(float(self._moments.covariance(kind, one).trace()) for one in range(count))

@@ -1,0 +1,98 @@
+"""Probes: tokens behind a prefix whose next-token distributions tell what an error in its cache does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.prefilling.prefix_cache import StorageLayer
+
+HELD_BACK = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens that follow a prefix; the model's predictions at the last `counted` of them are compared."""
+
+    token_ids: tuple[int, ...]
+    counted: int
+
+
+@dataclass(frozen=True)
+class ProbedPrefix:
+    """One document of a sample: its prefix, and probes behind it.
+
+    Without questions the document's own end is the probe, and the prefix what stands before it.
+    """
+
+    name: str
+    token_ids: tuple[int, ...]
+    probes: tuple[Probe, ...]
+
+    @classmethod
+    def of_text(cls, name: str, token_ids: Sequence[int]) -> ProbedPrefix:
+        """A document without questions."""
+        tail = min(HELD_BACK, max(1, len(token_ids) // 8))
+        return cls(name, tuple(token_ids[:-tail]), (Probe(tuple(token_ids[-tail:]), tail),))
+
+
+def predictions(model: PreTrainedModel, cache: Cache, probes: Sequence[Probe]) -> torch.Tensor:
+    """Log probabilities [positions, vocabulary] of all probes, each behind the prefix that `cache` holds.
+
+    Args:
+        cache: an ordinary cache or one of factors; it is left as it was.
+    """
+    found = []
+    for probe in probes:
+        ids = torch.tensor([probe.token_ids], device=model.device)
+        output: Any = model(ids, past_key_values=_fork(cache), logits_to_keep=probe.counted)
+        found.append(output.logits[0])
+    return torch.cat(found).double().log_softmax(-1)
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Mean KL(exact || other) in nats, and the share of positions with the same likeliest token.
+
+    Args:
+        exact, other: log probabilities [positions, vocabulary].
+    """
+    kl = (exact.exp() * (exact - other)).sum(-1).mean()
+    return max(0.0, float(kl)), float((exact.argmax(-1) == other.argmax(-1)).double().mean())
+
+
+def exact_cache(
+    exact: Prefill, changed: Mapping[tuple[int, str], torch.Tensor] | None = None
+) -> DynamicCache:
+    """An ordinary cache of the prefill.
+
+    Args:
+        changed: by (layer, "key" or "value"), what stands in for keys as cached (rotated) or values:
+            [T, kv_heads, D].
+    """
+    cache = exact.cache()
+    for (index, kind), states in (changed or {}).items():
+        held, layer = cache.layers[index], DynamicLayer()
+        other = states.to(held.keys.dtype).transpose(0, 1)[None]
+        layer.update(other if kind == "key" else held.keys, other if kind == "value" else held.values)
+        cache.layers[index] = layer
+    return cache
+
+
+def _fork(cache: Cache) -> Cache:
+    """A cache that goes on by itself: layers that grow by making new tensors are shared."""
+    fork = getattr(cache, "fork", None)
+    if fork is not None:
+        return fork()
+    taken = copy.copy(cache)
+    taken.layers = [
+        copy.copy(layer) if type(layer) in (DynamicLayer, StorageLayer) else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
+    return taken

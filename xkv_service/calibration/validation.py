@@ -1,0 +1,114 @@
+"""What a way to compress does to the model's predictions, on documents it was not made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.probes import ProbedPrefix, divergence, exact_cache, predictions
+from xkv_service.compression import factorize_prefill, rotary_tables
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.xkv_attention import enable_xkv
+from xkv_service.errors import RatioUnreachable
+from xkv_service.factorization.ranks import size_of
+from xkv_service.prefilling.prefill import prefill
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.spec import CompressionSpec
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compress."""
+
+    name: str
+    spec: CompressionSpec
+    calibration: Calibration | None = None
+
+
+@dataclass
+class Outcome:
+    """What was measured of a candidate, one entry a document.
+
+    Args:
+        divergence: nats, decoding from the factors with selection as a session does. agreement: share of
+            positions with the same likeliest token. ratio: bytes of the exact cache / bytes stored.
+        key_error, value_error: relative reconstruction errors, the mean over groups.
+        reason: why there is nothing.
+    """
+
+    divergence: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+    key_error: list[float] = field(default_factory=list)
+    value_error: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def kl(self) -> float:
+        """Mean divergence; infinite where nothing could be measured."""
+        return fmean(self.divergence) if self.divergence else float("inf")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        if self.reason is not None or not self.divergence:
+            return {"reason": self.reason or "nothing measured"}
+        count = len(self.divergence)
+        return {
+            "kl": self.kl,
+            "kl_error": stdev(self.divergence) / count**0.5 if count > 1 else None,
+            "kl_worst": max(self.divergence),
+            "agreement": fmean(self.agreement),
+            "agreement_worst": min(self.agreement),
+            "ratio": fmean(self.ratio),
+            "key_error": fmean(self.key_error),
+            "value_error": fmean(self.value_error),
+            "documents": count,
+        }
+
+
+def validate(
+    model: PreTrainedModel, sample: Iterable[ProbedPrefix], candidates: Sequence[Candidate]
+) -> Mapping[str, Outcome]:
+    """Every candidate on every document, paired; by the candidates' names."""
+    found = {candidate.name: Outcome() for candidate in candidates}
+    for document in sample:
+        exact = prefill(model, torch.tensor(document.token_ids))
+        try:
+            base = predictions(model, exact_cache(exact), document.probes)
+            for candidate in candidates:
+                _try(model, exact, document, candidate, base, found[candidate.name])
+        finally:
+            exact.free()
+    return found
+
+
+@torch.no_grad()
+def _try(
+    model: PreTrainedModel,
+    exact: Prefill,
+    document: ProbedPrefix,
+    candidate: Candidate,
+    base: torch.Tensor,
+    outcome: Outcome,
+) -> None:
+    try:
+        factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
+    except RatioUnreachable as error:
+        outcome.reason = error.message
+        return
+    with enable_xkv(model):
+        other = predictions(model, XKVCache.from_factors(model, factors), document.probes)
+    kl, agreement = divergence(base, other)
+    use = rotary_tables(exact)[1]
+    size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
+    outcome.divergence.append(kl)
+    outcome.agreement.append(agreement)
+    outcome.ratio.append(size.ratio)
+    outcome.key_error.append(fmean(errors.key_error))
+    outcome.value_error.append(fmean(errors.value_error))

@@ -1,0 +1,59 @@
+"""Token factors over a calibration's bases: one product with X, no factorization of the document's own."""
+
+from __future__ import annotations
+
+import torch
+
+from xkv_artifacts.manifest import GroupLayout
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.factorization.features import Features, features_of
+from xkv_service.factorization.group_factors import FactorizedGroups
+from xkv_service.factorization.quantize import quantize_runs
+from xkv_service.factors import GroupFactors, LowRank
+from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.exact import low_rank_span
+from xkv_service.spec import CompressionSpec
+
+
+def project_groups(
+    exact: Prefill, spec: CompressionSpec, layouts: tuple[GroupLayout, ...], calibration: Calibration
+) -> FactorizedGroups:
+    """Factors of every group's keys and values over the calibration's bases.
+
+    Errors are those of the rounded factors: it costs one more product to know them, and nothing less tells
+    whether bases made from other documents suit this one.
+    """
+    span = slice(*low_rank_span(exact.tokens, spec))
+    made = [
+        [_project(features, calibration, span) for features in features_of(exact, layout)]
+        for layout in layouts
+    ]
+    return FactorizedGroups(
+        tuple(
+            GroupFactors(layout, keys, values)
+            for layout, ((keys, _), (values, _)) in zip(layouts, made, strict=True)
+        ),
+        tuple(error for (_, error), _ in made),
+        tuple(error for _, (_, error) in made),
+        {},
+    )
+
+
+def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, float]:
+    basis = calibration.group_of(features.layout.layers).basis(features.kind).to(features.exact.device)
+    factors = features.project(basis.projection(features.rank))
+    packed, scales = quantize_runs(factors, features.runs, span)
+    bases = basis.bases[: features.rank] * scales[:, None]
+    return LowRank(packed, bases, features.widths, scales), _error(features, packed[:], bases, span)
+
+
+def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:
+    """|X - AB| / |X| over the tokens of `span`."""
+    lost = torch.zeros((), dtype=torch.float64, device=bases.device)
+    total = torch.zeros_like(lost)
+    for start, stop, rows in features.chunks():
+        counted = slice(max(span.start - start, 0), max(min(span.stop, stop) - start, 0))
+        wide = rows[counted].float()
+        lost += (wide - integers[start:stop][counted].float() @ bases).square().sum(dtype=torch.float64)
+        total += wide.square().sum(dtype=torch.float64)
+    return float((lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
