@@ -1,4 +1,4 @@
-"""Where blobs live: a folder, or an object store by URL. Names come from artifact ids and nothing else."""
+"""Where blobs live: a folder, or an object store by URL. Names come from ids and nothing else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -19,16 +20,26 @@ Result = TypeVar("Result")
 
 SUFFIX = ".safetensors"
 PREFIXES = "prefixes"
+CALIBRATIONS = "calibrations"
 QUARANTINE = "quarantine"
 STORE_FILE = "xkv-store.json"
 _STORE_FORMAT = {"format": "xkv-store", "version": 1}
 
 
 class BlobStore(ABC):
-    """Blobs by artifact id. A blob under its own name is complete: it appears in one step or not at all."""
+    """Blobs of one folder of the store by artifact id. A blob under its own name is complete: it appears in
+    one step or not at all.
+    """
 
     url: str
+    folder: str = PREFIXES
     writable_hint = "check the store's permissions"
+
+    def of(self, folder: str) -> BlobStore:
+        """The blobs of another folder of this store."""
+        other = copy(self)
+        other.folder = folder
+        return other
 
     @abstractmethod
     def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
@@ -126,7 +137,7 @@ def local_path(url: str) -> Path | None:
     return None
 
 
-def blob_name(artifact_id: str) -> str:
+def blob_name(artifact_id: str, folder: str = PREFIXES) -> str:
     """A blob's place in the store, relative to its root.
 
     Raises:
@@ -134,18 +145,19 @@ def blob_name(artifact_id: str) -> str:
     """
     if not is_artifact_id(artifact_id):
         raise ArtifactNotFound(f"{artifact_id[:80]!r} is not an artifact id", hint="ids are 64 hex digits")
-    return f"{PREFIXES}/{artifact_id[:2]}/{artifact_id}{SUFFIX}"
+    return f"{folder}/{artifact_id[:2]}/{artifact_id}{SUFFIX}"
 
 
-def id_of_name(name: str) -> str | None:
+def id_of_name(name: str, folder: str = PREFIXES) -> str | None:
     """The artifact id of a blob's place, or None when no blob of ours is called that."""
     artifact_id = name.rsplit("/", 1)[-1].removesuffix(SUFFIX)
-    return artifact_id if is_artifact_id(artifact_id) and name == blob_name(artifact_id) else None
+    known = is_artifact_id(artifact_id) and name == blob_name(artifact_id, folder)
+    return artifact_id if known else None
 
 
-def not_found(artifact_id: str, url: str) -> ArtifactNotFound:
+def not_found(artifact_id: str, blobs: BlobStore) -> ArtifactNotFound:
     """The error for a blob that is not in the store."""
-    return ArtifactNotFound(f"artifact {artifact_id} is not in {url}")
+    return ArtifactNotFound(f"artifact {artifact_id} is not in {blobs.url}/{blobs.folder}")
 
 
 def new_store_file() -> bytes:

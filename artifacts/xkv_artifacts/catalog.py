@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts import prefix_index
-from xkv_artifacts.entry import REBUILD_HINT, Entry, bad_entry
+from xkv_artifacts.calibration_entry import CALIBRATION_KEY, CALIBRATIONS_KEY, CalibrationEntry
+from xkv_artifacts.entry import REBUILD_HINT, Entry
 from xkv_artifacts.errors import CatalogError
 from xkv_artifacts.keys import (
     BLOCK_TOKENS,
@@ -21,16 +22,13 @@ from xkv_artifacts.keys import (
     joined_block_hashes,
 )
 from xkv_artifacts.lease import Lease
+from xkv_artifacts.listing import STORE_KEYS, Listing
 from xkv_artifacts.prefix_index import big_endian, member
 from xkv_artifacts.redis_link import RedisLink
 
 if TYPE_CHECKING:
     import redis
 
-_Answer = tuple[Any, Any]
-
-# Every key of one store starts with this; the number is the layout's version.
-STORE_KEYS = "xkv:1:{store}:"
 ENTRY_KEY = STORE_KEYS + "entry:{id}"  # hash: see Entry
 RECENCY_KEY = STORE_KEYS + "recency"  # sorted set: every artifact id, by the second it was last used
 PREFIXES_KEY = STORE_KEYS + "prefixes:{fingerprint}:{namespace}"  # sorted set: see prefix_index
@@ -51,11 +49,6 @@ if longest and longest < tonumber(ARGV[3]) then redis.call('SET', KEYS[4], ARGV[
 redis.call('ZADD', KEYS[3], 0, ARGV[2])
 return 1
 """
-# KEYS: entry, recency. ARGV: id. The prefix index drops members without an entry when it meets them.
-_DROP = """
-redis.call('ZREM', KEYS[2], ARGV[1])
-return redis.call('DEL', KEYS[1])
-"""
 _PAGE = 500
 _BLOCK_BYTES = 4 * BLOCK_TOKENS
 
@@ -73,6 +66,9 @@ class Catalog:
     def __init__(self, link: RedisLink, store_id: str) -> None:
         self.link = link
         self.store_id = store_id
+        self._listing = Listing(link, Entry, self._key(ENTRY_KEY, id=""), self._key(RECENCY_KEY))
+        calibrations = self._key(CALIBRATION_KEY, id=""), self._key(CALIBRATIONS_KEY)
+        self.calibrations = Listing(link, CalibrationEntry, *calibrations)
         self._longest: dict[tuple[str, str], int] = {}  # as Redis said last, by fingerprint and namespace
 
     def publish(self, entry: Entry, tokens: bytes) -> None:
@@ -82,7 +78,7 @@ class Catalog:
             tokens: token ids as little-endian int32 bytes.
         """
         index = self._index_keys(entry.fingerprint, entry.namespace)
-        keys = [self._entry_key(entry.id), self._key(RECENCY_KEY), *index]
+        keys = [self._listing.entry_key(entry.id), self._key(RECENCY_KEY), *index]
         place = member(entry.fingerprint, entry.namespace, tokens, entry.id)
         fields = [text for pair in entry.to_hash().items() for text in pair]
         blocks = str(len(tokens) // _BLOCK_BYTES)
@@ -94,7 +90,7 @@ class Catalog:
         Raises:
             CatalogError: there is one, but it is damaged.
         """
-        return self._parse(artifact_id, *self._fetch([artifact_id])[0])
+        return self._listing.get(artifact_id)
 
     def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
         """All entries, most recently used first.
@@ -102,23 +98,11 @@ class Catalog:
         Args:
             on_fault: told of each damaged entry; such entries are left out.
         """
-        found = []
-        for artifact_id, answer in self._fetch_all():
-            try:
-                entry = self._parse(artifact_id, *answer)
-            except CatalogError as error:
-                if on_fault is not None:
-                    on_fault(error)
-                continue
-            if entry is not None:
-                found.append(entry)
-        return found
+        return self._listing.entries(on_fault)
 
     def ids(self) -> list[str]:
         """All artifact ids, most recently used first (and whatever else somebody put there)."""
-        recency = self._key(RECENCY_KEY)
-        raw: Any = self.link.call(lambda client: client.zrevrange(recency, 0, -1))
-        return [item.decode("utf-8", "replace") for item in raw]
+        return self._listing.ids()
 
     def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
         """The few artifacts that can share the longest prefix with a prompt.
@@ -165,7 +149,9 @@ class Catalog:
         """
         end = (len(digests) // DIGEST_BYTES + 1) * _BLOCK_BYTES
         part = big_endian(tokens[sent * _BLOCK_BYTES : end])
-        answer = self._script(prefix_index.LOOKUP, keys, [digests, part, str(sent), self._entry_key("")])
+        answer = self._script(
+            prefix_index.LOOKUP, keys, [digests, part, str(sent), self._listing.entry_key("")]
+        )
         match answer:
             case [int(shared), longest, [*found]]:
                 return shared, _upper_bound(longest), [_artifact_id(raw) for raw in found]
@@ -173,8 +159,7 @@ class Catalog:
 
     def drop(self, artifact_id: str) -> bool:
         """Forget an artifact; False when it was not known."""
-        keys = [self._entry_key(artifact_id), self._key(RECENCY_KEY)]
-        return bool(self._script(_DROP, keys, [artifact_id]))
+        return self._listing.drop(artifact_id)  # the prefix index drops members without an entry later
 
     def touch(self, artifact_id: str) -> None:
         """Note that an artifact was used now; tried once, since nothing waits for it."""
@@ -182,8 +167,9 @@ class Catalog:
         self.link.call(lambda client: client.zadd(recency, {artifact_id: time.time()}, xx=True), patience_s=0)
 
     def clear(self) -> None:
-        """Forget all entries and the prefix index (leases and rates stay)."""
-        for pattern in (ENTRY_KEY, PREFIXES_KEY, LONGEST_KEY, RECENCY_KEY, BUILT_KEY):
+        """Forget all entries, calibrations and the prefix index (leases and rates stay)."""
+        entries = (ENTRY_KEY, RECENCY_KEY, CALIBRATION_KEY, CALIBRATIONS_KEY)
+        for pattern in (*entries, PREFIXES_KEY, LONGEST_KEY, BUILT_KEY):
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 
     def is_built(self) -> bool:
@@ -224,45 +210,12 @@ class Catalog:
     def _key(self, pattern: str, **parts: str) -> str:
         return pattern.format(store=self.store_id, **parts)
 
-    def _entry_key(self, artifact_id: str) -> str:
-        return self._key(ENTRY_KEY, id=artifact_id)
-
     def _index_keys(self, fingerprint: str, namespace: str) -> list[str]:
         names = {"fingerprint": fingerprint, "namespace": namespace}
         return [self._key(PREFIXES_KEY, **names), self._key(LONGEST_KEY, **names)]
 
     def _script(self, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
         return self.link.script(text, keys, arguments)
-
-    def _fetch_all(self) -> Iterator[tuple[str, _Answer]]:
-        ids = self.ids()
-        for start in range(0, len(ids), _PAGE):
-            page = ids[start : start + _PAGE]
-            yield from zip(page, self._fetch(page), strict=True)
-
-    def _fetch(self, ids: list[str]) -> list[_Answer]:
-        """Hash and last use of each id, or the error that Redis answered."""
-
-        def command(client: redis.Redis) -> list[Any]:
-            pipeline = client.pipeline(transaction=False)
-            for artifact_id in ids:
-                pipeline.hgetall(self._entry_key(artifact_id))
-                pipeline.zscore(self._key(RECENCY_KEY), artifact_id)
-            return pipeline.execute(raise_on_error=False)
-
-        answers = self.link.call(command)
-        return list(zip(answers[::2], answers[1::2], strict=True))
-
-    def _parse(self, artifact_id: str, fields: Any, last_used: Any) -> Entry | None:
-        if not is_artifact_id(artifact_id):
-            raise bad_entry(artifact_id, "its name is not an artifact id")
-        if not isinstance(fields, dict) or not isinstance(last_used, float | None):
-            raise bad_entry(artifact_id, _reason(fields if not isinstance(fields, dict) else last_used))
-        if not fields and last_used is None:
-            return None
-        if not fields:
-            raise bad_entry(artifact_id, "it is listed, but has no fields")
-        return Entry.from_hash(artifact_id, fields, last_used or 0.0)
 
     def _delete(self, pattern: str) -> None:
         def command(client: redis.Redis) -> None:
@@ -288,7 +241,3 @@ def _artifact_id(raw: Any) -> str:
 def _upper_bound(raw: Any) -> int:
     """A number of blocks; what is missing or no number bounds nothing."""
     return int(raw) if isinstance(raw, bytes) and raw.isdigit() and len(raw) < 10 else sys.maxsize
-
-
-def _reason(answer: Any) -> str:
-    return str(answer).splitlines()[0] if str(answer) else "an unknown answer"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
-from xkv_artifacts import format as blob_format
 from xkv_artifacts.blobs import BlobStore, store_errors
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError, UnsupportedFormat
-from xkv_artifacts.manifest import PrefixManifest
 
-if TYPE_CHECKING:
-    import torch
 
+class Identified(Protocol):
+    """A manifest of any format."""
+
+    @property
+    def id(self) -> str: ...
+
+
+Manifest = TypeVar("Manifest", bound=Identified)
 Result = TypeVar("Result")
 
 
@@ -23,70 +27,65 @@ class CheckedBlobs:
     Args:
         blobs: the store.
         forget: told the id of each blob that was bad.
-
-    Every method but `fault` raises ArtifactNotFound, CorruptArtifact (the blob is in quarantine then),
-    UnsupportedFormat or StoreError.
+        noun, hint: what its blobs are called, and what to do when one is bad.
     """
 
-    def __init__(self, blobs: BlobStore, forget: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        forget: Callable[[str], None],
+        *,
+        noun: str = "artifact",
+        hint: str = "compute it again",
+    ) -> None:
         self._blobs = blobs
         self._forget = forget
+        self._noun = noun
+        self._hint = hint
 
-    def read_prefix(
-        self, artifact_id: str, names: Iterable[str] | None
-    ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
-        """The manifest and the tensors, all or only `names`. Raises MissingTensor too."""
-
-        def read(file: BinaryIO) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
-            manifest, tensors = blob_format.read_prefix(file, names)
-            return _of(artifact_id, manifest), tensors
-
-        return self._read(artifact_id, read)
-
-    def read_manifest(self, artifact_id: str) -> PrefixManifest:
-        """The manifest alone."""
-        return self._read(artifact_id, lambda file: _of(artifact_id, blob_format.read_manifest(file)))
-
-    def read_tokens(self, artifact_id: str) -> tuple[PrefixManifest, bytes]:
-        """The manifest and the token ids as little-endian int32 bytes."""
-
-        def read(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
-            manifest, tokens = blob_format.read_tokens(file)
-            return _of(artifact_id, manifest), tokens
-
-        return self._read(artifact_id, read)
-
-    def fault(self, artifact_id: str) -> str | None:
-        """Read every byte; what is wrong, or None. Nothing is moved.
+    def read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
+        """What `read` makes of the blob.
 
         Raises:
-            StoreError
+            ArtifactNotFound, UnsupportedFormat, StoreError
+            CorruptArtifact: `read` found a fault; the blob is in quarantine.
         """
-        try:
-            with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
-                _of(artifact_id, blob_format.verify(file))
-        except (CorruptArtifact, UnsupportedFormat, ArtifactNotFound) as error:
-            return error.message
-        return None
-
-    def _read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
         try:
             with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
                 return read(file)
         except CorruptArtifact as error:
             raise self._quarantined(artifact_id, error.message) from None
         except UnsupportedFormat as error:
-            raise UnsupportedFormat(f"artifact {artifact_id}: {error.message}", hint=error.hint) from None
+            message = f"{self._noun} {artifact_id}: {error.message}"
+            raise UnsupportedFormat(message, hint=error.hint) from None
+
+    def fault(self, artifact_id: str, verify: Callable[[BinaryIO], Identified]) -> str | None:
+        """Let `verify` read every byte; what is wrong, or None. Nothing is moved.
+
+        Raises:
+            StoreError
+        """
+        try:
+            with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
+                of_id(artifact_id, verify(file))
+        except (CorruptArtifact, UnsupportedFormat, ArtifactNotFound) as error:
+            return error.message
+        return None
 
     def _quarantined(self, artifact_id: str, reason: str) -> CorruptArtifact:
         place = "it could not be moved away"
         with suppress(StoreError, ArtifactNotFound):
             place = f"moved to {self._blobs.quarantine(artifact_id)}"
         self._forget(artifact_id)
-        return CorruptArtifact(f"artifact {artifact_id}: {reason} ({place})", hint="compute it again")
+        return CorruptArtifact(f"{self._noun} {artifact_id}: {reason} ({place})", hint=self._hint)
 
 
-def _of(artifact_id: str, manifest: PrefixManifest) -> PrefixManifest:
+def of_id(artifact_id: str, manifest: Manifest) -> Manifest:
+    """The manifest, if it is that of the id that the blob is stored under.
+
+    Raises:
+        CorruptArtifact
+    """
     if manifest.id != artifact_id:
         raise CorruptArtifact(f"the blob is artifact {manifest.id}")
     return manifest

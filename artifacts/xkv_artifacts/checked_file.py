@@ -67,7 +67,7 @@ def lay_out(manifest: BaseModel, tensors: Mapping[str, torch.Tensor]) -> LaidOut
         tensors: by name.
 
     Raises:
-        CorruptArtifact: a tensor that cannot be stored.
+        CorruptArtifact: a tensor or a manifest that cannot be stored.
     """
     views = {name: _byte_view(tensor) for name, tensor in tensors.items()}
     described = {name: _describe(name, tensor, len(views[name])) for name, tensor in tensors.items()}
@@ -77,6 +77,7 @@ def lay_out(manifest: BaseModel, tensors: Mapping[str, torch.Tensor]) -> LaidOut
     complete = manifest.model_copy(update={"tensors": digests})
     head = build_header({name: described[name] for name in order}, complete.model_dump(mode="json"))
     total = len(head) + sum(len(view) for view in views.values())
+    header_length(head[:LENGTH_BYTES], total)
     header = parse_header(head[:LENGTH_BYTES], head[LENGTH_BYTES:], total)
     return LaidOut(head, header, {name: views[name] for name in order})
 
@@ -127,7 +128,7 @@ def _check_names(digests: Mapping[str, Any], header: Header) -> None:
         raise CorruptArtifact(f"tensor {name[:80]!r}: the {side} does not know it")
 
 
-def read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
+def _read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
     file.seek(info.start)
     left = info.nbytes
     while left:
@@ -154,6 +155,33 @@ def read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
     if digest.hexdigest() != expected:
         raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
     return buffer
+
+
+def read_tensors(file: BinaryIO, header: Header, digests: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """All tensors of a checked header, each checked against its checksum.
+
+    Raises:
+        CorruptArtifact: names the first one that is not what was written.
+    """
+    ordered = sorted(header.tensors.values(), key=lambda info: info.start)
+    return {info.name: as_tensor(info, read_checked(file, info, digests[info.name])) for info in ordered}
+
+
+def check_tensors(file: BinaryIO, header: Header, digests: Mapping[str, str]) -> None:
+    """Re-read every tensor, a few MiB at a time, without torch.
+
+    Raises:
+        CorruptArtifact: names every tensor that is not what was written.
+    """
+    faults = []
+    for info in sorted(header.tensors.values(), key=lambda info: info.start):
+        digest = hashlib.sha256()
+        for part in _read_range(file, info):
+            digest.update(part)
+        if digest.hexdigest() != digests[info.name]:
+            faults.append(info.name)
+    if faults:
+        raise CorruptArtifact(f"tensor {', '.join(faults)}: the checksum does not match")
 
 
 def as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,11 +11,48 @@ from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.errors import CatalogError
 from xkv_artifacts.manifest import Name, PrefixManifest, Sha256
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 RedisHash = Mapping[bytes, bytes]
 REBUILD_HINT = "xkv index rebuild"
 
 
-class Entry(BaseModel):
+class HashEntry(BaseModel):
+    """What Redis keeps as a hash under its id, and its id in a sorted set by the field that `score` names."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    score: ClassVar[str]
+
+    id: Sha256
+
+    def to_hash(self) -> dict[str, str]:
+        """The fields as the Redis hash holds them."""
+        fields = self.model_dump(exclude={"id", self.score})
+        return {
+            name: repr(value) if isinstance(value, float) else str(value) for name, value in fields.items()
+        }
+
+    @classmethod
+    def from_hash(cls, artifact_id: str, fields: RedisHash, score: float) -> Self:
+        """Parse what Redis answered.
+
+        Raises:
+            CatalogError: it is not a catalog entry.
+        """
+        try:
+            texts = {name.decode("utf-8"): value.decode("utf-8") for name, value in fields.items()}
+            return cls.model_validate({**texts, "id": artifact_id, cls.score: score})
+        except UnicodeDecodeError:
+            reason = "not text"
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise bad_entry(artifact_id, reason)
+
+
+class Entry(HashEntry):
     """One artifact in the catalog.
 
     Args:
@@ -29,9 +66,8 @@ class Entry(BaseModel):
         created, last_used: seconds since the epoch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    score: ClassVar[str] = "last_used"
 
-    id: Sha256
     state: Literal["ready"] = "ready"
     blob: Name
     bytes: int = Field(ge=1)
@@ -46,30 +82,6 @@ class Entry(BaseModel):
     ratio: float = Field(ge=0)
     created: float
     last_used: float
-
-    def to_hash(self) -> dict[str, str]:
-        """The fields as the Redis hash holds them (`last_used` is kept in the recency set)."""
-        fields = self.model_dump(exclude={"id", "last_used"})
-        return {
-            name: repr(value) if isinstance(value, float) else str(value) for name, value in fields.items()
-        }
-
-    @classmethod
-    def from_hash(cls, artifact_id: str, fields: RedisHash, last_used: float) -> Entry:
-        """Parse what Redis answered.
-
-        Raises:
-            CatalogError: it is not a catalog entry.
-        """
-        try:
-            texts = {name.decode("utf-8"): value.decode("utf-8") for name, value in fields.items()}
-            return cls.model_validate({**texts, "id": artifact_id, "last_used": last_used})
-        except UnicodeDecodeError:
-            reason = "not text"
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise bad_entry(artifact_id, reason)
 
     @classmethod
     def of_manifest(cls, manifest: PrefixManifest, *, size: int, last_used: float) -> Entry:

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts.checked_file import (
     as_tensor,
+    check_tensors,
     lay_out,
     open_header,
     parse_manifest,
     read_checked,
-    read_range,
 )
 from xkv_artifacts.errors import CorruptArtifact, InvalidKey, InvalidNamespace, MissingTensor
 from xkv_artifacts.header import Header
@@ -104,15 +103,7 @@ def verify(file: BinaryIO) -> PrefixManifest:
         UnsupportedFormat: written by another version.
     """
     manifest, header = _open(file)
-    faults = []
-    for info in sorted(header.tensors.values(), key=lambda info: info.start):
-        digest = hashlib.sha256()
-        for part in read_range(file, info):
-            digest.update(part)
-        if digest.hexdigest() != manifest.tensors[info.name]:
-            faults.append(info.name)
-    if faults:
-        raise CorruptArtifact(f"tensor {', '.join(faults)}: the checksum does not match")
+    check_tensors(file, header, manifest.tensors)
     _check_id(manifest, read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS]))
     return manifest
 

@@ -1,4 +1,4 @@
-"""Artifact ids and block hashes: what says that two prefixes are the same.
+"""Artifact ids and block hashes: what says that two prefixes, or two calibrations, are the same.
 
 Everything here is a pure function of its arguments: no clock, no file name, never Python's `hash`.
 """
@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xkv_artifacts.errors import InvalidKey, InvalidNamespace
@@ -28,6 +28,7 @@ BLOCK_TOKENS = 64
 DIGEST_BYTES = 8
 
 _ID_DOMAIN = b"xkv-prefix-id-1"
+_CALIBRATION_DOMAIN = b"xkv-calibration-id-1"
 _BLOCK_DOMAIN = b"xkv-prefix-block-1"
 _WITHOUT_FIRST_BIT = bytes(byte & 0x7F for byte in range(256))
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -121,6 +122,34 @@ def artifact_id_of_bytes(fingerprint: str, namespace: str, tokens: bytes, spec: 
     return hashlib.sha256(b"".join(fields)).hexdigest()
 
 
+def calibration_id(fingerprint: str, sample: str, settings: Mapping[str, Any], content: Any) -> str:
+    """SHA-256 (hex) over all that decides what a calibration does.
+
+    Args:
+        fingerprint, sample: SHA-256 (hex) of the model, and of the token ids it was run over.
+        settings, content: plain JSON values: how it was made, and what came out (its tensors' checksums).
+
+    Raises:
+        InvalidKey: settings that JSON cannot hold.
+    """
+    texts = (fingerprint.encode("ascii"), sample.encode("ascii"))
+    fields = _framed(_CALIBRATION_DOMAIN, *texts, canonical_json(settings), canonical_json(content))
+    return hashlib.sha256(b"".join(fields)).hexdigest()
+
+
+def sample_sha256(documents: Iterable[TokenIds]) -> str:
+    """SHA-256 (hex) over each document's token ids, in order, each preceded by its length in bytes.
+
+    Raises:
+        InvalidKey: as `token_bytes`.
+    """
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in _framed(token_bytes(document)):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def joined_block_hashes(fingerprint: str, namespace: str, tokens: bytes) -> bytes:
     """A running digest after each full block of 64 tokens: equal digests mean equal prefixes up to there.
 
@@ -150,7 +179,7 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(_whole(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvalidKey(f"the compression spec is not plain JSON: {error}") from None
+        raise InvalidKey(f"the settings are not plain JSON: {error}") from None
     return text.encode("ascii")
 
 

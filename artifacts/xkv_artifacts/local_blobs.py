@@ -48,7 +48,7 @@ class LocalBlobStore(BlobStore):
                 root.mkdir(parents=True, exist_ok=True)
 
     def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
-        target = self.root / blob_name(artifact_id)
+        target = self._blob(artifact_id)
         with store_errors(f"write artifact {artifact_id} to", self.url):
             temporary, file = self._open_temporary(artifact_id)
             try:
@@ -67,31 +67,31 @@ class LocalBlobStore(BlobStore):
     def open(self, artifact_id: str) -> BinaryIO:
         with store_errors(f"read artifact {artifact_id} in", self.url):
             try:
-                return (self.root / blob_name(artifact_id)).open("rb")
+                return self._blob(artifact_id).open("rb")
             except (FileNotFoundError, NotADirectoryError):
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
 
     def exists(self, artifact_id: str) -> bool:
         with store_errors("look into", self.url):
-            return (self.root / blob_name(artifact_id)).is_file()
+            return self._blob(artifact_id).is_file()
 
     def size(self, artifact_id: str) -> int:
         with store_errors(f"read artifact {artifact_id} in", self.url):
             try:
-                return (self.root / blob_name(artifact_id)).stat().st_size
+                return self._blob(artifact_id).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
 
     def ids(self) -> Iterator[str]:
         with store_errors("list", self.url):
-            found = sorted((self.root / PREFIXES).glob(f"??/*{SUFFIX}"))
+            found = sorted((self.root / self.folder).glob(f"??/*{SUFFIX}"))
         for path in found:
-            artifact_id = id_of_name(path.relative_to(self.root).as_posix())
+            artifact_id = id_of_name(path.relative_to(self.root).as_posix(), self.folder)
             if artifact_id is not None:
                 yield artifact_id
 
     def remove(self, artifact_id: str) -> bool:
-        path = self.root / blob_name(artifact_id)
+        path = self._blob(artifact_id)
         with store_errors(f"remove artifact {artifact_id} from", self.url):
             try:
                 path.unlink()
@@ -105,9 +105,9 @@ class LocalBlobStore(BlobStore):
         with store_errors(f"quarantine artifact {artifact_id} in", self.url):
             _make_folder(target.parent)
             try:
-                (self.root / blob_name(artifact_id)).rename(target)
+                self._blob(artifact_id).rename(target)
             except FileNotFoundError:
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
             sync_folder(target.parent)
         return str(target)
 
@@ -136,6 +136,9 @@ class LocalBlobStore(BlobStore):
             return hashlib.sha256(os.fsencode(self.root.resolve())).hexdigest()[:32]
         self._write_store_file(path)
         return parse_store_file(path.read_bytes(), str(path))
+
+    def _blob(self, artifact_id: str) -> Path:
+        return self.root / blob_name(artifact_id, self.folder)
 
     def _write_store_file(self, path: Path) -> None:
         with store_errors("write", str(path)):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from xkv_artifacts.blobs import (
-    PREFIXES,
     QUARANTINE,
     STORE_FILE,
     SUFFIX,
@@ -43,41 +42,41 @@ class ObjectBlobStore(BlobStore):
 
     def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
         with self._errors(f"write artifact {artifact_id} to"):
-            return self._upload(self._path(blob_name(artifact_id)), write)
+            return self._upload(self._blob(artifact_id), write)
 
     def open(self, artifact_id: str) -> BinaryIO:
         with self._errors(f"read artifact {artifact_id} in"):
             try:
                 # Without read-ahead each read fetches its own byte range and no more.
-                file: BinaryIO = self._fs.open(self._path(blob_name(artifact_id)), "rb", cache_type="none")
+                file: BinaryIO = self._fs.open(self._blob(artifact_id), "rb", cache_type="none")
             except FileNotFoundError:
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
         return file
 
     def exists(self, artifact_id: str) -> bool:
         with self._errors("look into"):
-            return bool(self._fs.exists(self._path(blob_name(artifact_id))))
+            return bool(self._fs.exists(self._blob(artifact_id)))
 
     def size(self, artifact_id: str) -> int:
         with self._errors(f"read artifact {artifact_id} in"):
             try:
-                return int(self._fs.size(self._path(blob_name(artifact_id))))
+                return int(self._fs.size(self._blob(artifact_id)))
             except FileNotFoundError:
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
 
     def ids(self) -> Iterator[str]:
         with self._errors("list"):
             try:
-                paths = sorted(self._fs.find(self._path(PREFIXES)))
+                paths = sorted(self._fs.find(self._path(self.folder)))
             except FileNotFoundError:
                 paths = []
         for path in paths:
-            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"))
+            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"), self.folder)
             if artifact_id is not None:
                 yield artifact_id
 
     def remove(self, artifact_id: str) -> bool:
-        path = self._path(blob_name(artifact_id))
+        path = self._blob(artifact_id)
         with self._errors(f"remove artifact {artifact_id} from"):
             if not self._fs.exists(path):
                 return False
@@ -85,13 +84,13 @@ class ObjectBlobStore(BlobStore):
         return True
 
     def quarantine(self, artifact_id: str) -> str:
-        source, target = self._path(blob_name(artifact_id)), self._path(f"{QUARANTINE}/{artifact_id}{SUFFIX}")
+        source, target = self._blob(artifact_id), self._path(f"{QUARANTINE}/{artifact_id}{SUFFIX}")
         with self._errors(f"quarantine artifact {artifact_id} in"):
             try:
                 self._fs.copy(source, target)
                 self._fs.rm_file(source)
             except FileNotFoundError:
-                raise not_found(artifact_id, self.url) from None
+                raise not_found(artifact_id, self) from None
         return f"{self.url}/{QUARANTINE}/{artifact_id}{SUFFIX}"
 
     def remove_temporary(self) -> tuple[int, int]:
@@ -108,6 +107,9 @@ class ObjectBlobStore(BlobStore):
                 self._upload(path, lambda file: file.write(new_store_file()))
             # Read back: where two processes made the store at once, both use what the store kept.
             return parse_store_file(self._fs.cat_file(path), f"{self.url}/{STORE_FILE}")
+
+    def _blob(self, artifact_id: str) -> str:
+        return self._path(blob_name(artifact_id, self.folder))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -26,18 +26,20 @@ class Match:
 
 @dataclass(frozen=True)
 class Verification:
-    """What re-reading one artifact gave; `fault` is None when every byte is as written."""
+    """What re-reading one artifact or calibration gave; `fault` is None when every byte is as written."""
 
     artifact_id: str
     fault: str | None
+    calibration: bool = False
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What a catalog was rebuilt from: artifacts listed again, and blobs that could not be."""
+    """What a catalog was rebuilt from: what is listed again, and blobs that could not be."""
 
     artifacts: int
     faults: tuple[Verification, ...]
+    calibrations: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from xkv_artifacts.atomic_file import write_whole
 from xkv_artifacts.blobs import store_errors
-from xkv_artifacts.checked_file import as_tensor, lay_out, open_header, parse_manifest, read_checked
+from xkv_artifacts.checked_file import lay_out, open_header, parse_manifest, read_tensors
 from xkv_artifacts.errors import CorruptArtifact, StoreError, UnsupportedFormat, XKVError
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.header import Header
@@ -100,10 +100,7 @@ def read_session(file: BinaryIO) -> tuple[SessionManifest, dict[str, torch.Tenso
     """As `load_session`, from an open file."""
     header = open_header(file)
     manifest = _parse(header)
-    tensors = {}
-    for info in sorted(header.tensors.values(), key=lambda info: info.start):
-        tensors[info.name] = as_tensor(info, read_checked(file, info, manifest.tensors[info.name]))
-    return manifest, tensors
+    return manifest, read_tensors(file, header, manifest.tensors)
 
 
 def _parse(header: Header) -> SessionManifest:

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from xkv_artifacts.blobs import BlobStore, open_blob_store
+from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
-from xkv_artifacts.checked_blobs import CheckedBlobs
+from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import (
@@ -26,6 +27,7 @@ from xkv_artifacts.keys import check_namespace, token_bytes
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
+from xkv_artifacts.relisting import list_all, list_orphans
 from xkv_artifacts.reports import Match, Orphans, Rebuild, Verification
 from xkv_artifacts.token_cache import OwnedTokens, TokenCache
 
@@ -41,13 +43,14 @@ __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
 
 
 class ArtifactStore:
-    """A store of prefix artifacts with its catalog. Made by `open`; a context manager."""
+    """A store of prefix artifacts and calibrations with its catalog. Made by `open`; a context manager."""
 
     def __init__(self, blobs: BlobStore, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
         self.blobs = blobs
         self.catalog = catalog
+        self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
         self._embedded = embedded
-        self._checked = CheckedBlobs(blobs, self._forget)
+        self._checked = CheckedPrefixes(blobs, self._forget)
         self._tokens = TokenCache()
 
     @classmethod
@@ -187,15 +190,18 @@ class ArtifactStore:
         return max(found, key=lambda match: match.rank, default=None)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
-        """Re-read every byte of artifacts (all that are stored or listed, or `ids`); nothing is changed.
+        """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed.
 
         Raises:
             CatalogUnavailable, StoreError
         """
+        calibrations = self.calibrations.ids()
         if ids is None:
-            ids = sorted({*self.blobs.ids(), *self.catalog.ids()})
+            ids = [*sorted({*self.blobs.ids(), *self.catalog.ids()}), *calibrations]
         for artifact_id in ids:
-            yield Verification(artifact_id, self._checked.fault(artifact_id))
+            checked = self.calibrations if artifact_id in calibrations else self._checked
+            fault = checked.fault(artifact_id)
+            yield Verification(artifact_id, fault, checked is self.calibrations)
 
     def remove(self, artifact_id: str) -> bool:
         """Delete an artifact, its entry first; False when there was none.
@@ -225,15 +231,9 @@ class ArtifactStore:
             CatalogUnavailable, StoreError
         """
         files, size = self.blobs.remove_temporary()
-        listed = set(self.catalog.ids())
-        stored = set(self.blobs.ids())
-        dropped = sum(self.catalog.drop(artifact_id) for artifact_id in sorted(listed - stored))
-        found = 0
-        for artifact_id in sorted(stored - listed):
-            with suppress(CorruptArtifact, ArtifactNotFound, UnsupportedFormat):
-                self._list_blob(artifact_id)
-                found += 1
-        return Orphans(files, size, dropped, found)
+        dropped, found = list_orphans(self.blobs, self.catalog, self._list_blob)
+        more_dropped, more_found = self.calibrations.list_orphans()
+        return Orphans(files, size, dropped + more_dropped, found + more_found)
 
     def _fill_embedded(self) -> None:
         """An embedded catalog that is new or lost its data lists what the store holds before it is used."""
@@ -246,18 +246,10 @@ class ArtifactStore:
             _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
 
     def _list_all(self) -> Rebuild:
-        faults = []
-        count = 0
-        for artifact_id in self.blobs.ids():
-            try:
-                self._list_blob(artifact_id)
-                count += 1
-            except (CorruptArtifact, UnsupportedFormat) as error:
-                faults.append(Verification(artifact_id, error.message))
-            except ArtifactNotFound:
-                continue  # removed meanwhile
+        artifacts, faults = list_all(self.blobs, self._list_blob)
+        calibrations, more_faults = self.calibrations.list_all()
         self.catalog.set_built()
-        return Rebuild(count, tuple(faults))
+        return Rebuild(artifacts, (*faults, *more_faults), calibrations)
 
     def _list_blob(self, artifact_id: str) -> Entry:
         """List a blob in the catalog by what it says itself."""

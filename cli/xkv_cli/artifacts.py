@@ -65,7 +65,7 @@ def show(artifact: str, store_url: str, redis_url: str | None, as_json: bool) ->
 @store_options
 @json_option
 def verify(artifacts: tuple[str, ...], store_url: str, redis_url: str | None, as_json: bool) -> int:
-    """Re-read every byte of all artifacts, or of those given, and check it.
+    """Re-read every byte of all artifacts and calibrations, or of those given, and check it.
 
     Names each artifact that fails. Nothing is changed: a bad artifact is put aside when it is next loaded, or
     remove it with `xkv rm` and compute it again.
@@ -77,23 +77,25 @@ def verify(artifacts: tuple[str, ...], store_url: str, redis_url: str | None, as
 
     \b
     With --json, one object:
-      {"artifacts", "failed", "faults": [{"id", "reason"}]}
+      {"artifacts", "calibrations", "failed", "faults": [{"id", "reason"}]}
 
     Exit status: 0 every byte is as written, 1 some artifact is not.
     """
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import render
-    from xkv_workers.inventory import resolve
+    from xkv_workers.inventory import resolve_any
 
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
-        ids = [resolve(store, artifact) for artifact in artifacts] or None
+        ids = [resolve_any(store, artifact) for artifact in artifacts] or None
         results = list(store.verify(ids))
     bad = [result for result in results if result.fault is not None]
     if as_json:
         faults = [{"id": result.artifact_id, "reason": result.fault} for result in bad]
-        render.as_json({"artifacts": len(results), "failed": len(bad), "faults": faults})
+        calibrations = sum(result.calibration for result in results)
+        counts = {"artifacts": len(results) - calibrations, "calibrations": calibrations}
+        render.as_json({**counts, "failed": len(bad), "faults": faults})
     else:
-        render.verification(len(results), bad)
+        render.verification(results)
     return 1 if bad else 0
 
 

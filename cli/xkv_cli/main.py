@@ -26,6 +26,7 @@ _COMMANDS = {
     "show": ("xkv_cli.artifacts", "show"),
     "verify": ("xkv_cli.artifacts", "verify"),
     "rm": ("xkv_cli.artifacts", "rm"),
+    "calibrations": ("xkv_cli.calibrations", "calibrations"),
     "index": ("xkv_cli.store", "index"),
     "gc": ("xkv_cli.store", "gc"),
     "analyze": ("xkv_cli.analyze", "analyze"),

@@ -143,7 +143,7 @@ def entries(found: Sequence[Entry]) -> None:
                 size(entry.bytes),
                 f"{entry.ratio:.2f}x",
                 percent(entry.fidelity),
-                _date(entry.created)[:10],
+                date(entry.created)[:10],
             )
             for entry in found
         ],
@@ -164,7 +164,7 @@ def description(found: Description) -> None:
             ("model", f"{manifest.model.name} ({manifest.model.architecture}, {manifest.model.dtype})"),
             ("model fingerprint", manifest.model.fingerprint),
             ("namespace", manifest.namespace),
-            ("created", _date(manifest.created.timestamp())),
+            ("created", date(manifest.created.timestamp())),
             ("tokens", f"{manifest.tokens:,}"),
             ("exact cache", size(manifest.bytes_full)),
             ("stored", f"{size(found.bytes)} ({manifest.bytes_full / found.bytes:.2f}x less)"),
@@ -222,16 +222,27 @@ def _groups(manifest: PrefixManifest) -> None:
     )
 
 
-def verification(count: int, bad: Sequence[Verification]) -> None:
-    """How many artifacts are as written, each that is not, and what to do about those."""
-    sys.stdout.write(f"{count - len(bad)} of {count} artifacts are as written\n")
+def verification(results: Sequence[Verification]) -> None:
+    """How many artifacts and calibrations are as written, each that is not, and what to do about those."""
+    artifacts = [result for result in results if not result.calibration]
+    calibrations = [result for result in results if result.calibration]
+    if artifacts or not calibrations:
+        _verified(artifacts, "artifacts", "remove it with `xkv rm ID` and run xkv precompute again")
+    if calibrations:
+        hint = "remove it with `xkv calibrations rm ID` and run xkv calibrate again"
+        _verified(calibrations, "calibrations", hint)
+
+
+def _verified(results: Sequence[Verification], noun: str, hint: str) -> None:
+    bad = [result for result in results if result.fault is not None]
+    sys.stdout.write(f"{len(results) - len(bad)} of {len(results)} {noun} are as written\n")
     faults(bad)
     if bad:
-        sys.stderr.write("hint: remove it with `xkv rm ID` and run xkv precompute again\n")
+        sys.stderr.write(f"hint: {hint}\n")
 
 
 def faults(bad: Sequence[Verification]) -> None:
-    """Artifacts that cannot be used, on stderr."""
+    """Artifacts and calibrations that cannot be used, on stderr."""
     for result in bad:
         sys.stderr.write(f"failed {result.artifact_id}: {result.fault}\n")
 
@@ -246,7 +257,8 @@ def checks(found: Sequence[Check]) -> None:
     _console().print(listing)
 
 
-def _date(seconds: float) -> str:
+def date(seconds: float) -> str:
+    """A moment on this machine's clock, to the minute."""
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 

@@ -18,7 +18,7 @@ def index() -> None:
 def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
     """Make the catalog again from the store's files alone.
 
-    For a Redis that was emptied, replaced or damaged. Artifacts that cannot be read are named and left out.
+    For a Redis that was emptied, replaced or damaged. What cannot be read is named and left out.
 
     \b
     Example:
@@ -26,9 +26,9 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
 
     \b
     With --json, one object:
-      {"artifacts", "failed", "faults": [{"id", "reason"}]}
+      {"artifacts", "calibrations", "failed", "faults": [{"id", "reason"}]}
 
-    Exit status: 0 every artifact is listed, 1 some could not be read.
+    Exit status: 0 everything is listed, 1 something could not be read.
     """
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import render
@@ -37,9 +37,12 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
         result = store.rebuild()
     if as_json:
         faults = [{"id": bad.artifact_id, "reason": bad.fault} for bad in result.faults]
-        render.as_json({"artifacts": result.artifacts, "failed": len(faults), "faults": faults})
+        counts = {"artifacts": result.artifacts, "calibrations": result.calibrations}
+        render.as_json({**counts, "failed": len(faults), "faults": faults})
     else:
         click.echo(f"{result.artifacts} artifacts listed")
+        if result.calibrations:
+            click.echo(f"{result.calibrations} calibrations listed")
         render.faults(result.faults)
     return 1 if result.faults else 0
 
@@ -49,7 +52,7 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
 @store_options
 @json_option
 def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> int:
-    """Clean up the store. No artifact is ever deleted by this.
+    """Clean up the store. No artifact or calibration is ever deleted by this.
 
     Deletes temporary files of dead writers, drops catalog entries without a file, and lists files without an
     entry. Safe while other processes work.

@@ -1,4 +1,4 @@
-"""A reader of prefix blobs written from docs/format.md alone, with the standard library alone."""
+"""A reader of every format written from docs/format.md alone, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ def read_session(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
     return manifest, tensors
 
 
+def read_calibration(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
+    """A calibration, as `read`."""
+    manifest, tensors = _read(blob, "xkv-calibration")
+    content = {
+        "groups": manifest["groups"],
+        "tensors": {
+            name: [dtype, shape, hashlib.sha256(data).hexdigest()]
+            for name, (dtype, shape, data) in tensors.items()
+        },
+    }
+    fields = [
+        b"xkv-calibration-id-1",
+        manifest["model"]["fingerprint"].encode(),
+        manifest["sample"]["sha256"].encode(),
+        _canonical(manifest["settings"]),
+        _canonical(content),
+    ]
+    assert _framed_sha256(fields) == manifest["id"]
+    return manifest, tensors
+
+
 def _read(blob: bytes, kind: str) -> tuple[dict[str, Any], _Tensors]:
     (length,) = struct.unpack("<Q", blob[:8])
     header = blob[8 : 8 + length]
@@ -50,12 +71,20 @@ def _read(blob: bytes, kind: str) -> tuple[dict[str, Any], _Tensors]:
 
 
 def artifact_id(manifest: dict[str, Any], tokens: bytes) -> str:
-    spec = {key: int(v) if isinstance(v, float) and v == int(v) else v for key, v in manifest["spec"].items()}
     fields = [
         b"xkv-prefix-id-1",
         manifest["model"]["fingerprint"].encode(),
         manifest["namespace"].encode(),
         tokens,
-        json.dumps(spec, sort_keys=True, separators=(",", ":")).encode(),
+        _canonical(manifest["spec"]),
     ]
+    return _framed_sha256(fields)
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    whole = {key: int(v) if isinstance(v, float) and v == int(v) else v for key, v in value.items()}
+    return json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _framed_sha256(fields: list[bytes]) -> str:
     return hashlib.sha256(b"".join(struct.pack("<Q", len(field)) + field for field in fields)).hexdigest()

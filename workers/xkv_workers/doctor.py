@@ -121,8 +121,9 @@ def _redis(store_url: str, redis_url: str | None) -> Check:
         server = link.call(lambda client: client.info("server"))
         memory = link.call(lambda client: client.info("memory"))
         found = str(server["redis_version"])
-        count = len(store.entries(on_fault=lambda fault: None))
-    detail = f"{found} at {link.shown_url}, {count} artifacts listed"
+        artifacts = len(store.entries(on_fault=lambda fault: None))
+        calibrations = len(store.calibrations.entries(on_fault=lambda fault: None))
+    detail = f"{found} at {link.shown_url}, {artifacts} artifacts and {calibrations} calibrations listed"
     if tuple(map(int, found.split(".")[:2])) < _OLDEST_REDIS:
         return Check("redis", "failed", detail, "use Redis 6.2 or newer")
     policy = memory.get("maxmemory_policy", "noeviction")

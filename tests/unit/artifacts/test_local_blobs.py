@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import pytest
 
-from xkv_artifacts.blobs import blob_name, id_of_name, local_path, open_blob_store
+from xkv_artifacts.blobs import CALIBRATIONS, blob_name, id_of_name, local_path, open_blob_store
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
 from xkv_artifacts.local_blobs import LocalBlobStore
 
@@ -48,6 +48,19 @@ def test_a_blob_comes_back_and_goes(blobs: LocalBlobStore) -> None:
     for action in (blobs.open, blobs.size, blobs.quarantine):
         with pytest.raises(ArtifactNotFound, match=ID):
             action(ID)
+
+
+def test_folders_of_a_store_share_nothing_but_the_store(blobs: LocalBlobStore) -> None:
+    calibrations = blobs.of(CALIBRATIONS)
+    calibrations.put(ID, lambda file: file.write(b"one"))
+    put(blobs, b"two two", OTHER)
+    assert files(blobs) == {f"calibrations/ab/{ID}.safetensors", f"prefixes/cd/{OTHER}.safetensors"}
+    assert list(calibrations.ids()) == [ID] and list(blobs.ids()) == [OTHER]
+    assert calibrations.exists(ID) and not blobs.exists(ID) and calibrations.size(ID) == 3
+    with pytest.raises(ArtifactNotFound, match="prefixes"):
+        blobs.open(ID)
+    assert Path(calibrations.quarantine(ID)).read_bytes() == b"one"
+    assert id_of_name(blob_name(ID, CALIBRATIONS)) is None
 
 
 def test_quarantine_moves_the_blob_away(blobs: LocalBlobStore) -> None:

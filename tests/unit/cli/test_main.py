@@ -14,7 +14,20 @@ from click.testing import CliRunner
 from xkv_cli.main import xkv
 
 XKV = [sys.executable, "-m", "xkv_cli"]
-COMMANDS = ["precompute", "ask", "ls", "show", "verify", "rm", "index", "gc", "analyze", "eval", "doctor"]
+COMMANDS = [
+    "precompute",
+    "ask",
+    "ls",
+    "show",
+    "verify",
+    "rm",
+    "index rebuild",
+    "gc",
+    "analyze",
+    "eval",
+    "doctor",
+]
+COMMANDS += [f"calibrations {command}" for command in ("ls", "show", "rm")]
 HEAVY = ("torch", "ray", "transformers", "redis", "pydantic", "numpy", "fsspec")
 
 
@@ -22,6 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
     for arguments in (
         ["--help"],
         ["ls", "--help"],
+        ["calibrations", "ls", "--help"],
         ["precompute", "--help"],
         ["eval", "--help"],
         ["ask", "--help"],
@@ -48,8 +62,7 @@ def timed(command: list[str]) -> float:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
-    arguments = ["index", "rebuild"] if command == "index" else [command]
-    done = CliRunner().invoke(xkv, [*arguments, "--help"])
+    done = CliRunner().invoke(xkv, [*command.split(), "--help"])
     assert done.exit_code == 0
     assert "Example" in done.output and "--json" in done.output
 

@@ -1,0 +1,51 @@
+"""Checked reads of prefix artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, BinaryIO
+
+from xkv_artifacts import format as blob_format
+from xkv_artifacts.blobs import BlobStore
+from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
+from xkv_artifacts.manifest import PrefixManifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CheckedPrefixes:
+    """What `CheckedBlobs` gives of prefixes. Every method but `fault` raises as its `read`."""
+
+    def __init__(self, blobs: BlobStore, forget: Callable[[str], None]) -> None:
+        self._checked = CheckedBlobs(blobs, forget)
+
+    def read_prefix(
+        self, artifact_id: str, names: Iterable[str] | None
+    ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
+        """The manifest and the tensors, all or only `names`. Raises MissingTensor too."""
+
+        def read(file: BinaryIO) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
+            manifest, tensors = blob_format.read_prefix(file, names)
+            return of_id(artifact_id, manifest), tensors
+
+        return self._checked.read(artifact_id, read)
+
+    def read_manifest(self, artifact_id: str) -> PrefixManifest:
+        """The manifest alone."""
+        return self._checked.read(
+            artifact_id, lambda file: of_id(artifact_id, blob_format.read_manifest(file))
+        )
+
+    def read_tokens(self, artifact_id: str) -> tuple[PrefixManifest, bytes]:
+        """The manifest and the token ids as little-endian int32 bytes."""
+
+        def read(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
+            manifest, tokens = blob_format.read_tokens(file)
+            return of_id(artifact_id, manifest), tokens
+
+        return self._checked.read(artifact_id, read)
+
+    def fault(self, artifact_id: str) -> str | None:
+        """Read every byte; what is wrong, or None. Nothing is moved. Raises StoreError."""
+        return self._checked.fault(artifact_id, blob_format.verify)

@@ -1,0 +1,100 @@
+"""`xkv calibrations`: what models' layers share, as the store keeps it."""
+
+from __future__ import annotations
+
+import click
+
+from xkv_cli.options import json_option, store_options
+
+
+@click.group()
+def calibrations() -> None:
+    """What a model's layers share, measured once; artifacts made with it need it.
+
+    \b
+    Examples:
+      xkv calibrations ls
+      xkv calibrations show 3fa9c1
+    """
+
+
+@calibrations.command()
+@store_options
+@json_option
+def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """List the calibrations in the store, newest first.
+
+    \b
+    Examples:
+      xkv calibrations ls
+      xkv calibrations ls --json | jq '.calibrations[].id'
+
+    \b
+    With --json, one object:
+      {"calibrations": [{"id", "model", "fingerprint", "documents", "tokens", "groups", "created", "bytes"}]}
+    """
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import calibration_render, render
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        entries = store.calibrations.entries(
+            on_fault=lambda fault: render.complain(fault.message, fault.hint)
+        )
+    if as_json:
+        render.as_json({"calibrations": [entry.model_dump(mode="json") for entry in entries]})
+    else:
+        calibration_render.entries(entries)
+    return 0
+
+
+@calibrations.command()
+@click.argument("calibration", metavar="ID")
+@store_options
+@json_option
+def show(calibration: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """Show one calibration: model, sample, settings, groups, figures.
+
+    ID may be shortened to its first digits (4 or more) as long as they are unique. Of the figures, lists and
+    tables are left out.
+
+    \b
+    Examples:
+      xkv calibrations show 3fa9c1
+      xkv calibrations show 3fa9c1 --json
+    """
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import calibration_render, render
+    from xkv_workers.inventory import describe_calibration, resolve_calibration
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        found = describe_calibration(store, resolve_calibration(store, calibration))
+    render.as_json(found.as_dict()) if as_json else calibration_render.description(found)
+    return 0
+
+
+@calibrations.command()
+@click.argument("calibration", metavar="ID")
+@store_options
+@json_option
+def rm(calibration: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
+    """Remove one calibration from the store and the catalog. Artifacts made with it cannot be used any more.
+
+    \b
+    Example:
+      xkv calibrations rm 3fa9c1
+
+    \b
+    With --json, one object:
+      {"removed": ID}
+    """
+    from xkv_artifacts.errors import ArtifactNotFound
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+    from xkv_workers.inventory import resolve_calibration
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        found = resolve_calibration(store, calibration)
+        if not store.calibrations.remove(found):
+            raise ArtifactNotFound(f"calibration {found} is not in {store_url}")
+    render.as_json({"removed": found}) if as_json else click.echo(f"removed {found}")
+    return 0

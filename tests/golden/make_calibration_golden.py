@@ -1,0 +1,67 @@
+"""Writes the golden calibration of a format version. Run once per version; the file is never made again.
+
+python tests/golden/make_calibration_golden.py tests/golden/calibration-v1.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from make_prefix_golden import FINGERPRINT, TOKEN_IDS, ramp
+
+from xkv_artifacts.calibration_format import (
+    CalibrationManifest,
+    CalibrationSample,
+    identified,
+    write_calibration,
+)
+from xkv_artifacts.keys import sample_sha256
+from xkv_artifacts.manifest import ModelIdentity
+
+GROUPS = ((0, 1), (3, 4))
+DOCUMENTS = (TOKEN_IDS, TOKEN_IDS[:7])
+
+
+def golden_calibration_tensors() -> dict[str, torch.Tensor]:
+    """Layers of one head of four dimensions: 8 features a group, of which 5 or 3 directions are kept."""
+    tensors = {}
+    for group, layers in enumerate(GROUPS):
+        for kind, rank in (("key", 5), ("value", 3)):
+            tensors[f"group.{group}.{kind}.bases"] = ramp(torch.float32, rank, 8)
+            tensors[f"group.{group}.{kind}.energies"] = ramp(torch.float32, 8).abs()
+            for layer in layers:
+                tensors[f"layer.{layer}.{kind}.metric"] = ramp(torch.float32, 1, 4, 4)
+        for layer in layers:
+            tensors[f"layer.{layer}.planes"] = torch.tensor([[[1, 3], [0, 2]]], dtype=torch.int16)
+    return tensors
+
+
+def golden_calibration_manifest() -> CalibrationManifest:
+    manifest = CalibrationManifest(
+        model=ModelIdentity(
+            fingerprint=FINGERPRINT, name="acme/tiny", architecture="Llama", dtype="bfloat16"
+        ),
+        sample=CalibrationSample(
+            documents=len(DOCUMENTS), tokens=sum(map(len, DOCUMENTS)), sha256=sample_sha256(DOCUMENTS)
+        ),
+        settings={"group_size": 2, "ratio": 8.0, "ridge": 0.001, "text": "Größe", "limit": None},
+        groups=GROUPS,
+        figures={"seconds": 1.5, "note": "漢字 🙂", "kept": {"key": [5, 5], "value": [3, 3]}},
+        created=datetime(2026, 11, 26, 8, 0, 0, 123456, tzinfo=timezone.utc),
+    )
+    return identified(manifest, golden_calibration_tensors())
+
+
+def main() -> None:
+    target = Path(sys.argv[1])
+    if target.exists():
+        sys.exit(f"{target} exists: a golden file is made once and kept")
+    with target.open("xb") as file:
+        write_calibration(file, golden_calibration_manifest(), golden_calibration_tensors())
+
+
+if __name__ == "__main__":
+    main()
