@@ -17,6 +17,7 @@ from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
+from xkv_service.numeric import is_integer
 
 # A model object, where and in which dtype it is, and tokens of the prefix.
 _Place = tuple[int, torch.device, torch.dtype, int]
@@ -69,7 +70,7 @@ class Prefix:
 
 def _checked(factors: PrefixFactors, tokens: int | None) -> int:
     count = factors.tokens if tokens is None else tokens
-    if not isinstance(count, int) or not 0 < count <= factors.tokens:
+    if not is_integer(count) or not 0 < count <= factors.tokens:
         raise InvalidSpec(
             f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {factors.tokens}"
         )
