@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from xkv_cli.new_file import NewFile
 from xkv_cli.options import ManyValues, json_option
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -95,7 +96,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=NewFile(),
     metavar="FILE",
     help="Write the results with every single score, as JSON; kept up to date while they are made.",
 )
@@ -144,18 +145,16 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     from xkv_cli import evaluation_render
     from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {out.resolve().parent}")
     try:
         results = _measured(options, out)
     except (InvalidSpec, ModelNotFound, DeviceUnavailable) as error:
         raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
-    if out is not None:
-        evaluation_render.to_file(results, out)
     if as_json:
         evaluation_render.as_json(results)
     else:
         evaluation_render.results(results)
+    if out is not None:
+        evaluation_render.to_file(results, out)
     return 0
 
 
