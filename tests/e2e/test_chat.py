@@ -158,6 +158,12 @@ def test_a_saved_conversation_goes_on(chat: Talk, artifact: str, tmp_path: Path)
     assert about.code == 1 and "another document" in about.err
 
 
+@pytest.mark.parametrize("file", ["/no/such/folder/talk.xkv", "/proc/talk.xkv", "."])
+def test_a_file_that_cannot_be_saved_to_is_refused_before_the_talk(chat: Talk, file: str) -> None:
+    done = chat(["What?"], "--doc", DOCUMENT, "--session", file)
+    assert done.code == 2 and done.out == "" and "--session" in done.err
+
+
 def test_a_line_that_cannot_be_answered_is_told_and_the_rest_goes_on(chat: Talk, artifact: str) -> None:
     question, answer = _facts(1)[0]
     done = chat(["/nonsense", "x<|end|>", "/exact", "/save", question], "--artifact", artifact)
