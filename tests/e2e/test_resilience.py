@@ -90,12 +90,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.slow
-def test_killed_drivers_and_workers_lose_nothing(tiny_model: Path) -> None:
+def test_killed_drivers_and_workers_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "crash_test.py"
     command = [sys.executable, str(tool), "--points", "2", "--documents", "8", "--model", str(tiny_model)]
+    command += ["--json", str(tmp_path / "crash_test.json")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "crash_test.json").read_text())
+    assert len(written["rows"]) == 2 and {"command", "machine", "versions"} <= set(written)
 
 
 def test_a_document_that_kills_its_worker_is_given_up_and_the_others_finish(
