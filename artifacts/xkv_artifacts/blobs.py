@@ -188,6 +188,8 @@ def store_errors(doing: str, url: str) -> Iterator[None]:
 def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left"
+    if error.errno == errno.EEXIST:
+        return "it is a file"
     return str(error.strerror or error or type(error).__name__).splitlines()[0][:300]
 
 
@@ -200,4 +202,8 @@ def _hint(error: OSError) -> str:
         return "the file system is read-only; use another store"
     if isinstance(error, PermissionError):
         return "check who owns the store, its permissions or credentials"
-    return ""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is in the way; give a folder"
+    if error.errno == errno.ENOENT:
+        return "no folder can be made there; check the path, or the bucket's name"
+    return "check the store's place, or use another store"
