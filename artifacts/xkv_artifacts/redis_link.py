@@ -70,12 +70,16 @@ class RedisLink:
             if self._revive is not None:
                 self._revive()
 
-    def script(self, text: str, keys: list[str], arguments: list[str | bytes], **options: float) -> Any:
+    def script(
+        self, text: str, keys: list[str], arguments: list[str | bytes], *, patience_s: float | None = None
+    ) -> Any:
         """Run a Lua script (sent once, then by its hash). Raises as `call`."""
         if text not in self._scripts:
             self._scripts[text] = self._client.register_script(text)
         script = self._scripts[text]
-        return self.call(lambda client: script(keys=keys, args=arguments, client=client), **options)
+        return self.call(
+            lambda client: script(keys=keys, args=arguments, client=client), patience_s=patience_s
+        )
 
     def check(self) -> None:
         """Ask whether Redis is there: once, unless it is an embedded server that can be brought back.

@@ -183,6 +183,25 @@ def test_redis_lost_in_mid_run_and_back_empty(
     assert len(xkv("ls", "--store", store, *redis, "--json").json["artifacts"]) == 8
 
 
+@pytest.mark.slow
+def test_redis_lost_in_mid_run_for_good(
+    arguments: list[str], xkv: Xkv, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    store, redis = tmp_path / "store", ["--redis", redis_server.url]
+    killing = when(lambda: blobs(store), redis_server.kill)
+    done = xkv(*arguments, *redis)
+    killing.join()
+    assert (done.code, done.out) == (1, "")
+    error, hint = done.err.splitlines()[-2:]  # before them a note, when a worker found out first
+    assert error.startswith("error: Redis at unix:") and "does not answer" in error
+    assert hint.startswith("hint: start Redis") and "Traceback" not in done.err
+
+    redis_server.start()
+    again = xkv(*arguments, *redis).json
+    assert again["failed"] == 0 and again["computed"] + again["reused"] == 8
+    assert again["reused"] > 0, "what was published before is there"
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_no_half_blob(
     arguments: list[str], xkv: Xkv, redis_server: RedisServer, tmp_path: Path
 ) -> None:
