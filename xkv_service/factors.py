@@ -146,7 +146,7 @@ class PrefixFactors:
         }
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor under its stored name (docs/format.md), on the CPU and contiguous."""
+        """Every tensor by its stored name, on the CPU and contiguous; docs/format.md has the shapes."""
         from xkv_service.factor_tensors import to_tensors
 
         return to_tensors(self)
@@ -154,6 +154,9 @@ class PrefixFactors:
     @classmethod
     def from_tensors(cls, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixFactors:
         """The factors that `to_tensors` was called on, from a file's tensors, which are not trusted.
+
+        Args:
+            manifest: says how many of which shape there are. tensors: by stored name, as docs/format.md.
 
         Raises:
             CorruptArtifact: a tensor is missing, unknown, or not of the shape and dtype the manifest says.

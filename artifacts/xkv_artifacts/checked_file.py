@@ -128,6 +128,11 @@ def _check_names(digests: Mapping[str, Any], header: Header) -> None:
 
 
 def read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces of at most `CHUNK_BYTES`.
+
+    Raises:
+        CorruptArtifact: the file ends before the tensor does.
+    """
     file.seek(info.start)
     left = info.nbytes
     while left:
@@ -157,6 +162,7 @@ def read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
 
 
 def as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:
+    """The tensor of the shape and dtype in `info` that lives in `buffer`, not copied."""
     import torch
 
     dtype = getattr(torch, _TORCH_NAMES[info.dtype])

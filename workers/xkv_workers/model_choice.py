@@ -37,14 +37,17 @@ class ChosenModel:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 over config, weights and dtype: what an artifact is made with."""
         return self.files.identity.fingerprint
 
     @property
     def layout(self) -> ModelLayout:
+        """The layout of the model's cache; raises UnsupportedModel when it cannot be compressed."""
         return self.files.layout
 
     @property
     def context_window(self) -> int | None:
+        """Most tokens the model can take, or None when its config does not say."""
         return self.files.context_window
 
     @property

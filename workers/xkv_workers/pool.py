@@ -88,6 +88,7 @@ class WorkerPool:
 
     @property
     def busy(self) -> bool:
+        """Whether some worker computes."""
         return any(slot.batches for slot in self.slots)
 
     @property

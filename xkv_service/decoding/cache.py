@@ -117,6 +117,12 @@ class XKVCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to a layer's tail and return what the model's attention is to see of it.
 
+        Args:
+            key_states, value_states: of t new tokens, keys rotated: [rows, kv_heads, t, D].
+
+        Returns:
+            Keys and values, [rows, kv_heads, n + t, D] of the tail's n + t tokens; of a window those in it.
+
         Raises:
             CacheMisuse: the model is not inside `enable_xkv`, so that its own attention would miss the
                 prefix, or it is another one than the cache was made for.
@@ -150,12 +156,12 @@ class XKVCache(Cache):  # type: ignore[misc]
         return self.fork()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the tails of other rows of the batch."""
+        """Take the tails of other rows of the batch: of row beam_idx[i] (int64 [rows]) in row i."""
         super().reorder_cache(beam_idx)
         self.tail_ids = self.tail_ids.rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
+        """Keep the rows of the batch that int64 [kept] names, in that order."""
         super().batch_select_indices(indices)
         self.tail_ids = self.tail_ids.rows(indices)
 

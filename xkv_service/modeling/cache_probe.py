@@ -32,9 +32,11 @@ class CacheProbe:
     _entered: dict[int, nn.Module] = field(default_factory=dict)
 
     def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
+        """Count the heads of queries [rows, heads, t, D] that reached a layer's attention."""
         self.query_heads[int(module.layer_idx)] = query.shape[1]  # type: ignore[arg-type]
 
     def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Keep what an attention module was called with, by name."""
         self._entered[int(module.layer_idx)] = module  # type: ignore[arg-type]
         self.arguments[id(module)] = arguments
 
