@@ -140,7 +140,8 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     "difference" is to full over the same questions; standard errors are over documents; "bytes" counts
     everything stored, and "ratio" is bytes_full / bytes.
 
-    Exit status: 0 all is well, 1 something failed, 2 wrong usage, 130 interrupted.
+    Exit status: 0 all is well, 1 something failed or could not be measured (the row's "note" says why), 2
+    wrong usage, 130 interrupted.
     """
     from xkv_cli import evaluation_render
     from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
@@ -155,7 +156,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
         evaluation_render.results(results)
     if out is not None:
         evaluation_render.to_file(results, out)
-    return 0
+    return 1 if any("note" in row for row in results.rows()) else 0
 
 
 def _measured(options: dict[str, Any], out: Path | None) -> Any:

@@ -40,7 +40,7 @@ def test_a_person_gets_a_table(xkv: Xkv) -> None:
         "eval", "--lengths", "600", "--samples", "5", "--protocol", "five-turns", "--methods", "xkv:ratio=3",
         "xkv:ratio=900", "--device", "cpu",
     )  # fmt: skip
-    assert done.code == 0, done.err
+    assert done.code == 1, "one method could not be measured"
     head, full, xkv_row, missed = done.out.splitlines()
     assert " ".join(head.split()) == "task length method accuracy to full stored ratio n by turn"
     assert "1.00x" in full and full.rstrip().endswith("1.000 1.000 1.000 1.000 1.000")
