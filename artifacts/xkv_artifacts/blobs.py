@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
@@ -161,6 +161,7 @@ def parse_store_file(content: bytes, where: str) -> str:
     """
     try:
         fields = json.loads(content)
+        _refuse_later(fields, where)
         store_id = str(fields.pop("id"))
         known = fields == _STORE_FORMAT and uuid.UUID(hex=store_id).hex == store_id
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -170,6 +171,15 @@ def parse_store_file(content: bytes, where: str) -> str:
             f"{where} is not a store description that this version reads", hint=f"delete {where}"
         )
     return store_id
+
+
+def _refuse_later(fields: dict[str, Any], where: str) -> None:
+    """Deleting what a later version wrote would give its store another id."""
+    if fields.get("format") == _STORE_FORMAT["format"] and fields.get("version") != _STORE_FORMAT["version"]:
+        raise StoreError(
+            f"{where} is of version {fields.get('version')!r}, and this one reads {_STORE_FORMAT['version']}",
+            hint="upgrade xkv-service, or use another store",
+        )
 
 
 @contextmanager

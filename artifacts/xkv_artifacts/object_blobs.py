@@ -131,11 +131,12 @@ class ObjectBlobStore(BlobStore):
             with store_errors(doing, self.url):
                 yield
         except ImportError as error:
-            raise StoreError(
-                f"cannot {doing} {self.url}: {error}", hint='pip install "xkv-service[s3]"'
-            ) from None
+            s3 = self.url.startswith(("s3:", "s3a:"))
+            hint = 'pip install "xkv-service[s3]"' if s3 else "install that package beside xkv-service"
+            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}", hint=hint) from None
         except ValueError as error:
-            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}") from None
+            hint = "give a folder, or a URL such as s3://bucket/path"
+            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}", hint=hint) from None
         except _client_errors() as error:
             hint = "check credentials, region and endpoint (AWS_* variables)"
             raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}", hint=hint) from None

@@ -190,7 +190,7 @@ def test_system_prompts_and_raw_text_come_back_from_an_artifact(xkv: Xkv, tmp_pa
         (["--artifact", "zz"], 1, "is not an artifact id"),
         (["--doc", ROOT / "examples"], 1, "is a folder"),
         (["--doc", ROOT / "Makefile"], 1, "are not read"),
-        ([], 2, "nothing to talk about"),
+        ([], 2, "nothing to talk about: give --doc or --artifact\n"),
         (["--doc", DOCUMENT, "--artifact", "0000"], 2, "give one of them"),
         (["--doc", DOCUMENT, "--budget", "0"], 2, "budget=0"),
         (["--doc", DOCUMENT, "--budget", "x"], 2, "neither tokens"),

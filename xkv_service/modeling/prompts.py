@@ -95,6 +95,15 @@ def render_prefix(
     return ids
 
 
+def check_template(tokenizer: Any, *, system_prompt: str | None = None, template: Template = "chat") -> None:
+    """Refuse a tokenizer with which no document at all has a prefix. Arguments as `render_prefix`.
+
+    Raises:
+        InvalidPrompt: no chat template, or one that fails, takes no system prompt or begins with the date.
+    """
+    _Chat(tokenizer, system_prompt, template).check("A document.")
+
+
 def refuse_special_tokens(tokenizer: Any, text: str, what: str) -> None:
     """Refuse a document or a message that could end its own turn and speak as somebody else.
 
