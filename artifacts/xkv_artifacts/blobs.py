@@ -28,7 +28,6 @@ class BlobStore(ABC):
     """Blobs by artifact id. A blob under its own name is complete: it appears in one step or not at all."""
 
     url: str
-    writable_hint = "check the store's permissions"
 
     @abstractmethod
     def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:

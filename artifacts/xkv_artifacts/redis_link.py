@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from xkv_artifacts.errors import CatalogError, CatalogUnavailable
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable, first_line
 
 if TYPE_CHECKING:
     import redis
@@ -64,7 +64,9 @@ class RedisLink:
                     ) from None
             except redis.RedisError as error:
                 hint = "if the catalog is damaged: xkv index rebuild"
-                raise CatalogError(f"Redis at {self.shown_url} refused: {_line(error)}", hint=hint) from None
+                raise CatalogError(
+                    f"Redis at {self.shown_url} refused: {first_line(error)}", hint=hint
+                ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             if self._revive is not None:
@@ -85,7 +87,7 @@ class RedisLink:
         """Ask whether Redis is there: once, unless it is an embedded server that can be brought back.
 
         Raises:
-            CatalogUnavailable
+            CatalogUnavailable, first_line
         """
         self.call(lambda client: client.ping(), patience_s=None if self._revive else 0)
 
@@ -99,7 +101,9 @@ class RedisLink:
         return mask_password(self.url)
 
     def _unavailable(self, error: Exception, hint: str) -> CatalogUnavailable:
-        return CatalogUnavailable(f"Redis at {self.shown_url} does not answer: {_line(error)}", hint=hint)
+        return CatalogUnavailable(
+            f"Redis at {self.shown_url} does not answer: {first_line(error)}", hint=hint
+        )
 
 
 def connect(url: str) -> redis.Redis:
@@ -138,7 +142,3 @@ def mask_password(url: str) -> str:
     if at and ":" in userinfo:
         userinfo = userinfo.split(":", 1)[0] + ":***"
     return f"{parts.scheme}://{userinfo}{at}{host}{parts.path}" if parts.scheme else url
-
-
-def _line(error: Any) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

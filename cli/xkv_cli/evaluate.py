@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from xkv_cli.new_file import NewFile
-from xkv_cli.options import ManyValues, json_option
+from xkv_cli.options import ManyValues, json_option, wrong_usage
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -149,7 +149,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     try:
         results = _measured(options, out)
     except (InvalidSpec, ModelNotFound, DeviceUnavailable) as error:
-        raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
+        raise wrong_usage(error) from None
     if as_json:
         evaluation_render.as_json(results)
     else:

@@ -10,11 +10,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
 from xkv_service.decoding.fold import FOLD_ERROR, fold_tail
-from xkv_service.decoding.folded_prefix import folded_bytes
 from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.decoding.state_layer import StateLayer
+from xkv_service.decoding.tail_bytes import tail_bytes
 from xkv_service.decoding.tail_ids import TailIds
 from xkv_service.decoding.xkv_attention import attend_next, is_enabled
 from xkv_service.errors import CacheMisuse
@@ -212,14 +212,8 @@ class XKVCache(Cache):  # type: ignore[misc]
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the tail, folded tokens included: what one more session costs."""
-        total = folded_bytes(
-            layer.selection.prefix for layer in self.layers if isinstance(layer, PrefixLayer)
-        )
-        for layer in self.layers:
-            if isinstance(layer, PrefixLayer) and layer.keys is not None and layer.values is not None:
-                total += layer.keys.nbytes + layer.values.nbytes
-        return total
+        """Bytes of the tail, folded tokens, windows and states included: what one more session costs."""
+        return tail_bytes(self, self.prefix.tokens)
 
     @property
     def rebuilt_tokens(self) -> float:

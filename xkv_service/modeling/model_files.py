@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from xkv_artifacts.errors import first_line
 from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.errors import InvalidSpec, ModelNotFound
@@ -160,12 +161,6 @@ def context_window(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message: Transformers' go on for paragraphs."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _folder(name_or_path: str | Path) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from xkv_artifacts.errors import first_line
 from xkv_service.errors import InvalidPrompt
 
 Template = Literal["chat", "raw"]
@@ -137,7 +138,7 @@ def apply_template(tokenizer: Any, messages: Messages, **options: Any) -> Any:
         if messages and messages[0]["role"] == "system" and _mentions_system(error):
             raise _no_system_prompt() from error
         raise InvalidPrompt(
-            f"the chat template fails: {_one_line(error)}", hint="use --template raw"
+            f"the chat template fails: {first_line(error)}", hint="use --template raw"
         ) from error
 
 
@@ -241,7 +242,3 @@ def _no_system_prompt() -> InvalidPrompt:
 
 def _mentions_system(error: Exception) -> bool:
     return "system" in str(error).lower()
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from xkv_artifacts.errors import first_line
 from xkv_service.errors import InvalidPrompt
 from xkv_service.modeling.inspect import InspectedModel
-from xkv_service.modeling.model_files import context_window, first_line
+from xkv_service.modeling.model_files import context_window
 from xkv_service.modeling.observation import observe
 from xkv_service.modeling.rotary_probe import PositionEmbeddings
 from xkv_service.modeling.rotary_source import (
