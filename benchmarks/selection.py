@@ -28,7 +28,7 @@ from xkv_service import CompressionSpec, SelectionSpec, XKVCache, enable_xkv
 from xkv_service.compression import factorize_prefill
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer
-from xkv_service.demo import demo_model_path
+from xkv_service.demo import demo_model_path, ruler_tasks
 from xkv_service.evaluation import Chat
 from xkv_service.evaluation.tasks.base import Room, Sample
 from xkv_service.evaluation.tasks.registry import find_tasks
@@ -40,15 +40,7 @@ from xkv_service.selection.landmarks import landmarks
 from xkv_service.selection.sketch import candidate_planes, choose_planes
 from xkv_service.selection.spec import Granularity, SelectorKind
 
-NEEDLES = (
-    "demo_niah_single_1",
-    "demo_niah_multikey_1",
-    "demo_niah_multikey_2",
-    "demo_niah_multikey_3",
-    "demo_niah_multivalue",
-    "demo_niah_multiquery",
-    "demo_variable_tracking",
-)
+NEEDLES = tuple(f"demo_{name}" for name in ruler_tasks.TASKS)
 SETS = {"documents": ("demo_documents",), "needles": NEEDLES}
 Index = Callable[[Prefill, int], Scorer]
 
@@ -139,13 +131,17 @@ def rows() -> Iterator[Row]:
         spec = _spec("landmark", 256, granularity)
         yield Row("landmarks of 8, 16 outlier chunks", spec, *landmark(8), outliers=16)
     yield Row("sketch, 4 planes, 16 outlier chunks", _spec("sketch", 64), *sketch(4, 4), outliers=16)
+    yield Row("sketch, 8 planes and the last 32 tokens", _spec("sketch", 224, recent=32), *sketch(8, 4))
     recent = _spec("sketch", 64, sink=16, recent=64)
     yield Row("sketch, 8 planes, 16 first and 64 last tokens", recent, *sketch(8, 4))
 
 
 def main() -> None:
-    """Measure or merge; print a table, write JSON."""
+    """Measure or merge; print a table, write JSON. Or draw what was written."""
     arguments = _arguments()
+    if arguments.draw:
+        _draw(json.loads(arguments.draw.read_text())["rows"], arguments.plot)
+        return
     if arguments.merge:
         parts = [json.loads(path.read_text()) for path in arguments.merge]
         counts = _merged([part["counts"] for part in parts])
@@ -176,7 +172,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", help="i/n: every n-th document")
     parser.add_argument("--plot", type=Path, help="draw answers against the budget, as PNG")
     parser.add_argument("--merge", type=Path, nargs="+", help="parts to add up instead of measuring")
-    return parser.parse_args()
+    parser.add_argument("--draw", type=Path, help="written results to draw instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.draw and not arguments.plot:
+        parser.error("--draw needs --plot, the PNG to write")
+    return arguments
 
 
 def _measured(loaded: LoadedModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -265,6 +265,8 @@ def _step_seconds(loaded: LoadedModel, prefix: Prefix, spec: SelectionSpec) -> f
     for _ in range(5):
         started = time.perf_counter()
         loaded.model(token, past_key_values=cache)
+        if token.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return sorted(times)[2]
 

@@ -5,6 +5,7 @@ Nothing Redis says is trusted: entries are parsed, and a match counts as far as 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -33,16 +34,20 @@ STORE_KEYS = "xkv:1:{store}:"
 ENTRY_KEY = STORE_KEYS + "entry:{id}"  # hash: see Entry
 RECENCY_KEY = STORE_KEYS + "recency"  # sorted set: every artifact id, by the second it was last used
 PREFIXES_KEY = STORE_KEYS + "prefixes:{fingerprint}:{namespace}"  # sorted set: see prefix_index
+LONGEST_KEY = STORE_KEYS + "longest:{fingerprint}:{namespace}"  # string: no artifact has more full blocks
 LEASE_KEY = STORE_KEYS + "lease:{id}"  # string: the owner, with an expiry
 RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
 BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
 
-# KEYS: entry, recency, prefixes. ARGV: id, member, last used, then the entry's fields and values.
+# KEYS: entry, recency, prefixes, longest. ARGV: id, member, its full blocks, last used, then the entry's
+# fields and values. Where an index is there and `longest` is not, nobody knows it, and it stays missing.
 _PUBLISH = """
 local used = redis.call('ZSCORE', KEYS[2], ARGV[1])
+local longest = tonumber(redis.call('GET', KEYS[4]) or redis.call('EXISTS', KEYS[3]) == 0 and -1)
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-redis.call('ZADD', KEYS[2], math.max(tonumber(ARGV[3]), tonumber(used or 0)), ARGV[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+redis.call('ZADD', KEYS[2], math.max(tonumber(ARGV[4]), tonumber(used or 0)), ARGV[1])
+if longest and longest < tonumber(ARGV[3]) then redis.call('SET', KEYS[4], ARGV[3]) end
 redis.call('ZADD', KEYS[3], 0, ARGV[2])
 return 1
 """
@@ -52,6 +57,7 @@ redis.call('ZREM', KEYS[2], ARGV[1])
 return redis.call('DEL', KEYS[1])
 """
 _PAGE = 500
+_BLOCK_BYTES = 4 * BLOCK_TOKENS
 
 
 class Catalog:
@@ -67,6 +73,7 @@ class Catalog:
     def __init__(self, link: RedisLink, store_id: str) -> None:
         self.link = link
         self.store_id = store_id
+        self._longest: dict[tuple[str, str], int] = {}  # as Redis said last, by fingerprint and namespace
 
     def publish(self, entry: Entry, tokens: bytes) -> None:
         """Add or replace an entry and its place in the prefix index, in one step.
@@ -74,10 +81,12 @@ class Catalog:
         Args:
             tokens: token ids as little-endian int32 bytes.
         """
-        keys = [self._entry_key(entry.id), self._key(RECENCY_KEY), self._prefixes_key(entry)]
+        index = self._index_keys(entry.fingerprint, entry.namespace)
+        keys = [self._entry_key(entry.id), self._key(RECENCY_KEY), *index]
         place = member(entry.fingerprint, entry.namespace, tokens, entry.id)
         fields = [text for pair in entry.to_hash().items() for text in pair]
-        self._script(_PUBLISH, keys, [entry.id, place, repr(entry.last_used), *fields])
+        blocks = str(len(tokens) // _BLOCK_BYTES)
+        self._script(_PUBLISH, keys, [entry.id, place, blocks, repr(entry.last_used), *fields])
 
     def get(self, artifact_id: str) -> Entry | None:
         """The entry of an artifact, or None.
@@ -115,7 +124,9 @@ class Catalog:
         """The few artifacts that can share the longest prefix with a prompt.
 
         One round trip, or two where the prompt goes on for more than `prefix_index.SENT_BLOCKS` blocks after
-        what it shares. At most four prefixes, each with up to `prefix_index.MOST_SPECS` artifacts of it.
+        what it shares; one more where it shares all blocks that the longest artifact had at the last lookup,
+        and there are longer ones now. At most four prefixes, each with up to `prefix_index.MOST_SPECS`
+        artifacts of it.
 
         Args:
             tokens: the prompt's token ids as little-endian int32 bytes.
@@ -123,27 +134,41 @@ class Catalog:
         Raises:
             CatalogError: the answer holds something else than ids.
         """
-        digests = joined_block_hashes(fingerprint, namespace, tokens)
-        key = self._key(PREFIXES_KEY, fingerprint=fingerprint, namespace=check_namespace(namespace))
-        sent = max(0, len(digests) // DIGEST_BYTES - prefix_index.SENT_BLOCKS)
-        shared, found = self._nearest(key, digests, tokens, sent)
-        if shared < sent:
-            found += self._nearest(key, digests[: shared * DIGEST_BYTES], tokens, shared)[1]
+        owner = (fingerprint, check_namespace(namespace))
+        whole = len(tokens) // _BLOCK_BYTES
+        blocks = min(whole, self._longest.get(owner, prefix_index.FIRST_BLOCKS))
+        shared, longest, found = self._search(owner, tokens, blocks)
+        if longest > 0:  # else namespaces that hold nothing would fill the memory
+            self._longest[owner] = longest
+        if shared == blocks < min(whole, longest):
+            found = self._search(owner, tokens, min(whole, longest))[2]
         return list(dict.fromkeys(found))
 
-    def _nearest(self, key: str, digests: bytes, tokens: bytes, sent: int) -> tuple[int, list[str]]:
-        """Blocks that the nearest artifacts share with the digests, and their ids.
+    def _search(self, owner: tuple[str, str], tokens: bytes, blocks: int) -> tuple[int, int, list[str]]:
+        """What `_nearest` says of a prompt's first blocks and the partial one that follows them."""
+        tokens = tokens[: (blocks + 1) * _BLOCK_BYTES - 4]
+        digests = joined_block_hashes(*owner, tokens)
+        keys = self._index_keys(*owner)
+        sent = max(0, blocks - prefix_index.SENT_BLOCKS)
+        shared, longest, found = self._nearest(keys, digests, tokens, sent)
+        if shared < sent:
+            found += self._nearest(keys, digests[: shared * DIGEST_BYTES], tokens, shared)[2]
+        return shared, longest, found
+
+    def _nearest(
+        self, keys: list[str], digests: bytes, tokens: bytes, sent: int
+    ) -> tuple[int, int, list[str]]:
+        """Blocks that the nearest artifacts share with the digests, the most that any has, and the ids.
 
         Args:
             sent: the block from which on tokens are sent.
         """
-        size = 4 * BLOCK_TOKENS
-        end = (len(digests) // DIGEST_BYTES + 1) * size
-        part = big_endian(tokens[sent * size : end])
-        answer = self._script(prefix_index.LOOKUP, [key], [digests, part, str(sent), self._entry_key("")])
+        end = (len(digests) // DIGEST_BYTES + 1) * _BLOCK_BYTES
+        part = big_endian(tokens[sent * _BLOCK_BYTES : end])
+        answer = self._script(prefix_index.LOOKUP, keys, [digests, part, str(sent), self._entry_key("")])
         match answer:
-            case [int(shared), [*found]]:
-                return shared, [_artifact_id(raw) for raw in found]
+            case [int(shared), longest, [*found]]:
+                return shared, _upper_bound(longest), [_artifact_id(raw) for raw in found]
         raise CatalogError("the prefix index gave no list of ids", hint=REBUILD_HINT)
 
     def drop(self, artifact_id: str) -> bool:
@@ -158,7 +183,7 @@ class Catalog:
 
     def clear(self) -> None:
         """Forget all entries and the prefix index (leases and rates stay)."""
-        for pattern in (ENTRY_KEY, PREFIXES_KEY, RECENCY_KEY, BUILT_KEY):
+        for pattern in (ENTRY_KEY, PREFIXES_KEY, LONGEST_KEY, RECENCY_KEY, BUILT_KEY):
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 
     def is_built(self) -> bool:
@@ -202,8 +227,9 @@ class Catalog:
     def _entry_key(self, artifact_id: str) -> str:
         return self._key(ENTRY_KEY, id=artifact_id)
 
-    def _prefixes_key(self, entry: Entry) -> str:
-        return self._key(PREFIXES_KEY, fingerprint=entry.fingerprint, namespace=entry.namespace)
+    def _index_keys(self, fingerprint: str, namespace: str) -> list[str]:
+        names = {"fingerprint": fingerprint, "namespace": namespace}
+        return [self._key(PREFIXES_KEY, **names), self._key(LONGEST_KEY, **names)]
 
     def _script(self, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
         return self.link.script(text, keys, arguments)
@@ -257,6 +283,11 @@ def _artifact_id(raw: Any) -> str:
     if not is_artifact_id(text):
         raise CatalogError(f"the prefix index holds {text[:80]!r}, which is no id", hint=REBUILD_HINT)
     return text
+
+
+def _upper_bound(raw: Any) -> int:
+    """A number of blocks; what is missing or no number bounds nothing."""
+    return int(raw) if isinstance(raw, bytes) and raw.isdigit() and len(raw) < 10 else sys.maxsize
 
 
 def _reason(answer: Any) -> str:

@@ -12,9 +12,17 @@ import re
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xkv_artifacts.errors import InvalidKey, InvalidNamespace
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+    TokenIds: TypeAlias = (
+        Sequence[int] | numpy.ndarray[Any, numpy.dtype[numpy.signedinteger[Any]]] | torch.Tensor
+    )
 
 BLOCK_TOKENS = 64
 DIGEST_BYTES = 8
@@ -49,12 +57,18 @@ def is_artifact_id(text: str) -> bool:
 _NOT_NEGATIVE = bytes(range(128))
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
+def token_bytes(token_ids: TokenIds) -> bytes:
     """Token ids as little-endian int32, as in a blob's `tokens` tensor.
 
+    Args:
+        token_ids: a sequence of integers, or (faster) int32 or int64 `[tokens]`: an `array`, a NumPy array
+            or a torch tensor on the CPU.
+
     Raises:
-        InvalidKey: a token id is not an integer from 0 to 2^31 - 1.
+        InvalidKey: a token id is not an integer from 0 to 2^31 - 1, or an array is of another dtype or shape.
     """
+    if not isinstance(token_ids, list | tuple | range):
+        return _array_bytes(token_ids)
     try:
         packed = array("i", token_ids)
     except (OverflowError, TypeError) as error:
@@ -67,7 +81,24 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
     return data
 
 
-def artifact_id(fingerprint: str, namespace: str, token_ids: Sequence[int], spec: Mapping[str, Any]) -> str:
+def _array_bytes(token_ids: TokenIds) -> bytes:
+    import numpy
+
+    try:
+        ids = numpy.asarray(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:  # as torch says that a tensor is no array
+        raise InvalidKey(f"token ids are not 32-bit integers: {error}") from None
+    if ids.ndim != 1 or ids.dtype.kind != "i" or ids.dtype.itemsize < 4:
+        found = f"{ids.dtype} of shape {list(ids.shape)}"
+        raise InvalidKey(f"token ids are {found}", hint="use int32 or int64 of one dimension")
+    if len(ids) and ids.min() < 0:
+        raise InvalidKey(f"token id {ids.min()} is negative")
+    if len(ids) and ids.max() >= 2**31:
+        raise InvalidKey(f"token ids are not 32-bit integers: {ids.max()} is too large")
+    return ids.astype("<i4", copy=False).tobytes()
+
+
+def artifact_id(fingerprint: str, namespace: str, token_ids: TokenIds, spec: Mapping[str, Any]) -> str:
     """SHA-256 (hex) over the model fingerprint, namespace, token ids and compression spec.
 
     Args:

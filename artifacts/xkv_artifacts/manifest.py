@@ -23,6 +23,8 @@ Index = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**62)]
 
 
+Bits = Literal[2, 4, 8]
+Runs = Annotated[tuple[tuple[Bits, Count], ...], Field(max_length=8)]
 StateDtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -72,9 +74,10 @@ class GroupLayout(_Extended):
         rotary: for each layer, which `rotary.{i}.*` table rotates its keys.
         rank_k, rank_v: columns of the token factors of keys and of values.
         rope_widths: latent attention only: dimensions of each layer's rotated key, kept exact.
+        columns_k, columns_v: token factors of different bits only: (bits, columns) from the first column on.
     """
 
-    later_fields = frozenset({"rope_widths"})
+    later_fields = frozenset({"rope_widths", "columns_k", "columns_v"})
 
     layers: tuple[Index, ...]
     kv_heads: tuple[Index, ...]
@@ -84,6 +87,8 @@ class GroupLayout(_Extended):
     rank_k: Count
     rank_v: Index
     rope_widths: tuple[Index, ...] = ()
+    columns_k: Runs = ()
+    columns_v: Runs = ()
 
     @property
     def latent(self) -> bool:

@@ -1,4 +1,5 @@
-"""Longest stored prefix of a prompt, in one round trip, or two where a long prompt leaves it early.
+"""Longest stored prefix of a prompt, in one round trip, or two where a long prompt leaves it early, and one
+more where artifacts have become longer since the last time.
 
 One sorted set per model and namespace; all scores are 0, so Redis orders members by their bytes. A member is
 
@@ -10,6 +11,9 @@ Digests start with a 0 bit and tokens are below 2^31, so neither can be taken fo
 digests tell nothing, so a second query asks, where the deepest common block ends, for the artifacts that end
 in the next one. Only the tokens of a prompt's last SENT_BLOCKS blocks are sent for it (all of a long prompt
 would cost more than the search); where the common blocks end before those, the caller sends that block's.
+
+A prompt beyond the longest artifact is neither hashed nor sent: a number beside the sorted set says how many
+blocks that one has, or more. Where it is missing or no number, nothing is known, and the whole prompt counts.
 
 Artifacts of the same tokens, compressed differently, stand side by side: up to MOST_SPECS of them come back.
 What comes back are candidates: the blob's own tokens decide.
@@ -26,14 +30,18 @@ _END = b"\xff\xff\xff\xff"
 ID_BYTES = 32
 SENT_BLOCKS = 128
 """Blocks at a prompt's end whose tokens are sent along with its digests: 32 kB."""
+FIRST_BLOCKS = 128
+"""Blocks of a prompt that are hashed before the first answer has said how long artifacts are."""
 MOST_SPECS = 8
 """Artifacts of the same tokens that one lookup tells apart."""
 
-# KEYS: the sorted set. ARGV: digests, tokens (4 bytes each, most significant first), the block that the
-# tokens begin at, prefix of entry keys. Answers how many blocks the nearest artifact shares, and the ids.
+# KEYS: the sorted set, the most blocks of any artifact. ARGV: digests, tokens (4 bytes each, most
+# significant first), the block that the tokens begin at, prefix of entry keys. Answers how many blocks the
+# nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and the ids.
 # Members whose artifact has no entry any more are removed on the way, so they never hide another.
 LOOKUP = f"""
 local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local longest = redis.call('GET', KEYS[2]) or redis.call('EXISTS', key) == 0 and '0'
 local found, seen = {{}}, {{}}
 
 local function place(member)
@@ -87,7 +95,7 @@ end
 local all = #digests / {DIGEST_BYTES}
 local deepest = ask(all)
 if sent <= deepest and deepest < all then ask(deepest) end
-return {{deepest, found}}
+return {{deepest, longest, found}}
 """
 
 

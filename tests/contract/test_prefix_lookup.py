@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xkv_artifacts import prefix_index
-from xkv_artifacts.catalog import PREFIXES_KEY, Catalog
+from xkv_artifacts.catalog import LONGEST_KEY, PREFIXES_KEY, Catalog
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.keys import BLOCK_TOKENS, token_bytes
-from xkv_artifacts.prefix_index import MOST_SPECS, big_endian, common_tokens
+from xkv_artifacts.keys import BLOCK_TOKENS, DIGEST_BYTES, token_bytes
+from xkv_artifacts.prefix_index import FIRST_BLOCKS, MOST_SPECS, big_endian, common_tokens
 from xkv_artifacts.redis_link import RedisLink
 
 FINGERPRINT = "a" * 64
@@ -53,20 +54,25 @@ documents = st.builds(
 )
 
 
-@pytest.fixture(params=[prefix_index.SENT_BLOCKS, 0, 1])
-def sent_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many blocks' tokens a prompt is sent with: with few, a second round trip is the rule."""
-    monkeypatch.setattr(prefix_index, "SENT_BLOCKS", request.param)
-    return int(request.param)
+@pytest.fixture(params=[(prefix_index.SENT_BLOCKS, prefix_index.FIRST_BLOCKS), (0, 128), (1, 1), (0, 0)])
+def few_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With how many blocks' tokens a prompt is sent, and how many are hashed at first: with few of either,
+    a second and a third round trip are the rule."""
+    monkeypatch.setattr(prefix_index, "SENT_BLOCKS", request.param[0])
+    monkeypatch.setattr(prefix_index, "FIRST_BLOCKS", request.param[1])
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(documents, min_size=1, max_size=20), documents, st.integers(0, 2**32))
 def test_lookup_is_as_good_as_looking_at_every_artifact(
-    catalog: Catalog, sent_blocks: int, stored: list[list[int]], prompt: list[int], salt: int
+    catalog: Catalog, few_blocks: None, stored: list[list[int]], prompt: list[int], salt: int
 ) -> None:
-    catalog = Catalog(catalog.link, uuid.uuid4().hex)
-    tokens_of = {publish(catalog, tokens, salt=salt): tokens for tokens in stored}
+    catalog, writer = (Catalog(catalog.link, store) for store in [uuid.uuid4().hex] * 2)
+    tokens_of = {}
+    for tokens in stored:
+        if not tokens_of or len(tokens_of) == len(stored) // 2:  # remembers how long they are so far
+            catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+        tokens_of[publish(writer, tokens, salt=salt)] = tokens
     found = catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
     assert len(found) <= 4
 
@@ -82,7 +88,7 @@ def test_lookup_is_as_good_as_looking_at_every_artifact(
     catalog.clear()
 
 
-def test_among_artifacts_of_every_length_the_longest_is_found(catalog: Catalog, sent_blocks: int) -> None:
+def test_among_artifacts_of_every_length_the_longest_is_found(catalog: Catalog, few_blocks: None) -> None:
     length_of = {publish(catalog, list(range(length))): length for length in range(1, 200)}
     for asked in range(1, 250):
         for prompt in ([*range(asked)], [*range(asked), 7, 7, 7], [*range(asked), *[2**31 - 1] * 100]):
@@ -142,6 +148,95 @@ def test_how_many_round_trips_it_is(
     assert len(calls) == trips
     after = catalog.link.call(lambda client: client.info("stats"))["total_commands_processed"]
     assert after - before < 30  # the script's own commands, on the server
+
+
+@pytest.fixture
+def digests_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many digests each question to Redis held."""
+    counts: list[int] = []
+    script = RedisLink.script
+
+    def count(link: RedisLink, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
+        if text == prefix_index.LOOKUP:
+            counts.append(len(arguments[0]) // DIGEST_BYTES)
+        return script(link, text, keys, arguments)
+
+    monkeypatch.setattr(RedisLink, "script", count)
+    return counts
+
+
+def longest_key(catalog: Catalog) -> str:
+    return LONGEST_KEY.format(store=catalog.store_id, fingerprint=FINGERPRINT, namespace="n")
+
+
+def test_only_as_much_of_a_prompt_is_asked_for_as_artifacts_can_share(
+    catalog: Catalog, digests_sent: list[int]
+) -> None:
+    prompt = token_bytes(range(30_000))
+    assert catalog.candidates(FINGERPRINT, "n", prompt) == []
+    assert catalog.candidates(FINGERPRINT, "n", prompt) == []
+    assert catalog._longest == {}
+    short = publish(catalog, list(range(150)))
+    for _ in range(2):
+        assert catalog.candidates(FINGERPRINT, "n", prompt) == [short]
+    assert digests_sent == [FIRST_BLOCKS, FIRST_BLOCKS, FIRST_BLOCKS, 2]
+    catalog.drop(short)
+    assert catalog.candidates(FINGERPRINT, "n", prompt) == []
+    assert digests_sent[4:] == [2]
+
+
+def test_an_artifact_that_another_process_publishes_longer_is_found_at_once(
+    catalog: Catalog, digests_sent: list[int]
+) -> None:
+    writer = Catalog(catalog.link, catalog.store_id)
+    prompt = list(range(30_000))
+    publish(writer, prompt[:150])
+    catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+    for length in (191, 192, 1000, 20_000, 29_999, 30_000, 30_001):
+        digests_sent.clear()
+        longer = publish(writer, [*prompt, 7][:length])
+        known = catalog._longest[FINGERPRINT, "n"]
+        assert longer in catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+        assert digests_sent == sorted({known, length // BLOCK_TOKENS})
+    publish(writer, [5] * 40_000)
+    digests_sent.clear()
+    assert catalog.candidates(FINGERPRINT, "n", token_bytes([*prompt[:900], *[3] * 40_000]))
+    assert len(digests_sent) == 2  # as nothing shares all that was asked for, only the tokens were not enough
+
+
+def test_a_cleared_catalog_knows_no_longest_artifact(catalog: Catalog, digests_sent: list[int]) -> None:
+    prompt = token_bytes(range(30_000))
+    writer = Catalog(catalog.link, catalog.store_id)
+    publish(writer, list(range(20_000)))
+    catalog.candidates(FINGERPRINT, "n", prompt)
+    writer.clear()
+    assert catalog.link.call(lambda client: client.keys(f"xkv:1:{catalog.store_id}:*")) == []
+    for length in (500, 25_000):
+        longest = publish(writer, list(range(length)))
+        assert catalog.candidates(FINGERPRINT, "n", prompt)[0] == longest
+        assert catalog._longest[FINGERPRINT, "n"] == length // BLOCK_TOKENS
+
+
+def test_in_a_catalog_made_before_the_longest_was_noted_everything_is_found(catalog: Catalog) -> None:
+    prompt = list(range(30_000))
+    old = publish(catalog, prompt[:20_000])
+    catalog.link.call(lambda client: client.delete(longest_key(catalog)))
+    publish(catalog, prompt[:100])
+    assert not catalog.link.call(lambda client: client.exists(longest_key(catalog)))
+    for _ in range(2):
+        assert old in catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"x", b"", b"nan", b"inf", b"-1", b"\xff", b"1e9", b"9" * 5000, "٣".encode()]
+)
+def test_a_longest_that_is_no_number_hides_nothing(catalog: Catalog, junk: bytes) -> None:
+    prompt = list(range(30_000))
+    long = publish(catalog, prompt[:20_000])
+    catalog.link.call(lambda client: client.set(longest_key(catalog), junk))
+    assert long in catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
+    longer = publish(catalog, prompt[:25_000])
+    assert longer in catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
 
 
 @settings(deadline=None)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +102,83 @@ def test_safe_namespaces_pass(name: str) -> None:
 def test_other_namespaces_are_refused(name: str) -> None:
     with pytest.raises(InvalidNamespace, match="not allowed"):
         artifact_id(FINGERPRINT, name, [1], SPEC)
+
+
+ARRAYS: dict[str, Callable[[list[int]], Any]] = {
+    "array of int32": lambda ids: array("i", ids),
+    "array of int64": lambda ids: array("q", ids),
+    "memoryview": lambda ids: memoryview(array("i", ids)),
+    "NumPy int32": lambda ids: numpy.array(ids, dtype="int32"),
+    "NumPy int64": lambda ids: numpy.array(ids, dtype="int64"),
+    "NumPy, most significant byte first": lambda ids: numpy.array(ids, dtype=">i8"),
+    "NumPy, every third of a read-only one": lambda ids: read_only(numpy.array(ids).repeat(3))[::3],
+    "torch int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
+    "torch int64": lambda ids: torch.tensor(ids, dtype=torch.int64),
+    "torch, every second": lambda ids: torch.tensor(ids, dtype=torch.int64).repeat_interleave(2)[::2],
+}
+
+
+def read_only(ids: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    ids.flags.writeable = False
+    return ids
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("ids", [[7], [*range(300)], [0, 255, 256, 65_536, 2**31 - 1], [2**31 - 1, 0]])
+def test_an_array_makes_the_bytes_of_the_list(kind: str, ids: list[int]) -> None:
+    assert (
+        token_bytes(ARRAYS[kind](ids)) == token_bytes(ids) == b"".join(i.to_bytes(4, "little") for i in ids)
+    )
+
+
+@pytest.mark.parametrize("make", [numpy.array, torch.tensor])
+def test_no_tokens_of_an_integer_dtype_are_no_bytes(make: Callable[..., Any]) -> None:
+    dtype = numpy.int64 if make is numpy.array else torch.int64
+    assert token_bytes(make([], dtype=dtype)) == token_bytes([]) == b""
+
+
+@pytest.mark.parametrize("ids", [[1, -1], [-(2**31), 5]])
+@pytest.mark.parametrize("kind", ["list", *ARRAYS])
+def test_negative_ids_are_named(kind: str, ids: list[int]) -> None:
+    with pytest.raises(InvalidKey, match=f"token id {min(ids)} is negative"):
+        token_bytes(ARRAYS.get(kind, list)(ids))
+
+
+@pytest.mark.parametrize("ids", [[1, 2**31], [2**32 + 1], [2**63 - 1]])
+@pytest.mark.parametrize("kind", ["list", *(kind for kind in ARRAYS if kind.endswith("int64"))])
+def test_ids_that_32_bits_do_not_hold_are_refused(kind: str, ids: list[int]) -> None:
+    with pytest.raises(InvalidKey, match="not 32-bit integers"):
+        token_bytes(ARRAYS.get(kind, list)(ids))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        numpy.array([1.0]),
+        numpy.array([True]),
+        numpy.array([1], dtype="int16"),
+        numpy.array([1], dtype="uint32"),
+        numpy.array([[1, 2]]),
+        numpy.array(1),
+        numpy.array(["1"]),
+        numpy.array([1, None]),
+        array("d", [1.0]),
+        torch.tensor([1.0]),
+        torch.tensor([1.0], requires_grad=True),
+        torch.tensor([1.0], dtype=torch.bfloat16),
+        torch.tensor([True]),
+        torch.tensor([[1, 2]]),
+        torch.tensor(1),
+        torch.tensor([1]).to_sparse(),
+        torch.tensor([1], device="meta"),
+        b"\x01\x00\x00\x00",
+        "1234",
+    ],
+    ids=repr,
+)
+def test_arrays_of_anything_else_are_refused(ids: Any) -> None:
+    with pytest.raises(InvalidKey, match="token ids are"):
+        token_bytes(ids)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""`Calibration`: shared bases and what each of their directions is worth, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from xkv_artifacts.errors import CorruptArtifact
+from xkv_service.modeling.layout import LayerLayout, ModelLayout
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, ...] = ("key", "value")
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBasis:
+    """The directions of one group's keys (before RoPE) or values, most worth first.
+
+    X ≈ (X P) B with P = M Bᵀ, where M is the metric that says which errors matter: B is orthonormal in it,
+    B M Bᵀ = 1, so the error of a token that keeps some directions is the sum of the others' energies.
+
+    Args:
+        bases: float32 [R, W], layer bases side by side, W features of the group's layers.
+        metric: by layer of the group, float32 [kv_heads, D, D], symmetric positive definite.
+        energies: float32 [W], mean over tokens of the squared coordinate along each direction: what
+            leaving it out adds to the error in the metric. The first R belong to `bases`.
+    """
+
+    bases: torch.Tensor
+    metric: tuple[torch.Tensor, ...]
+    energies: torch.Tensor
+
+    def projection(self, rank: int) -> torch.Tensor:
+        """P [W, rank], float32: token factors are X P."""
+        rows = self.bases[:rank].T
+        parts, offset = [], 0
+        for one in self.metric:
+            heads, dim, _ = one.shape
+            part = rows[offset : offset + heads * dim].reshape(heads, dim, -1)
+            parts.append((one @ part).reshape(heads * dim, -1))
+            offset += heads * dim
+        return torch.cat(parts)
+
+    def to(self, device: torch.device) -> SharedBasis:
+        """The same basis on another device."""
+        return SharedBasis(
+            self.bases.to(device), tuple(one.to(device) for one in self.metric), self.energies.to(device)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedGroup:
+    """Adjacent layers that share token factors, with their bases."""
+
+    layers: tuple[int, ...]
+    keys: SharedBasis
+    values: SharedBasis
+
+    def basis(self, kind: Kind) -> SharedBasis:
+        """Its keys' or its values'."""
+        return self.keys if kind == "key" else self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """One model's calibration.
+
+    Args:
+        groups: of all full-attention layers, in order.
+        planes: by layer, int16 [kv_heads, n, 2]: pairs of key dimensions that RoPE turns together (or that do
+            not turn), those that tell most about scores first.
+        figures: what was measured, plain JSON values; docs/calibration.md says what they are.
+        id: of the artifact, "" before it is stored.
+    """
+
+    groups: tuple[CalibratedGroup, ...]
+    planes: Mapping[int, torch.Tensor]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def group_of(self, layers: tuple[int, ...]) -> CalibratedGroup:
+        """The group of exactly these layers.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for group in self.groups:
+            if group.layers == layers:
+                return group
+        raise KeyError(layers)
+
+    def layer_groups(self, layout: ModelLayout) -> tuple[tuple[LayerLayout, ...], ...]:
+        """The model's compressible layers in the groups of the calibration."""
+        by_index = {layer.index: layer for layer in layout.compressible}
+        return tuple(tuple(by_index[index] for index in group.layers) for group in self.groups)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor under its stored name (docs/format.md), on the CPU."""
+        return {name: tensor.cpu().contiguous() for name, tensor in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, group in enumerate(self.groups):
+            for kind in KINDS:
+                basis, name = group.basis(kind), f"group.{number}.{kind}"
+                yield f"{name}.bases", basis.bases
+                yield f"{name}.energies", basis.energies
+                for layer, metric in zip(group.layers, basis.metric, strict=True):
+                    yield f"layer.{layer}.{kind}.metric", metric
+        for layer, planes in self.planes.items():
+            yield f"layer.{layer}.planes", planes
+
+    @classmethod
+    def from_tensors(
+        cls, groups: tuple[tuple[int, ...], ...], tensors: Tensors, figures: Mapping[str, Any], identity: str
+    ) -> Calibration:
+        """The calibration that `to_tensors` was called on, from a file's tensors, which are not trusted.
+
+        Raises:
+            CorruptArtifact: names the first tensor that is missing or not of the shape it must have.
+        """
+        read = _Reader(tensors)
+        made = tuple(read.group(number, layers) for number, layers in enumerate(groups))
+        planes = {layer: read.planes(layer) for layers in groups for layer in layers}
+        read.finish()
+        return cls(made, planes, figures, identity)
+
+
+class _Reader:
+    """Takes checked tensors by name."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._left = dict(tensors)
+
+    def group(self, number: int, layers: tuple[int, ...]) -> CalibratedGroup:
+        made = {}
+        for kind in KINDS:
+            name = f"group.{number}.{kind}"
+            metric = tuple(self._metric(f"layer.{layer}.{kind}.metric") for layer in layers)
+            width = sum(one.shape[0] * one.shape[1] for one in metric)
+            bases = self._take(f"{name}.bases", torch.float32, (None, width))
+            energies = self._take(f"{name}.energies", torch.float32, (width,))
+            if bases.shape[0] > width or not bool((energies >= 0).all()):
+                raise CorruptArtifact(
+                    f"tensors {name}.*: more directions than features, or a negative energy"
+                )
+            made[kind] = SharedBasis(bases, metric, energies)
+        return CalibratedGroup(layers, made["key"], made["value"])
+
+    def planes(self, layer: int) -> torch.Tensor:
+        name = f"layer.{layer}.planes"
+        found = self._take(name, torch.int16, (None, None, 2))
+        if found.numel() and int(found.min()) < 0:
+            raise CorruptArtifact(f"tensor {name} points outside the head")
+        return found
+
+    def finish(self) -> None:
+        for name in self._left:
+            raise CorruptArtifact(f"tensor {name} is not part of the format")
+
+    def _metric(self, name: str) -> torch.Tensor:
+        found = self._take(name, torch.float32, (None, None, None))
+        if found.shape[1] != found.shape[2]:
+            raise CorruptArtifact(f"tensor {name} is {list(found.shape)}: not square")
+        return found
+
+    def _take(self, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
+        found = self._left.pop(name, None)
+        if found is None:
+            raise CorruptArtifact(f"tensor {name} is missing")
+        fits = found.ndim == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, found.shape, strict=True)
+        )
+        if found.dtype != dtype or not fits or not bool(torch.isfinite(found).all()):
+            raise CorruptArtifact(f"tensor {name} is {found.dtype} {list(found.shape)}, or not finite")
+        return found
