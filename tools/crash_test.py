@@ -25,6 +25,9 @@ from pathlib import Path
 
 import psutil
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from report import Report, command
+
 XKV = [sys.executable, "-m", "xkv_cli"]
 RUN_SECONDS = 300
 STARTING = 0.2
@@ -75,15 +78,14 @@ def main() -> int:
         common = ["--docs", str(corpus), "--ratio", str(options.ratio), "--workers", "1", "--json"]
         common += ["--model", str(options.model)] if options.model else []
         documents = sum(path.is_file() for path in corpus.rglob("*"))
-        trials = []
+        report = Report("crash_test", command(), "every kill must hold: no fault")
         for number in range(options.points):
             point = _draw_point(draw, "worker" if number % 2 else "driver", documents)
-            trials.append(_trial(common, root / f"store{number}", point, documents))
-            _say(_row(number, trials[-1]))
+            report.add(**asdict(_trial(common, root / f"store{number}", point, documents)))
     if options.json:
-        options.json.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
-    failed = sum(bool(trial.fault) for trial in trials)
-    _say(f"{len(trials) - failed} of {len(trials)} held")
+        report.write(options.json)
+    failed = sum(bool(row["fault"]) for row in report.rows)
+    print(f"{options.points - failed} of {options.points} held")
     return 1 if failed else 0
 
 
@@ -202,19 +204,6 @@ def _write_corpus(folder: Path, documents: int) -> Path:
                  for line in range(20 + number % 30)]  # fmt: skip
         (folder / f"{number:03d}.txt").write_text("\n".join(lines))
     return folder
-
-
-def _row(number: int, trial: Trial) -> str:
-    return (
-        f"{number:3d}  {trial.victim}  killed at {trial.at:6.2f} s  published {trial.published:3d}"
-        f"  then computed {trial.computed:3d} reused {trial.reused:3d}  swept {trial.swept}"
-        f"  {trial.fault or 'held'}"
-    )
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def _options() -> argparse.Namespace:

@@ -21,6 +21,7 @@ from xkv_service.factors import LayerWindow, PrefixFactors
 from xkv_service.fidelity import certify, held_back
 from xkv_service.modeling.rotary import RotaryTable
 from xkv_service.prefilling.prefill import TokenIds, prefill
+from xkv_service.prefilling.prefill_run import id_vector
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.layer_index import index_layers
 from xkv_service.spec import CompressionSpec
@@ -46,10 +47,10 @@ def compress(
 
     Raises:
         UnsupportedModel: the model's cache cannot be compressed.
-        InvalidPrompt: no tokens.
+        InvalidPrompt: no tokens, or ids that are not one text's or not the model's, or too many.
         RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
     """
-    ids = torch.as_tensor(input_ids).flatten()
+    ids = id_vector(input_ids)
     exact = prefill(model, ids, tail=held_back(ids.numel()))
     try:
         return compress_prefill(model, exact, spec or CompressionSpec(), calibration)

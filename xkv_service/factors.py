@@ -154,7 +154,7 @@ class PrefixFactors:
         }
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor under its stored name (docs/format.md), on the CPU and contiguous."""
+        """Every tensor by its stored name, on the CPU and contiguous; docs/format.md has the shapes."""
         from xkv_service.factor_tensors import to_tensors
 
         return to_tensors(self)
@@ -169,6 +169,7 @@ class PrefixFactors:
         """The factors that `to_tensors` was called on, from a file's tensors, which are not trusted.
 
         Args:
+            manifest: says how many of which shape there are. tensors: by stored name, as docs/format.md.
             calibration: the one whose bases the artifact shares, where it has none of its own.
 
         Raises:

@@ -111,9 +111,9 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     if bits == 8:
         return packed
     each = 8 // bits
-    codes = torch.stack([packed >> (bits * place) for place in range(each)], -1) & (2**bits - 1)
+    codes = torch.stack([packed >> (bits * place) for place in range(each)], -1) & ((1 << bits) - 1)
     whole = codes.flatten(1)[:, :columns].to(torch.int8)
-    odd: torch.Tensor = 2 * whole - (2**bits - 1)
+    odd: torch.Tensor = whole * 2 - ((1 << bits) - 1)
     return odd
 
 

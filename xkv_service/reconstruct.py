@@ -76,7 +76,7 @@ def dense_cache(model: PreTrainedModel, factors: PrefixFactors, tokens: int | No
     cache = DynamicCache(config=model.config)
     for layer in factors.layers:
         keys, values = _rebuilt(factors, layer, length)
-        cache.update(_cached(keys, model), _cached(values, model), layer)
+        cache.update(as_cached(keys, model), as_cached(values, model), layer)
     for layer, window in factors.windows.items():
         _fill_window(cache.layers[layer], window, model, length)
     for layer, state in factors.states.items():
@@ -92,7 +92,7 @@ def _rebuilt(factors: PrefixFactors, layer: int, length: int) -> tuple[torch.Ten
     return table.to(keys.device).rotate(keys, torch.arange(length, device=keys.device)), values
 
 
-def _cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+def as_cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """[t, kv_heads, D] as a cache holds it: [1, kv_heads, t, D] in the model's dtype, on its device."""
     return states.to(model.device, model.dtype).transpose(0, 1)[None].contiguous()
 
@@ -100,5 +100,5 @@ def _cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 def _fill_window(
     layer: DynamicSlidingWindowLayer, window: LayerWindow, model: PreTrainedModel, length: int
 ) -> None:
-    layer.update(_cached(window.keys, model), _cached(window.values, model))
+    layer.update(as_cached(window.keys, model), as_cached(window.values, model))
     layer.cumulative_length = length

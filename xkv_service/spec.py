@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from xkv_service.errors import InvalidSpec
+from xkv_service.numeric import is_integer, is_number
 
 Rank = int | Literal["full"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
@@ -80,16 +81,14 @@ class CompressionSpec:
             )
         if self.ratio is not None and self.rank_k is not None:
             raise InvalidSpec("a ratio and ranks were both given", hint="give one or the other")
-        if self.ratio is not None and not 1.0 <= self.ratio <= 1000.0:
-            raise InvalidSpec(f"ratio={self.ratio} is out of range", hint="use a number from 1 to 1000")
+        if self.ratio is not None and not (is_number(self.ratio) and 1.0 <= self.ratio <= 1000.0):
+            raise InvalidSpec(f"ratio={self.ratio!r} is out of range", hint="use a number from 1 to 1000")
         for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
-            if isinstance(rank, int) and rank < 1:
-                raise InvalidSpec(f"{name}={rank} is out of range", hint='use 1 or more, or "full"')
-            if isinstance(rank, str) and rank != "full":
-                raise InvalidSpec(f"{name}={rank!r} is not a rank", hint='use an integer or "full"')
-        if not 0.0 < self.key_share < 1.0:
+            if rank not in (None, "full") and not (is_integer(rank) and rank >= 1):
+                raise InvalidSpec(f"{name}={rank!r} is no rank", hint='use an integer from 1, or "full"')
+        if not (is_number(self.key_share) and 0.0 < self.key_share < 1.0):
             raise InvalidSpec(
-                f"key_share={self.key_share} is out of range", hint="use a number between 0 and 1"
+                f"key_share={self.key_share!r} is out of range", hint="use a number between 0 and 1"
             )
 
     def _check_counts(self) -> None:
@@ -102,7 +101,7 @@ class CompressionSpec:
             ("outlier_chunks", 0, 65536),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value <= high:
+            if not is_integer(value) or not low <= value <= high:
                 raise InvalidSpec(
                     f"{name}={value!r} is out of range", hint=f"use an integer from {low} to {high}"
                 )

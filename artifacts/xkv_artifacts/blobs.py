@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
@@ -33,7 +33,6 @@ class BlobStore(ABC):
 
     url: str
     folder: str = PREFIXES
-    writable_hint = "check the store's permissions"
 
     def of(self, folder: str) -> BlobStore:
         """The blobs of another folder of this store."""
@@ -173,6 +172,7 @@ def parse_store_file(content: bytes, where: str) -> str:
     """
     try:
         fields = json.loads(content)
+        _refuse_later(fields, where)
         store_id = str(fields.pop("id"))
         known = fields == _STORE_FORMAT and uuid.UUID(hex=store_id).hex == store_id
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -182,6 +182,15 @@ def parse_store_file(content: bytes, where: str) -> str:
             f"{where} is not a store description that this version reads", hint=f"delete {where}"
         )
     return store_id
+
+
+def _refuse_later(fields: dict[str, Any], where: str) -> None:
+    """Deleting what a later version wrote would give its store another id."""
+    if fields.get("format") == _STORE_FORMAT["format"] and fields.get("version") != _STORE_FORMAT["version"]:
+        raise StoreError(
+            f"{where} is of version {fields.get('version')!r}, and this one reads {_STORE_FORMAT['version']}",
+            hint="upgrade xkv-service, or use another store",
+        )
 
 
 @contextmanager
@@ -200,6 +209,8 @@ def store_errors(doing: str, url: str) -> Iterator[None]:
 def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left"
+    if error.errno == errno.EEXIST:
+        return "it is a file"
     return str(error.strerror or error or type(error).__name__).splitlines()[0][:300]
 
 
@@ -212,4 +223,8 @@ def _hint(error: OSError) -> str:
         return "the file system is read-only; use another store"
     if isinstance(error, PermissionError):
         return "check who owns the store, its permissions or credentials"
-    return ""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is in the way; give a folder"
+    if error.errno == errno.ENOENT:
+        return "no folder can be made there; check the path, or the bucket's name"
+    return "check the store's place, or use another store"

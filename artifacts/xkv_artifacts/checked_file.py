@@ -129,6 +129,11 @@ def _check_names(digests: Mapping[str, Any], header: Header) -> None:
 
 
 def _read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces of at most `CHUNK_BYTES`.
+
+    Raises:
+        CorruptArtifact: the file ends before the tensor does.
+    """
     file.seek(info.start)
     left = info.nbytes
     while left:
@@ -185,6 +190,7 @@ def check_tensors(file: BinaryIO, header: Header, digests: Mapping[str, str]) ->
 
 
 def as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:
+    """The tensor of the shape and dtype in `info` that lives in `buffer`, not copied."""
     import torch
 
     dtype = getattr(torch, _TORCH_NAMES[info.dtype])

@@ -58,6 +58,7 @@ class Connection:
             self._socket.settimeout(10.0)
 
     def close(self) -> None:
+        """Hang up."""
         self._file.close()
         self._socket.close()
 

@@ -27,6 +27,12 @@ def _rebuild(kind: type[XKVError], message: str, hint: str) -> XKVError:
     return error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: other packages' go on for paragraphs."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class StoreError(XKVError):
     """The blob store cannot be read or written (permissions, space, bad URL)."""
 

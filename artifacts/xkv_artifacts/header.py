@@ -48,6 +48,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.stop - self.start
 
 

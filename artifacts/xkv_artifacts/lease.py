@@ -24,9 +24,14 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
+_BEAT_PATIENCE_S = 1.0
+"""A renewal that finds no Redis is tried again at the next beat: leaving must not wait for a long one."""
+
 
 class Lease:
     """The right to compute one artifact. As a context manager it renews itself until the block ends.
+
+    Every call takes `patience_s`, how long to wait for a Redis that does not answer; None: as the link does.
 
     Args:
         link: connection to Redis.
@@ -49,29 +54,29 @@ class Lease:
         """Whether renewing failed: somebody else may hold the lease now. Publishing is safe all the same."""
         return self._lost.is_set()
 
-    def acquire(self) -> bool:
+    def acquire(self, *, patience_s: float | None = None) -> bool:
         """Take the lease if it is free (or ours already).
 
         Raises:
             CatalogUnavailable
         """
-        return self._run(_ACQUIRE, str(int(self.ttl_s * 1000))) == 1
+        return self._run(_ACQUIRE, str(int(self.ttl_s * 1000)), patience_s=patience_s) == 1
 
-    def renew(self) -> bool:
+    def renew(self, *, patience_s: float | None = None) -> bool:
         """Set the full time again; False when the lease is not ours any more.
 
         Raises:
             CatalogUnavailable
         """
-        return self._run(_RENEW, str(int(self.ttl_s * 1000))) == 1
+        return self._run(_RENEW, str(int(self.ttl_s * 1000)), patience_s=patience_s) == 1
 
-    def release(self) -> bool:
+    def release(self, *, patience_s: float | None = None) -> bool:
         """Give the lease back; False when it was not ours any more.
 
         Raises:
             CatalogUnavailable
         """
-        return self._run(_RELEASE) == 1
+        return self._run(_RELEASE, patience_s=patience_s) == 1
 
     def __enter__(self) -> Lease:
         """Keep an acquired lease alive from a thread."""
@@ -86,7 +91,7 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
         try:
-            self.release()
+            self.release(patience_s=0)
         except (CatalogUnavailable, CatalogError):
             # It runs out by itself; the block's own result or error matters more.
             self._lost.set()
@@ -95,12 +100,12 @@ class Lease:
         while not self._stop.wait(self.ttl_s / 3):
             try:
                 # After a pause of Redis the lease may have run out with nobody taking it: take it again.
-                held = self.renew() or self.acquire()
+                held = self.renew(patience_s=_BEAT_PATIENCE_S) or self.acquire(patience_s=_BEAT_PATIENCE_S)
             except (CatalogUnavailable, CatalogError):
                 continue
             if not held:
                 self._lost.set()
                 return
 
-    def _run(self, script: str, *arguments: str) -> int:
-        return int(self._link.script(script, [self.key], [self.owner, *arguments]))
+    def _run(self, script: str, *arguments: str, patience_s: float | None) -> int:
+        return int(self._link.script(script, [self.key], [self.owner, *arguments], patience_s=patience_s))

@@ -19,7 +19,7 @@ from xkv_artifacts.blobs import (
     parse_store_file,
     store_errors,
 )
-from xkv_artifacts.errors import StoreError
+from xkv_artifacts.errors import StoreError, first_line
 
 # Parts of an upload; S3 allows 10,000 of them, so this holds up to 320 GB.
 _PART_BYTES = 32 << 20
@@ -133,18 +133,15 @@ class ObjectBlobStore(BlobStore):
             with store_errors(doing, self.url):
                 yield
         except ImportError as error:
-            raise StoreError(
-                f"cannot {doing} {self.url}: {error}", hint='pip install "xkv-service[s3]"'
-            ) from None
+            s3 = self.url.startswith(("s3:", "s3a:"))
+            hint = 'pip install "xkv-service[s3]"' if s3 else "install that package beside xkv-service"
+            raise StoreError(f"cannot {doing} {self.url}: {first_line(error)}", hint=hint) from None
         except ValueError as error:
-            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}") from None
+            hint = "give a folder, or a URL such as s3://bucket/path"
+            raise StoreError(f"cannot {doing} {self.url}: {first_line(error)}", hint=hint) from None
         except _client_errors() as error:
             hint = "check credentials, region and endpoint (AWS_* variables)"
-            raise StoreError(f"cannot {doing} {self.url}: {_first_line(error)}", hint=hint) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise StoreError(f"cannot {doing} {self.url}: {first_line(error)}", hint=hint) from None
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from xkv_artifacts.errors import CatalogError, CatalogUnavailable
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable, first_line
 
 if TYPE_CHECKING:
     import redis
@@ -64,24 +64,30 @@ class RedisLink:
                     ) from None
             except redis.RedisError as error:
                 hint = "if the catalog is damaged: xkv index rebuild"
-                raise CatalogError(f"Redis at {self.shown_url} refused: {_line(error)}", hint=hint) from None
+                raise CatalogError(
+                    f"Redis at {self.shown_url} refused: {first_line(error)}", hint=hint
+                ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             if self._revive is not None:
                 self._revive()
 
-    def script(self, text: str, keys: list[str], arguments: list[str | bytes], **options: float) -> Any:
+    def script(
+        self, text: str, keys: list[str], arguments: list[str | bytes], *, patience_s: float | None = None
+    ) -> Any:
         """Run a Lua script (sent once, then by its hash). Raises as `call`."""
         if text not in self._scripts:
             self._scripts[text] = self._client.register_script(text)
         script = self._scripts[text]
-        return self.call(lambda client: script(keys=keys, args=arguments, client=client), **options)
+        return self.call(
+            lambda client: script(keys=keys, args=arguments, client=client), patience_s=patience_s
+        )
 
     def check(self) -> None:
         """Ask whether Redis is there: once, unless it is an embedded server that can be brought back.
 
         Raises:
-            CatalogUnavailable
+            CatalogUnavailable, first_line
         """
         self.call(lambda client: client.ping(), patience_s=None if self._revive else 0)
 
@@ -95,7 +101,9 @@ class RedisLink:
         return mask_password(self.url)
 
     def _unavailable(self, error: Exception, hint: str) -> CatalogUnavailable:
-        return CatalogUnavailable(f"Redis at {self.shown_url} does not answer: {_line(error)}", hint=hint)
+        return CatalogUnavailable(
+            f"Redis at {self.shown_url} does not answer: {first_line(error)}", hint=hint
+        )
 
 
 def connect(url: str) -> redis.Redis:
@@ -134,7 +142,3 @@ def mask_password(url: str) -> str:
     if at and ":" in userinfo:
         userinfo = userinfo.split(":", 1)[0] + ":***"
     return f"{parts.scheme}://{userinfo}{at}{host}{parts.path}" if parts.scheme else url
-
-
-def _line(error: Any) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -112,6 +112,12 @@ class ArtifactStore:
     def publish(self, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixManifest:
         """Write an artifact's blob, then list it in the catalog.
 
+        Args:
+            tensors: by stored name, of the shapes in docs/format.md; `tokens` is int32 [T].
+
+        Returns:
+            The manifest as written, with the checksum of each tensor.
+
         Raises:
             CorruptArtifact: manifest and tensors do not fit together; nothing is written.
             StoreError: the blob could not be written; nothing is left behind.
@@ -125,6 +131,9 @@ class ArtifactStore:
         self, artifact_id: str, names: Iterable[str] | None = None
     ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
         """Read an artifact's tensors (all, or only `names`), every byte of them checked.
+
+        Returns:
+            The manifest, and CPU tensors by stored name, of the shapes in docs/format.md.
 
         Raises:
             ArtifactNotFound: there is no such blob.

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from xkv_cli.new_file import NewFile, writing
 from xkv_cli.options import ManyValues, json_option
 
 if TYPE_CHECKING:
     from xkv_service.analysis.report import Analysis
 
 _PICTURES = (".png", ".svg", ".pdf")
-
-
-class NewFile(click.Path):
-    """A file to be written, in a folder that exists."""
-
-    def __init__(self, *suffixes: str) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
-        self.suffixes = suffixes
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.parent.is_dir():
-            self.fail(f"{str(path)!r}: there is no folder {str(path.parent)!r}", param, ctx)
-        if self.suffixes and path.suffix.lower() not in self.suffixes:
-            self.fail(f"{str(path)!r} does not end in {', '.join(self.suffixes)}", param, ctx)
-        return path
 
 
 @click.command(cls=ManyValues)
@@ -100,13 +84,15 @@ def analyze(as_json: bool, out: Path | None, plot: Path | None, **options: Any) 
         picture.require_matplotlib()
     found, errors = run(AnalysisRequest(**options), _announce)
     result = {**found.as_dict(), "errors": [vars(error) for error in errors]}
-    if out is not None:
-        out.write_text(json.dumps(result, allow_nan=False) + "\n", "utf-8")
-    if plot is not None:
-        picture.draw(found, plot)
     render.as_json(result) if as_json else _show(found)
     if not as_json:
         render.errors(errors)
+    if out is not None:
+        with writing(out):
+            out.write_text(json.dumps(result, allow_nan=False) + "\n", "utf-8")
+    if plot is not None:
+        with writing(plot):
+            picture.draw(found, plot)
     return 1 if errors else 0
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from xkv_cli.conversation_options import conversation_options, open_from, settings_of
+from xkv_cli.new_file import NewFile
 
 
 @click.command()
 @conversation_options
 @click.option(
     "--session",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     metavar="FILE",
     help="Go on with the conversation in FILE, or begin it; it is saved there at the end.",
 )

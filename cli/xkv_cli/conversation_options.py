@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xkv_cli.options import store_options
+from xkv_cli.options import store_options, wrong_usage
 
 if TYPE_CHECKING:
     from xkv_service.sessions.settings import GenerationSettings
@@ -135,7 +135,7 @@ def settings_of(options: dict[str, Any]) -> GenerationSettings:
     try:
         return GenerationSettings(**{field: options.pop(name) for field, name in names.items()})
     except InvalidSpec as error:
-        raise _usage(error.message, error.hint) from None
+        raise wrong_usage(error) from None
 
 
 def open_from(options: dict[str, Any]) -> Conversation:
@@ -154,14 +154,10 @@ def open_from(options: dict[str, Any]) -> Conversation:
     try:
         request = ConversationRequest.create(**options)
     except (InvalidSpec, InvalidNamespace) as error:
-        raise _usage(error.message, error.hint) from None
+        raise wrong_usage(error) from None
     return open_conversation(request, tell)
 
 
 def tell(text: str) -> None:
     """A line for the person, not for the pipe."""
     click.echo(f"note: {text}", err=True)
-
-
-def _usage(message: str, hint: str) -> click.UsageError:
-    return click.UsageError(f"{message}: {hint}" if hint else message)

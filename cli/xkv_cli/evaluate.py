@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from xkv_cli.options import ManyValues, json_option
+from xkv_cli.new_file import NewFile
+from xkv_cli.options import ManyValues, json_option, wrong_usage
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -95,7 +96,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=NewFile(),
     metavar="FILE",
     help="Write the results with every single score, as JSON; kept up to date while they are made.",
 )
@@ -139,24 +140,23 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     "difference" is to full over the same questions; standard errors are over documents; "bytes" counts
     everything stored, and "ratio" is bytes_full / bytes.
 
-    Exit status: 0 all is well, 1 something failed, 2 wrong usage, 130 interrupted.
+    Exit status: 0 all is well, 1 something failed or could not be measured (the row's "note" says why), 2
+    wrong usage, 130 interrupted.
     """
     from xkv_cli import evaluation_render
     from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {out.resolve().parent}")
     try:
         results = _measured(options, out)
     except (InvalidSpec, ModelNotFound, DeviceUnavailable) as error:
-        raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
-    if out is not None:
-        evaluation_render.to_file(results, out)
+        raise wrong_usage(error) from None
     if as_json:
         evaluation_render.as_json(results)
     else:
         evaluation_render.results(results)
-    return 0
+    if out is not None:
+        evaluation_render.to_file(results, out)
+    return 1 if any("note" in row for row in results.rows()) else 0
 
 
 def _measured(options: dict[str, Any], out: Path | None) -> Any:

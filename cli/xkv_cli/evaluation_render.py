@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xkv_cli import render
+from xkv_cli.new_file import writing
 from xkv_service.evaluation.harness import Step
 from xkv_service.evaluation.results import BASELINE, Results
 
@@ -26,14 +27,19 @@ def as_json(results: Results) -> None:
 
 
 def to_file(results: Results, path: Path) -> None:
-    """Everything, with the single scores."""
+    """Everything, with the single scores.
+
+    Raises:
+        XKVError: the file cannot be written.
+    """
     text = json.dumps(results.to_json(marks=True), allow_nan=False) + "\n"
-    if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
-        path.write_text(text, "utf-8")
-        return
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    with writing(path):
+        if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
+            path.write_text(text, "utf-8")
+            return
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
 
 
 def results(found: Results) -> None:

@@ -14,7 +14,6 @@ import click
 from xkv_artifacts.errors import XKVError
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 # Command -> module and attribute. A module is imported when its command is used.

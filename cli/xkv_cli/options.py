@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from xkv_artifacts.errors import XKVError
 from xkv_workers.settings import default_store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +33,11 @@ def store_options(command: Command) -> Command:
         " ~/.local/share/xkv.",
     )
     return store(redis(command))
+
+
+def wrong_usage(error: XKVError) -> click.UsageError:
+    """An error that is about the options: message and hint, exit status 2."""
+    return click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message)
 
 
 def json_option(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xkv_cli.options import ManyValues, json_option, store_options
+from xkv_cli.options import ManyValues, json_option, store_options, wrong_usage
 
 
 class RankType(click.ParamType[int | str]):
@@ -149,7 +149,7 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
     try:
         request = Request.create(**options)
     except (InvalidSpec, InvalidNamespace) as error:
-        raise click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message) from None
+        raise wrong_usage(error) from None
     if dry_run:
         forecast = estimate(request)
         render.as_json(forecast.as_dict()) if as_json else render.forecast(forecast)

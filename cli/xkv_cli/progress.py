@@ -57,12 +57,12 @@ class _Drawn(_Notes):
             figures = [f"{now.tokens_per_second:,.0f} tokens/s"]
         if now.ratio:
             figures.append(f"{now.ratio:.1f}x")
-        left = now.seconds_left
+        left = None if now.seconds_left is None else round(now.seconds_left)
         self._bar.update(
             self._task,
             description=f"{now.settled}/{now.documents}{'+' if now.reading else ''} documents",
             completed=now.settled,
             total=now.documents or None,
             figures="  ".join(figures),
-            eta="" if left is None else f"ETA {left // 60:.0f}:{left % 60:02.0f}",
+            eta="" if left is None else f"ETA {left // 60}:{left % 60:02}",
         )

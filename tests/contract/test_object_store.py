@@ -154,3 +154,13 @@ def test_without_the_s3_extra_the_error_says_what_to_install() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "s3://b/x" in out and 'pip install "xkv-service[s3]"' in out
+
+
+@pytest.mark.parametrize(
+    ("url", "message", "hint"),
+    [("gs://b/x", "gcsfs", "install that package"), ("nonsense://b/x", "nonsense", "s3://bucket/path")],
+)
+def test_other_kinds_of_urls_get_hints_of_their_own(url: str, message: str, hint: str) -> None:
+    with pytest.raises(StoreError, match=message) as refused:
+        open_blob_store(url)
+    assert hint in refused.value.hint and "[s3]" not in refused.value.hint

@@ -53,6 +53,20 @@ def test_a_pause_in_mid_run_is_waited_out(tmp_path: Path, own_redis: RedisServer
         assert [entry.id for entry in store.entries()] == [manifest.id]
 
 
+def test_leaving_a_lease_does_not_wait_for_a_redis_that_is_gone(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    own_redis.start()
+    with ArtifactStore.open(str(tmp_path / "s"), own_redis.url) as store:
+        lease = store.catalog.lease("0" * 64, "me", 0.3)
+        assert lease is not None
+        with lease:
+            own_redis.kill()
+            time.sleep(0.5)  # a renewal is on its way
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 3 and lease.lost
+
+
 def test_a_redis_that_stays_away_ends_in_one_clear_error_and_nothing_is_lost(
     tmp_path: Path, own_redis: RedisServer
 ) -> None:

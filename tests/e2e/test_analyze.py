@@ -38,6 +38,13 @@ def test_bad_documents_are_reported_and_the_rest_go_on(xkv: Xkv, tmp_path: Path,
     assert "CKA of neighbours, keys" in done.out and "95 %" in done.out
 
 
+def test_a_full_disk_is_told_and_the_analysis_is_shown_all_the_same(xkv: Xkv, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(300))
+    done = xkv("analyze", "--docs", tmp_path / "a.txt", "--out", "/dev/full", "--json")
+    assert done.code == 1 and done.json["documents"]
+    assert done.err.splitlines()[0] == "error: cannot write /dev/full: No space left on device"
+
+
 def test_nothing_to_analyze_is_one_line(xkv: Xkv, tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "empty.txt").write_text(" ")
     done = xkv("analyze", "--docs", tmp_path / "empty.txt", "--model", tiny_model)
@@ -56,6 +63,8 @@ def test_nothing_to_analyze_is_one_line(xkv: Xkv, tmp_path: Path, tiny_model: Pa
         ["--docs", ".", "--plot", "no-such-folder/a.png"],
         ["--docs", ".", "--out", "no-such-folder/a.json"],
         ["--docs", ".", "--out", "."],
+        ["--docs", ".", "--out", "/proc/a.json"],
+        ["--docs", ".", "--plot", "/proc/a.png"],
     ],
 )
 def test_wrong_usage_exits_2(xkv: Xkv, arguments: list[str]) -> None:

@@ -158,6 +158,12 @@ def test_a_saved_conversation_goes_on(chat: Talk, artifact: str, tmp_path: Path)
     assert about.code == 1 and "another document" in about.err
 
 
+@pytest.mark.parametrize("file", ["/no/such/folder/talk.xkv", "/proc/talk.xkv", "."])
+def test_a_file_that_cannot_be_saved_to_is_refused_before_the_talk(chat: Talk, file: str) -> None:
+    done = chat(["What?"], "--doc", DOCUMENT, "--session", file)
+    assert done.code == 2 and done.out == "" and "--session" in done.err
+
+
 def test_a_line_that_cannot_be_answered_is_told_and_the_rest_goes_on(chat: Talk, artifact: str) -> None:
     question, answer = _facts(1)[0]
     done = chat(["/nonsense", "x<|end|>", "/exact", "/save", question], "--artifact", artifact)
@@ -184,7 +190,7 @@ def test_system_prompts_and_raw_text_come_back_from_an_artifact(xkv: Xkv, tmp_pa
         (["--artifact", "zz"], 1, "is not an artifact id"),
         (["--doc", ROOT / "examples"], 1, "is a folder"),
         (["--doc", ROOT / "Makefile"], 1, "are not read"),
-        ([], 2, "nothing to talk about"),
+        ([], 2, "nothing to talk about: give --doc or --artifact\n"),
         (["--doc", DOCUMENT, "--artifact", "0000"], 2, "give one of them"),
         (["--doc", DOCUMENT, "--budget", "0"], 2, "budget=0"),
         (["--doc", DOCUMENT, "--budget", "x"], 2, "neither tokens"),

@@ -40,7 +40,7 @@ def test_a_person_gets_a_table(xkv: Xkv) -> None:
         "eval", "--lengths", "600", "--samples", "5", "--protocol", "five-turns", "--methods", "xkv:ratio=3",
         "xkv:ratio=900", "--device", "cpu",
     )  # fmt: skip
-    assert done.code == 0, done.err
+    assert done.code == 1, "one method could not be measured"
     head, full, xkv_row, missed = done.out.splitlines()
     assert " ".join(head.split()) == "task length method accuracy to full stored ratio n by turn"
     assert "1.00x" in full and full.rstrip().endswith("1.000 1.000 1.000 1.000 1.000")
@@ -57,6 +57,7 @@ def test_a_person_gets_a_table(xkv: Xkv) -> None:
         (["--samples", "0"], "samples=0"),
         (["--model", "no/such/folder"], "no model folder"),
         (["--out", "no/such/folder/results.json"], "there is no folder"),
+        (["--out", "/proc/results.json"], "'/proc/results.json' cannot be written: "),
         (["--tasks", "niah_multikey_1", "--lengths", "90"], "needs at least"),
     ],
 )
@@ -64,6 +65,15 @@ def test_wrong_usage_is_one_line(xkv: Xkv, arguments: list[str], message: str) -
     done = xkv("eval", *arguments)
     assert (done.code, done.out) == (2, "")
     assert message in done.err.splitlines()[-1] and "Traceback" not in done.err
+
+
+def test_a_full_disk_is_told_and_the_results_are_shown_all_the_same(xkv: Xkv) -> None:
+    done = xkv("eval", "--lengths", 400, "--samples", 1, "--device", "cpu", "--json", "--out", "/dev/full")
+    assert done.code == 1 and len(done.json["rows"]) == 2
+    assert done.err.splitlines() == [
+        "error: cannot write /dev/full: No space left on device",
+        "hint: make room, or give another file",
+    ]
 
 
 def test_broken_question_data_and_missing_tokenizers_are_told(

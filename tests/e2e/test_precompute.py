@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,21 @@ def test_what_shapes_an_artifact_shapes_its_id(precompute: Precompute, corpus: P
         plan = precompute("--docs", a, "--dry-run", *variant, ray=False).json["plan"]
         ids.add(plan[0]["id"])
     assert len(ids) == len(variants)
+
+
+def test_what_every_document_would_fail_of_is_told_once(
+    xkv: Xkv, corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for files, reason in (
+        (("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
+        (("chat_template.jinja",), "no chat template"),
+    ):
+        model = shutil.copytree(tiny_model, tmp_path / files[0])
+        for name in files:
+            (model / name).unlink()
+        done = xkv("precompute", "--docs", corpus, "--model", model, "--store", tmp_path / "s", "--dry-run")
+        assert (done.code, done.out) == (1, "")
+        assert reason in done.err.splitlines()[0] and len(done.err.splitlines()) == 2, done.err
 
 
 def test_min_fidelity_publishes_nothing_below(precompute: Precompute, corpus: Path, store: Path) -> None:

@@ -90,12 +90,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.slow
-def test_killed_drivers_and_workers_lose_nothing(tiny_model: Path) -> None:
+def test_killed_drivers_and_workers_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "crash_test.py"
     command = [sys.executable, str(tool), "--points", "2", "--documents", "8", "--model", str(tiny_model)]
+    command += ["--json", str(tmp_path / "crash_test.json")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "crash_test.json").read_text())
+    assert len(written["rows"]) == 2 and {"command", "machine", "versions"} <= set(written)
 
 
 def test_a_document_that_kills_its_worker_is_given_up_and_the_others_finish(
@@ -178,6 +181,25 @@ def test_redis_lost_in_mid_run_and_back_empty(
     rebuilt = xkv("index", "rebuild", "--store", store, *redis, "--json")
     assert (rebuilt.code, rebuilt.json) == (0, {"artifacts": 8, "failed": 0, "faults": []})
     assert len(xkv("ls", "--store", store, *redis, "--json").json["artifacts"]) == 8
+
+
+@pytest.mark.slow
+def test_redis_lost_in_mid_run_for_good(
+    arguments: list[str], xkv: Xkv, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    store, redis = tmp_path / "store", ["--redis", redis_server.url]
+    killing = when(lambda: blobs(store), redis_server.kill)
+    done = xkv(*arguments, *redis)
+    killing.join()
+    assert (done.code, done.out) == (1, "")
+    error, hint = done.err.splitlines()[-2:]  # before them a note, when a worker found out first
+    assert error.startswith("error: Redis at unix:") and "does not answer" in error
+    assert hint.startswith("hint: start Redis") and "Traceback" not in done.err
+
+    redis_server.start()
+    again = xkv(*arguments, *redis).json
+    assert again["failed"] == 0 and again["computed"] + again["reused"] == 8
+    assert again["reused"] > 0, "what was published before is there"
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_no_half_blob(

@@ -101,4 +101,15 @@ def test_the_doctor_names_what_is_wrong_and_the_fix(xkv: Xkv, tiny_model: Path, 
     assert ill.code == 1 and ill.json["ok"] is False
     failed = {check["name"]: check for check in ill.json["checks"] if check["status"] == "failed"}
     assert set(failed) == {"store", "free space", "redis", "model"}
-    assert failed["model"]["fix"]
+    assert all(check["fix"] for check in failed.values())
+    assert "no folder can be made there" in failed["store"]["fix"]
+
+
+def test_a_file_is_no_store(xkv: Xkv, tmp_path: Path) -> None:
+    file = tmp_path / "a.md"
+    file.write_text("# A document")
+    for place, reason in ((file, "it is a file"), (file / "below", "Not a directory")):
+        ill = xkv("doctor", "--store", place, "--json")
+        check = next(check for check in ill.json["checks"] if check["name"] == "store")
+        assert check["detail"] == f"cannot make a store at {place}: {reason}"
+        assert check["fix"] == "a file is in the way; give a folder"

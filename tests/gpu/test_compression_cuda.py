@@ -117,7 +117,7 @@ def test_batched_subspace_iteration_is_within_half_a_percent(outliers: int) -> N
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 def test_factors_rebuild_as_well_as_those_made_on_a_cpu(family: str) -> None:
-    model = tiny_model(family, dtype=torch.bfloat16)
+    model = tiny_model(family, dtype=torch.bfloat16, max_position_embeddings=1024)
     on_gpu = copy.deepcopy(model).cuda()
     exact = {name: prefill(one, IDS) for name, one in (("cpu", model), ("cuda", on_gpu))}
     made = {
@@ -133,7 +133,7 @@ def test_factors_rebuild_as_well_as_those_made_on_a_cpu(family: str) -> None:
 
 
 def test_a_full_rank_compression_answers_like_the_exact_cache() -> None:
-    model = tiny_model("llama", dtype=torch.bfloat16).cuda()
+    model = tiny_model("llama", dtype=torch.bfloat16, max_position_embeddings=1024).cuda()
     factors = compress(model, IDS, CompressionSpec(group_size=2, rank_k="full", rank_v="full"))
     assert factors.fidelity is not None
     assert factors.fidelity.positions == held_back(700)

@@ -70,7 +70,7 @@ class ConversationRequest:
         if self.document is not None and self.artifact is not None:
             raise InvalidSpec("a document and an artifact were both given", hint="give one of them")
         if self.document is None and self.artifact is None and self.session is None:
-            raise InvalidSpec("nothing to talk about", hint="give --doc, --artifact or --session")
+            raise InvalidSpec("nothing to talk about", hint="give --doc or --artifact")
 
     @classmethod
     def create(

@@ -25,6 +25,11 @@ class FidelityTooLow(XKVError):
     """The compressed prefix agrees with the exact cache less than `--min-fidelity` asks for."""
 
 
+def one_line(error: BaseException) -> str:
+    """The type and message of an error that somebody else's code raised."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 __all__ = [
     "BadDocument",
     "CorpusError",
@@ -32,4 +37,5 @@ __all__ = [
     "RayUnavailable",
     "WorkerFailed",
     "XKVError",
+    "one_line",
 ]

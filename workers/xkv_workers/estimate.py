@@ -23,9 +23,12 @@ class Sized(Protocol):
     """The bytes of a prefix, before and after."""
 
     @property
-    def bytes_full(self) -> int: ...
+    def bytes_full(self) -> int:
+        """Bytes of the exact cache."""
+
     @property
-    def bytes_stored(self) -> int: ...
+    def bytes_stored(self) -> int:
+        """Bytes of the artifact's file, an upper bound."""
 
 
 @dataclass(frozen=True)

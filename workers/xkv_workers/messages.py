@@ -55,6 +55,7 @@ class PrefixJob:
 
     @property
     def tokens(self) -> int:
+        """T, tokens of the prefix."""
         return len(self.token_ids)
 
 

@@ -13,7 +13,7 @@ from xkv_service.demo import demo_model_path
 from xkv_service.modeling.device import resolve_device, resolve_dtype
 from xkv_service.modeling.layout import ModelLayout
 from xkv_service.modeling.model_files import ModelFiles, find_model
-from xkv_service.modeling.prompts import render_prefix
+from xkv_service.modeling.prompts import check_template, render_prefix
 from xkv_workers.cluster import Room
 from xkv_workers.messages import Device
 
@@ -37,20 +37,31 @@ class ChosenModel:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 over config, weights and dtype: what an artifact is made with."""
         return self.files.identity.fingerprint
 
     @property
     def layout(self) -> ModelLayout:
+        """The layout of the model's cache; raises UnsupportedModel when it cannot be compressed."""
         return self.files.layout
 
     @property
     def context_window(self) -> int | None:
+        """Most tokens the model can take, or None when its config does not say."""
         return self.files.context_window
 
     @property
     def is_small(self) -> bool:
         """Several copies fit into any machine's memory."""
         return sum(path.stat().st_size for path in self.files.path.glob("*.safetensors")) <= SMALL_BYTES
+
+    def check_template(self, *, system_prompt: str | None, template: Literal["chat", "raw"]) -> None:
+        """Refuse once what would fail for each document.
+
+        Raises:
+            InvalidPrompt: there is no chat template, or one that cannot carry such chats.
+        """
+        check_template(self.files.tokenizer, system_prompt=system_prompt, template=template)
 
     def render(
         self, document: str, *, system_prompt: str | None, template: Literal["chat", "raw"]
@@ -60,7 +71,7 @@ class ChosenModel:
 
 
 def choose_model(name: str | None, revision: str | None, device: Device) -> ChosenModel:
-    """Find a model (None is the bundled one) and see that it can be compressed.
+    """Find a model (None is the bundled one) and see that it can be compressed, and has a tokenizer.
 
     Raises:
         ModelNotFound, UnsupportedModel
@@ -72,7 +83,7 @@ def choose_model(name: str | None, revision: str | None, device: Device) -> Chos
     files = find_model(wanted, revision, dtype=dtype, device="cpu")
     place = str(files.path.resolve()) if Path(wanted).expanduser().is_dir() else wanted
     chosen = ChosenModel(place, device, dtype, files)
-    chosen.layout  # noqa: B018 - raises UnsupportedModel before anything is started
+    chosen.layout, chosen.files.tokenizer  # noqa: B018 - raise before anything is started
     return chosen
 
 

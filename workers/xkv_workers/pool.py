@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xkv_workers.cluster import Crew
-from xkv_workers.errors import RayUnavailable, WorkerFailed, XKVError
+from xkv_workers.errors import RayUnavailable, WorkerFailed, XKVError, one_line
 from xkv_workers.messages import Outcome, PrefixJob, WorkerConfig
 from xkv_workers.plan import reason_of
 
@@ -88,6 +88,7 @@ class WorkerPool:
 
     @property
     def busy(self) -> bool:
+        """Whether some worker computes."""
         return any(slot.batches for slot in self.slots)
 
     @property
@@ -168,7 +169,7 @@ class WorkerPool:
             if type(cause).__name__ == "AcceleratorError":  # CUDA is lost to that process
                 self._ray.kill(slot.actor, no_restart=False)
                 slot.loading = slot.actor.load.remote()
-            return Crash(reason_of(cause) if isinstance(cause, XKVError) else _one_line(cause))
+            return Crash(reason_of(cause) if isinstance(cause, XKVError) else one_line(cause))
         except self._ray.exceptions.RayError as error:
             if slot.ready:
                 slot.loading = slot.actor.load.remote()  # Ray starts it again
@@ -184,7 +185,7 @@ class WorkerPool:
             cause = error.cause
             if isinstance(cause, XKVError):
                 raise cause from None
-            raise WorkerFailed(f"a worker cannot load the model: {_one_line(cause or error)}") from None
+            raise WorkerFailed(f"a worker cannot load the model: {one_line(cause or error)}") from None
         except self._ray.exceptions.RayError as error:
             slot.failed_loads += 1
             slot.load_at = time.monotonic() + 2**slot.failed_loads / 4
@@ -201,9 +202,4 @@ def _died(error: Exception) -> str:
     kind = type(error).__name__
     if kind in ("ActorUnavailableError", "ActorDiedError", "WorkerCrashedError"):
         return "its worker process died (killed, out of memory, or crashed)"
-    return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return one_line(error)

@@ -125,6 +125,7 @@ def prepared(request: Request) -> Iterator[Prepared]:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
         model = choose_model(request.model, request.revision, choose_device(request.device, room))
+        model.check_template(system_prompt=request.system_prompt, template=request.template)
         if room is not None and room.nodes > 1 and store.redis_url.startswith("unix:"):
             raise RayUnavailable(
                 f"{room.nodes} machines cannot share the embedded Redis of this one",

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from xkv_workers.errors import BadDocument
+from xkv_workers.errors import BadDocument, one_line
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 """A document above this is refused unread: no model's window holds 16 million tokens of text."""
@@ -67,7 +67,7 @@ def read_pdf(path: Path) -> str:
         pages = [page.extract_text() for page in reader.pages]
     except (PyPdfError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # pypdf lets these through on damaged files, besides its own errors.
-        raise BadDocument(f"not a readable PDF: {_one_line(error)}") from None
+        raise BadDocument(f"not a readable PDF: {one_line(error)}") from None
     text = "\n\n".join(page.strip() for page in pages).strip()
     if not text:
         raise BadDocument("the PDF holds no text", hint="scanned pages need OCR first")
@@ -104,7 +104,7 @@ def _record(raw: bytes, number: int) -> tuple[str, str]:
     except BadDocument as error:
         raise BadDocument(f"line {number}: {error.message}") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise BadDocument(f"line {number} is not JSON: {_one_line(error)}") from None
+        raise BadDocument(f"line {number} is not JSON: {one_line(error)}") from None
     if not isinstance(record, dict):
         raise BadDocument(f'line {number} is not an object with "id" and "text"')
     name, text = record.get("id"), record.get("text")
@@ -141,10 +141,6 @@ def _read_limited(path: Path) -> bytes:
     if len(content) > MAX_DOCUMENT_BYTES:
         raise BadDocument("larger than 64 MiB", hint="split it into documents that fit the model's window")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 READERS: dict[str, Callable[[Path], str]] = {

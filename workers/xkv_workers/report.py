@@ -62,10 +62,12 @@ class Report:
 
     @property
     def worst_fidelity(self) -> float | None:
+        """Lowest top-1 agreement with the exact cache, 0 to 1; None without artifacts."""
         return min((line.fidelity for line in self.artifacts), default=None)
 
     @property
     def median_fidelity(self) -> float | None:
+        """Median top-1 agreement with the exact cache, 0 to 1; None without artifacts."""
         return statistics.median(line.fidelity for line in self.artifacts) if self.artifacts else None
 
 
@@ -109,6 +111,7 @@ class Ledger:
 
     @property
     def computed_tokens(self) -> int:
+        """Tokens of the artifacts that this run computed."""
         return sum(self._stored[artifact_id].tokens for artifact_id in self._computed)
 
     @property

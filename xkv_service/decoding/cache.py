@@ -10,11 +10,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
 from xkv_service.decoding.fold import FOLD_ERROR, fold_tail
-from xkv_service.decoding.folded_prefix import folded_bytes
 from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.decoding.state_layer import StateLayer
+from xkv_service.decoding.tail_bytes import tail_bytes
 from xkv_service.decoding.tail_ids import TailIds
 from xkv_service.decoding.xkv_attention import attend_next, is_enabled
 from xkv_service.errors import CacheMisuse
@@ -117,6 +117,12 @@ class XKVCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to a layer's tail and return what the model's attention is to see of it.
 
+        Args:
+            key_states, value_states: of t new tokens, keys rotated: [rows, kv_heads, t, D].
+
+        Returns:
+            Keys and values, [rows, kv_heads, n + t, D] of the tail's n + t tokens; of a window those in it.
+
         Raises:
             CacheMisuse: the model is not inside `enable_xkv`, so that its own attention would miss the
                 prefix, or it is another one than the cache was made for.
@@ -150,12 +156,12 @@ class XKVCache(Cache):  # type: ignore[misc]
         return self.fork()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the tails of other rows of the batch."""
+        """Take the tails of other rows of the batch: of row beam_idx[i] (int64 [rows]) in row i."""
         super().reorder_cache(beam_idx)
         self.tail_ids = self.tail_ids.rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
+        """Keep the rows of the batch that int64 [kept] names, in that order."""
         super().batch_select_indices(indices)
         self.tail_ids = self.tail_ids.rows(indices)
 
@@ -206,14 +212,8 @@ class XKVCache(Cache):  # type: ignore[misc]
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the tail, folded tokens included: what one more session costs."""
-        total = folded_bytes(
-            layer.selection.prefix for layer in self.layers if isinstance(layer, PrefixLayer)
-        )
-        for layer in self.layers:
-            if isinstance(layer, PrefixLayer) and layer.keys is not None and layer.values is not None:
-                total += layer.keys.nbytes + layer.values.nbytes
-        return total
+        """Bytes of the tail, folded tokens, windows and states included: what one more session costs."""
+        return tail_bytes(self, self.prefix.tokens)
 
     @property
     def rebuilt_tokens(self) -> float:

@@ -19,6 +19,7 @@ from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.decoding.select import Selection
 from xkv_service.errors import CacheMisuse, InvalidSpec, UnsupportedModel
 from xkv_service.factorization.quantize import quantize_columns
+from xkv_service.numeric import is_integer, is_number
 from xkv_service.selection.sketch import KeySketch, encode
 from xkv_service.selection.spec import SelectionSpec
 
@@ -45,10 +46,10 @@ def fold_tail(cache: XKVCache, *, keep: int = 0, error: float = FOLD_ERROR) -> i
         UnsupportedModel: latent layers, or an index of landmarks.
         InvalidSpec: `keep` or `error` out of range.
     """
-    if not 0 < error < 1:
+    if not (is_number(error) and 0 < error < 1):
         raise InvalidSpec(f"error={error!r} is out of range", hint="use a number between 0 and 1")
-    if keep < 0:
-        raise InvalidSpec(f"keep={keep} is out of range", hint="use an integer from 0")
+    if not is_integer(keep) or keep < 0:
+        raise InvalidSpec(f"keep={keep!r} is out of range", hint="use an integer from 0")
     count = cache.tail_tokens - keep
     if count <= 0:
         return 0

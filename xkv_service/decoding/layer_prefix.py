@@ -148,7 +148,7 @@ def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
 def half(
     pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor | PackedFactors, torch.Tensor]:
-    """Token factors of the first `tokens` tokens as stored, and the layer's bases in `dtype`."""
+    """Token factors [tokens, r] as stored, and a layer's bases [r, kv_heads D] in `dtype`."""
     factors = pair.factors
     first = factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
     return first.to(device), pair.layer_bases(place).to(device, dtype)

@@ -11,6 +11,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.model_files import find_model
+from xkv_service.numeric import is_integer
 from xkv_service.packed_factors import leading_runs
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import stored_tensors
@@ -73,8 +74,8 @@ def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:
 def _leading(group: GroupLayout, rank_k: int | None, rank_v: int | None) -> GroupLayout:
     """The group with fewer ranks; a group that has fewer anyway keeps what it has."""
     for name, rank in (("rank_k", rank_k), ("rank_v", rank_v)):
-        if rank is not None and rank < 1:
-            raise InvalidSpec(f"{name}={rank} is out of range", hint="use 1 or more")
+        if rank is not None and not (is_integer(rank) and rank >= 1):
+            raise InvalidSpec(f"{name}={rank!r} is out of range", hint="use an integer from 1")
     ranks = {"rank_k": min(rank_k or group.rank_k, group.rank_k)}
     ranks["rank_v"] = min(rank_v or group.rank_v, group.rank_v)
     columns = {

@@ -17,6 +17,8 @@ from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
+from xkv_service.numeric import is_integer
+from xkv_service.reconstruct import as_cached
 
 # A model object, where and in which dtype it is, and tokens of the prefix.
 _Place = tuple[int, torch.device, torch.dtype, int]
@@ -69,7 +71,7 @@ class Prefix:
 
 def _checked(factors: PrefixFactors, tokens: int | None) -> int:
     count = factors.tokens if tokens is None else tokens
-    if not isinstance(count, int) or not 0 < count <= factors.tokens:
+    if not is_integer(count) or not 0 < count <= factors.tokens:
         raise InvalidSpec(
             f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {factors.tokens}"
         )
@@ -95,7 +97,7 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix
             else:
                 layers[layer] = LayerPrefix(factors, layer, tokens, turns[table], device, dtype)
     windows = {
-        layer: (_cached(window.keys, model), _cached(window.values, model))
+        layer: (as_cached(window.keys, model), as_cached(window.values, model))
         for layer, window in factors.windows.items()
     }
     groups = tuple(group.layout.layers for group in factors.groups)
@@ -105,8 +107,3 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix
 def _product_dtype(model: PreTrainedModel) -> torch.dtype:
     """16-bit products pay on accelerators only."""
     return torch.float32 if model.device.type == "cpu" else model.dtype
-
-
-def _cached(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """[w, kv_heads, D] as a cache holds it: [1, kv_heads, w, D]."""
-    return states.to(model.device, model.dtype).transpose(0, 1)[None].contiguous()

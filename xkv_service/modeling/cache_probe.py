@@ -11,12 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from xkv_service.modeling.observation import observe
 
-PROBE_TOKENS = 4
-
 
 @dataclass
 class CacheProbe:
-    """What a forward of `PROBE_TOKENS` tokens showed, by layer index.
+    """What a forward of four tokens showed, by layer index.
 
     Args:
         query_heads: heads of the queries that reached the attention function.
@@ -32,9 +30,11 @@ class CacheProbe:
     _entered: dict[int, nn.Module] = field(default_factory=dict)
 
     def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
+        """Count the heads of queries [rows, heads, t, D] that reached a layer's attention."""
         self.query_heads[int(module.layer_idx)] = query.shape[1]  # type: ignore[arg-type]
 
     def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Keep what an attention module was called with, by name."""
         self._entered[int(module.layer_idx)] = module  # type: ignore[arg-type]
         self.arguments[id(module)] = arguments
 
@@ -55,7 +55,7 @@ class _NotingCache(DynamicCache):  # type: ignore[misc]
 
 
 def probe_cache(model: PreTrainedModel, *, last_token: int = 0) -> CacheProbe:
-    """Run `PROBE_TOKENS` tokens through the model (on the meta device only shapes come out).
+    """Run four tokens through the model (on the meta device only shapes come out).
 
     Args:
         last_token: id of the last token; the others are 1, 2, 3.

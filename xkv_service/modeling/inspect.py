@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from xkv_artifacts.errors import first_line
 from xkv_artifacts.manifest import StateLayout
 from xkv_service.errors import UnsupportedModel
 from xkv_service.modeling.cache_probe import CacheProbe, looks_ahead, probe_cache
@@ -96,7 +97,7 @@ def _probe(model: PreTrainedModel, *, last_token: int = 0) -> CacheProbe:
         return probe_cache(model, last_token=last_token)
     except ValueError as error:  # a cache class of its own (minimax)
         raise UnsupportedModel(
-            f"{_name(model)} does not run with Transformers' ordinary cache: {str(error).splitlines()[0]}",
+            f"{_name(model)} does not run with Transformers' ordinary cache: {first_line(error)}",
             hint="use another model",
         ) from error
 

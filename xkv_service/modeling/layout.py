@@ -44,10 +44,12 @@ class LayerLayout:
 
     @property
     def key_width(self) -> int:
+        """Numbers in one token's keys, all heads together."""
         return self.kv_heads * self.head_dim
 
     @property
     def value_width(self) -> int:
+        """Numbers in one token's values, all heads together."""
         return self.kv_heads * self.value_dim
 
 

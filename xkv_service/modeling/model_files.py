@@ -17,9 +17,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from xkv_artifacts.errors import first_line
 from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.errors import InvalidSpec, ModelNotFound
@@ -27,6 +29,11 @@ from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
 from xkv_service.modeling.inspect import inspect_model
 from xkv_service.modeling.layout import ModelLayout
 
+# What Transformers raises for a config that cannot be: each model type checks, or computes, in its own way.
+_BAD_CONFIG = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
+    StrictDataclassError,
+)
 # What a checkpoint needs to be loaded by Transformers from safetensors; never pickles, never code.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
@@ -92,7 +99,7 @@ class ModelFiles:
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=self.dtype, trust_remote_code=False
                 )
-        except (ValueError, KeyError, AttributeError, ImportError) as error:
+        except _BAD_CONFIG as error:
             raise ModelNotFound(
                 f"{self.name} is no causal language model of this Transformers: {first_line(error)}",
                 hint="use a decoder-only language model that Transformers supports without remote code",
@@ -138,10 +145,11 @@ def read_config(path: Path, name: str) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _BAD_CONFIG as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
         raise ModelNotFound(
-            f"{name} has no config that Transformers can read: {first_line(error)}",
-            hint="remote code is never run: use a model type that Transformers itself supports",
+            f"{name} has no config that Transformers can read: {first_line(cause or error)}",
+            hint="mend it, or use a model type that Transformers itself supports: remote code is never run",
         ) from error
 
 
@@ -153,12 +161,6 @@ def context_window(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message: Transformers' go on for paragraphs."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _folder(name_or_path: str | Path) -> Path | None:

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from xkv_artifacts.errors import first_line
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.errors import ModelNotFound
 from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
-from xkv_service.modeling.model_files import ModelFiles, context_window, find_model, first_line
+from xkv_service.modeling.model_files import ModelFiles, context_window, find_model
 
 __all__ = [
     "DTYPES",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from xkv_artifacts.errors import first_line
 from xkv_service.errors import InvalidPrompt
 
 Template = Literal["chat", "raw"]
@@ -95,6 +96,15 @@ def render_prefix(
     return ids
 
 
+def check_template(tokenizer: Any, *, system_prompt: str | None = None, template: Template = "chat") -> None:
+    """Refuse a tokenizer with which no document at all has a prefix. Arguments as `render_prefix`.
+
+    Raises:
+        InvalidPrompt: no chat template, or one that fails, takes no system prompt or begins with the date.
+    """
+    _Chat(tokenizer, system_prompt, template).check("A document.")
+
+
 def refuse_special_tokens(tokenizer: Any, text: str, what: str) -> None:
     """Refuse a document or a message that could end its own turn and speak as somebody else.
 
@@ -128,7 +138,7 @@ def apply_template(tokenizer: Any, messages: Messages, **options: Any) -> Any:
         if messages and messages[0]["role"] == "system" and _mentions_system(error):
             raise _no_system_prompt() from error
         raise InvalidPrompt(
-            f"the chat template fails: {_one_line(error)}", hint="use --template raw"
+            f"the chat template fails: {first_line(error)}", hint="use --template raw"
         ) from error
 
 
@@ -232,7 +242,3 @@ def _no_system_prompt() -> InvalidPrompt:
 
 def _mentions_system(error: Exception) -> bool:
     return "system" in str(error).lower()
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

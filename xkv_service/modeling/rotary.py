@@ -78,7 +78,7 @@ def _has_kernel(keys: torch.Tensor, planes: torch.Tensor, first: slice, second: 
 
 
 def inverse(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cos and sin (float32) that undo a rotation by `cos`, `sin`, whatever their common scale."""
+    """The cos and sin, float32 [t, P], that undo a rotation by `cos`, `sin` [t, P], whatever their scale."""
     cos, sin = cos.float(), sin.float()
     norm = (cos * cos + sin * sin).reciprocal()
     return cos * norm, -sin * norm
@@ -137,7 +137,8 @@ class RotaryTable:
         return rotate_planes(keys, self.planes, *inverse(*self.cos_sin(positions)))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Plain CPU tensors, names without prefix."""
+        """CPU tensors, names without prefix: planes int32 [P, 2], scaling and rounding [1], and where
+        they are known inv_freq [P], cos and sin [T, P]."""
         tensors = {
             "planes": self.planes.to("cpu", torch.int32),
             "scaling": torch.tensor([self.scaling], dtype=torch.float64),
@@ -151,7 +152,7 @@ class RotaryTable:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> RotaryTable:
-        """The table `to_tensors` was called on (on the CPU)."""
+        """The table `to_tensors` was called on, with its names and shapes, on the CPU."""
         codes = {code: dtype for dtype, code in _DTYPE_CODES.items()}
         return cls(
             planes=tensors["planes"].long(),

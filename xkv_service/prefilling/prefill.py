@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.modeling.inspect import InspectedModel, inspect_loaded
-from xkv_service.modeling.rotary_source import frequency_change, refuse_unstable_frequencies
+from xkv_service.modeling.rotary_source import frequency_change
 from xkv_service.prefilling.prefill_run import Document, Run, TokenIds
 from xkv_service.prefilling.prefilled import Prefill
 
@@ -33,7 +33,7 @@ def prefill(
 
     Raises:
         UnsupportedModel: the model's cache cannot be compressed.
-        InvalidPrompt: no tokens, or a `tail` as long as the prefix.
+        InvalidPrompt: no tokens, ids that are not the model's or too many, or a `tail` as long as the prefix.
     """
     return prefill_batch(model, [input_ids], chunk_tokens=chunk_tokens, tail=tail)[0]
 
@@ -60,9 +60,7 @@ def prefill_batch(
     """
     inspected = inspect_loaded(model)
     tails = [tail] * len(documents) if isinstance(tail, int) else tail
-    batch = [Document.of(ids, one) for ids, one in zip(documents, tails, strict=True)]
-    for document in batch:
-        refuse_unstable_frequencies(model.config, document.length)
+    batch = [Document.of(ids, one, model.config) for ids, one in zip(documents, tails, strict=True)]
     results: list[Prefill] = []
     with torch.inference_mode():
         for padded_together in _batches(model, inspected, batch):

@@ -11,16 +11,25 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from xkv_artifacts.errors import first_line
 from xkv_service.errors import InvalidPrompt
 from xkv_service.modeling.inspect import InspectedModel
+from xkv_service.modeling.model_files import context_window
 from xkv_service.modeling.observation import observe
 from xkv_service.modeling.rotary_probe import PositionEmbeddings
-from xkv_service.modeling.rotary_source import Frequencies, frequency_change, model_frequencies
+from xkv_service.modeling.rotary_source import (
+    Frequencies,
+    frequency_change,
+    model_frequencies,
+    refuse_unstable_frequencies,
+)
 from xkv_service.prefilling.chunking import chunk_tokens
 from xkv_service.prefilling.prefilled import PlaneTables, Prefill
 from xkv_service.prefilling.prefix_cache import ExactLayer, StorageLayer, copy_exact_layer
 
 TokenIds = Sequence[int] | torch.Tensor
+
+_IDS = "give the ids of one text, a list or an integer tensor of shape [T] or [1, T]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +40,32 @@ class Document:
     tail: int
 
     @classmethod
-    def of(cls, ids: TokenIds, tail: int) -> Document:
+    def of(cls, ids: TokenIds, tail: int, config: Any) -> Document:
         """A document after a check of its ids and tail.
 
+        Args:
+            config: of the model that is to read it: how many ids it knows, and how many tokens it takes.
+
         Raises:
-            InvalidPrompt: no tokens, or a tail as long as the prefix.
+            InvalidPrompt: ids that are not those of one text, that the model does not know or are more than
+                it can take, or a tail as long as the prefix.
+            UnsupportedModel: dynamic-NTK frequencies, and more tokens than the model's original window.
         """
-        ids = torch.as_tensor(ids, dtype=torch.int64).flatten().cpu()
-        if ids.numel() == 0:
+        ids = id_vector(ids)
+        tokens = ids.numel()
+        if tokens == 0:
             raise InvalidPrompt("the prefix has no tokens", hint="give a document that is not empty")
-        if tail < 0 or tail >= ids.numel():
+        _check_range(ids, config)
+        refuse_unstable_frequencies(config, tokens)
+        window = context_window(config)
+        if window is not None and tokens > window:
             raise InvalidPrompt(
-                f"tail={tail} does not fit a prefix of {ids.numel()} tokens",
+                f"the prefix has {tokens:,} tokens, and the model's window is {window:,}",
+                hint="use a shorter document, or a model with a longer window",
+            )
+        if tail < 0 or tail >= tokens:
+            raise InvalidPrompt(
+                f"tail={tail} does not fit a prefix of {tokens} tokens",
                 hint="use a tail shorter than the prefix",
             )
         return cls(ids, tail)
@@ -56,6 +79,34 @@ class Document:
     def tail_positions(self) -> range:
         """Positions whose logits are kept."""
         return range(self.length - self.tail, self.length)
+
+
+def id_vector(ids: TokenIds) -> torch.Tensor:
+    """Token ids of one text, a list or integer tensor [T] or [1, T], as int64 [T] on the CPU.
+
+    Raises:
+        InvalidPrompt: another shape, or not integers.
+    """
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidPrompt(f"not token ids: {first_line(error)}", hint=_IDS) from None
+    if found.dim() != 1 and found.shape[:-1] != (1,):
+        raise InvalidPrompt(f"token ids of shape {list(found.shape)} are not one text's", hint=_IDS)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.numel() and not whole:
+        raise InvalidPrompt(f"token ids are integers, not {found.dtype}", hint=_IDS)
+    return found.flatten().to("cpu", torch.int64)
+
+
+def _check_range(ids: torch.Tensor, config: Any) -> None:
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    for token in (int(ids.min()), int(ids.max())):
+        if not 0 <= token < vocabulary:
+            raise InvalidPrompt(
+                f"token id {token} is not among the model's {vocabulary:,}",
+                hint="use the model's own tokenizer",
+            )
 
 
 @dataclass

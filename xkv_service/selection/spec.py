@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xkv_service.errors import InvalidSpec
+from xkv_service.numeric import is_integer
 
 SelectorKind = Literal["auto", "sketch", "landmark", "exact", "dense"]
 Granularity = Literal["layer", "head"]
@@ -48,7 +49,7 @@ class SelectionSpec:
                 raise InvalidSpec(
                     f"{name}={getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(allowed)}"
                 )
-        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget >= 1
+        whole = is_integer(self.budget) and self.budget >= 1
         share = isinstance(self.budget, float) and 0.0 < self.budget <= 1.0
         if not (whole or share):
             raise InvalidSpec(
@@ -57,7 +58,7 @@ class SelectionSpec:
             )
         for name in ("sink", "recent"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise InvalidSpec(f"{name}={value!r} is out of range", hint="use an integer from 0")
 
     def tokens(self, prefix_tokens: int) -> int:

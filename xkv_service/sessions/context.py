@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.fold import refuse_unfoldable
-from xkv_service.decoding.folded_prefix import folded_bytes
+from xkv_service.decoding.tail_bytes import tail_bytes
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import CacheMisuse
 from xkv_service.modeling.linear_state import copy_state_layer
@@ -73,9 +73,7 @@ class Context:
     @property
     def tail_bytes(self) -> int:
         """Bytes of what is held besides the prefix: what this conversation costs."""
-        exact = sum(_tail_bytes(layer, self.prefix_tokens) for layer in self.cache.layers)
-        factors = [layer.selection.prefix for layer in self.cache.layers if isinstance(layer, PrefixLayer)]
-        return exact + folded_bytes(factors)
+        return tail_bytes(self.cache, self.prefix_tokens)
 
     def enabled(self) -> AbstractContextManager[Any]:
         """Within it the model can read the cache."""
@@ -173,17 +171,6 @@ def _can_crop(layer: Any) -> bool:
         and not layer.is_sliding
         and not isinstance(layer, LinearAttentionLayer)
     )
-
-
-def _tail_bytes(layer: Any, prefix_tokens: int) -> int:
-    """Windows and states are each session's own: all of their bytes count."""
-    if isinstance(layer, LinearAttentionLayer):
-        states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-        return sum(state.nbytes for state in states if state is not None)
-    if layer.keys is None or layer.keys.ndim == 1:
-        return 0
-    hidden = 0 if layer.is_sliding or isinstance(layer, PrefixLayer) else prefix_tokens
-    return sum(states[..., hidden:, :].nbytes for states in (layer.keys, layer.values))
 
 
 def _fixed_tokens(layer: Any) -> int:

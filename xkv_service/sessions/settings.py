@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from xkv_service.errors import InvalidSpec
+from xkv_service.numeric import is_integer, is_number
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,17 @@ class GenerationSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
+        if not is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
             raise InvalidSpec(
                 f"max_new_tokens={self.max_new_tokens!r} is out of range", hint="use an integer from 1"
             )
-        if not _is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
+        if not is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
             raise InvalidSpec(
                 f"temperature={self.temperature!r} is out of range", hint="use 0 (greedy) to 100"
             )
-        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+        if not is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
             raise InvalidSpec(f"top_p={self.top_p!r} is out of range", hint="use a number above 0, at most 1")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise InvalidSpec(f"stop={self.stop!r} is no tuple of texts", hint='use stop=("text",)')
-        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_integer(self.seed) and 0 <= self.seed < 2**63):
             raise InvalidSpec(f"seed={self.seed!r} is out of range", hint="use an integer from 0")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

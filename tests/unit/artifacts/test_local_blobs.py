@@ -272,7 +272,7 @@ def test_a_store_has_one_id_for_all_who_open_it_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b"\xff", b'{"format": "xkv-store", "version": 2, "id": "x"}']
+    "content", [b"", b"{}", b"[]", b"\xff", b'{"format": "xkv-store", "version": 1, "id": "x"}']
 )
 def test_a_damaged_store_description_is_told(blobs: LocalBlobStore, content: bytes) -> None:
     (blobs.root / "xkv-store.json").write_bytes(content)
@@ -319,3 +319,10 @@ def test_an_old_file_counts_as_left_behind_where_locks_do_not_work(
     os.utime(blobs.root / "tmp" / "old", (yesterday, yesterday))
     assert blobs.remove_temporary() == (1, 3)
     put(blobs)
+
+
+def test_a_later_versions_store_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "xkv-store.json").write_text('{"format": "xkv-store", "version": 2, "id": "x", "more": 1}')
+    with pytest.raises(StoreError, match="is of version 2, and this one reads 1") as refused:
+        LocalBlobStore(tmp_path).store_id()
+    assert "upgrade" in refused.value.hint and "delete" not in refused.value.hint

@@ -180,8 +180,9 @@ def test_very_short_prefixes_are_compressed(tokens: int) -> None:
 
 def test_bad_input_is_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(InvalidPrompt):
-        compress(model, [])
+    for ids in ([], IDS.reshape(2, 75), IDS.float(), "text"):
+        with pytest.raises(InvalidPrompt):
+            compress(model, ids)  # type: ignore[arg-type]
     with pytest.raises(RatioUnreachable):
         compress(model, IDS, CompressionSpec(ratio=200))
 

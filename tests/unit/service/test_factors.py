@@ -39,9 +39,9 @@ RATIO = CompressionSpec(group_size=2, ratio=1.2, index="landmark", sink=2, landm
 def model_of(name: str) -> PreTrainedModel:
     """Its group's keys are wider than a column block."""
     if name in SPECS:
-        return tiny_model("gemma2", num_key_value_heads=4)
+        return tiny_model("gemma2", num_key_value_heads=4, max_position_embeddings=1024)
     wide = {"kv_lora_rank": 48} if name in ("deepseek_v3", "kimi_linear") else {"num_key_value_heads": 4}
-    return tiny_model(name, dtype=torch.bfloat16, **wide)
+    return tiny_model(name, dtype=torch.bfloat16, max_position_embeddings=1024, **wide)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -157,6 +157,25 @@ def test_configs_that_are_none(broken: Path, text: str) -> None:
     refusal(broken)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_size": -5}, "hidden size"),
+        ({"hidden_size": "wide"}, "expected int"),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"num_key_value_heads": 0}, "by zero"),
+        ({"vocab_size": -1}, "negative dimension"),
+        ({"layer_types": ["none"]}, "layer_types"),
+    ],
+)
+def test_configs_with_impossible_fields(broken: Path, fields: dict[str, Any], reason: str) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ModelNotFound, match=reason) as refused:
+        _ = find_model(broken).layout
+    assert refused.value.hint
+
+
 def test_a_broken_tokenizer(broken: Path) -> None:
     (broken / "tokenizer.json").write_text("{")
     assert "tokenizer" in refusal(broken).message

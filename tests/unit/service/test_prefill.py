@@ -271,11 +271,30 @@ def test_the_exact_cache_is_held_once() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "tail", "reason"),
-    [([], 0, "no tokens"), ([1, 2], 2, "tail=2"), ([1, 2], -1, "tail=-1")],
+    [
+        ([], 0, "no tokens"),
+        ([1, 2], 2, "tail=2"),
+        ([1, 2], -1, "tail=-1"),
+        (torch.ones(2, 30, dtype=torch.int64), 0, r"shape \[2, 30\]"),
+        (torch.ones(1, 1, 30, dtype=torch.int64), 0, r"shape \[1, 1, 30\]"),
+        (torch.tensor(7), 0, r"shape \[\]"),
+        ([1.5, 2.5], 0, "float32"),
+        ([True, False], 0, "bool"),
+        (["one", "two"], 0, "not token ids"),
+        ([[1, 2], [3]], 0, "not token ids"),
+        ([1, 2**70], 0, "not token ids"),
+        ([5, -1], 0, "token id -1 "),
+        ([5, 96], 0, "token id 96 .* 96"),
+        ([5] * 513, 0, "513 tokens, .* 512"),
+    ],
 )
-def test_bad_input_is_refused(ids: list[int], tail: int, reason: str) -> None:
+def test_bad_input_is_refused(ids: Any, tail: int, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
         prefill(tiny_model("llama"), ids, tail=tail)
+
+
+def test_a_whole_window_of_the_last_id_is_not_refused() -> None:
+    assert prefill(tiny_model("llama"), [[95] * 512]).tokens == 512  # type: ignore[list-item]
 
 
 def test_an_empty_batch_and_a_single_token() -> None:

@@ -10,33 +10,29 @@ from xkv_service.prefilling.prefilled import Prefill
 
 
 class PreparedPrefix(Protocol):
-    """The cache of one prefix, held by one method.
-
-    Attributes:
-        tokens: T, tokens of the prefix.
-        nbytes: bytes that the method really stores for the prefix, everything counted, numbers that are not
-            quantized at 16 bits.
-    """
+    """The cache of one prefix, held by one method."""
 
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """T, tokens of the prefix."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes that the method really stores for the prefix, everything counted.
+
+        Numbers that are not quantized count 16 bits.
+        """
 
     def cache(self) -> Cache:
         """A new Transformers cache that holds the prefix, batch of one; caches do not disturb each other."""
 
 
 class Method(Protocol):
-    """One way to hold the cache of a prefix.
-
-    Attributes:
-        name: what results call it.
-    """
+    """One way to hold the cache of a prefix."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What results call it."""
 
     def prepare(self, model: PreTrainedModel, exact: Prefill) -> PreparedPrefix:
         """Hold the prefix that `exact` is the exact cache of. Leaves `exact` as it was.

@@ -55,26 +55,23 @@ class Room:
 
 
 class Task(Protocol):
-    """One task.
-
-    Attributes:
-        name: what the command line and results call it.
-        scoring: how replies are scored.
-        reply_tokens: the longest reply.
-        most_questions: the most questions a document can be asked, or None for any number.
-    """
+    """One task."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the command line and results call it."""
 
     @property
-    def scoring(self) -> Scoring: ...
+    def scoring(self) -> Scoring:
+        """How replies are scored."""
 
     @property
-    def reply_tokens(self) -> int: ...
+    def reply_tokens(self) -> int:
+        """The longest reply."""
 
     @property
-    def most_questions(self) -> int | None: ...
+    def most_questions(self) -> int | None:
+        """The most questions a document can be asked, or None for any number."""
 
     def make(self, rng: Random, room: Room, questions: int) -> Sample:
         """Write one document with this many questions.

@@ -117,8 +117,9 @@ def test_every_rank_read_in_part_is_the_whole(
     whole = _logits(loaded, XKVCache.from_artifact(loaded, store, found))
     asked = XKVCache.from_artifact(loaded, store, found, rank_k=500, rank_v=96)
     assert torch.equal(_logits(loaded, asked), whole)
-    with pytest.raises(InvalidSpec, match="rank_k=0"):
-        XKVCache.from_artifact(loaded, store, found, rank_k=0)
+    for rank in (0, 1.5, True, "full"):
+        with pytest.raises(InvalidSpec, match=f"rank_k={rank!r}"):
+            XKVCache.from_artifact(loaded, store, found, rank_k=rank)  # type: ignore[arg-type]
 
 
 def test_a_shorter_prefix_answers_as_its_own_factors_would(loaded: PreTrainedModel) -> None:

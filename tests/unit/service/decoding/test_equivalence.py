@@ -16,7 +16,7 @@ LOSSLESS = CompressionSpec(
     group_size=2, rank_k="full", rank_v="full", dtype="float32", factor_dtype="float32", index="sketch"
 )
 PREFIX, SUFFIX = 40, 6
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of the largest logit
 
 
 def _exact_cache(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:

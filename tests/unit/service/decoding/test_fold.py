@@ -113,8 +113,9 @@ def test_what_cannot_be_folded(enabled: PreTrainedModel, lossy: PrefixFactors) -
         cache.fold()
     with pytest.raises(InvalidSpec, match="error=0"):
         cache.fold(error=0)
-    with pytest.raises(InvalidSpec, match="keep=-1"):
-        cache.fold(keep=-1)
+    for keep in (-1, 1.5, True):
+        with pytest.raises(InvalidSpec, match=f"keep={keep}"):
+            cache.fold(keep=keep)  # type: ignore[arg-type]
     marked = compress(enabled, random_ids(48), CompressionSpec(rank_k=8, rank_v=8, index="landmark"))
     cache = _talked(enabled, marked, 5, SelectionSpec())
     with pytest.raises(UnsupportedModel, match="landmarks"):

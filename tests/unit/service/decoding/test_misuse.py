@@ -177,7 +177,7 @@ def test_weights_changed_after_the_first_cache(model: PreTrainedModel, lossy: Pr
         XKVCache.from_factors(tuned, lossy)
 
 
-@pytest.mark.parametrize("tokens", [0, -1, 49, 2.5])
+@pytest.mark.parametrize("tokens", [0, -1, 49, 2.5, True])
 def test_a_prefix_of_impossible_length(model: PreTrainedModel, lossy: PrefixFactors, tokens: int) -> None:
     with pytest.raises(InvalidSpec, match="tokens="):
         XKVCache.from_factors(model, lossy, tokens=tokens)
@@ -253,6 +253,7 @@ def test_a_longrope_prefix_that_crosses_its_window() -> None:
         {"granularity": "token"},
         {"sink": -1},
         {"recent": 1.5},
+        {"recent": True},
     ],
 )
 def test_selections_out_of_range(fields: dict[str, object]) -> None:
