@@ -112,11 +112,7 @@ class ArtifactStore:
     def publish(self, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixManifest:
         """Write an artifact's blob, then list it in the catalog.
 
-        Args:
-            tensors: by stored name, of the shapes in docs/format.md; `tokens` is int32 [T].
-
-        Returns:
-            The manifest as written, with the checksum of each tensor.
+        Tensors go by stored name, of the shapes in docs/format.md; the manifest returned has their checksums.
 
         Raises:
             CorruptArtifact: manifest and tensors do not fit together; nothing is written.
@@ -130,10 +126,7 @@ class ArtifactStore:
     def load(
         self, artifact_id: str, names: Iterable[str] | None = None
     ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
-        """Read an artifact's tensors (all, or only `names`), every byte of them checked.
-
-        Returns:
-            The manifest, and CPU tensors by stored name, of the shapes in docs/format.md.
+        """Read tensors (all, or `names`; shapes in docs/format.md) to the CPU, every byte of them checked.
 
         Raises:
             ArtifactNotFound: there is no such blob.
