@@ -8,6 +8,7 @@ from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.storage import load_calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.model_files import find_model
@@ -93,4 +94,4 @@ def _calibration(store: ArtifactStore, manifest: PrefixManifest) -> Calibration 
     """The calibration that the artifact's bases come from, or None."""
     if manifest.spec.get("basis") != "calibrated":
         return None
-    raise NotImplementedError
+    return load_calibration(store, str(manifest.spec["calibration"]))
