@@ -67,6 +67,11 @@ class CalibrationSettings:
                 hint="use a share between 0 and 1, a size and a ratio from 1",
             )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        fields = asdict(self)
+        return {name: list(one) if isinstance(one, tuple) else one for name, one in fields.items()}
+
 
 @dataclass
 class Observed:
@@ -237,7 +242,7 @@ def decide(
     best = options["chosen"] if groups["chosen"].kl < groups["fixed"].kl else options["fixed"]
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures = {
-        "settings": asdict(settings),
+        "settings": settings.as_dict(),
         "sample": {
             "documents": len(used), "held_out": len(held), "tokens": found.moments.tokens,
             "probes": sum(len(one.probes) for one in held),
