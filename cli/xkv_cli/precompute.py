@@ -57,10 +57,28 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option(
     "--group-size",
     type=int,
-    default=4,
-    show_default=True,
     metavar="N",
-    help="Adjacent layers that share token factors.",
+    help="Adjacent layers that share token factors. Default: as the calibration has them, else 4.",
+)
+@click.option(
+    "--calibration",
+    metavar="ID|auto|none",
+    default="auto",
+    show_default=True,
+    help="Calibration to compress with (xkv calibrate). auto: the model's newest in the store, if any, unless"
+    " --rank-k, --rank-v or --group-size choose by hand what it would.",
+)
+@click.option(
+    "--basis",
+    type=click.Choice(["calibrated", "document"]),
+    help="Layer bases: the calibration's, stored once for all documents, or each document's own. Default:"
+    " calibrated with a calibration.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["mixed", "4", "8"]),
+    help="Bits of token factors; mixed: 2, 4 or 8, by what a column is worth. Default: mixed with a"
+    " calibration, else 8.",
 )
 @click.option(
     "--system-prompt",
@@ -126,16 +144,19 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
       xkv precompute --docs handbook/ notes.md
       xkv precompute --docs corpus/*.txt --ratio 16 --dry-run
       xkv precompute --docs corpus/ --model ./llama --system-prompt system.txt --store s3://bucket/kv
+      xkv precompute --docs corpus/ --calibration 3fa9c1 --ratio 32
       xkv precompute --docs corpus/ --rank-k 384 --rank-v 576 --min-fidelity 0.9 --json
 
     \b
     With --json, one object:
       {"documents", "computed", "reused", "failed", "errors": [{"document", "reason"}], "tokens",
-       "bytes_full", "bytes_stored", "ratio", "seconds",
+       "bytes_full", "bytes_stored", "ratio", "seconds", "calibration",
        "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity"}]}
     With --dry-run --json:
       {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
-       "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}]}
+       "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}],
+       "calibration"}
+    calibration is the id of the one used, or null.
 
     Exit status: 0 all is well, 1 some documents failed, 2 wrong usage, 130 interrupted.
     """

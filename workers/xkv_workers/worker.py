@@ -16,6 +16,7 @@ from xkv_workers.messages import Failed, Outcome, PrefixJob, Stored, WorkerConfi
 from xkv_workers.plan import reason_of
 
 if TYPE_CHECKING:
+    from xkv_service.calibration.calibration import Calibration
     from xkv_service.factors import PrefixFactors
     from xkv_service.modeling.models import LoadedModel
     from xkv_service.prefilling.prefilled import Prefill
@@ -37,6 +38,7 @@ class PrefixWorker:
         self._config = config
         self._turn = threading.Lock()
         self._loaded, self._store = loaded, store
+        self._calibration: Calibration | None = None
 
     def greet(self) -> None:
         """Answer, as soon as there is a process that can."""
@@ -79,6 +81,10 @@ class PrefixWorker:
                 )
             self._store = ArtifactStore.open(config.store_url, config.redis_url)
             self._loaded = loaded
+        if self._calibration is None and self._config.spec.calibration is not None:
+            from xkv_service.calibration.storage import load_calibration
+
+            self._calibration = load_calibration(self._store, self._config.spec.calibration)
         return self._loaded, self._store
 
     def _compress(
@@ -98,7 +104,7 @@ class PrefixWorker:
             prefills = prefill_batch(loaded.model, documents, tail=tails)
             for job, prefill in zip(jobs, prefills, strict=True):
                 try:
-                    yield job, compress_prefill(loaded.model, prefill, self._config.spec)
+                    yield job, compress_prefill(loaded.model, prefill, self._config.spec, self._calibration)
                 except XKVError as error:
                     yield job, Failed(job.artifact_id, reason_of(error))
         except torch.OutOfMemoryError:
