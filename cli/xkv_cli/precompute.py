@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from xkv_cli.options import ManyValues, json_option, store_options, wrong_usage
+from xkv_cli.options import ManyValues, corpus_options, json_option, store_options, wrong_usage
 
 
 class RankType(click.ParamType[int | str]):
@@ -25,26 +24,8 @@ class RankType(click.ParamType[int | str]):
             self.fail(f'{value!r} is not a rank: use an integer or "full"', param, ctx)
 
 
-_EXISTING = click.Path(exists=True, path_type=Path)
-
-
 @click.command(cls=ManyValues)
-@click.option(
-    "--docs",
-    "paths",
-    type=_EXISTING,
-    multiple=True,
-    required=True,
-    metavar="PATH...",
-    help="Documents: files and folders, several after one flag or one flag each. Folders are read"
-    " recursively, hidden files left out.",
-)
-@click.option(
-    "--model",
-    metavar="NAME_OR_PATH",
-    help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled model.",
-)
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
+@corpus_options
 @store_options
 @click.option(
     "--ratio",
@@ -81,42 +62,11 @@ _EXISTING = click.Path(exists=True, path_type=Path)
     " calibration, else 8.",
 )
 @click.option(
-    "--system-prompt",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="System prompt that every chat about the documents will have.",
-)
-@click.option(
-    "--template",
-    type=click.Choice(["chat", "raw"]),
-    default="chat",
-    show_default=True,
-    help="chat: the document opens the first user turn of the model's chat template. raw: its text alone.",
-)
-@click.option(
     "--namespace",
     default="default",
     show_default=True,
     metavar="NAME",
     help="Whose artifacts these are: letters, digits, dots, dashes and underscores.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Worker processes. Default: one per GPU; on CPUs one per machine, of a small model one per core.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where the model runs. auto: GPUs when there are any.",
-)
-@click.option(
-    "--ray-address",
-    metavar="A",
-    help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the end.',
 )
 @click.option(
     "--min-fidelity",

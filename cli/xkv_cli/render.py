@@ -81,7 +81,7 @@ def report(result: Report) -> None:
     )
     if low := result.low_fidelity:
         worst = min(low, key=lambda line: line.fidelity)
-        _warn(
+        warn(
             f"{len(low)} of {result.documents} documents have a fidelity below {percent(LOW_FIDELITY)}, "
             f"the worst {worst.document} ({percent(worst.fidelity)}): answers from them may be wrong. "
             f"Lower --ratio, or refuse them with --min-fidelity {LOW_FIDELITY:g}"
@@ -123,7 +123,7 @@ def errors(found: Sequence[DocumentError]) -> None:
         console.print(Text.assemble(("failed ", "red"), f"{error.document}: {error.reason}"), soft_wrap=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """What a person must not overlook, on stderr."""
     Console(stderr=True, highlight=False).print(Text.assemble(("warning ", "yellow"), text), soft_wrap=True)
 

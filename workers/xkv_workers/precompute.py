@@ -13,11 +13,11 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.factorization.ranks import Size, size_of
 from xkv_service.spec import CompressionSpec
 from xkv_workers.calibration_choice import choose_calibration
-from xkv_workers.cluster import Room, cluster, plan_crew, start_turn
+from xkv_workers.cluster import Crew, Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
-from xkv_workers.messages import PrefixJob, WorkerConfig
+from xkv_workers.messages import ModelPlace, PrefixJob, WorkerConfig
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
 from xkv_workers.plan import Target, plan
@@ -103,27 +103,33 @@ class Prepared:
 
     def start(self) -> WorkerPool:
         """Start the workers."""
-        request = self.request
+        crew = self.crew()
+        return WorkerPool(self.worker_config(crew.threads), crew)
+
+    def crew(self) -> Crew:
+        """Join Ray, and say how many workers to start there."""
         if self.room is None:
             self.room = self.stack.enter_context(cluster())
-        crew = plan_crew(self.room, self.model.device, request.workers, small=self._pays_to_copy())
-        return WorkerPool(self.worker_config(crew.threads), crew)
+        return plan_crew(self.room, self.model.device, self.request.workers, small=self._pays_to_copy())
 
     def worker_config(self, threads: int) -> WorkerConfig:
         """What a worker with so many CPU threads needs to know."""
         request = self.request
         return WorkerConfig(
+            self.place(threads), request.namespace, self.spec, min_fidelity=request.min_fidelity
+        )
+
+    def place(self, threads: int) -> ModelPlace:
+        """Where a worker with so many CPU threads finds model and store."""
+        return ModelPlace(
             model=self.model.place,
-            revision=request.revision,
+            revision=self.request.revision,
             dtype=self.model.dtype,
             fingerprint=self.model.fingerprint,
             device=self.model.device,
             threads=threads,
             store_url=self.store.blobs.url,
             redis_url=self.store.redis_url,
-            namespace=request.namespace,
-            spec=self.spec,
-            min_fidelity=request.min_fidelity,
         )
 
 
