@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.allocation import bit_price, least_cost
+from xkv_service.calibration.allocation import allocate, bit_price, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import KINDS, Calibration
 from xkv_service.calibration.likeness import layer_likeness
@@ -30,6 +30,7 @@ from xkv_service.factorization.weights import output_metric, output_projection, 
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.modeling.observation import observe
+from xkv_service.packed_factors import rank_of
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.selection.sketch import candidate_planes, choose_planes
 from xkv_service.spec import CompressionSpec
@@ -49,7 +50,8 @@ class CalibrationSettings:
         weightings: metrics to try.
         tolerance_documents: documents that tolerances are measured on.
         held_out: share of the documents that choices are tried on and bases are not made from.
-        most_ratio: the lowest ratio that the bases must serve: more directions are not kept.
+        most_ratio: the ratio whose plan decides how many directions are kept: lower ones get more bits for
+            the same directions.
     """
 
     ratio: float = 48.0
@@ -58,7 +60,7 @@ class CalibrationSettings:
     weightings: tuple[Weighting, ...] = WEIGHTINGS
     tolerance_documents: int = 3
     held_out: float = 0.25
-    most_ratio: float = 8.0
+    most_ratio: float = 12.0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or self.group_size < 1 or self.ratio < 1 or not self.weightings:
@@ -286,10 +288,16 @@ class _Maker:
     def calibration(self, weighting: Weighting, groups: Sequence[tuple[int, int]]) -> Calibration:
         """Bases of the groups in a metric."""
         metric = self.metrics.of(weighting)
-        most = int(self._bits_per_token(self.settings.most_ratio) / 2 / (2 * len(groups)) * 2)
-        made = tuple(shared_group(self.moments, first, count, metric, most) for first, count in groups)
+        made = [shared_group(self.moments, first, count, metric) for first, count in groups]
+        energies = [group.basis(kind).energies for group in made for kind in KINDS]
+        runs = allocate(energies, self._bits_per_token(self.settings.most_ratio), (2, 4, 8))
+        ranks = [rank_of(one) for one in runs]
+        kept = [
+            group.leading(*pair)
+            for group, pair in zip(made, zip(ranks[::2], ranks[1::2], strict=True), strict=True)
+        ]
         planes = {layer.index: self._planes(place) for place, layer in enumerate(self.layers)}
-        return Calibration(made, planes, id="candidate")
+        return Calibration(tuple(kept), planes, id="candidate")
 
     def _energies(self, metric: Metric, first: int, count: int) -> list[torch.Tensor]:
         return [group_energies(self.moments, kind, first, count, metric) for kind in KINDS]

@@ -45,6 +45,10 @@ class SharedBasis:
             offset += heads * dim
         return torch.cat(parts)
 
+    def leading(self, rank: int) -> SharedBasis:
+        """The basis with its first directions only; the energies of all stay known."""
+        return SharedBasis(self.bases[:rank].clone(), self.metric, self.energies)
+
     def to(self, device: torch.device) -> SharedBasis:
         """The same basis on another device."""
         return SharedBasis(
@@ -63,6 +67,10 @@ class CalibratedGroup:
     def basis(self, kind: Kind) -> SharedBasis:
         """Its keys' or its values'."""
         return self.keys if kind == "key" else self.values
+
+    def leading(self, rank_k: int, rank_v: int) -> CalibratedGroup:
+        """The group with so many directions of each."""
+        return CalibratedGroup(self.layers, self.keys.leading(rank_k), self.values.leading(rank_v))
 
 
 @dataclass(frozen=True, eq=False)
