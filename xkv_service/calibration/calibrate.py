@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.allocation import allocate, bit_price, least_cost
+from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import KINDS, Calibration
 from xkv_service.calibration.likeness import layer_likeness
@@ -30,7 +30,7 @@ from xkv_service.factorization.weights import output_metric, output_projection, 
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.modeling.observation import observe
-from xkv_service.packed_factors import rank_of
+from xkv_service.packed_factors import BITS, rank_of
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.selection.sketch import candidate_planes, choose_planes
 from xkv_service.spec import CompressionSpec
@@ -278,10 +278,10 @@ class _Maker:
         """The partition of least cost at the price that bits have at the settings' ratio."""
         metric = self.metrics.of(weighting)
         fixed = [energies for group in self.fixed_groups() for energies in self._energies(metric, *group)]
-        price = bit_price(fixed, self._bits_per_token(self.settings.ratio), (2, 4, 8))
+        price = Offers(fixed, BITS).price(self._bits_per_token(self.settings.ratio))
 
         def cost(first: int, count: int) -> float:
-            return sum(least_cost(one, price, (2, 4, 8)) for one in self._energies(metric, first, count))
+            return sum(least_cost(one, price, BITS) for one in self._energies(metric, first, count))
 
         return partition(len(self.layers), self.settings.group_size, cost)
 
@@ -290,7 +290,7 @@ class _Maker:
         metric = self.metrics.of(weighting)
         made = [shared_group(self.moments, first, count, metric) for first, count in groups]
         energies = [group.basis(kind).energies for group in made for kind in KINDS]
-        runs = allocate(energies, self._bits_per_token(self.settings.most_ratio), (2, 4, 8))
+        runs = Offers(energies, BITS).runs(self._bits_per_token(self.settings.most_ratio))
         ranks = [rank_of(one) for one in runs]
         kept = [
             group.leading(*pair)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
+from xkv_service.factorization.weights import apply_blocks
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 
 Kind = Literal["key", "value"]
@@ -36,14 +37,7 @@ class SharedBasis:
 
     def projection(self, rank: int) -> torch.Tensor:
         """P [W, rank], float32: token factors are X P."""
-        rows = self.bases[:rank].T
-        parts, offset = [], 0
-        for one in self.metric:
-            heads, dim, _ = one.shape
-            part = rows[offset : offset + heads * dim].reshape(heads, dim, -1)
-            parts.append((one @ part).reshape(heads * dim, -1))
-            offset += heads * dim
-        return torch.cat(parts)
+        return apply_blocks(self.metric, self.bases[:rank].T)
 
     def leading(self, rank: int) -> SharedBasis:
         """The basis with its first directions only; the energies of all stay known."""
