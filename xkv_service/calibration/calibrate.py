@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.certificates import calibrated_spec, fidelity_thresholds
+from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.metrics import WEIGHTINGS, Metrics, Weighting
 from xkv_service.calibration.moments import Moments
@@ -251,6 +253,9 @@ def decide(
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
+        "plans": plans(best, settings.ratios, maker.bits_full),
+        "spectra": spectra(found.moments),
+        "thresholds": fidelity_thresholds(model, held, settings.ratios, best),
     }  # fmt: skip
     return replace(best, figures=figures)
 
@@ -302,8 +307,13 @@ class _Maker:
     def _energies(self, metric: Metric, first: int, count: int) -> list[torch.Tensor]:
         return [group_energies(self.moments, kind, first, count, metric) for kind in KINDS]
 
+    @property
+    def bits_full(self) -> int:
+        """Bits of a token in the exact cache of these layers."""
+        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers)
+
     def _bits_per_token(self, ratio: float) -> float:
-        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers) / ratio
+        return self.bits_full / ratio
 
     def _planes(self, place: int) -> torch.Tensor:
         candidates = self.found.planes[place]
@@ -328,19 +338,14 @@ def _output_metric(module: nn.Module, layer: LayerLayout) -> torch.Tensor | None
     return None if weight is None else output_metric(weight, layer.query_heads, layer.kv_heads)
 
 
-def _spec(ratio: float, **fields: Any) -> CompressionSpec:
-    wanted = {"calibration": "candidate", "basis": "calibrated", "factor_dtype": "mixed", "index": "derived"}
-    return CompressionSpec(ratio=ratio, **{**wanted, **fields})
-
-
 def _validated(
     model: PreTrainedModel,
     held: Sequence[ProbedPrefix],
     settings: CalibrationSettings,
     tried: dict[Any, Calibration],
 ) -> dict[Any, Outcome]:
-    spec = _spec(settings.ratio)
-    return dict(validate(model, held, [Candidate(name, spec, one) for name, one in tried.items()]))
+    candidates = [Candidate(name, calibrated_spec(settings.ratio, one), one) for name, one in tried.items()]
+    return dict(validate(model, held, candidates))
 
 
 def _validation(
@@ -350,13 +355,14 @@ def _validation(
     rows = []
     for ratio in settings.ratios:
         fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size)
+        own = calibrated_spec(ratio, best, basis="document", factor_dtype="int8")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),
-            Candidate("ranks and weights", _spec(ratio, basis="document", factor_dtype="int8"), best),
-            Candidate("calibrated bases", _spec(ratio, factor_dtype="int8"), best),
-            Candidate("4 bits", _spec(ratio, factor_dtype="int4"), best),
-            Candidate("2, 4 and 8 bits", _spec(ratio), best),
+            Candidate("ranks and weights", own, best),
+            Candidate("calibrated bases", calibrated_spec(ratio, best, factor_dtype="int8"), best),
+            Candidate("4 bits", calibrated_spec(ratio, best, factor_dtype="int4"), best),
+            Candidate("2, 4 and 8 bits", calibrated_spec(ratio, best), best),
         ]
         for name, outcome in validate(model, held, steps).items():
             rows.append({"asked": ratio, "step": name, **outcome.as_dict()})

@@ -1,4 +1,4 @@
-"""Thresholds of fidelity: what is usual for documents like the sample's, so that others can be told from them."""
+"""Thresholds of fidelity: what is usual for documents like the sample's, to tell others from them."""
 
 from __future__ import annotations
 

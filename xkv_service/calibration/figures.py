@@ -10,7 +10,7 @@ import torch
 from xkv_service.calibration.calibration import KINDS, Calibration
 from xkv_service.calibration.certificates import calibrated_spec
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.plan import column_runs
+from xkv_service.calibration.plan import ColumnPlan
 
 POINTS = 40
 PLAN_TOKENS = 4096
@@ -24,21 +24,19 @@ def plans(
     Args:
         bits_full: bits of a token in the exact cache.
     """
-    return {
-        f"{ratio:g}": [
-            {
-                "layers": list(group.layers),
-                "key": [list(run) for run in keys],
-                "value": [list(run) for run in values],
-            }
-            for group, (keys, values) in zip(
-                calibration.groups,
-                column_runs(calibration, calibrated_spec(ratio, calibration), PLAN_TOKENS, bits_full / ratio),
-                strict=True,
-            )
-        ]
-        for ratio in ratios
-    }
+    return {f"{ratio:g}": _plan(calibration, ratio, bits_full / ratio) for ratio in ratios}
+
+
+def _plan(calibration: Calibration, ratio: float, bits_per_token: float) -> list[dict[str, Any]]:
+    chosen = ColumnPlan(calibration, calibrated_spec(ratio, calibration), PLAN_TOKENS).runs(bits_per_token)
+    return [
+        {
+            "layers": list(group.layers),
+            "key": [list(run) for run in keys],
+            "value": [list(run) for run in values],
+        }
+        for group, (keys, values) in zip(calibration.groups, chosen, strict=True)
+    ]
 
 
 def spectra(moments: Moments, sizes: Sequence[int] = (1, 2, 4, 8)) -> dict[str, dict[str, list[list[float]]]]:
@@ -59,4 +57,5 @@ def _kept(gram: torch.Tensor) -> torch.Tensor:
     """Share of the energy in the leading 1/POINTS, 2/POINTS ... of the directions: [POINTS]."""
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     ends = (torch.arange(1, POINTS + 1, device=gram.device) * len(energies) / POINTS).ceil().long() - 1
-    return (energies.cumsum(0) / energies.sum())[ends]
+    kept: torch.Tensor = (energies.cumsum(0) / energies.sum())[ends]
+    return kept.cpu()
