@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from xkv_service.modeling.observation import observe
 from xkv_service.packed_factors import BITS, rank_of
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.selection.sketch import candidate_planes, choose_planes
+from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
 Observe = Callable[[str], None]
@@ -54,6 +55,7 @@ class CalibrationSettings:
         held_out: share of the documents that choices are tried on and bases are not made from.
         most_ratio: the ratio whose plan decides how many directions are kept: lower ones get more bits for
             the same directions.
+        selection: how tokens are chosen while decoding in every trial.
     """
 
     ratio: float = 48.0
@@ -63,6 +65,7 @@ class CalibrationSettings:
     tolerance_documents: int = 3
     held_out: float = 0.25
     most_ratio: float = 12.0
+    selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or self.group_size < 1 or self.ratio < 1 or not self.weightings:
@@ -345,7 +348,7 @@ def _validated(
     tried: dict[Any, Calibration],
 ) -> dict[Any, Outcome]:
     candidates = [Candidate(name, calibrated_spec(settings.ratio, one), one) for name, one in tried.items()]
-    return dict(validate(model, held, candidates))
+    return dict(validate(model, held, candidates, settings.selection))
 
 
 def _validation(
@@ -364,7 +367,7 @@ def _validation(
             Candidate("4 bits", calibrated_spec(ratio, best, factor_dtype="int4"), best),
             Candidate("2, 4 and 8 bits", calibrated_spec(ratio, best), best),
         ]
-        for name, outcome in validate(model, held, steps).items():
+        for name, outcome in validate(model, held, steps, settings.selection).items():
             rows.append({"asked": ratio, "step": name, **outcome.as_dict()})
     return rows
 
