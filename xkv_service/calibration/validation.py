@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -11,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.probes import ProbedPrefix, divergence, exact_cache, predictions
+from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.ranks import size_of
+from xkv_service.fidelity import compare_distributions
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.spec import CompressionSpec
@@ -39,7 +41,7 @@ class Outcome:
         divergence: nats, decoding from the factors with selection as a session does. agreement: share of
             positions with the same likeliest token. ratio: bytes of the exact cache / bytes stored.
         key_error, value_error: relative reconstruction errors, the mean over groups.
-        reason: why there is nothing.
+        reason: why there is nothing of a document.
     """
 
     divergence: list[float] = field(default_factory=list)
@@ -55,9 +57,9 @@ class Outcome:
         return fmean(self.divergence) if self.divergence else float("inf")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        if self.reason is not None or not self.divergence:
-            return {"reason": self.reason or "nothing measured"}
+        """Plain JSON values: the reason where nothing, or no number, was measured."""
+        if not math.isfinite(self.kl):
+            return {"reason": self.reason or "no finite divergence"}
         count = len(self.divergence)
         return {
             "kl": self.kl,
@@ -104,7 +106,7 @@ def _try(
         return
     with enable_xkv(model):
         other = predictions(model, XKVCache.from_factors(model, factors), document.probes)
-    kl, agreement = divergence(base, other)
+    agreement, kl = compare_distributions(base, other)
     use = rotary_tables(exact)[1]
     size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
     outcome.divergence.append(kl)
