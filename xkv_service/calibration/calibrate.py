@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.candidates import CANDIDATE, Candidates
+from xkv_service.calibration.candidates import Candidates
+from xkv_service.calibration.certificates import calibrated_spec, fidelity_thresholds
+from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
@@ -120,6 +122,9 @@ def decide(
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
+        "plans": plans(best, settings.ratios, candidates.bits_full),
+        "spectra": spectra(found.moments),
+        "thresholds": fidelity_thresholds(model, held, settings.ratios, best),
     }
     return replace(best, figures=figures)
 
@@ -138,17 +143,12 @@ def _tolerances(
     return tolerances
 
 
-def _spec(ratio: float, **fields: Any) -> CompressionSpec:
-    wanted = {"calibration": CANDIDATE, "basis": "calibrated", "factor_dtype": "mixed", "index": "derived"}
-    return CompressionSpec(ratio=ratio, **{**wanted, **fields})
-
-
 def _best(
     model: PreTrainedModel, held: Sequence[ProbedPrefix], ratio: float, tried: dict[_Name, Calibration]
 ) -> tuple[_Name, dict[str, Any]]:
     """The name of the calibration of least divergence, the first of equals, and what was measured of all."""
-    spec = _spec(ratio)
-    found = validate(model, held, [Candidate(name, spec, one) for name, one in tried.items()])
+    ways = [Candidate(name, calibrated_spec(ratio, one), one) for name, one in tried.items()]
+    found = validate(model, held, ways)
     if not any(one.divergence for one in found.values()):
         raise RatioUnreachable(
             f"no document held out can be compressed at {ratio:g}x: {next(iter(found.values())).reason}",
@@ -164,13 +164,14 @@ def _validation(
     rows = []
     for ratio in settings.ratios:
         fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size)
+        own = calibrated_spec(ratio, best, basis="document", factor_dtype="int8")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),
-            Candidate("ranks and weights", _spec(ratio, basis="document", factor_dtype="int8"), best),
-            Candidate("calibrated bases", _spec(ratio, factor_dtype="int8"), best),
-            Candidate("4 bits", _spec(ratio, factor_dtype="int4"), best),
-            Candidate("2, 4 and 8 bits", _spec(ratio), best),
+            Candidate("ranks and weights", own, best),
+            Candidate("calibrated bases", calibrated_spec(ratio, best, factor_dtype="int8"), best),
+            Candidate("4 bits", calibrated_spec(ratio, best, factor_dtype="int4"), best),
+            Candidate("2, 4 and 8 bits", calibrated_spec(ratio, best), best),
         ]
         for name, outcome in validate(model, held, steps).items():
             rows.append({"asked": ratio, "step": name, **outcome.as_dict()})

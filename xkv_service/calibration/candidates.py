@@ -22,9 +22,6 @@ from xkv_service.modeling.layout import LayerLayout
 from xkv_service.packed_factors import BITS, rank_of
 from xkv_service.selection.sketch import choose_planes
 
-CANDIDATE = "candidate"
-"""The id of calibrations that are not stored."""
-
 
 class Candidates:
     """Makes calibrations of one set of moments.
@@ -71,13 +68,18 @@ class Candidates:
             for group, keys, values in zip(made, runs[0::2], runs[1::2], strict=True)
         )
         planes = {layer.index: self._planes(place) for place, layer in enumerate(self.layers)}
-        return Calibration(kept, planes, id=CANDIDATE)
+        return Calibration(kept, planes, id="candidate")
 
     def _energies(self, metric: Metric, first: int, count: int) -> list[torch.Tensor]:
         return [group_energies(self.moments, kind, first, count, metric) for kind in KINDS]
 
+    @property
+    def bits_full(self) -> int:
+        """Bits of a token in the exact cache of these layers."""
+        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers)
+
     def _bits_per_token(self, ratio: float) -> float:
-        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers) / ratio
+        return self.bits_full / ratio
 
     def _planes(self, place: int) -> torch.Tensor:
         candidates = self.found.planes[place]
