@@ -8,16 +8,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.allocation import bit_price, least_cost
+from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.certificates import calibrated_spec, fidelity_thresholds
+from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.metrics import WEIGHTINGS, Metrics, Weighting
 from xkv_service.calibration.moments import Moments
@@ -30,8 +32,10 @@ from xkv_service.factorization.weights import output_metric, output_projection, 
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.modeling.observation import observe
+from xkv_service.packed_factors import BITS, rank_of
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.selection.sketch import candidate_planes, choose_planes
+from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
 Observe = Callable[[str], None]
@@ -49,7 +53,9 @@ class CalibrationSettings:
         weightings: metrics to try.
         tolerance_documents: documents that tolerances are measured on.
         held_out: share of the documents that choices are tried on and bases are not made from.
-        most_ratio: the lowest ratio that the bases must serve: more directions are not kept.
+        most_ratio: the ratio whose plan decides how many directions are kept: lower ones get more bits for
+            the same directions.
+        selection: how tokens are chosen while decoding in every trial.
     """
 
     ratio: float = 48.0
@@ -58,7 +64,8 @@ class CalibrationSettings:
     weightings: tuple[Weighting, ...] = WEIGHTINGS
     tolerance_documents: int = 3
     held_out: float = 0.25
-    most_ratio: float = 8.0
+    most_ratio: float = 12.0
+    selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or self.group_size < 1 or self.ratio < 1 or not self.weightings:
@@ -249,6 +256,9 @@ def decide(
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
+        "plans": plans(best, settings.ratios, maker.bits_full),
+        "spectra": spectra(found.moments),
+        "thresholds": fidelity_thresholds(model, held, settings.ratios, best),
     }  # fmt: skip
     return replace(best, figures=figures)
 
@@ -276,26 +286,37 @@ class _Maker:
         """The partition of least cost at the price that bits have at the settings' ratio."""
         metric = self.metrics.of(weighting)
         fixed = [energies for group in self.fixed_groups() for energies in self._energies(metric, *group)]
-        price = bit_price(fixed, self._bits_per_token(self.settings.ratio), (2, 4, 8))
+        price = Offers(fixed, BITS).price(self._bits_per_token(self.settings.ratio))
 
         def cost(first: int, count: int) -> float:
-            return sum(least_cost(one, price, (2, 4, 8)) for one in self._energies(metric, first, count))
+            return sum(least_cost(one, price, BITS) for one in self._energies(metric, first, count))
 
         return partition(len(self.layers), self.settings.group_size, cost)
 
     def calibration(self, weighting: Weighting, groups: Sequence[tuple[int, int]]) -> Calibration:
         """Bases of the groups in a metric."""
         metric = self.metrics.of(weighting)
-        most = int(self._bits_per_token(self.settings.most_ratio) / 2 / (2 * len(groups)) * 2)
-        made = tuple(shared_group(self.moments, first, count, metric, most) for first, count in groups)
+        made = [shared_group(self.moments, first, count, metric) for first, count in groups]
+        energies = [group.basis(kind).energies for group in made for kind in KINDS]
+        runs = Offers(energies, BITS).runs(self._bits_per_token(self.settings.most_ratio))
+        ranks = [rank_of(one) for one in runs]
+        kept = [
+            group.leading(*pair)
+            for group, pair in zip(made, zip(ranks[::2], ranks[1::2], strict=True), strict=True)
+        ]
         planes = {layer.index: self._planes(place) for place, layer in enumerate(self.layers)}
-        return Calibration(made, planes, id="candidate")
+        return Calibration(tuple(kept), planes, id="candidate")
 
     def _energies(self, metric: Metric, first: int, count: int) -> list[torch.Tensor]:
         return [group_energies(self.moments, kind, first, count, metric) for kind in KINDS]
 
+    @property
+    def bits_full(self) -> int:
+        """Bits of a token in the exact cache of these layers."""
+        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers)
+
     def _bits_per_token(self, ratio: float) -> float:
-        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers) / ratio
+        return self.bits_full / ratio
 
     def _planes(self, place: int) -> torch.Tensor:
         candidates = self.found.planes[place]
@@ -320,19 +341,14 @@ def _output_metric(module: nn.Module, layer: LayerLayout) -> torch.Tensor | None
     return None if weight is None else output_metric(weight, layer.query_heads, layer.kv_heads)
 
 
-def _spec(ratio: float, **fields: Any) -> CompressionSpec:
-    wanted = {"calibration": "candidate", "basis": "calibrated", "factor_dtype": "mixed", "index": "derived"}
-    return CompressionSpec(ratio=ratio, **{**wanted, **fields})
-
-
 def _validated(
     model: PreTrainedModel,
     held: Sequence[ProbedPrefix],
     settings: CalibrationSettings,
     tried: dict[Any, Calibration],
 ) -> dict[Any, Outcome]:
-    spec = _spec(settings.ratio)
-    return dict(validate(model, held, [Candidate(name, spec, one) for name, one in tried.items()]))
+    candidates = [Candidate(name, calibrated_spec(settings.ratio, one), one) for name, one in tried.items()]
+    return dict(validate(model, held, candidates, settings.selection))
 
 
 def _validation(
@@ -342,15 +358,16 @@ def _validation(
     rows = []
     for ratio in settings.ratios:
         fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size)
+        own = calibrated_spec(ratio, best, basis="document", factor_dtype="int8")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),
-            Candidate("ranks and weights", _spec(ratio, basis="document", factor_dtype="int8"), best),
-            Candidate("calibrated bases", _spec(ratio, factor_dtype="int8"), best),
-            Candidate("4 bits", _spec(ratio, factor_dtype="int4"), best),
-            Candidate("2, 4 and 8 bits", _spec(ratio), best),
+            Candidate("ranks and weights", own, best),
+            Candidate("calibrated bases", calibrated_spec(ratio, best, factor_dtype="int8"), best),
+            Candidate("4 bits", calibrated_spec(ratio, best, factor_dtype="int4"), best),
+            Candidate("2, 4 and 8 bits", calibrated_spec(ratio, best), best),
         ]
-        for name, outcome in validate(model, held, steps).items():
+        for name, outcome in validate(model, held, steps, settings.selection).items():
             rows.append({"asked": ratio, "step": name, **outcome.as_dict()})
     return rows
 

@@ -93,10 +93,12 @@ class Moments:
         """XᵀX / tokens of `count` layers from position `first` on, side by side: float64 [W, W].
 
         Raises:
-            ValueError: they reach further than the moments do.
+            ValueError: they reach further than the moments or the layers do.
         """
         if count > self.reach + 1:
             raise ValueError(f"{count} layers: only products of {self.reach + 1} neighbours are kept")
+        if first + count > len(self.layers):
+            raise ValueError(f"{count} layers from position {first}: there are {len(self.layers)}")
         blocks = self.kind(kind).products[first : first + count]
         widths = [block.shape[0] for block in blocks]
         joined = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=blocks[0].device)
@@ -111,6 +113,11 @@ class Moments:
         """Mean squares of one layer: float64 [kv_heads, D]."""
         diagonal = self.kind(kind).products[place].diagonal() / self.tokens
         return diagonal.reshape(self.layers[place].kv_heads, -1)
+
+    def variance(self, kind: Kind, place: int) -> float:
+        """The trace of `covariance`, not below 0."""
+        mean = self.kind(kind).sums[place] / self.tokens
+        return max(0.0, float(self.energy(kind, place).sum() - mean.square().sum()))
 
     def covariance(self, kind: Kind, place: int) -> torch.Tensor:
         """Covariance of one layer: float64 [W, W]."""

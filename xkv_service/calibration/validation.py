@@ -17,8 +17,10 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.ranks import size_of
+from xkv_service.factors import PrefixFactors
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
 
@@ -49,6 +51,11 @@ class Outcome:
     value_error: list[float] = field(default_factory=list)
     reason: str | None = None
 
+    def note(self, divergence: float, agreement: float) -> None:
+        """One more document."""
+        self.divergence.append(divergence)
+        self.agreement.append(agreement)
+
     @property
     def kl(self) -> float:
         """Mean divergence; infinite where nothing could be measured."""
@@ -72,43 +79,49 @@ class Outcome:
         }
 
 
+@torch.no_grad()
 def validate(
-    model: PreTrainedModel, sample: Iterable[ProbedPrefix], candidates: Sequence[Candidate]
+    model: PreTrainedModel,
+    sample: Iterable[ProbedPrefix],
+    candidates: Sequence[Candidate],
+    selection: SelectionSpec | None = None,
 ) -> Mapping[str, Outcome]:
-    """Every candidate on every document, paired; by the candidates' names."""
+    """Every candidate on every document, paired; by the candidates' names.
+
+    Args:
+        selection: how tokens are chosen while decoding; by default as a session chooses them.
+    """
     found = {candidate.name: Outcome() for candidate in candidates}
     for document in sample:
         exact = prefill(model, torch.tensor(document.token_ids))
         try:
             base = predictions(model, exact_cache(exact), document.probes)
             for candidate in candidates:
-                _try(model, exact, document, candidate, base, found[candidate.name])
+                if _reachable(exact, candidate, found[candidate.name]):
+                    factors = _factors(model, exact, candidate, found[candidate.name])
+                    with enable_xkv(model):
+                        cache = XKVCache.from_factors(model, factors, selection or SelectionSpec())
+                        other = predictions(model, cache, document.probes)
+                    found[candidate.name].note(*divergence(base, other))
         finally:
             exact.free()
     return found
 
 
-@torch.no_grad()
-def _try(
-    model: PreTrainedModel,
-    exact: Prefill,
-    document: ProbedPrefix,
-    candidate: Candidate,
-    base: torch.Tensor,
-    outcome: Outcome,
-) -> None:
+def _reachable(exact: Prefill, candidate: Candidate, outcome: Outcome) -> bool:
+    """Whether a document this long can be compressed so far; the bytes are noted."""
+    use = rotary_tables(exact)[1]
     try:
-        factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
+        size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
     except RatioUnreachable as error:
         outcome.reason = error.message
-        return
-    with enable_xkv(model):
-        other = predictions(model, XKVCache.from_factors(model, factors), document.probes)
-    kl, agreement = divergence(base, other)
-    use = rotary_tables(exact)[1]
-    size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
-    outcome.divergence.append(kl)
-    outcome.agreement.append(agreement)
+        return False
     outcome.ratio.append(size.ratio)
+    return True
+
+
+def _factors(model: PreTrainedModel, exact: Prefill, candidate: Candidate, outcome: Outcome) -> PrefixFactors:
+    factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
     outcome.key_error.append(fmean(errors.key_error))
     outcome.value_error.append(fmean(errors.value_error))
+    return factors
