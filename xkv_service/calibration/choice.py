@@ -19,7 +19,7 @@ STEPS: Mapping[str, Mapping[str, str]] = {
 
 
 def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> CompressionSpec:
-    """The spec of a prefix compressed with a calibration: shared bases, mixed bits, unless `fields` say more."""
+    """The spec of a prefix compressed with a calibration: shared bases, mixed bits, or as `fields` say."""
     chosen = {"basis": "calibrated", "factor_dtype": "mixed", "index": "derived", **fields}
     return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen)
 
