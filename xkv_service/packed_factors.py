@@ -1,8 +1,8 @@
 """Token factors whose columns have 2, 4 or 8 bits, packed as they are stored and read row by row.
 
 A column holds the tokens' coordinates along one direction; those of more (weighted) energy get more bits
-(`factorization.bits`). Every column has one scale, which belongs to the layer bases, so that decoding reads
-integers: -127 to 127 at 8 bits, the odd numbers -15 to 15 at 4 bits, and -3, -1, 1, 3 at 2 bits.
+(`calibration.allocation`). Every column has one scale, which belongs to the layer bases, so that decoding
+reads integers: -127 to 127 at 8 bits, the odd numbers -15 to 15 at 4 bits, and -3, -1, 1, 3 at 2 bits.
 """
 
 from __future__ import annotations
@@ -53,13 +53,6 @@ class PackedFactors:
         """The factors of the first tokens: views."""
         return PackedFactors(self.runs, tuple(piece[:tokens] for piece in self.pieces))
 
-    def leading(self, rank: int) -> PackedFactors:
-        """The leading columns, whose last run may be cut: views, at most 7 bits wider than needed."""
-        runs = leading_runs(self.runs, rank)
-        widths = [packed_width(bits, count) for bits, count in runs]
-        pieces = zip(self.pieces, widths, strict=False)
-        return PackedFactors(runs, tuple(piece[:, :width] for piece, width in pieces))
-
     def to(self, device: torch.device) -> PackedFactors:
         """The same factors on another device."""
         return PackedFactors(self.runs, tuple(piece.to(device) for piece in self.pieces))
@@ -98,11 +91,10 @@ def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
         return integers
     each = 8 // bits
     codes = ((integers.to(torch.int16) + (2**bits - 1)) >> 1).to(torch.uint8)
-    rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % each)).reshape(rows, -1, each)
-    packed = torch.zeros(rows, padded.shape[1], dtype=torch.uint8, device=codes.device)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each))
+    packed = torch.zeros_like(padded[:, ::each])
     for place in range(each):
-        packed |= padded[..., place] << (bits * place)
+        packed |= padded[:, place::each] << (bits * place)
     return packed
 
 

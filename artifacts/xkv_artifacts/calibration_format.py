@@ -6,9 +6,9 @@ It is laid out and covered by checksums as a prefix is. torch is imported only w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from xkv_artifacts.checked_file import check_tensors, lay_out, open_header, parse_manifest, read_tensors
 from xkv_artifacts.errors import CorruptArtifact, InvalidKey
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 FORMAT: Final = "xkv-calibration"
 VERSION: Final = 1
 
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back, so that what is written equals what is read."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+PlainJson = Annotated[dict[str, JsonValue], BeforeValidator(_plain)]
 Group = Annotated[tuple[Index, ...], Field(min_length=1)]
 _NO_ID = "0" * 64
 
@@ -55,9 +64,9 @@ class CalibrationManifest(BaseModel):
     id: Sha256 = _NO_ID
     model: ModelIdentity
     sample: CalibrationSample
-    settings: dict[str, JsonValue]
+    settings: PlainJson
     groups: Annotated[tuple[Group, ...], Field(min_length=1)]
-    figures: dict[str, JsonValue] = {}
+    figures: PlainJson = {}
     created: AwareDatetime
     tensors: dict[str, Sha256] = {}
 

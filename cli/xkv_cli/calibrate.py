@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,8 @@ def calibrate(as_json: bool, report: Path | None, **options: Any) -> int:
         result = run(request, observer)
     render.as_json(result.as_dict()) if as_json else calibration_render.report(result)
     if report is not None:
+        from xkv_service.calibration.report_page import write_report
+
         with writing(report):
-            import_module("xkv_service.calibration.report_page").write_report(result.figures, report)
+            write_report(result.figures, report)
     return 1 if result.errors else 0

@@ -53,13 +53,13 @@ class RankType(click.ParamType[int | str]):
     "--basis",
     type=click.Choice(["calibrated", "document"]),
     help="Layer bases: the calibration's, stored once for all documents, or each document's own. Default:"
-    " calibrated with a calibration.",
+    " what the calibration found best at the ratio.",
 )
 @click.option(
     "--bits",
     type=click.Choice(["mixed", "4", "8"]),
-    help="Bits of token factors; mixed: 2, 4 or 8, by what a column is worth. Default: mixed with a"
-    " calibration, else 8.",
+    help="Bits of token factors; mixed: 2, 4 or 8, by what a column is worth. Default: what the"
+    " calibration found best at the ratio; 8 without.",
 )
 @click.option(
     "--namespace",

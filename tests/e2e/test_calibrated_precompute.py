@@ -11,8 +11,9 @@ from command_runs import Done, Xkv, words
 from model_folder import save_tiny_model
 
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.calibration.calibrate import CalibrationSettings, calibrate
+from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import save_calibration
 from xkv_service.modeling.models import load_model
 from xkv_service.modeling.prompts import render_prefix

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from xkv_artifacts.calibration_format import CalibrationManifest
-from xkv_service.calibration.calibrate import CalibrationSettings, calibrated_layers, split
+from xkv_service.calibration.calibrate import split
+from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.evaluation.rendering import Renderer
 from xkv_workers.calibration_crew import CalibrationCrew
 from xkv_workers.corpus import Rejected

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from xkv_artifacts.calibration_format import CalibrationManifest
-    from xkv_service.calibration.calibrate import CalibrationSettings
     from xkv_service.calibration.probes import ProbedPrefix
+    from xkv_service.calibration.settings import CalibrationSettings
 
     Tensors = dict[str, torch.Tensor]
 

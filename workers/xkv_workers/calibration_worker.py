@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from xkv_artifacts.calibration_format import CalibrationManifest
-    from xkv_service.calibration.calibrate import CalibrationSettings
     from xkv_service.calibration.probes import ProbedPrefix
+    from xkv_service.calibration.settings import CalibrationSettings
     from xkv_service.modeling.models import LoadedModel
 
     Tensors = dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ class CalibrationWorker:
     def observe(self, document: ProbedPrefix, settings: CalibrationSettings) -> Tensors | str:
         """What one document adds to the sums (`observed_tensors`), or why it adds nothing, in one line."""
         loaded, _ = self.load()
-        from xkv_service.calibration.calibrate import Observed, observe_document, reach_of
+        from xkv_service.calibration.observed import Observed, observe_document, reach_of
         from xkv_service.calibration.observed_tensors import observed_tensors
         from xkv_service.modeling.inspect import inspect_loaded
 

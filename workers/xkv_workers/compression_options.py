@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from xkv_service.errors import InvalidSpec
-from xkv_service.spec import CompressionSpec, FactorDtype, Rank
+from xkv_service.spec import DEFAULT_RATIO, CompressionSpec, FactorDtype, Rank
+
+if TYPE_CHECKING:
+    from xkv_service.calibration.calibration import Calibration
 
 _FACTOR_DTYPES: dict[str, FactorDtype] = {"mixed": "mixed", "4": "int4", "8": "int8"}
 
@@ -19,7 +22,8 @@ class CompressionOptions:
         ratio: bytes of the exact cache / bytes stored; None is 8, where no ranks are given.
         rank_k, rank_v, group_size: what a calibration chooses otherwise: with one of them there is none.
         calibration: "auto" for the model's newest, "none", or an id (its first digits).
-        basis, bits: None is "calibrated" and "mixed" with a calibration, "document" and "8" without.
+        basis, bits: None is what the calibration's validation found best at the ratio; without a calibration
+            "document" and "8".
 
     Raises:
         InvalidSpec: a value out of range, or options that do not go together.
@@ -49,22 +53,20 @@ class CompressionOptions:
         """Whether a calibration is used where there is one."""
         return self.calibration != "none" and not self._by_hand
 
-    def spec(self, calibration_id: str | None) -> CompressionSpec:
+    def spec(self, calibration: Calibration | None) -> CompressionSpec:
         """The spec with this calibration, or without any.
 
         Raises:
             InvalidSpec: there is none, and the options need one.
         """
-        if calibration_id is None:
+        if calibration is None:
             self._refuse_calibrated("the store has no calibration of this model")
             return self._plain()
-        return CompressionSpec(
-            ratio=self.ratio,
-            calibration=calibration_id,
-            basis=self.basis or "calibrated",
-            factor_dtype=_FACTOR_DTYPES[self.bits or "mixed"],
-            index="derived",
-        )
+        from xkv_service.calibration.choice import best_spec
+
+        best = best_spec(DEFAULT_RATIO if self.ratio is None else self.ratio, calibration)
+        factor_dtype = _FACTOR_DTYPES[self.bits] if self.bits else best.factor_dtype
+        return replace(best, basis=self.basis or best.basis, factor_dtype=factor_dtype)
 
     @property
     def _by_hand(self) -> str:

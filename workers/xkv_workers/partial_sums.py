@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Final, Literal
 
 import torch
@@ -17,9 +18,10 @@ from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedF
 from xkv_artifacts.keys import calibration_id, sample_sha256
 from xkv_artifacts.manifest import Sha256
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.calibration.calibrate import CalibrationSettings, Observed
+from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.observed_tensors import observed_of, observed_tensors
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.layout import ModelLayout
 
 FOLDER = "calibrating"
@@ -60,7 +62,7 @@ class PartialSums:
         self._key = calibration_id(
             fingerprint,
             sample_sha256([one.token_ids for one in sample]),
-            settings.as_dict(),
+            asdict(settings),
             {"probes": _probes_sha256(sample)},
         )
         self._write_at = 0.0

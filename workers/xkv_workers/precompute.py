@@ -148,5 +148,5 @@ def prepared(request: Request) -> Iterator[Prepared]:
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
         calibration = choose_calibration(store, model.files.identity, request.compression)
-        spec = request.compression.spec(None if calibration is None else calibration.id)
+        spec = request.compression.spec(calibration)
         yield Prepared(request, files, store, model, stack, room, spec, calibration)

@@ -14,22 +14,18 @@ Metric = Callable[[int, Kind], torch.Tensor]
 """The metric of a layer, by its position: float64 [kv_heads, D, D]."""
 
 
-def shared_group(moments: Moments, first: int, count: int, metric: Metric, most: int) -> CalibratedGroup:
-    """Bases of the `count` layers from position `first` on.
-
-    Args:
-        most: directions to keep; energies of all are known.
-    """
+def shared_group(moments: Moments, first: int, count: int, metric: Metric) -> CalibratedGroup:
+    """Bases of the `count` layers from position `first` on: every direction."""
     layers = tuple(layer.index for layer in moments.layers[first : first + count])
     places = range(first, first + count)
     keys, values = (
-        shared_basis(moments.gram(kind, first, count), [metric(place, kind) for place in places], most)
+        shared_basis(moments.gram(kind, first, count), [metric(place, kind) for place in places])
         for kind in ("key", "value")
     )
     return CalibratedGroup(layers, keys, values)
 
 
-def shared_basis(gram: torch.Tensor, metric: Sequence[torch.Tensor], most: int) -> SharedBasis:
+def shared_basis(gram: torch.Tensor, metric: Sequence[torch.Tensor]) -> SharedBasis:
     """The eigenvectors of Wᵀ G W, where M = W Wᵀ is the metric, as bases Vᵀ W⁻¹.
 
     Args:
@@ -39,8 +35,7 @@ def shared_basis(gram: torch.Tensor, metric: Sequence[torch.Tensor], most: int) 
     transposed = [one.blocks.mT for one in weights]
     folded = apply_blocks(transposed, apply_blocks(transposed, gram).T)
     energies, vectors = torch.linalg.eigh((folded + folded.T) / 2)
-    kept = vectors.flip(1)[:, :most]
-    bases = apply_blocks([one.inverses.mT for one in weights], kept).T
+    bases = apply_blocks([one.inverses.mT for one in weights], vectors.flip(1)).T
     return SharedBasis(
         bases.float().contiguous(),
         tuple(one.float() for one in metric),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
+from xkv_service.factorization.weights import apply_blocks
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 
 Kind = Literal["key", "value"]
@@ -36,14 +37,11 @@ class SharedBasis:
 
     def projection(self, rank: int) -> torch.Tensor:
         """P [W, rank], float32: token factors are X P."""
-        rows = self.bases[:rank].T
-        parts, offset = [], 0
-        for one in self.metric:
-            heads, dim, _ = one.shape
-            part = rows[offset : offset + heads * dim].reshape(heads, dim, -1)
-            parts.append((one @ part).reshape(heads * dim, -1))
-            offset += heads * dim
-        return torch.cat(parts)
+        return apply_blocks(self.metric, self.bases[:rank].T)
+
+    def leading(self, rank: int) -> SharedBasis:
+        """The basis with its first directions only; the energies of all stay known."""
+        return SharedBasis(self.bases[:rank].clone(), self.metric, self.energies)
 
     def to(self, device: torch.device) -> SharedBasis:
         """The same basis on another device."""
@@ -63,6 +61,10 @@ class CalibratedGroup:
     def basis(self, kind: Kind) -> SharedBasis:
         """Its keys' or its values'."""
         return self.keys if kind == "key" else self.values
+
+    def leading(self, rank_k: int, rank_v: int) -> CalibratedGroup:
+        """The group with so many directions of each."""
+        return CalibratedGroup(self.layers, self.keys.leading(rank_k), self.values.leading(rank_v))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from xkv_service.modeling.layout import LayerLayout
 from xkv_service.prefilling.prefilled import Prefill
 
 _CHUNK = 2048
+_ROUNDING = 1e-12
 
 
 @dataclass(eq=False)
@@ -93,10 +94,12 @@ class Moments:
         """XᵀX / tokens of `count` layers from position `first` on, side by side: float64 [W, W].
 
         Raises:
-            ValueError: they reach further than the moments do.
+            ValueError: they reach further than the moments or the layers do.
         """
         if count > self.reach + 1:
             raise ValueError(f"{count} layers: only products of {self.reach + 1} neighbours are kept")
+        if first + count > len(self.layers):
+            raise ValueError(f"{count} layers from position {first}: there are {len(self.layers)}")
         blocks = self.kind(kind).products[first : first + count]
         widths = [block.shape[0] for block in blocks]
         joined = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=blocks[0].device)
@@ -111,6 +114,13 @@ class Moments:
         """Mean squares of one layer: float64 [kv_heads, D]."""
         diagonal = self.kind(kind).products[place].diagonal() / self.tokens
         return diagonal.reshape(self.layers[place].kv_heads, -1)
+
+    def variance(self, kind: Kind, place: int) -> float:
+        """The trace of `covariance`; 0 where it is no more than rounding leaves."""
+        mean = self.kind(kind).sums[place] / self.tokens
+        energy = float(self.energy(kind, place).sum())
+        variance = energy - float(mean.square().sum())
+        return variance if variance > _ROUNDING * energy else 0.0
 
     def covariance(self, kind: Kind, place: int) -> torch.Tensor:
         """Covariance of one layer: float64 [W, W]."""

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from xkv_service.calibration.calibrate import CalibrationSettings, Observed, calibrated_layers, reach_of
 from xkv_service.calibration.calibration import KINDS
 from xkv_service.calibration.moments import Moments
+from xkv_service.calibration.observed import Observed, calibrated_layers, reach_of
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.layout import ModelLayout
 
 

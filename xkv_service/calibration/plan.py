@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from xkv_service.calibration.allocation import allocate
+from xkv_service.calibration.allocation import Offers
 from xkv_service.calibration.calibration import KINDS, Calibration, SharedBasis
 from xkv_service.packed_factors import Runs
 from xkv_service.spec import CompressionSpec
 
 _CHOICES = {"mixed": (2, 4, 8), "int4": (4,), "int8": (8,)}
 _BASE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+_SCALE_BITS = 32
 
 
-def column_runs(
-    calibration: Calibration, spec: CompressionSpec, tokens: int, bits_per_token: float
-) -> list[tuple[Runs, Runs]]:
-    """Columns and bits of the keys and of the values of each group.
+class ColumnPlan:
+    """Columns of a document of `tokens` tokens; one with its own bases pays for them over so many."""
 
-    Args:
-        tokens: T; a document that stores its own bases pays for them over so many tokens.
-        bits_per_token: for all groups together.
-    """
-    own = spec.basis == "document"
-    parts = [group.basis(kind) for group in calibration.groups for kind in KINDS]
-    width = max(part.bases.shape[1] for part in parts)
-    column_bits = _BASE_BITS[spec.dtype] * width / tokens if own else 32 / tokens
-    energies = [part.energies[: _most(part, tokens, own=own)] for part in parts]
-    runs = allocate(energies, bits_per_token, _CHOICES[spec.factor_dtype], column_bits)
-    return list(zip(runs[0::2], runs[1::2], strict=True))
+    def __init__(self, calibration: Calibration, spec: CompressionSpec, tokens: int) -> None:
+        own = spec.basis == "document"
+        parts = [group.basis(kind) for group in calibration.groups for kind in KINDS]
+        width = max(part.bases.shape[1] for part in parts)
+        column_bits = (_BASE_BITS[spec.dtype] * width if own else _SCALE_BITS) / tokens
+        energies = [part.energies[: _most(part, tokens, own=own)] for part in parts]
+        self._offers = Offers(energies, _CHOICES[spec.factor_dtype], column_bits)
+
+    def runs(self, bits_per_token: float) -> list[tuple[Runs, Runs]]:
+        """Columns and bits of the keys and of the values of each group, for so many bits in all."""
+        found = self._offers.runs(bits_per_token)
+        return list(zip(found[0::2], found[1::2], strict=True))
 
 
 def _most(part: SharedBasis, tokens: int, *, own: bool) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from xkv_service.calibration.calibration import KINDS, CalibratedGroup, Calibration, Kind
+from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.plan import column_runs
+from xkv_service.calibration.plan import ColumnPlan
 from xkv_service.factorization.weights import apply_blocks, metric_weights
 from xkv_service.packed_factors import rank_of
-from xkv_service.spec import CompressionSpec
 
 ENOUGH = 0.98
 """Below, more documents would give other bases."""
@@ -41,10 +41,8 @@ def _planned(
 ) -> Iterator[tuple[CalibratedGroup, int, tuple[int, int]]]:
     """Each group, the position of its first layer, and the plan's ranks of keys and of values."""
     width = sum(layer.key_width + layer.value_width for layer in moments.layers)
-    spec = CompressionSpec(
-        ratio=ratio, calibration=calibration.id or "candidate", basis="calibrated", factor_dtype="mixed"
-    )
-    runs = column_runs(calibration, spec, moments.tokens, 16 * width / ratio)
+    plan = ColumnPlan(calibration, calibrated_spec(ratio, calibration), moments.tokens)
+    runs = plan.runs(16 * width / ratio)
     first = 0
     for group, (keys, values) in zip(calibration.groups, runs, strict=True):
         yield group, first, (rank_of(keys), rank_of(values))

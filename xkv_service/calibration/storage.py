@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
-from xkv_artifacts.calibration_format import CalibrationManifest, CalibrationSample
+from xkv_artifacts.blobs import store_errors
+from xkv_artifacts.calibration_format import (
+    CalibrationManifest,
+    CalibrationSample,
+    identified,
+    read_calibration,
+    write_calibration,
+)
 from xkv_artifacts.keys import sample_sha256
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
@@ -24,19 +32,49 @@ def save_calibration(
     Raises:
         StoreError, CatalogUnavailable
     """
-    manifest = CalibrationManifest(
+    manifest = calibration_manifest(calibration, model, sample)
+    return store.calibrations.publish(manifest, calibration.to_tensors())
+
+
+def calibration_manifest(
+    calibration: Calibration, model: ModelIdentity, sample: Sequence[ProbedPrefix]
+) -> CalibrationManifest:
+    """What a calibration's file says about it.
+
+    Args:
+        sample: the documents that it was made from and tried on.
+    """
+    return CalibrationManifest(
         model=model,
         sample=CalibrationSample(
             documents=len(sample),
             tokens=sum(len(one.token_ids) for one in sample),
             sha256=sample_sha256([one.token_ids for one in sample]),
         ),
-        settings=dict(calibration.figures.get("settings", {})),
+        settings=calibration.figures.get("settings", {}),
         groups=tuple(group.layers for group in calibration.groups),
         figures=dict(calibration.figures),
         created=datetime.now(timezone.utc),
     )
-    return store.calibrations.publish(manifest, calibration.to_tensors())
+
+
+def write_calibration_file(path: Path, manifest: CalibrationManifest, calibration: Calibration) -> None:
+    """Write a calibration to a file of its own, outside a store."""
+    tensors = calibration.to_tensors()
+    ready = identified(manifest, tensors)
+    with path.open("wb") as file:
+        write_calibration(file, ready, tensors)
+
+
+def read_calibration_file(path: Path) -> Calibration:
+    """A calibration from a file, every byte checked.
+
+    Raises:
+        StoreError: it cannot be read. CorruptArtifact, UnsupportedFormat: it is no calibration.
+    """
+    with store_errors("read", str(path)), path.open("rb") as file:
+        manifest, tensors = read_calibration(file)
+    return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
 
 
 def load_calibration(store: ArtifactStore, calibration_id: str) -> Calibration:

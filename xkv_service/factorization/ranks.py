@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.plan import ColumnPlan
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.packed_factors import Runs, rank_of
@@ -111,13 +112,12 @@ def _calibrated(
     calibration: Calibration,
 ) -> Size:
     """The most bits that fit: all that is not token factors is known, but for the number of tensors."""
-    from xkv_service.calibration.plan import column_runs
+    grouped, plan = calibration.layer_groups(layout), ColumnPlan(calibration, spec, tokens)
 
     def sized(bits_per_token: float) -> Size:
-        runs = column_runs(calibration, spec, tokens, bits_per_token)
         groups = tuple(
             _group(layers, rotary, rank_of(keys), rank_of(values), keys, values)
-            for layers, (keys, values) in zip(calibration.layer_groups(layout), runs, strict=True)
+            for layers, (keys, values) in zip(grouped, plan.runs(bits_per_token), strict=True)
         )
         return _size(layout, tokens, spec, groups, windows, rotary)
 

@@ -121,6 +121,9 @@ def test_figures_and_settings_are_plain_json() -> None:
     for name in ("figures", "settings"):
         with pytest.raises(ValidationError, match=name):
             CalibrationManifest.model_validate({**fields, name: {"x": torch.zeros(1)}})
+        tuples = CalibrationManifest.model_validate({**fields, name: {"x": ({"y": (1, 2.5)}, "z")}})
+        assert getattr(tuples, name) == {"x": [{"y": [1, 2.5]}, "z"]}
+        assert read_manifest(written(tuples, calibration()[1])[1]) == written(tuples, calibration()[1])[0]
 
 
 def test_a_sample_is_its_documents_in_order() -> None:

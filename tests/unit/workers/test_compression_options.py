@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec
 from xkv_service.spec import CompressionSpec
 from xkv_workers.compression_options import CompressionOptions
 
 ID = "3fa9c1" + "0" * 58
+
+
+def calibration(*rows: tuple[float, str, float]) -> Calibration:
+    """One that was validated: (ratio, step, KL)."""
+    validation = [{"asked": asked, "step": step, "kl": kl} for asked, step, kl in rows]
+    return Calibration((), {}, {"validation": validation}, ID)
 
 
 def test_without_a_calibration_the_spec_is_the_plain_one() -> None:
@@ -20,11 +27,21 @@ def test_without_a_calibration_the_spec_is_the_plain_one() -> None:
 
 
 def test_a_calibration_brings_its_bases_mixed_bits_and_no_stored_index() -> None:
-    spec = CompressionOptions(ratio=32.0).spec(ID)
+    spec = CompressionOptions(ratio=32.0).spec(calibration())
     assert (spec.calibration, spec.basis, spec.factor_dtype) == (ID, "calibrated", "mixed")
     assert (spec.index, spec.ratio) == ("derived", 32.0)
-    spec = CompressionOptions(basis="document", bits="4").spec(ID)
+    spec = CompressionOptions(basis="document", bits="4").spec(calibration())
     assert (spec.basis, spec.factor_dtype, spec.ratio) == ("document", "int4", 8)
+
+
+def test_what_is_left_open_is_what_validation_found_best() -> None:
+    found = calibration((8, "bits", 0.1), (8, "calibrated bases, bits", 0.2), (48, "calibrated bases", 0.1))
+    spec = CompressionOptions().spec(found)
+    assert (spec.basis, spec.factor_dtype) == ("document", "mixed")
+    spec = CompressionOptions(ratio=40.0).spec(found)
+    assert (spec.basis, spec.factor_dtype) == ("calibrated", "int8")
+    spec = CompressionOptions(ratio=40.0, basis="document").spec(found)
+    assert (spec.basis, spec.factor_dtype) == ("document", "int8")
 
 
 @pytest.mark.parametrize(

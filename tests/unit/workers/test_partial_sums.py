@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.calibration.calibrate import CalibrationSettings, Observed, observe_document, reach_of
+from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.observed_tensors import observed_of, observed_tensors, total_of
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel, load_model
 from xkv_workers.partial_sums import FOLDER, PartialSums

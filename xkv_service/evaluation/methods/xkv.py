@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from xkv_service.calibration.storage import read_calibration_file
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.errors import InvalidSpec
@@ -30,9 +32,12 @@ class XKV:
 
     Args:
         group: adjacent layers that share token factors; 1 is a truncated SVD of each layer alone.
+        calibration: a calibration's file, which then decides groups, ranks, weights, bits and planes.
+        basis: whose layer bases, with a calibration: "calibrated", or the "document"'s own.
         ratio: bytes of the exact cache / bytes stored, everything counted.
-        index: the selection index stored: "sketch", "landmark" or "none".
-        factors: dtype of the token factors.
+        index: the selection index: "sketch", "derived" (a sketch made when it is needed, nothing stored),
+            "landmark" or "none".
+        factors: dtype of the token factors; with a calibration "mixed", "int4" or "int8".
         key_share: share of keys in the ranks.
         key_weights, value_weights: see `CompressionSpec`.
         planes: rotary planes in a key sketch.
@@ -54,8 +59,8 @@ class XKV:
         self,
         group: int = 4,
         ratio: float = 8.0,
-        index: Literal["sketch", "landmark", "none"] = "sketch",
-        factors: Literal["int8", "bfloat16", "float16", "float32"] = "int8",
+        index: Literal["sketch", "derived", "landmark", "none"] = "sketch",
+        factors: Literal["mixed", "int4", "int8", "bfloat16", "float16", "float32"] = "int8",
         key_share: float = 0.4,
         key_weights: Literal["none", "query"] = "none",
         value_weights: Literal["none", "output"] = "none",
@@ -67,7 +72,10 @@ class XKV:
         budget: int | float | None = None,
         granularity: Literal["layer", "head"] = "layer",
         last: int | None = None,
+        calibration: str | None = None,
+        basis: Literal["document", "calibrated"] = "document",
     ) -> None:
+        self.calibration = None if calibration is None else read_calibration_file(Path(calibration))
         self.spec = CompressionSpec(
             group_size=group,
             ratio=ratio,
@@ -80,9 +88,11 @@ class XKV:
             outlier_chunks=outliers,
             key_weights=key_weights,
             value_weights=value_weights,
+            calibration=self.calibration.id if self.calibration else None,
+            basis=basis,
         )
         self.selection = _selection(selector, budget, granularity, last)
-        if selector in ("sketch", "landmark") and selector != index:
+        if selector in ("sketch", "landmark") and selector != {"derived": "sketch"}.get(index, index):
             raise InvalidSpec(f"selector={selector} needs its index", hint=f"give index={selector}")
 
     def prepare(self, model: PreTrainedModel, exact: Prefill) -> FactorPrefix:
@@ -93,8 +103,8 @@ class XKV:
         """
         known = _FACTORS.setdefault(exact, {})
         if self.spec not in known:
-            known[self.spec] = factorize_prefill(model, exact, self.spec)[0]
-        size = size_of(exact.layout, exact.tokens, self.spec, rotary_tables(exact)[1])
+            known[self.spec] = factorize_prefill(model, exact, self.spec, self.calibration)[0]
+        size = size_of(exact.layout, exact.tokens, self.spec, rotary_tables(exact)[1], self.calibration)
         return FactorPrefix(model, known[self.spec], size.bytes_stored, self.selection)
 
 

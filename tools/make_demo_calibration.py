@@ -1,0 +1,70 @@
+"""Calibrate a model that `train_demo_model.py` made, on documents and questions of the demo's generator.
+
+    python tools/make_demo_calibration.py --out xkv_service/demo/calibration.safetensors
+
+The documents are others than those of `examples/corpus` and of every evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+
+import torch
+
+from xkv_service.calibration.calibrate import calibrate
+from xkv_service.calibration.probes import Probe, ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.calibration.storage import calibration_manifest, write_calibration_file
+from xkv_service.demo import demo_model_path
+from xkv_service.evaluation.rendering import Renderer
+from xkv_service.evaluation.tasks.base import Room
+from xkv_service.evaluation.tasks.registry import find_tasks
+from xkv_service.modeling.models import LoadedModel, load_model
+
+TASKS = ("demo_documents", "demo_documents", "demo_documents", "demo_niah_multikey_1")
+
+
+def main() -> None:
+    """Make the sample, calibrate, write the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figures", type=Path, help="write what was measured, as JSON")
+    parser.add_argument("--model", default=str(demo_model_path()))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=6, help="questions about each")
+    parser.add_argument("--tokens", type=int, default=4096)
+    arguments = parser.parse_args()
+    loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
+    sample = [_document(loaded, number, arguments) for number in range(arguments.documents)]
+    with torch.no_grad():
+        found = calibrate(loaded.model, sample, CalibrationSettings(), print)
+    write_calibration_file(arguments.out, calibration_manifest(found, loaded.identity, sample), found)
+    if arguments.figures:
+        arguments.figures.write_text(json.dumps(found.figures, indent=1) + "\n", "utf-8")
+
+
+def _document(loaded: LoadedModel, number: int, arguments: argparse.Namespace) -> ProbedPrefix:
+    def measure(text: str) -> int:
+        return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+
+    name = TASKS[number % len(TASKS)]
+    room = Room(arguments.tokens, measure, lambda text, question: measure(text))
+    sample = find_tasks([name])[0].make(Random(f"calibration {number}"), room, arguments.questions)
+    renderer = Renderer(loaded.tokenizer)
+    prefix = renderer.prefix(sample.document)
+    probes = []
+    for question in sample.questions:
+        prompt = renderer.prompt(sample.document, [], question.text)
+        reply = renderer.reply(question.expected[0])
+        probes.append(Probe(tuple(prompt[len(prefix) :] + reply), len(reply) + 1))
+    return ProbedPrefix(f"{name} {number}", tuple(prefix), tuple(probes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Thresholds of fidelity: what is usual for documents like the sample's, to tell others from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from xkv_artifacts.manifest import Fidelity
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import best_spec
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.compression import compress
+from xkv_service.errors import RatioUnreachable
+from xkv_service.spec import CompressionSpec
+
+MARGIN = 3.0
+"""Times the worst divergence among the documents tried: what lies above is not like them."""
+LEAST_KL = 0.01
+"""Nats below which no divergence is called low: answers are lost at 0.02 and above (docs/defaults.md)."""
+
+
+def fidelity_thresholds(
+    model: PreTrainedModel, held: Sequence[ProbedPrefix], ratios: Sequence[float], calibration: Calibration
+) -> list[dict[str, float]]:
+    """For each ratio that can be reached: the divergence above which a document is unlike the sample.
+
+    Measured as an artifact's own fidelity is (`fidelity.certify`), on documents the bases were not made from.
+    """
+    found = []
+    for ratio in ratios:
+        spec = best_spec(ratio, calibration)
+        try:
+            worst = max(_kl(model, one, spec, calibration) for one in held)
+        except RatioUnreachable:
+            continue
+        found.append({"ratio": ratio, "worst": worst, "kl": max(LEAST_KL, MARGIN * worst)})
+    return found
+
+
+def is_low(fidelity: Fidelity, ratio: float, figures: Mapping[str, Any]) -> bool:
+    """Whether an artifact is less faithful than documents of the calibration's sample are at its ratio.
+
+    Args:
+        figures: the calibration's; without thresholds nothing is low.
+    """
+    known = sorted((one["ratio"], one["kl"]) for one in figures.get("thresholds", ()))
+    limits = [kl for at, kl in known if at >= ratio] or [kl for _, kl in known[-1:]]
+    return bool(limits) and fidelity.kl > limits[0]
+
+
+def _kl(
+    model: PreTrainedModel, document: ProbedPrefix, spec: CompressionSpec, calibration: Calibration
+) -> float:
+    fidelity = compress(model, list(document.token_ids), spec, calibration).fidelity
+    assert fidelity is not None
+    return fidelity.kl
