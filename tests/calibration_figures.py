@@ -25,6 +25,7 @@ def calibration_figures(layers: int = 10) -> dict[str, Any]:
         "plans": {str(asked): [_plan(asked, group) for group in groups] for asked in RATIOS},
         "spectra": {side: {"1": _spectrum(3), "4": _spectrum(6)} for side in ("key", "value")},
         "stability": {"bases_overlap": 0.937, "groups": [{"group": 0, "overlap": 0.971}]},
+        "thresholds": [{"ratio": 20.0, "worst": 0.0134, "kl": 0.0402}],
         "warnings": ["Few documents: standard errors are wide."],
     }
 

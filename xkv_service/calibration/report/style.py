@@ -72,9 +72,9 @@ th, td { padding: 8px 14px; text-align: left; vertical-align: top; border-top: 1
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 600; min-width: 7.5rem; max-width: 20rem; overflow-wrap: anywhere; }
 td { white-space: nowrap; } td.wrap { white-space: normal; min-width: 14rem; }
-td small { display: block; color: var(--soft); font-size: .88rem; }
+td small, th small { display: block; color: var(--soft); font-size: .88rem; }
 td small.good { color: var(--good); } td small.bad { color: var(--bad); }
-.chosen { color: var(--good); font-weight: 600; }
+th small.chosen { color: var(--good); }
 details { margin: 14px 0; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 ul.plain { padding-left: 20px; max-width: 46rem; } ul.plain li { margin: 4px 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 14px 0; }
