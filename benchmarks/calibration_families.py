@@ -2,9 +2,9 @@
 
     python benchmarks/calibration_families.py
 
-Random weights share little between layers, so this is a hard case; and the tokens are drawn, not written. Every
-token is rebuilt: attention of random weights looks everywhere, and no selection suits it. The baseline is the
-fixed recipe at the same bytes, in the same run.
+Random weights share little between layers, so this is a hard case; and the tokens are drawn, not written.
+Every token is rebuilt: attention of random weights looks everywhere, and no selection suits it. The baseline
+is the fixed recipe at the same bytes, in the same run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from xkv_service.calibration.calibrate import CalibrationSettings, calibrate
+from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.selection.spec import SelectionSpec
 
 SHAPE = {

@@ -14,8 +14,9 @@ from random import Random
 
 import torch
 
-from xkv_service.calibration.calibrate import CalibrationSettings, calibrate
+from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.probes import Probe, ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import calibration_manifest, write_calibration_file
 from xkv_service.demo import demo_model_path
 from xkv_service.evaluation.rendering import Renderer

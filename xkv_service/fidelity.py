@@ -6,6 +6,7 @@ tokens before them, and its next-token distributions are compared with those of 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,13 +67,16 @@ def certify(
 def compare_distributions(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     """Share of positions with the same most likely token, and mean KL(exact || other) in nats.
 
+    What is no number is infinitely far from everything.
+
     Args:
-        exact, other: logits [n, vocabulary].
+        exact, other: logits [n, vocabulary]; tokens of -inf cannot come.
     """
     log_exact, log_other = exact.double().log_softmax(-1), other.double().log_softmax(-1)
-    kl = (log_exact.exp() * (log_exact - log_other)).sum(-1).mean()
+    share = log_exact.exp()
+    kl = float(torch.where(share == 0, 0, share * (log_exact - log_other)).sum(-1).mean())
     agreement = (log_exact.argmax(-1) == log_other.argmax(-1)).double().mean()
-    return float(agreement), max(0.0, float(kl))
+    return float(agreement), math.inf if math.isnan(kl) else max(0.0, kl)
 
 
 class _Unwatched:

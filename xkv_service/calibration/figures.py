@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from xkv_service.calibration.calibration import KINDS, Calibration
-from xkv_service.calibration.certificates import calibrated_spec
+from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.plan import ColumnPlan
 
 POINTS = 40
 PLAN_TOKENS = 4096
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def plans(
@@ -57,5 +58,5 @@ def _kept(gram: torch.Tensor) -> torch.Tensor:
     """Share of the energy in the leading 1/POINTS, 2/POINTS ... of the directions: [POINTS]."""
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     ends = (torch.arange(1, POINTS + 1, device=gram.device) * len(energies) / POINTS).ceil().long() - 1
-    kept: torch.Tensor = (energies.cumsum(0) / energies.sum())[ends]
+    kept: torch.Tensor = (energies.cumsum(0) / energies.sum().clamp_min(_TINY))[ends]
     return kept.cpu()

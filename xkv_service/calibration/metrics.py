@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from functools import cache
+from typing import Literal, get_args
 
 import torch
 
 from xkv_service.calibration.bases import Metric
-from xkv_service.calibration.calibration import Kind
+from xkv_service.calibration.calibration import KINDS, Kind
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.tolerance import Tolerances
 
 Weighting = Literal["plain", "tolerance", "tolerance+output", "tolerance+query", "tolerance+both"]
-WEIGHTINGS: tuple[Weighting, ...] = (
-    "plain",
-    "tolerance",
-    "tolerance+output",
-    "tolerance+query",
-    "tolerance+both",
-)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
+_LEAST_ERROR = 1e-6
+"""Tolerated at least, as a share of the kind's mean variance: a layer that never varies tolerates nothing."""
 
 
 class Metrics:
@@ -40,10 +38,13 @@ class Metrics:
     ) -> None:
         self._moments, self._tolerances = moments, tolerances
         self._special: Mapping[Kind, Sequence[torch.Tensor | None]] = {"key": queries, "value": outputs}
+        places = range(len(moments.layers))
+        self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in KINDS}
 
     def of(self, weighting: Weighting) -> Metric:
         """The metric of one weighting."""
 
+        @cache
         def metric(place: int, kind: Kind) -> torch.Tensor:
             shape = self._shape(place, kind, weighting)
             return shape * (self._worth(place, kind, weighting) / self._scale(place, kind, shape))
@@ -62,16 +63,16 @@ class Metrics:
 
     def _scale(self, place: int, kind: Kind, shape: torch.Tensor) -> float:
         """The layer's variance in this metric over its plain variance: 1 for the identity."""
+        if not self._variance[kind][place]:
+            return float(shape.diagonal(dim1=-2, dim2=-1).mean())
         covariance = self._moments.covariance(kind, place)
         heads, dim = shape.shape[:2]
-        blocks = torch.stack(
-            [covariance[h * dim : (h + 1) * dim, h * dim : (h + 1) * dim] for h in range(heads)]
-        )
-        return float((blocks * shape).sum() / covariance.trace())
+        blocks = covariance.reshape(heads, dim, heads, dim).diagonal(dim1=0, dim2=2)
+        return float((blocks * shape.permute(1, 2, 0)).sum()) / self._variance[kind][place]
 
     def _worth(self, place: int, kind: Kind, weighting: Weighting) -> float:
         """What a unit of squared error costs: 1 over what is tolerated, or over the kind's mean variance."""
-        if weighting != "plain":
-            return 1 / self._tolerances[place, kind].error
-        count = len(self._moments.layers)
-        return count / sum(float(self._moments.covariance(kind, one).trace()) for one in range(count))
+        typical = sum(self._variance[kind]) / len(self._variance[kind]) or 1.0
+        if weighting == "plain":
+            return 1 / typical
+        return 1 / max(self._tolerances[place, kind].error, _LEAST_ERROR * typical)

@@ -15,6 +15,7 @@ from xkv_service.modeling.layout import LayerLayout
 from xkv_service.prefilling.prefilled import Prefill
 
 _CHUNK = 2048
+_ROUNDING = 1e-12
 
 
 @dataclass(eq=False)
@@ -115,9 +116,11 @@ class Moments:
         return diagonal.reshape(self.layers[place].kv_heads, -1)
 
     def variance(self, kind: Kind, place: int) -> float:
-        """The trace of `covariance`, not below 0."""
+        """The trace of `covariance`; 0 where it is no more than rounding leaves."""
         mean = self.kind(kind).sums[place] / self.tokens
-        return max(0.0, float(self.energy(kind, place).sum() - mean.square().sum()))
+        energy = float(self.energy(kind, place).sum())
+        variance = energy - float(mean.square().sum())
+        return variance if variance > _ROUNDING * energy else 0.0
 
     def covariance(self, kind: Kind, place: int) -> torch.Tensor:
         """Covariance of one layer: float64 [W, W]."""

@@ -11,10 +11,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from xkv_service.fidelity import held_back
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.prefilling.prefix_cache import StorageLayer
-
-HELD_BACK = 64
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,13 @@ class ProbedPrefix:
     @classmethod
     def of_text(cls, name: str, token_ids: Sequence[int]) -> ProbedPrefix:
         """A document without questions."""
-        tail = min(HELD_BACK, max(1, len(token_ids) // 8))
+        tail = max(1, held_back(len(token_ids)))
         return cls(name, tuple(token_ids[:-tail]), (Probe(tuple(token_ids[-tail:]), tail),))
 
 
+@torch.no_grad()
 def predictions(model: PreTrainedModel, cache: Cache, probes: Sequence[Probe]) -> torch.Tensor:
-    """Log probabilities [positions, vocabulary] of all probes, each behind the prefix that `cache` holds.
+    """Logits [positions, vocabulary] of all probes, each behind the prefix that `cache` holds.
 
     Args:
         cache: an ordinary cache or one of factors; it is left as it was.
@@ -54,17 +54,7 @@ def predictions(model: PreTrainedModel, cache: Cache, probes: Sequence[Probe]) -
         ids = torch.tensor([probe.token_ids], device=model.device)
         output: Any = model(ids, past_key_values=_fork(cache), logits_to_keep=probe.counted)
         found.append(output.logits[0])
-    return torch.cat(found).double().log_softmax(-1)
-
-
-def divergence(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Mean KL(exact || other) in nats, and the share of positions with the same likeliest token.
-
-    Args:
-        exact, other: log probabilities [positions, vocabulary].
-    """
-    kl = (exact.exp() * (exact - other)).sum(-1).mean()
-    return max(0.0, float(kl)), float((exact.argmax(-1) == other.argmax(-1)).double().mean())
+    return torch.cat(found)
 
 
 def exact_cache(

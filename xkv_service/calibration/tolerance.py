@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import KINDS, Kind
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.probes import Probe, divergence, exact_cache, predictions
+from xkv_service.calibration.probes import Probe, exact_cache, predictions
+from xkv_service.fidelity import compare_distributions
 from xkv_service.modeling.rotary import rotate_planes
 from xkv_service.prefilling.prefilled import Prefill
 
@@ -64,9 +65,7 @@ Tolerances = dict[tuple[int, Kind], Tolerance]
 def no_tolerances(moments: Moments) -> Tolerances:
     """Nothing measured yet."""
     return {
-        (place, kind): Tolerance(
-            tuple(share * float(moments.covariance(kind, place).trace()) for share in SHARES)
-        )
+        (place, kind): Tolerance(tuple(share * moments.variance(kind, place) for share in SHARES))
         for place in range(len(moments.layers))
         for kind in KINDS
     }
@@ -92,7 +91,7 @@ def measure(
             noise = ((draw * _water_level(variance, SHARES[number]).sqrt()) @ axes.T).float()
             states = _noisy(exact, layer.index, kind, noise)
             other = predictions(model, exact_cache(exact, {(layer.index, kind): states}), probes)
-            found = divergence(base, other)[0]
+            _, found = compare_distributions(base, other)
             tolerance.divergence[number] += weight * found
             if found < LIMIT / 100:  # less noise would say nothing more
                 break

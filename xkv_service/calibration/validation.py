@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -11,13 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.probes import ProbedPrefix, divergence, exact_cache, predictions
+from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
+from xkv_service.fidelity import compare_distributions
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.spec import SelectionSpec
@@ -41,7 +43,7 @@ class Outcome:
         divergence: nats, decoding from the factors with selection as a session does. agreement: share of
             positions with the same likeliest token. ratio: bytes of the exact cache / bytes stored.
         key_error, value_error: relative reconstruction errors, the mean over groups.
-        reason: why there is nothing.
+        reason: why there is nothing of a document.
     """
 
     divergence: list[float] = field(default_factory=list)
@@ -51,10 +53,10 @@ class Outcome:
     value_error: list[float] = field(default_factory=list)
     reason: str | None = None
 
-    def note(self, divergence: float, agreement: float) -> None:
-        """One more document."""
-        self.divergence.append(divergence)
+    def note(self, agreement: float, divergence: float) -> None:
+        """The predictions of one more document."""
         self.agreement.append(agreement)
+        self.divergence.append(divergence)
 
     @property
     def kl(self) -> float:
@@ -62,9 +64,9 @@ class Outcome:
         return fmean(self.divergence) if self.divergence else float("inf")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        if self.reason is not None or not self.divergence:
-            return {"reason": self.reason or "nothing measured"}
+        """Plain JSON values: the reason where nothing, or no number, was measured."""
+        if not math.isfinite(self.kl):
+            return {"reason": self.reason or "no finite divergence"}
         count = len(self.divergence)
         return {
             "kl": self.kl,
@@ -79,7 +81,6 @@ class Outcome:
         }
 
 
-@torch.no_grad()
 def validate(
     model: PreTrainedModel,
     sample: Iterable[ProbedPrefix],
@@ -97,31 +98,35 @@ def validate(
         try:
             base = predictions(model, exact_cache(exact), document.probes)
             for candidate in candidates:
-                if _reachable(exact, candidate, found[candidate.name]):
-                    factors = _factors(model, exact, candidate, found[candidate.name])
-                    with enable_xkv(model):
-                        cache = XKVCache.from_factors(model, factors, selection or SelectionSpec())
-                        other = predictions(model, cache, document.probes)
-                    found[candidate.name].note(*divergence(base, other))
+                factors = _factors(model, exact, candidate, found[candidate.name])
+                if factors is not None:
+                    other = _predictions(model, factors, document, selection)
+                    found[candidate.name].note(*compare_distributions(base, other))
         finally:
             exact.free()
     return found
 
 
-def _reachable(exact: Prefill, candidate: Candidate, outcome: Outcome) -> bool:
-    """Whether a document this long can be compressed so far; the bytes are noted."""
-    use = rotary_tables(exact)[1]
+@torch.no_grad()
+def _factors(
+    model: PreTrainedModel, exact: Prefill, candidate: Candidate, outcome: Outcome
+) -> PrefixFactors | None:
+    """The candidate's factors, with their bytes and errors noted; None where the ratio cannot be reached."""
     try:
-        size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
+        factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
     except RatioUnreachable as error:
         outcome.reason = error.message
-        return False
+        return None
+    use = rotary_tables(exact)[1]
+    size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
     outcome.ratio.append(size.ratio)
-    return True
-
-
-def _factors(model: PreTrainedModel, exact: Prefill, candidate: Candidate, outcome: Outcome) -> PrefixFactors:
-    factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
     outcome.key_error.append(fmean(errors.key_error))
     outcome.value_error.append(fmean(errors.value_error))
     return factors
+
+
+def _predictions(
+    model: PreTrainedModel, factors: PrefixFactors, document: ProbedPrefix, selection: SelectionSpec | None
+) -> torch.Tensor:
+    with enable_xkv(model):
+        return predictions(model, XKVCache.from_factors(model, factors, selection), document.probes)

@@ -53,16 +53,20 @@ def plane_energy(energy: torch.Tensor, planes: torch.Tensor, kv_heads: int) -> t
 
 
 def query_weights(energy: torch.Tensor, planes: torch.Tensor, kv_heads: int) -> FeatureWeights:
-    """Weights of keys by query energy.
+    """Weights of keys by query energy. Arguments as `query_metric`."""
+    return metric_weights(query_metric(energy, planes, kv_heads))
+
+
+def query_metric(energy: torch.Tensor, planes: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`plane_energy` as a diagonal metric, made definite: float64 [kv_heads, D, D].
 
     Args:
-        energy: float32 [query_heads, D], mean square of the rotated queries (`Prefill.query_energy`).
+        energy: [query_heads, D], mean square of the rotated queries (`Prefill.query_energy`).
         planes: int64 [P, 2], dimension pairs RoPE turns together.
     """
     per_head = plane_energy(energy, planes, kv_heads)
     floor = _FLOOR * per_head.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    root = (per_head + floor).sqrt()
-    return FeatureWeights(torch.diag_embed(root), torch.diag_embed(root.reciprocal()))
+    return torch.diag_embed(per_head + floor)
 
 
 def output_weights(projection: torch.Tensor, query_heads: int, kv_heads: int) -> FeatureWeights:

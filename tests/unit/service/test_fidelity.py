@@ -78,3 +78,14 @@ def test_reconstruction_errors_are_those_of_the_rebuilt_cache() -> None:
             rebuilt = torch.cat([made[kind][2:].flatten(1) for made, _ in pairs], 1)
             true = torch.cat([known[kind][2:].flatten(1) for _, known in pairs], 1)
             assert reported == pytest.approx(float((rebuilt - true).norm() / true.norm()), rel=1e-3)
+
+
+def test_tokens_that_cannot_come_and_what_is_no_number_are_told_apart() -> None:
+    """A model may rule tokens out with -inf; NaN is never a good answer."""
+    exact = torch.tensor([[0.0, 1.0, -torch.inf], [2.0, 0.0, -torch.inf]])
+    same = compare_distributions(exact, exact)
+    assert same == (1.0, 0.0)
+    assert compare_distributions(exact[:, :2], exact[:, :2].flip(1))[1] > 0.5
+    assert compare_distributions(exact, torch.full_like(exact, torch.nan))[1] == torch.inf
+    assert compare_distributions(torch.full_like(exact, torch.nan), exact)[1] == torch.inf
+    assert compare_distributions(torch.zeros(1, 3), exact[:1])[1] == torch.inf

@@ -1,0 +1,123 @@
+"""What one pass over a sample leaves: moments of keys and values, and energies of the probes' queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkv_service.calibration.moments import Moments
+from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
+from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.errors import UnsupportedModel
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.layout import LayerLayout, ModelLayout
+from xkv_service.modeling.observation import observe
+from xkv_service.prefilling.prefill import prefill
+from xkv_service.selection.sketch import candidate_planes
+from xkv_service.spec import CompressionSpec
+
+_SMALL_WIDTH = 8192
+
+
+@dataclass
+class Observed:
+    """What one pass over the sample leaves. Parts of a sample add up.
+
+    Args:
+        moments: of keys and values.
+        queries: by position, float64 [query_heads, D], summed squares of the probes' rotated queries.
+        query_tokens: how many. planes: by position, candidate planes int64 [n, 2].
+    """
+
+    moments: Moments
+    queries: list[torch.Tensor]
+    query_tokens: int
+    planes: list[torch.Tensor]
+
+    @classmethod
+    def nothing(cls, model: PreTrainedModel, reach: int) -> Observed:
+        """Before the first document.
+
+        Raises:
+            UnsupportedModel: latent attention, which has no calibration.
+        """
+        layers = calibrated_layers(inspect_loaded(model).layout)
+        queries = [
+            torch.zeros(one.query_heads, one.head_dim, dtype=torch.float64, device=model.device)
+            for one in layers
+        ]
+        return cls(Moments.empty(layers, reach, model.device), queries, 0, [])
+
+    def add(self, other: Observed) -> None:
+        """Add what was observed of other documents of the same model."""
+        self.moments.add(other.moments)
+        for mine, more in zip(self.queries, other.queries, strict=True):
+            mine += more
+        self.query_tokens += other.query_tokens
+        self.planes = self.planes or other.planes
+
+
+def calibrated_layers(layout: ModelLayout) -> tuple[LayerLayout, ...]:
+    """The layers that a calibration is about.
+
+    Raises:
+        UnsupportedModel: some have latent attention.
+    """
+    if any(layer.kind == "latent" for layer in layout.compressible):
+        raise UnsupportedModel(
+            "latent attention (MLA) has no calibration yet", hint="compress without one: --calibration none"
+        )
+    return layout.compressible
+
+
+def reach_of(layout: ModelLayout, settings: CalibrationSettings) -> int:
+    """Neighbours whose products are kept: all in a small model, so that every pair can be compared.
+
+    Raises:
+        UnsupportedModel: latent attention, which has no calibration.
+    """
+    layers = calibrated_layers(layout)
+    if sum(layer.key_width + layer.value_width for layer in layers) <= _SMALL_WIDTH:
+        return len(layers) - 1
+    return min(settings.group_size, len(layers)) - 1
+
+
+@torch.no_grad()
+def observe_document(model: PreTrainedModel, document: ProbedPrefix, found: Observed) -> None:
+    """Add one document to what is observed.
+
+    Raises:
+        InvalidPrompt, UnsupportedModel: the model cannot run it.
+    """
+    exact = prefill(model, torch.tensor(document.token_ids))
+    try:
+        found.moments.observe(exact, CompressionSpec.sink)
+        found.planes = found.planes or [
+            candidate_planes(exact.planes(layer.index), layer.head_dim) for layer in found.moments.layers
+        ]
+        watcher = _Queries(found)
+        with observe(model, watcher, []):
+            predictions(model, exact_cache(exact), document.probes)
+        found.query_tokens += sum(len(probe.token_ids) for probe in document.probes)
+    finally:
+        exact.free()
+
+
+class _Queries:
+    """Sums the squares of the queries of the observed layers."""
+
+    def __init__(self, found: Observed) -> None:
+        self._place = {layer.index: place for place, layer in enumerate(found.moments.layers)}
+        self._sums = found.queries
+
+    def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
+        place = self._place.get(int(module.layer_idx))  # type: ignore[arg-type]
+        if place is not None:
+            self._sums[place] += query[0].double().square().sum(1)
+
+    def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Nothing."""

@@ -1,0 +1,58 @@
+"""`CalibrationSettings`: every choice that shapes a calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xkv_service.calibration.metrics import WEIGHTINGS, Weighting
+from xkv_service.errors import InvalidSpec
+from xkv_service.numeric import is_integer, is_number
+from xkv_service.selection.spec import SelectionSpec
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to calibrate. Defaults: docs/calibration.md.
+
+    Args:
+        ratio: bytes of the exact cache / bytes stored at which choices are made.
+        ratios: at which the result is validated besides.
+        group_size: most neighbours that share token factors.
+        weightings: metrics to try.
+        tolerance_documents: documents that tolerances are measured on.
+        held_out: share of the documents that choices are tried on and bases are not made from, 0.5 at most.
+        most_ratio: the ratio whose plan decides how many directions are kept: lower ones get more bits for
+            the same directions.
+        selection: how tokens are chosen while decoding in every trial.
+
+    Raises:
+        InvalidSpec: a field is out of range.
+    """
+
+    ratio: float = 48.0
+    ratios: tuple[float, ...] = (8.0, 20.0, 32.0, 48.0)
+    group_size: int = 4
+    weightings: tuple[Weighting, ...] = WEIGHTINGS
+    tolerance_documents: int = 3
+    held_out: float = 0.25
+    most_ratio: float = 12.0
+    selection: SelectionSpec = field(default_factory=SelectionSpec)
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "ratios", "most_ratio"):
+            value = getattr(self, name)
+            each = value if isinstance(value, tuple) else (value,)
+            self._check(
+                name, all(is_number(one) and 1 <= one <= 1000 for one in each), "numbers from 1 to 1000"
+            )
+        for name in ("group_size", "tolerance_documents"):
+            value = getattr(self, name)
+            self._check(name, is_integer(value) and value >= 1, "an integer from 1")
+        share = self.held_out
+        self._check("held_out", is_number(share) and 0 < share <= 0.5, "a share of 0.5 at most")
+        known = bool(self.weightings) and set(self.weightings) <= set(WEIGHTINGS)
+        self._check("weightings", known, f"some of {', '.join(WEIGHTINGS)}")
+
+    def _check(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise InvalidSpec(f"{name}={getattr(self, name)!r} is out of range", hint=f"use {wanted}")
