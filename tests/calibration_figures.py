@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-STEPS = ("recipe", "derived index", "ranks and weights", "calibrated bases", "4 bits", "2, 4 and 8 bits")
+STEPS = (
+    "recipe", "derived index", "ranks and weights", "bits", "calibrated bases", "calibrated bases, 4 bits",
+    "calibrated bases, bits",
+)  # fmt: skip
 RATIOS = (8.0, 20.0, 48.0)
 
 

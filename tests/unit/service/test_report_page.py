@@ -12,6 +12,8 @@ from calibration_figures import calibration_figures, trial
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import STEPS, best_spec
 from xkv_service.calibration.report.numbers import nats, percent, short, times
 from xkv_service.calibration.report_page import write_plots, write_report
 from xkv_service.errors import MissingExtra
@@ -56,7 +58,7 @@ def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
 def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:
     lead = re.search(r'<p class="lead">(.*?)</p>', report(FIGURES, tmp_path))
     rows = {row["step"]: row for row in FIGURES["validation"] if row["asked"] == 20.0}
-    last, recipe = rows["2, 4 and 8 bits"], rows["recipe"]
+    last, recipe = rows["calibrated bases, bits"], rows["recipe"]
     words = re.sub("<.*?>", "", unescape(lead.group(1)) if lead else "")
     assert words == (
         f"At 20x compression the predictions differ from the exact cache’s by "
@@ -77,8 +79,22 @@ def test_tells_a_ratio_that_is_not_the_one_asked_for(tmp_path: Path) -> None:
     assert re.findall(r"stored at [\d.]+x", report({"validation": rows}, tmp_path)) == ["stored at 9.8x"]
 
 
+@pytest.mark.parametrize("best", sorted(STEPS))
+def test_the_chosen_step_is_the_one_that_documents_are_compressed_with(best: str, tmp_path: Path) -> None:
+    rows = [{"asked": 20.0, "step": step, **trial(1e-4 if step == best else 1e-2)} for step in STEPS]
+    free = [{"asked": 20.0, "step": step, **trial(1e-6)} for step in ("recipe", "derived index")]
+    figures = {"validation": [*free, *rows]}
+    spec = best_spec(20.0, Calibration((), {}, figures, id="a"))
+    assert {"basis": spec.basis, "factor_dtype": spec.factor_dtype} == STEPS[best]
+    page = report(figures, tmp_path)
+    row = next(one for one in page.split("<tr>") if "✓ chosen" in one)
+    assert row.startswith(f'<th scope="row">{best}<')
+    assert nats(1e-4, 2e-5) in page.split('<ul class="tiles"')[0]
+
+
 def test_marks_what_was_chosen(tmp_path: Path) -> None:
-    rows = re.findall(r"<tr>(?:(?!</tr>).)*✓ chosen.*?</tr>", report(FIGURES, tmp_path))
+    page = report(FIGURES, tmp_path).split("What was tried")[1]
+    rows = [row for row in page.split("<tr>") if "✓ chosen" in row]
     assert len(rows) == 2
     assert "tolerance+both" in rows[0] and "searched" in rows[1]
 

@@ -11,32 +11,38 @@ _SAME = 1.05
 _FAR = 0.05
 """Ratios further apart than this share are told."""
 _NONE = "–"
+_BEFORE = {
+    "bits": "ranks and weights",
+    "calibrated bases": "ranks and weights",
+    "calibrated bases, 4 bits": "calibrated bases",
+    "calibrated bases, bits": "calibrated bases",
+}
+"""Steps that add a decision to another than the one tried before them."""
 
 
 def steps_table(figures: Figures) -> Markup:
-    """At each ratio, divergence and agreement of every step, and its gain over the step before."""
+    """At each ratio, divergence and agreement of every step, and its gain over the step it builds on."""
     found = Validation.of(figures)
     if not found.trials:
         return joined()
     rows = []
     for number, step in enumerate(found.steps):
-        before = found.steps[number - 1] if number else None
-        cells = [
-            _cell(one, found.at(one, step), found.at(one, before) if before else None) for one in found.ratios
-        ]
-        rows.append([step, *cells])
+        before = _BEFORE.get(step) or (found.steps[number - 1] if number else "")
+        over = element("small", f"over {before}") if before else ""
+        rows.append([joined(step, over), *(_cell(found, one, step, before) for one in found.ratios)])
     heads = ["Step", *(times(one) for one in found.ratios)]
-    caption = "Divergence (nats), agreement, and the gain over the step above"
+    caption = "Divergence (nats), agreement, and the gain over the step named"
     return joined(table(caption, heads, rows), _reasons(found))
 
 
-def _cell(asked: float, trial: Trial | None, before: Trial | None) -> Markup:
+def _cell(found: Validation, asked: float, step: str, before: str) -> Markup:
+    trial, best = found.at(asked, step), found.chosen(asked)
     if trial is None or trial.kl is None:
         return element("small", "not measured")
     agreed = element("small", f"{percent(trial.agreement)} agree") if trial.agreement is not None else ""
-    return joined(
-        element("strong", nats(trial.kl, trial.kl_error)), agreed, _gain(trial, before), _stored(asked, trial)
-    )
+    mark = element("small", "✓ chosen", class_="chosen") if best and best[1] is trial else ""
+    figure = element("strong", nats(trial.kl, trial.kl_error))
+    return joined(figure, agreed, _gain(trial, found.at(asked, before)), _stored(asked, trial), mark)
 
 
 def _stored(asked: float, trial: Trial) -> Markup:

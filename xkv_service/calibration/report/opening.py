@@ -52,17 +52,17 @@ def _sample(figures: Figures) -> list[object]:
 
 
 def _sentence(figures: Figures) -> list[Markup]:
-    """The one sentence that matters, if the last step was measured where choices were made."""
+    """The one sentence that matters, if the calibration was measured where choices were made."""
     found, asked = Validation.of(figures), decided_ratio(figures)
-    last = found.at(asked, found.steps[-1]) if asked is not None else None
-    if asked is None or last is None or last.kl is None:
+    _, best = (found.chosen(asked) if asked is not None else None) or ("", None)
+    if asked is None or best is None or best.kl is None:
         return []
     parts: list[object] = [
         f"At {times(asked)} compression the predictions differ from the exact cache’s by ",
-        element("strong", f"{nats(last.kl, last.kl_error)}{GAP}nats"),
+        element("strong", f"{nats(best.kl, best.kl_error)}{GAP}nats"),
     ]
-    if last.agreement is not None:
-        parts += [", and the likeliest token is the same at ", element("strong", percent(last.agreement))]
+    if best.agreement is not None:
+        parts += [", and the likeliest token is the same at ", element("strong", percent(best.agreement))]
         parts += [" of positions"]
     return [joined(*parts, ". ", _recipe(found, asked))]
 
@@ -100,10 +100,10 @@ def _tiles(figures: Figures) -> Markup:
     found, decided = Validation.of(figures), decided_ratio(figures)
     tiles = []
     for asked in found.ratios:
-        last = found.at(asked, found.steps[-1])
-        if last is not None and last.kl is not None:
-            agreed = percent(last.agreement) + " same token" if last.agreement is not None else ""
-            lines = [element("span", f"{short(last.kl)}{GAP}nats"), element("span", agreed)]
+        step, best = found.chosen(asked) or ("", None)
+        if best is not None and best.kl is not None:
+            agreed = percent(best.agreement) + " same token" if best.agreement is not None else ""
+            lines = [element("span", one) for one in (f"{short(best.kl)}{GAP}nats", agreed, step)]
             note = element("span", "choices made here") if asked == decided else ""
             kind = "decided" if asked == decided else None
             tiles.append(element("li", element("b", times(asked)), *lines, note, class_=kind))

@@ -11,6 +11,8 @@ Figures = Mapping[str, Any]
 
 _LARGEST = 1e15
 _ROUNDING = 1e-6
+WITHOUT = ("recipe", "derived index")
+"""Steps that need no calibration."""
 
 
 def number(value: object) -> float | None:
@@ -119,12 +121,21 @@ class Validation:
 
     @property
     def steps(self) -> list[str]:
-        """In the order in which they were tried: each adds one decision to the one before."""
+        """In the order in which they were tried."""
         return list(dict.fromkeys(step for _, step in self.trials))
 
     def at(self, asked: float, step: str) -> Trial | None:
         """The trial, if it was made."""
         return self.trials.get((asked, step))
+
+    def chosen(self, asked: float) -> tuple[str, Trial] | None:
+        """What a calibration serves a ratio with: of the steps that need one, that of least divergence."""
+        made = [
+            (step, trial)
+            for step in self.steps
+            if (trial := self.at(asked, step)) and trial.kl is not None and step not in WITHOUT
+        ]
+        return min(made, key=lambda one: one[1].kl or 0.0, default=None)
 
 
 def decided_ratio(figures: Figures) -> float | None:
