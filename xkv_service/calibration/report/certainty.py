@@ -19,8 +19,8 @@ _MOST_DEPTH = 3
 
 _SAMPLE = (
     "All figures are of this sample. Documents unlike it may fare differently.",
-    "The metric, the groups and the step for each ratio were chosen on the same held-out documents that the figures are of; "
-    "if anything this flatters them. The bases were made from other documents.",
+    "The metric, the groups and the step for each ratio were chosen on the same held-out documents that the "
+    "figures are of; if anything this flatters them. The bases were made from other documents.",
 )
 _SELECTED = "Selection was on: decoding read the positions that the index chose, as a session does."
 _DENSE = "Selection was off: every token was rebuilt. Sessions that select tokens may fare differently."
