@@ -14,7 +14,8 @@ measure() {  # name, model
 }
 
 ask() {  # name, model
-  local at="calibration=$OUT/$1.safetensors,index=derived,selector=auto"
+  local at="calibration=$OUT/$1.safetensors,index=derived,selector=auto" ratio own=()
+  for ratio in 8 20 32 48; do own+=("xkv:ratio=$ratio,$at,factors=mixed"); done
   python3 benchmarks/shards.py --processes "$processes" --out "$OUT/$1_answers.json" -- --model "$2" \
     --dtype float32 --tasks demo_documents --samples 520 --per-document 20 --methods \
     "xkv:ratio=8,factors=bfloat16,index=landmark,selector=landmark" "xkv:ratio=8,$at,basis=calibrated,factors=mixed" \
@@ -23,7 +24,7 @@ ask() {  # name, model
     "xkv:ratio=32,index=derived,selector=auto" "xkv:ratio=32,$at,basis=calibrated,factors=int8" \
     "xkv:ratio=32,$at,basis=calibrated,factors=int4" "xkv:ratio=32,$at,basis=calibrated,factors=mixed" \
     "xkv:ratio=48,$at,basis=calibrated,factors=int4" "xkv:ratio=48,$at,basis=calibrated,factors=mixed" \
-    "xkv:ratio=64,$at,basis=calibrated,factors=mixed"
+    "xkv:ratio=64,$at,basis=calibrated,factors=mixed" "${own[@]}"
   echo "$1 asked: $SECONDS s"
 }
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.candidates import Candidates
-from xkv_service.calibration.certificates import calibrated_spec, fidelity_thresholds
+from xkv_service.calibration.certificates import fidelity_thresholds
+from xkv_service.calibration.choice import STEPS, calibrated_spec
 from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
@@ -105,14 +106,14 @@ def decide(
     observer(f"trying {len(settings.weightings)} metrics on {len(held)} documents")
     fixed = candidates.fixed_groups()
     tried = {one: candidates.calibration(one, fixed) for one in settings.weightings}
-    weighting, metrics = _best(model, held, settings.ratio, tried)
+    weighting, metrics = _best(model, held, settings, tried)
     groups = candidates.best_groups(weighting)
     observer(f"trying groups {groups} on {len(held)} documents")
     options = {"fixed": tried[weighting], "chosen": candidates.calibration(weighting, groups)}
-    name, partitions = _best(model, held, settings.ratio, options)
+    name, partitions = _best(model, held, settings, options)
     best = options[name]
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
-    figures = {
+    figures: dict[str, Any] = {
         "settings": asdict(settings),
         "sample": _sample_figures(used, held, found.moments),
         "weighting": weighting,
@@ -124,9 +125,10 @@ def decide(
         "likeness": layer_likeness(found.moments),
         "plans": plans(best, settings.ratios, candidates.bits_full),
         "spectra": spectra(found.moments),
-        "thresholds": fidelity_thresholds(model, held, settings.ratios, best),
     }
-    return replace(best, figures=figures)
+    measured = replace(best, figures=figures)
+    thresholds = fidelity_thresholds(model, held, settings.ratios, measured)
+    return replace(measured, figures={**figures, "thresholds": thresholds})
 
 
 def _tolerances(
@@ -144,11 +146,15 @@ def _tolerances(
 
 
 def _best(
-    model: PreTrainedModel, held: Sequence[ProbedPrefix], ratio: float, tried: dict[_Name, Calibration]
+    model: PreTrainedModel,
+    held: Sequence[ProbedPrefix],
+    settings: CalibrationSettings,
+    tried: dict[_Name, Calibration],
 ) -> tuple[_Name, dict[str, Any]]:
     """The name of the calibration of least divergence, the first of equals, and what was measured of all."""
+    ratio = settings.ratio
     ways = [Candidate(name, calibrated_spec(ratio, one), one) for name, one in tried.items()]
-    found = validate(model, held, ways)
+    found = validate(model, held, ways, settings.selection)
     if not any(one.divergence for one in found.values()):
         raise RatioUnreachable(
             f"no document held out can be compressed at {ratio:g}x: {next(iter(found.values())).reason}",
@@ -164,16 +170,12 @@ def _validation(
     rows = []
     for ratio in settings.ratios:
         fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size)
-        own = calibrated_spec(ratio, best, basis="document", factor_dtype="int8")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),
-            Candidate("ranks and weights", own, best),
-            Candidate("calibrated bases", calibrated_spec(ratio, best, factor_dtype="int8"), best),
-            Candidate("4 bits", calibrated_spec(ratio, best, factor_dtype="int4"), best),
-            Candidate("2, 4 and 8 bits", calibrated_spec(ratio, best), best),
+            *(Candidate(name, calibrated_spec(ratio, best, **one), best) for name, one in STEPS.items()),
         ]
-        for name, outcome in validate(model, held, steps).items():
+        for name, outcome in validate(model, held, steps, settings.selection).items():
             rows.append({"asked": ratio, "step": name, **outcome.as_dict()})
     return rows
 

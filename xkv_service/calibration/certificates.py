@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import best_spec
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.compression import compress
 from xkv_service.errors import RatioUnreachable
@@ -29,7 +30,7 @@ def fidelity_thresholds(
     """
     found = []
     for ratio in ratios:
-        spec = calibrated_spec(ratio, calibration)
+        spec = best_spec(ratio, calibration)
         try:
             worst = max(_kl(model, one, spec, calibration) for one in held)
         except RatioUnreachable:
@@ -47,12 +48,6 @@ def is_low(fidelity: Fidelity, ratio: float, figures: Mapping[str, Any]) -> bool
     known = sorted((one["ratio"], one["kl"]) for one in figures.get("thresholds", ()))
     limits = [kl for at, kl in known if at >= ratio] or [kl for _, kl in known[-1:]]
     return bool(limits) and fidelity.kl > limits[0]
-
-
-def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> CompressionSpec:
-    """The spec of a prefix over a calibration's bases; `fields` override."""
-    chosen = {"basis": "calibrated", "factor_dtype": "mixed", "index": "derived", **fields}
-    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen)
 
 
 def _kl(

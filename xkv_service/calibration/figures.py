@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xkv_service.calibration.calibration import KINDS, Calibration
-from xkv_service.calibration.certificates import calibrated_spec
+from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.plan import ColumnPlan
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xkv_service.calibration.metrics import WEIGHTINGS, Weighting
 from xkv_service.errors import InvalidSpec
 from xkv_service.numeric import is_integer, is_number
+from xkv_service.selection.spec import SelectionSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class CalibrationSettings:
         held_out: share of the documents that choices are tried on and bases are not made from, 0.5 at most.
         most_ratio: the ratio whose plan decides how many directions are kept: lower ones get more bits for
             the same directions.
+        selection: how tokens are chosen while decoding in every trial.
 
     Raises:
         InvalidSpec: a field is out of range.
@@ -34,6 +36,7 @@ class CalibrationSettings:
     tolerance_documents: int = 3
     held_out: float = 0.25
     most_ratio: float = 12.0
+    selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
         for name in ("ratio", "ratios", "most_ratio"):

@@ -18,9 +18,11 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.ranks import size_of
+from xkv_service.factors import PrefixFactors
 from xkv_service.fidelity import compare_distributions
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
+from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
 
@@ -51,6 +53,11 @@ class Outcome:
     value_error: list[float] = field(default_factory=list)
     reason: str | None = None
 
+    def note(self, agreement: float, divergence: float) -> None:
+        """The predictions of one more document."""
+        self.agreement.append(agreement)
+        self.divergence.append(divergence)
+
     @property
     def kl(self) -> float:
         """Mean divergence; infinite where nothing could be measured."""
@@ -75,42 +82,51 @@ class Outcome:
 
 
 def validate(
-    model: PreTrainedModel, sample: Iterable[ProbedPrefix], candidates: Sequence[Candidate]
+    model: PreTrainedModel,
+    sample: Iterable[ProbedPrefix],
+    candidates: Sequence[Candidate],
+    selection: SelectionSpec | None = None,
 ) -> Mapping[str, Outcome]:
-    """Every candidate on every document, paired; by the candidates' names."""
+    """Every candidate on every document, paired; by the candidates' names.
+
+    Args:
+        selection: how tokens are chosen while decoding; by default as a session chooses them.
+    """
     found = {candidate.name: Outcome() for candidate in candidates}
     for document in sample:
         exact = prefill(model, torch.tensor(document.token_ids))
         try:
             base = predictions(model, exact_cache(exact), document.probes)
             for candidate in candidates:
-                _try(model, exact, document, candidate, base, found[candidate.name])
+                factors = _factors(model, exact, candidate, found[candidate.name])
+                if factors is not None:
+                    other = _predictions(model, factors, document, selection)
+                    found[candidate.name].note(*compare_distributions(base, other))
         finally:
             exact.free()
     return found
 
 
 @torch.no_grad()
-def _try(
-    model: PreTrainedModel,
-    exact: Prefill,
-    document: ProbedPrefix,
-    candidate: Candidate,
-    base: torch.Tensor,
-    outcome: Outcome,
-) -> None:
+def _factors(
+    model: PreTrainedModel, exact: Prefill, candidate: Candidate, outcome: Outcome
+) -> PrefixFactors | None:
+    """The candidate's factors, with their bytes and errors noted; None where the ratio cannot be reached."""
     try:
         factors, errors = factorize_prefill(model, exact, candidate.spec, candidate.calibration)
     except RatioUnreachable as error:
         outcome.reason = error.message
-        return
-    with enable_xkv(model):
-        other = predictions(model, XKVCache.from_factors(model, factors), document.probes)
-    agreement, kl = compare_distributions(base, other)
+        return None
     use = rotary_tables(exact)[1]
     size = size_of(exact.layout, exact.tokens, candidate.spec, use, candidate.calibration)
-    outcome.divergence.append(kl)
-    outcome.agreement.append(agreement)
     outcome.ratio.append(size.ratio)
     outcome.key_error.append(fmean(errors.key_error))
     outcome.value_error.append(fmean(errors.value_error))
+    return factors
+
+
+def _predictions(
+    model: PreTrainedModel, factors: PrefixFactors, document: ProbedPrefix, selection: SelectionSpec | None
+) -> torch.Tensor:
+    with enable_xkv(model):
+        return predictions(model, XKVCache.from_factors(model, factors, selection), document.probes)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+import sys
+from html import unescape
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from calibration_figures import calibration_figures, trial
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xkv_service.calibration.report.numbers import nats, percent, short, times
+from xkv_service.calibration.report_page import write_plots, write_report
+from xkv_service.errors import MissingExtra
+
+FIGURES = calibration_figures()
+HEADINGS = {
+    "validation": ("What a ratio costs", "What each decision gained"),
+    "metrics": (), "partition": (), "groups": (), "settings": (), "sample": (), "model": (), "weighting": (),
+    "plans": (),
+    "tolerances": ("What noise each layer stands",),
+    "likeness": ("Which layers are alike",),
+    "spectra": ("How few directions are needed",),
+    "stability": ("Stability",),
+    "warnings": ("To know before use",),
+}  # fmt: skip
+
+
+def report(figures: dict[str, Any], folder: Path, **options: Any) -> str:
+    path = folder / "report.html"
+    write_report(figures, path, **options)
+    return path.read_text(encoding="utf-8")
+
+
+def drawings(page: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+
+
+def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
+    page = unescape(report(FIGURES, tmp_path))
+    for headings in HEADINGS.values():
+        assert all(heading in page for heading in headings)
+    for row in FIGURES["validation"]:
+        if "kl" in row:
+            assert nats(row["kl"], row["kl_error"]) in page
+            assert percent(row["agreement"]) in page and times(row["ratio"]) in page
+    assert "ratio=48 cannot be reached" in page and "recipe at 48x" in page
+    assert "12\u00a0documents" in page and "48,123\u00a0tokens" in page and "24\u00a0probes" in page
+    assert "Few documents: standard errors are wide." in page and "0.94" in page
+
+
+def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:
+    lead = re.search(r'<p class="lead">(.*?)</p>', report(FIGURES, tmp_path))
+    rows = {row["step"]: row for row in FIGURES["validation"] if row["asked"] == 20.0}
+    last, recipe = rows["2, 4 and 8 bits"], rows["recipe"]
+    words = re.sub("<.*?>", "", unescape(lead.group(1)) if lead else "")
+    assert words == (
+        f"At 20x compression the predictions differ from the exact cache’s by "
+        f"{nats(last['kl'], last['kl_error'])} nats, and the likeliest token is the same at "
+        f"{percent(last['agreement'])} of positions. With the fixed recipe it would be "
+        f"{short(recipe['kl'])} nats and {percent(recipe['agreement'])}."
+    )
+
+
+def test_marks_what_was_chosen(tmp_path: Path) -> None:
+    rows = re.findall(r"<tr>(?:(?!</tr>).)*✓ chosen.*?</tr>", report(FIGURES, tmp_path))
+    assert len(rows) == 2
+    assert "tolerance+both" in rows[0] and "searched" in rows[1]
+
+
+def test_equal_groups_leave_the_fixed_ones_chosen(tmp_path: Path) -> None:
+    page = report({"partition": {"fixed": trial(0.1), "chosen": trial(0.1)}}, tmp_path)
+    assert "fixed" in next(row for row in page.split("<tr>") if "✓ chosen" in row)
+
+
+@pytest.mark.parametrize("missing", sorted(HEADINGS))
+def test_leaves_out_what_is_missing(missing: str, tmp_path: Path) -> None:
+    page = report({key: value for key, value in FIGURES.items() if key != missing}, tmp_path)
+    assert not any(heading in page for heading in HEADINGS[missing])
+    assert all(one in page for key, all_of in HEADINGS.items() if key != missing for one in all_of)
+
+
+def test_nothing_at_all_is_a_page_that_says_so(tmp_path: Path) -> None:
+    page = report({}, tmp_path)
+    assert "Not in this calibration: validation" in page and not drawings(page)
+
+
+EVIL = "<script>alert('1')</script>\"&\x00\u202e"
+
+
+def test_every_text_is_escaped(tmp_path: Path) -> None:
+    evil = replaced(FIGURES)
+    page = report(evil, tmp_path, title=EVIL)
+    assert "<script" not in page and "\x00" not in page and "\u202e" not in page
+    assert page.count("&lt;script&gt;") > 10
+    for drawing in drawings(page):
+        ElementTree.fromstring(drawing)
+
+
+def replaced(value: Any) -> Any:
+    """The same figures with evil added to every word, but for the keys that are looked up."""
+    if isinstance(value, dict):
+        return {key: one if key == "kind" else replaced(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [replaced(one) for one in value]
+    return value + EVIL if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("layers", [1, 10, 80])
+def test_every_drawing_is_valid_and_described(layers: int, tmp_path: Path) -> None:
+    found = drawings(report(calibration_figures(layers), tmp_path))
+    charts = [svg for svg in map(ElementTree.fromstring, found) if svg.get("role") == "img"]
+    assert len(charts) == 11
+    assert all(svg.get("aria-label") and svg.findtext("title") for svg in charts)
+    assert all(svg.get("role") == "img" or svg.get("aria-hidden") == "true" for svg in map(parsed, found))
+
+
+def parsed(drawing: str) -> ElementTree.Element:
+    return ElementTree.fromstring(drawing)
+
+
+def test_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    page = report(FIGURES, tmp_path)
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert not re.search(r"@import|url\(|\ssrc=|\son\w+=", page)
+    assert re.findall(r'href="(.*?)"', page) == ["data:,"]
+
+
+def test_stays_small(tmp_path: Path) -> None:
+    assert len(report(calibration_figures(80), tmp_path)) < 400_000
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "key", "<b>", "1e9"]),
+    lambda one: st.lists(one, max_size=3) | st.dictionaries(st.sampled_from(["key", "8", "kl"]), one),
+    max_leaves=8,
+)
+NAMES = ("layer", "layers", "kind", "noise", "divergence", "tolerated", "asked", "step", "kl", "kl_error",
+         "agreement", "ratio", "reason", "key", "value", "documents")  # fmt: skip
+RECORD = st.dictionaries(st.sampled_from(NAMES), ANYTHING)
+
+
+@given(
+    figures=st.dictionaries(
+        st.sampled_from(sorted(FIGURES)), ANYTHING | RECORD | st.lists(RECORD, max_size=3)
+    )
+)
+def test_no_figures_break_it(figures: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = report(figures, tmp_path_factory.getbasetemp())
+    for drawing in drawings(page):
+        ElementTree.fromstring(drawing)
+
+
+SMALL = st.sampled_from([0, 1, 2, 5, -1, 0.0, 0.3, 1.0, 1e-300, 1e300, float("nan"), float("inf"), None, "x"])
+
+
+@given(data=st.data())
+def test_odd_numbers_do_not_break_it(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    figures = odd(calibration_figures(3), data)
+    for drawing in drawings(report(figures, tmp_path_factory.getbasetemp())):
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', drawing)
+
+
+def odd(value: Any, data: st.DataObject) -> Any:
+    """A few of the numbers replaced."""
+    where = data.draw(st.lists(st.integers(0, 400), max_size=8))
+    places = iter(range(10_000))
+
+    def walk(one: Any) -> Any:
+        if isinstance(one, dict):
+            return {key: walk(more) for key, more in one.items()}
+        if isinstance(one, list):
+            return [walk(more) for more in one]
+        return data.draw(SMALL) if next(places) in where else one
+
+    return walk(value)
+
+
+def test_pictures_are_the_charts_of_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = write_plots(FIGURES, tmp_path / "plots")
+    assert len(paths) == 12  # the groups have a picture of their own
+    assert {path.read_bytes()[:8] for path in paths} == {b"\x89PNG\r\n\x1a\n"}
+
+
+def test_pictures_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra) as caught:
+        write_plots(FIGURES, tmp_path)
+    assert "xkv-service[plot]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.0, None, "0"),
+        (3.9193e-08, None, "3.9 × 10⁻⁸"),
+        (9.96e-5, None, "1.0 × 10⁻⁴"),
+        (0.0516, None, "0.052"),
+        (1.158, None, "1.2"),
+        (22120.0, None, "22,000"),
+        (2.4e-4, 4.2e-5, "(2.4 ± 0.4) × 10⁻⁴"),
+        (0.0075, 0.0015, "0.0075 ± 0.0015"),
+        (0.0, 0.02, "0.000 ± 0.020"),
+    ],
+)
+def test_numbers_have_two_digits(value: float, error: float | None, shown: str) -> None:
+    assert nats(value, error) == shown.replace(" ", "\u00a0")
+
+
+def test_nothing_short_of_all_is_shown_as_all() -> None:
+    assert percent(1.0) == "100\u00a0%" and percent(0.99999) == ">\u00a099.9\u00a0%"

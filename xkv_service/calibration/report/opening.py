@@ -1,0 +1,107 @@
+"""The top of the report: which model and sample, and what the calibration is worth."""
+
+from __future__ import annotations
+
+from xkv_service.calibration.report.markup import Markup, element, joined
+from xkv_service.calibration.report.numbers import counted, nats, percent, short, times
+from xkv_service.calibration.report.reading import (
+    Figures,
+    Trial,
+    Validation,
+    decided_ratio,
+    items,
+    mapping,
+    number,
+)
+
+
+def opening(figures: Figures, title: str) -> Markup:
+    """Heading, sample, the sentence that matters, warnings, and a tile for each ratio."""
+    model = _model(figures)
+    return element(
+        "header",
+        element("h1", title),
+        element("p", *model, class_="soft") if model else "",
+        element("p", *_sample(figures), class_="soft"),
+        *(element("p", one, class_="lead") for one in _sentence(figures)),
+        _warnings(figures),
+        _tiles(figures),
+    )
+
+
+def _model(figures: Figures) -> list[object]:
+    model = figures.get("model")
+    if isinstance(model, str) and model:
+        return ["Model: ", element("strong", model)]
+    named = {str(key): value for key, value in mapping(model).items() if isinstance(value, (str, int))}
+    return ["Model: ", ", ".join(f"{key} {value}" for key, value in named.items())] if named else []
+
+
+def _sample(figures: Figures) -> list[object]:
+    """What was read, as far as it is known."""
+    sample = mapping(figures.get("sample"))
+    used, held = number(sample.get("documents")), number(sample.get("held_out"))
+    tokens, probes = number(sample.get("tokens")), number(sample.get("probes"))
+    made = [counted(used, "document")] if used is not None else []
+    made += [counted(tokens, "token")] if tokens is not None else []
+    parts = [f"Made from {' with '.join(made)}. "] if made else []
+    if held is not None:
+        asked = f" with {counted(probes, 'probe')}" if probes is not None else ""
+        parts.append(f"Checked on {counted(held, 'other document')}{asked}.")
+    return list(parts)
+
+
+def _sentence(figures: Figures) -> list[Markup]:
+    """The one sentence that matters, if the last step was measured where choices were made."""
+    found, asked = Validation.of(figures), decided_ratio(figures)
+    last = found.at(asked, found.steps[-1]) if asked is not None else None
+    if asked is None or last is None or last.kl is None:
+        return []
+    parts: list[object] = [
+        f"At {times(asked)} compression the predictions differ from the exact cache’s by ",
+        element("strong", f"{nats(last.kl, last.kl_error)} nats"),
+    ]
+    if last.agreement is not None:
+        parts += [", and the likeliest token is the same at ", element("strong", percent(last.agreement))]
+        parts += [" of positions"]
+    return [joined(*parts, ". ", _recipe(found, asked))]
+
+
+def _recipe(found: Validation, asked: float) -> str:
+    """What the first step, the fixed recipe, does at the same ratio."""
+    first = found.at(asked, found.steps[0])
+    if len(found.steps) < 2 or first is None:
+        return ""
+    if first.reason is not None:
+        return f"The fixed {found.steps[0]} cannot be measured there." if found.steps[0] == "recipe" else ""
+    return f"With the fixed recipe it would be {_outcome(first)}." if found.steps[0] == "recipe" else ""
+
+
+def _outcome(trial: Trial) -> str:
+    parts = [f"{short(trial.kl)} nats"] if trial.kl is not None else []
+    parts += [percent(trial.agreement)] if trial.agreement is not None else []
+    return " and ".join(parts) or "unknown"
+
+
+def _warnings(figures: Figures) -> Markup:
+    found = figures.get("warnings")
+    texts = [found] if isinstance(found, str) and found else items(found)
+    if not texts:
+        return joined()
+    listed = element("ul", *(element("li", one) for one in texts))
+    return element("div", element("strong", "To know before use"), listed, class_="warning", role="note")
+
+
+def _tiles(figures: Figures) -> Markup:
+    """The calibrated result at every ratio."""
+    found, decided = Validation.of(figures), decided_ratio(figures)
+    tiles = []
+    for asked in found.ratios:
+        last = found.at(asked, found.steps[-1])
+        if last is not None and last.kl is not None:
+            agreed = percent(last.agreement) + " same token" if last.agreement is not None else ""
+            lines = [element("span", f"{short(last.kl)} nats"), element("span", agreed)]
+            note = element("span", "choices made here") if asked == decided else ""
+            kind = "decided" if asked == decided else None
+            tiles.append(element("li", element("b", times(asked)), *lines, note, class_=kind))
+    return element("ul", *tiles, class_="tiles", aria_label="Result by ratio") if tiles else joined()
