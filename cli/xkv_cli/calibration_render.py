@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.calibration_entry import CalibrationEntry
-from xkv_cli.render import date, rows, size, table
+from xkv_cli.render import date, errors, percent, rows, size, table, warn
 from xkv_workers.inventory import CalibrationDescription
+
+if TYPE_CHECKING:
+    from xkv_workers.calibrate import CalibrationReport
 
 
 def entries(found: Sequence[CalibrationEntry]) -> None:
@@ -53,3 +57,39 @@ def description(found: CalibrationDescription) -> None:
 def _layers(group: tuple[int, ...]) -> str:
     adjacent = group == tuple(range(group[0], group[-1] + 1))
     return f"{group[0]}-{group[-1]}" if adjacent and len(group) > 1 else " ".join(map(str, group))
+
+
+def report(result: CalibrationReport) -> None:
+    """The summary of a run of `xkv calibrate`."""
+    from xkv_service.calibration.stability import ENOUGH
+
+    stable = result.figures["stability"]
+    rows(
+        "",
+        [
+            ("calibration", result.id),
+            ("model", result.model),
+            ("documents", f"{result.documents:,}, {result.held_out:,} of them only to check it on"),
+            ("failed", f"{len(result.errors):,}"),
+            ("tokens", f"{result.tokens:,}"),
+            ("metric", str(result.figures["weighting"])),
+            ("groups", ", ".join(_layers(tuple(group)) for group in result.figures["groups"])),
+            ("stability", percent(stable)),
+            ("time", f"{result.seconds:.1f} s"),
+        ],
+    )
+    validation = result.figures["validation"]
+    table(("asked", "step", "KL", "agreement"), [_step(row) for row in validation], right=("KL", "agreement"))
+    if stable is None or stable < ENOUGH:
+        warn(
+            f"the sample is small: bases of one half of it keep {percent(stable)} of the other half's energy,"
+            f" {percent(ENOUGH)} is enough. Give more documents"
+        )
+    errors(result.errors)
+
+
+def _step(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    asked = f"{row['asked']:g}x"
+    if "reason" in row:
+        return asked, row["step"], "-", "-"
+    return asked, row["step"], f"{row['kl']:.4f}", percent(row["agreement"])

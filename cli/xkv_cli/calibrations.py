@@ -75,13 +75,17 @@ def show(calibration: str, store_url: str, redis_url: str | None, as_json: bool)
 @calibrations.command()
 @click.argument("calibration", metavar="ID")
 @store_options
+@click.option("--force", is_flag=True, help="Remove it even if stored artifacts cannot be used without it.")
 @json_option
-def rm(calibration: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
-    """Remove one calibration from the store and the catalog. Artifacts made with it cannot be used any more.
+def rm(calibration: str, store_url: str, redis_url: str | None, force: bool, as_json: bool) -> int:
+    """Remove one calibration from the store and the catalog.
+
+    Refused while artifacts in the store have its bases: they could not be used any more.
 
     \b
-    Example:
+    Examples:
       xkv calibrations rm 3fa9c1
+      xkv calibrations rm 3fa9c1 --force
 
     \b
     With --json, one object:
@@ -90,10 +94,12 @@ def rm(calibration: str, store_url: str, redis_url: str | None, as_json: bool) -
     from xkv_artifacts.errors import ArtifactNotFound
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import render
-    from xkv_workers.inventory import resolve_calibration
+    from xkv_workers.inventory import refuse_needed, resolve_calibration
 
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         found = resolve_calibration(store, calibration)
+        if not force:
+            refuse_needed(store, found)
         if not store.calibrations.remove(found):
             raise ArtifactNotFound(f"calibration {found} is not in {store_url}")
     render.as_json({"removed": found}) if as_json else click.echo(f"removed {found}")

@@ -25,6 +25,7 @@ _COMMANDS = {
     "show": ("xkv_cli.artifacts", "show"),
     "verify": ("xkv_cli.artifacts", "verify"),
     "rm": ("xkv_cli.artifacts", "rm"),
+    "calibrate": ("xkv_cli.calibrate", "calibrate"),
     "calibrations": ("xkv_cli.calibrations", "calibrations"),
     "index": ("xkv_cli.store", "index"),
     "gc": ("xkv_cli.store", "gc"),

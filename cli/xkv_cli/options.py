@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -33,6 +34,68 @@ def store_options(command: Command) -> Command:
         " ~/.local/share/xkv.",
     )
     return store(redis(command))
+
+
+_CORPUS_OPTIONS = (
+    click.option(
+        "--docs",
+        "paths",
+        type=click.Path(exists=True, path_type=Path),
+        multiple=True,
+        required=True,
+        metavar="PATH...",
+        help="Documents: files and folders, several after one flag or one flag each. Folders are read"
+        " recursively, hidden files left out.",
+    ),
+    click.option(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled"
+        " model.",
+    ),
+    click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
+    click.option(
+        "--system-prompt",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="System prompt that every chat about the documents will have.",
+    ),
+    click.option(
+        "--template",
+        type=click.Choice(["chat", "raw"]),
+        default="chat",
+        show_default=True,
+        help="chat: the document opens the first user turn of the model's chat template. raw: its text"
+        " alone.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Worker processes. Default: one per GPU; on CPUs one per machine, of a small model one per"
+        " core.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where the model runs. auto: GPUs when there are any.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="A",
+        help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the'
+        " end.",
+    ),
+)
+
+
+def corpus_options(command: Command) -> Command:
+    """Which documents, of which model, and who works on them."""
+    for option in reversed(_CORPUS_OPTIONS):
+        command = option(command)
+    return command
 
 
 def wrong_usage(error: XKVError) -> click.UsageError:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from xkv_cli.options import ManyValues, json_option, store_options, wrong_usage
+from xkv_cli.options import ManyValues, corpus_options, json_option, store_options, wrong_usage
 
 
 class RankType(click.ParamType[int | str]):
@@ -25,26 +24,8 @@ class RankType(click.ParamType[int | str]):
             self.fail(f'{value!r} is not a rank: use an integer or "full"', param, ctx)
 
 
-_EXISTING = click.Path(exists=True, path_type=Path)
-
-
 @click.command(cls=ManyValues)
-@click.option(
-    "--docs",
-    "paths",
-    type=_EXISTING,
-    multiple=True,
-    required=True,
-    metavar="PATH...",
-    help="Documents: files and folders, several after one flag or one flag each. Folders are read"
-    " recursively, hidden files left out.",
-)
-@click.option(
-    "--model",
-    metavar="NAME_OR_PATH",
-    help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled model.",
-)
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
+@corpus_options
 @store_options
 @click.option(
     "--ratio",
@@ -57,23 +38,28 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option(
     "--group-size",
     type=int,
-    default=4,
-    show_default=True,
     metavar="N",
-    help="Adjacent layers that share token factors.",
+    help="Adjacent layers that share token factors. Default: as the calibration has them, else 4.",
 )
 @click.option(
-    "--system-prompt",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="System prompt that every chat about the documents will have.",
-)
-@click.option(
-    "--template",
-    type=click.Choice(["chat", "raw"]),
-    default="chat",
+    "--calibration",
+    metavar="ID|auto|none",
+    default="auto",
     show_default=True,
-    help="chat: the document opens the first user turn of the model's chat template. raw: its text alone.",
+    help="Calibration to compress with (xkv calibrate). auto: the model's newest in the store, if any, unless"
+    " --rank-k, --rank-v or --group-size choose by hand what it would.",
+)
+@click.option(
+    "--basis",
+    type=click.Choice(["calibrated", "document"]),
+    help="Layer bases: the calibration's, stored once for all documents, or each document's own. Default:"
+    " what the calibration found best at the ratio.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["mixed", "4", "8"]),
+    help="Bits of token factors; mixed: 2, 4 or 8, by what a column is worth. Default: what the"
+    " calibration found best at the ratio; 8 without.",
 )
 @click.option(
     "--namespace",
@@ -81,24 +67,6 @@ _EXISTING = click.Path(exists=True, path_type=Path)
     show_default=True,
     metavar="NAME",
     help="Whose artifacts these are: letters, digits, dots, dashes and underscores.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Worker processes. Default: one per GPU; on CPUs one per machine, of a small model one per core.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where the model runs. auto: GPUs when there are any.",
-)
-@click.option(
-    "--ray-address",
-    metavar="A",
-    help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the end.',
 )
 @click.option(
     "--min-fidelity",
@@ -126,16 +94,19 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
       xkv precompute --docs handbook/ notes.md
       xkv precompute --docs corpus/*.txt --ratio 16 --dry-run
       xkv precompute --docs corpus/ --model ./llama --system-prompt system.txt --store s3://bucket/kv
+      xkv precompute --docs corpus/ --calibration 3fa9c1 --ratio 32
       xkv precompute --docs corpus/ --rank-k 384 --rank-v 576 --min-fidelity 0.9 --json
 
     \b
     With --json, one object:
       {"documents", "computed", "reused", "failed", "errors": [{"document", "reason"}], "tokens",
-       "bytes_full", "bytes_stored", "ratio", "seconds",
+       "bytes_full", "bytes_stored", "ratio", "seconds", "calibration",
        "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity"}]}
     With --dry-run --json:
       {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
-       "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}]}
+       "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}],
+       "calibration"}
+    calibration is the id of the one used, or null.
 
     Exit status: 0 all is well, 1 some documents failed, 2 wrong usage, 130 interrupted.
     """

@@ -73,6 +73,7 @@ def report(result: Report) -> None:
             ("exact cache", size(result.bytes_full)),
             ("stored", size(result.bytes_stored)),
             ("ratio", f"{result.ratio:.2f}x" if result.ratio else "-"),
+            ("calibration", (result.calibration or "none")[:12]),
             ("fidelity, worst", percent(result.worst_fidelity)),
             ("fidelity, median", percent(result.median_fidelity)),
             ("time", f"{result.seconds:.1f} s"),
@@ -80,7 +81,7 @@ def report(result: Report) -> None:
     )
     if low := result.low_fidelity:
         worst = min(low, key=lambda line: line.fidelity)
-        _warn(
+        warn(
             f"{len(low)} of {result.documents} documents have a fidelity below {percent(LOW_FIDELITY)}, "
             f"the worst {worst.document} ({percent(worst.fidelity)}): answers from them may be wrong. "
             f"Lower --ratio, or refuse them with --min-fidelity {LOW_FIDELITY:g}"
@@ -107,6 +108,7 @@ def forecast(result: Forecast) -> None:
             ("cannot be done", f"{result.failed:,}"),
             ("tokens to compute", f"{result.tokens:,}"),
             ("exact cache", size(result.bytes_full)),
+            ("calibration", (result.calibration or "none")[:12]),
             ("to store", f"at most {size(result.bytes_stored)}"),
             ("time", f"about {result.seconds:.0f} s ({result.seconds_basis})"),
         ],
@@ -121,7 +123,7 @@ def errors(found: Sequence[DocumentError]) -> None:
         console.print(Text.assemble(("failed ", "red"), f"{error.document}: {error.reason}"), soft_wrap=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """What a person must not overlook, on stderr."""
     Console(stderr=True, highlight=False).print(Text.assemble(("warning ", "yellow"), text), soft_wrap=True)
 
@@ -174,6 +176,7 @@ def description(found: Description) -> None:
             ),
             ("KL divergence", f"{fidelity.kl:.4f} nats"),
             ("selection index", _index(manifest)),
+            ("calibration", str(manifest.spec.get("calibration") or "none")),
             *_kept_exact(manifest),
             ("spec", ", ".join(f"{k}={v}" for k, v in manifest.spec.items() if v is not None)),
         ],

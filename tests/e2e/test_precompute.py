@@ -36,7 +36,7 @@ def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: P
     report = first.json
     assert list(report) == [
         "documents", "computed", "reused", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
-        "ratio", "seconds", "artifacts",
+        "ratio", "seconds", "calibration", "artifacts",
     ]  # fmt: skip
     assert (report["documents"], report["computed"], report["reused"], report["failed"]) == (3, 3, 0, 0)
     assert [line["document"] for line in report["artifacts"]] == [
@@ -64,7 +64,10 @@ def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: P
     assert "corpus/renamed.txt" in [line["document"] for line in renamed["artifacts"]]
 
     verified = xkv("verify", "--store", store, "--json")
-    assert (verified.code, verified.json) == (0, {"artifacts": 4, "failed": 0, "faults": []})
+    assert (verified.code, verified.json) == (
+        0,
+        {"artifacts": 4, "calibrations": 0, "failed": 0, "faults": []},
+    )
 
 
 def test_bad_documents_are_told_and_the_others_go_on(

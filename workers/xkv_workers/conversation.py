@@ -24,7 +24,7 @@ from xkv_service.sessions.recovering import recover_renderer
 from xkv_service.sessions.rendering import ChatRenderer
 from xkv_service.sessions.saved import load_session
 from xkv_service.sessions.session import Session
-from xkv_service.spec import CompressionSpec
+from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.errors import CorpusError
 from xkv_workers.inventory import resolve
 from xkv_workers.messages import PrefixJob
@@ -42,7 +42,7 @@ class ConversationRequest:
     Args:
         document: a file. artifact: an id or its first digits. session: a file to go on from.
         model: None is the bundled one. redis_url: None is the embedded one.
-        spec: how to compress a document; None: as it is stored, or by default.
+        compression: how to compress a document; None: as it is stored, or by default.
         selection: None: the default, or a saved session's.
         system_prompt: its text.
         exact: answer from the exact cache; nothing is compressed.
@@ -56,7 +56,7 @@ class ConversationRequest:
     redis_url: str | None = None
     model: str | None = None
     revision: str | None = None
-    spec: CompressionSpec | None = None
+    compression: CompressionOptions | None = None
     selection: SelectionSpec | None = None
     system_prompt: str | None = None
     template: Literal["chat", "raw"] = "chat"
@@ -91,7 +91,7 @@ class ConversationRequest:
             name: value for name, value in (("selector", selector), ("budget", budget)) if value is not None
         }
         return cls(
-            spec=None if ratio is None else CompressionSpec(ratio=ratio),
+            compression=None if ratio is None else CompressionOptions(ratio=ratio),
             selection=SelectionSpec(**chosen) if chosen else None,  # type: ignore[arg-type]
             system_prompt=None if system_prompt is None else read_prompt(system_prompt),
             **fields,  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def _over_document(request: ConversationRequest, path: Path, tell: Tell) -> Conv
         if not isinstance(planned, PrefixJob):
             raise CorpusError(f"{path}: {planned.reason}")
         loaded = _load(job.model, request.revision)
-        artifact_id = None if request.spec else stored_somehow(job, planned)
+        artifact_id = None if request.compression else stored_somehow(job, planned)
         if artifact_id is None:
             artifact_id = planned.artifact_id
             store_now(job, planned, loaded, tell)
@@ -165,7 +165,7 @@ def _as_precompute(request: ConversationRequest, path: Path) -> Request:
     return Request(
         paths=(path,),
         store_url=request.store_url,
-        spec=request.spec or CompressionSpec(),
+        compression=request.compression or CompressionOptions(),
         model=request.model,
         revision=request.revision,
         redis_url=request.redis_url,

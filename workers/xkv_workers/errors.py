@@ -25,6 +25,10 @@ class FidelityTooLow(XKVError):
     """The compressed prefix agrees with the exact cache less than `--min-fidelity` asks for."""
 
 
+class CalibrationNeeded(XKVError):
+    """A calibration that artifacts in the store cannot be used without."""
+
+
 def one_line(error: BaseException) -> str:
     """The type and message of an error that somebody else's code raised."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -32,6 +36,7 @@ def one_line(error: BaseException) -> str:
 
 __all__ = [
     "BadDocument",
+    "CalibrationNeeded",
     "CorpusError",
     "FidelityTooLow",
     "RayUnavailable",

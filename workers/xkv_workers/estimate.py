@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do. Tokens, bytes and seconds count what would be computed."""
+    """What a run would do. Tokens, bytes and seconds count what would be computed; `calibration` is an id."""
 
     documents: int
     compute: int
@@ -58,6 +58,7 @@ class Forecast:
     seconds: float
     seconds_basis: str
     plan: tuple[Line, ...]
+    calibration: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain JSON values."""

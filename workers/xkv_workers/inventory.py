@@ -9,10 +9,11 @@ from typing import Any
 
 from xkv_artifacts.calibration_format import CalibrationManifest
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.errors import ArtifactNotFound
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_workers.errors import CalibrationNeeded
 
 _SHORTEST = 4
 
@@ -88,6 +89,29 @@ def describe_calibration(store: ArtifactStore, calibration_id: str) -> Calibrati
     """Everything known about a calibration, from its blob. Raises as `describe`."""
     manifest = store.calibrations.manifest(calibration_id)
     return CalibrationDescription(manifest, store.calibrations.blobs.size(calibration_id))
+
+
+def refuse_needed(store: ArtifactStore, calibration_id: str) -> None:
+    """See that no artifact in the store has the calibration's bases; each one's header is read.
+
+    Raises:
+        CalibrationNeeded: some have, with their count.
+        CatalogUnavailable, StoreError
+    """
+    count = sum(_needs(store, artifact_id, calibration_id) for artifact_id in store.blobs.ids())
+    if count:
+        raise CalibrationNeeded(
+            f"calibration {calibration_id[:12]}: {count:,} stored artifacts cannot be used without it",
+            hint="remove them first (`xkv rm`), or give --force",
+        )
+
+
+def _needs(store: ArtifactStore, artifact_id: str, calibration_id: str) -> bool:
+    try:
+        spec = store.manifest(artifact_id).spec
+    except (ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
+        return False
+    return (spec.get("basis"), spec.get("calibration")) == ("calibrated", calibration_id)
 
 
 def _artifact_ids(store: ArtifactStore) -> list[str]:

@@ -13,8 +13,8 @@ Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker needs to know before its first document.
+class ModelPlace:
+    """What a worker needs to know to load the model and open the store.
 
     Args:
         model, revision: an absolute folder or a name on the hub; each worker loads it by itself.
@@ -22,8 +22,6 @@ class WorkerConfig:
         fingerprint: of the model the driver planned with; a worker that loads another one refuses to work.
         device: where the model runs. threads: CPU threads for torch.
         store_url, redis_url: where blobs and catalog entries go.
-        namespace, spec: of every artifact of the run.
-        min_fidelity: artifacts below are not published; 0 publishes all.
     """
 
     model: str
@@ -34,6 +32,18 @@ class WorkerConfig:
     threads: int
     store_url: str
     redis_url: str
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker needs to know before its first document.
+
+    Args:
+        namespace, spec: of every artifact of the run.
+        min_fidelity: artifacts below are not published; 0 publishes all.
+    """
+
+    place: ModelPlace
     namespace: str
     spec: CompressionSpec
     min_fidelity: float = 0.0

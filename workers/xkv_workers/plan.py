@@ -48,8 +48,8 @@ def plan(files: Sequence[CorpusFile | Rejected], target: Target) -> Iterator[Pre
 def _plan(document: Document, target: Target) -> PrefixJob | Rejected:
     try:
         token_ids = array("i", target.render(document.text))
-        if target.window is not None and len(token_ids) >= target.window:
-            return Rejected(document.uri, _too_long(len(token_ids), target.window))
+        if reason := too_long(len(token_ids), target.window):
+            return Rejected(document.uri, reason)
         target.check_size(len(token_ids))
     except XKVError as error:
         return Rejected(document.uri, reason_of(error))
@@ -60,7 +60,10 @@ def _plan(document: Document, target: Target) -> PrefixJob | Rejected:
     )
 
 
-def _too_long(tokens: int, window: int) -> str:
+def too_long(tokens: int, window: int | None) -> str | None:
+    """Why a prefix of so many tokens leaves no room in the model's window, in one line; None when it does."""
+    if window is None or tokens < window:
+        return None
     return f"too long: {tokens:,} tokens, and the model's window of {window:,} has to hold a chat as well"
 
 

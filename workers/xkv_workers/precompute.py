@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.factorization.ranks import Size, size_of
-from xkv_workers.cluster import Room, cluster, plan_crew, start_turn
+from xkv_service.spec import CompressionSpec
+from xkv_workers.calibration_choice import choose_calibration
+from xkv_workers.cluster import Crew, Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
-from xkv_workers.messages import PrefixJob, WorkerConfig
+from xkv_workers.messages import ModelPlace, PrefixJob, WorkerConfig
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
 from xkv_workers.plan import Target, plan
@@ -39,11 +42,11 @@ def run(request: Request, observer: Observer | None = None) -> Report:
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
             job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
-    return ledger.report(time.monotonic() - started)
+    return ledger.report(time.monotonic() - started, job.spec.calibration)
 
 
 def estimate(request: Request) -> Forecast:
-    """What `run` would do now; nothing is computed or stored.
+    """What `run` would do now; nothing is computed, and no artifact stored.
 
     Raises:
         XKVError: as `run`.
@@ -51,12 +54,17 @@ def estimate(request: Request) -> Forecast:
     with prepared(request) as job:
         remembered = job.store.catalog.rate(job.model.fingerprint, job.model.device)
         rate = Rate.of(remembered, job.model.device)
-        return forecast(job.plan(), Shelf(job.store).find, job.size, rate, min_fidelity=request.min_fidelity)
+        found = forecast(job.plan(), Shelf(job.store).find, job.size, rate, min_fidelity=request.min_fidelity)
+        return replace(found, calibration=job.spec.calibration)
 
 
 @dataclass
 class Prepared:
-    """A checked request: its files, store and model. Ray is joined when the first worker is needed."""
+    """A checked request: its files, store, model and spec. Ray is joined when the first worker is needed.
+
+    Args:
+        calibration: the one that the spec names, None when it names none.
+    """
 
     request: Request
     files: Sequence[CorpusFile | Rejected]
@@ -64,10 +72,12 @@ class Prepared:
     model: ChosenModel
     stack: ExitStack
     room: Room | None
+    spec: CompressionSpec
+    calibration: Calibration | None
 
     def size(self, tokens: int) -> Size:
         """Bytes of a prefix of so many tokens; raises InvalidSpec when it cannot be compressed as asked."""
-        return size_of(self.model.layout, tokens, self.request.spec)
+        return size_of(self.model.layout, tokens, self.spec, calibration=self.calibration)
 
     def _pays_to_copy(self) -> bool:
         """Whether several workers on one machine are worth loading a model for each."""
@@ -80,7 +90,7 @@ class Prepared:
         target = Target(
             fingerprint=self.model.fingerprint,
             namespace=request.namespace,
-            spec=request.spec.canonical(),
+            spec=self.spec.canonical(),
             render=render,
             check_size=self.size,
             window=self.model.context_window,
@@ -93,27 +103,33 @@ class Prepared:
 
     def start(self) -> WorkerPool:
         """Start the workers."""
-        request = self.request
+        crew = self.crew()
+        return WorkerPool(self.worker_config(crew.threads), crew)
+
+    def crew(self) -> Crew:
+        """Join Ray, and say how many workers to start there."""
         if self.room is None:
             self.room = self.stack.enter_context(cluster())
-        crew = plan_crew(self.room, self.model.device, request.workers, small=self._pays_to_copy())
-        return WorkerPool(self.worker_config(crew.threads), crew)
+        return plan_crew(self.room, self.model.device, self.request.workers, small=self._pays_to_copy())
 
     def worker_config(self, threads: int) -> WorkerConfig:
         """What a worker with so many CPU threads needs to know."""
         request = self.request
         return WorkerConfig(
+            self.place(threads), request.namespace, self.spec, min_fidelity=request.min_fidelity
+        )
+
+    def place(self, threads: int) -> ModelPlace:
+        """Where a worker with so many CPU threads finds model and store."""
+        return ModelPlace(
             model=self.model.place,
-            revision=request.revision,
+            revision=self.request.revision,
             dtype=self.model.dtype,
             fingerprint=self.model.fingerprint,
             device=self.model.device,
             threads=threads,
             store_url=self.store.blobs.url,
             redis_url=self.store.redis_url,
-            namespace=request.namespace,
-            spec=request.spec,
-            min_fidelity=request.min_fidelity,
         )
 
 
@@ -131,4 +147,6 @@ def prepared(request: Request) -> Iterator[Prepared]:
                 f"{room.nodes} machines cannot share the embedded Redis of this one",
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
-        yield Prepared(request, files, store, model, stack, room)
+        calibration = choose_calibration(store, model.files.identity, request.compression)
+        spec = request.compression.spec(calibration)
+        yield Prepared(request, files, store, model, stack, room, spec, calibration)

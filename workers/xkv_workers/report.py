@@ -37,7 +37,11 @@ class ArtifactLine:
 
 @dataclass(frozen=True)
 class Report:
-    """A run's summary. Tokens and bytes count each artifact once, computed and reused ones alike."""
+    """A run's summary. Tokens and bytes count each artifact once, computed and reused ones alike.
+
+    Args:
+        calibration: id of the one that the run compressed with, None without.
+    """
 
     documents: int
     computed: int
@@ -49,6 +53,7 @@ class Report:
     bytes_stored: int
     ratio: float
     seconds: float
+    calibration: str | None
     artifacts: tuple[ArtifactLine, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class Ledger:
         stored = sum(item.bytes_stored for item in self._stored.values())
         return sum(item.bytes_full for item in self._stored.values()) / stored if stored else 0.0
 
-    def report(self, seconds: float) -> Report:
+    def report(self, seconds: float, calibration: str | None = None) -> Report:
         """The summary so far."""
         errors = list(self._errors)
         for artifact_id, reason in self._failures.items():
@@ -137,6 +142,7 @@ class Ledger:
             bytes_stored=sum(item.bytes_stored for item in self._stored.values()),
             ratio=round(self.ratio, 4),
             seconds=round(seconds, 3),
+            calibration=calibration,
             artifacts=tuple(sorted(lines, key=lambda line: (line.document, line.id))),
         )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from xkv_artifacts.keys import check_namespace
-from xkv_service.spec import CompressionSpec, Rank
+from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.errors import CorpusError
 
 _PROMPT_BYTES = 2**20
@@ -24,7 +24,7 @@ class Request:
 
     paths: tuple[Path, ...]
     store_url: str
-    spec: CompressionSpec
+    compression: CompressionOptions = CompressionOptions()
     model: str | None = None
     revision: str | None = None
     redis_url: str | None = None
@@ -43,21 +43,18 @@ class Request:
     def create(
         cls,
         *,
-        ratio: float | None,
-        rank_k: Rank | None,
-        rank_v: Rank | None,
-        group_size: int,
-        system_prompt: Path | None,
-        **fields: object,
+        system_prompt: Path | None = None,
+        **options: Any,
     ) -> Request:
         """From the options as given.
 
         Raises:
             InvalidSpec, InvalidNamespace, CorpusError: a value that no run can have.
         """
-        spec = CompressionSpec(group_size=group_size, ratio=ratio, rank_k=rank_k, rank_v=rank_v)
+        names = [field.name for field in fields(CompressionOptions) if field.name in options]
+        compression = CompressionOptions(**{name: options.pop(name) for name in names})
         prompt = None if system_prompt is None else read_prompt(system_prompt)
-        return cls(spec=spec, system_prompt=prompt, **fields)  # type: ignore[arg-type]
+        return cls(compression=compression, system_prompt=prompt, **options)
 
 
 def read_prompt(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 from xkv_artifacts.errors import CatalogUnavailable, XKVError
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
-from xkv_workers.errors import FidelityTooLow, WorkerFailed
+from xkv_workers.errors import FidelityTooLow
 from xkv_workers.messages import Failed, Outcome, PrefixJob, Stored, WorkerConfig
+from xkv_workers.place import open_place
 from xkv_workers.plan import reason_of
 
 if TYPE_CHECKING:
+    from xkv_service.calibration.calibration import Calibration
     from xkv_service.factors import PrefixFactors
     from xkv_service.modeling.models import LoadedModel
     from xkv_service.prefilling.prefilled import Prefill
@@ -37,6 +38,7 @@ class PrefixWorker:
         self._config = config
         self._turn = threading.Lock()
         self._loaded, self._store = loaded, store
+        self._calibration: Calibration | None = None
 
     def greet(self) -> None:
         """Answer, as soon as there is a process that can."""
@@ -62,23 +64,11 @@ class PrefixWorker:
 
     def _ready(self) -> tuple[LoadedModel, ArtifactStore]:
         if self._loaded is None or self._store is None:
-            # OpenMP's threads spin while they wait; on cores shared with anything else that is many times
-            # slower. Read when torch is imported, which happens here first.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            import torch
+            self._loaded, self._store = open_place(self._config.place)
+        if self._calibration is None and self._config.spec.calibration is not None:
+            from xkv_service.calibration.storage import load_calibration
 
-            from xkv_service.modeling.models import load_model
-
-            config = self._config
-            torch.set_num_threads(config.threads)
-            loaded = load_model(config.model, config.revision, dtype=config.dtype, device=config.device)
-            if loaded.identity.fingerprint != config.fingerprint:
-                raise WorkerFailed(
-                    f"a worker loads another model than the one planned with: {config.model}",
-                    hint="the model's files must be the same on every machine of the cluster",
-                )
-            self._store = ArtifactStore.open(config.store_url, config.redis_url)
-            self._loaded = loaded
+            self._calibration = load_calibration(self._store, self._config.spec.calibration)
         return self._loaded, self._store
 
     def _compress(
@@ -98,7 +88,7 @@ class PrefixWorker:
             prefills = prefill_batch(loaded.model, documents, tail=tails)
             for job, prefill in zip(jobs, prefills, strict=True):
                 try:
-                    yield job, compress_prefill(loaded.model, prefill, self._config.spec)
+                    yield job, compress_prefill(loaded.model, prefill, self._config.spec, self._calibration)
                 except XKVError as error:
                     yield job, Failed(job.artifact_id, reason_of(error))
         except torch.OutOfMemoryError:

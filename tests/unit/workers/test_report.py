@@ -63,6 +63,7 @@ def test_an_empty_report_has_every_field() -> None:
         "bytes_stored": 0,
         "ratio": 0.0,
         "seconds": 0.0,
+        "calibration": None,
         "artifacts": (),
     }
     assert report.worst_fidelity is None and report.median_fidelity is None

@@ -14,19 +14,12 @@ from xkv_workers.request import Request
 
 
 def create(**fields: Any) -> Request:
-    plain: dict[str, Any] = {
-        "ratio": None,
-        "rank_k": None,
-        "rank_v": None,
-        "group_size": 4,
-        "system_prompt": None,
-    }
-    return Request.create(**{**plain, "paths": (Path("docs"),), "store_url": "store", **fields})
+    return Request.create(**{"paths": (Path("docs"),), "store_url": "store", **fields})
 
 
 def test_the_default_is_a_ratio_of_eight() -> None:
-    assert create().spec.ratio == 8
-    assert create(rank_k=384, rank_v="full").spec.rank_v == "full"
+    assert create().compression.spec(None).ratio == 8
+    assert create(rank_k=384, rank_v="full").compression.rank_v == "full"
 
 
 @pytest.mark.parametrize(

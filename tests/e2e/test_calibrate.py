@@ -1,0 +1,112 @@
+"""`xkv calibrate` end to end: a calibration is made, found by the other commands, and survives a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_runs import Xkv, words
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DOCUMENTS = (
+    "report-mendoza-grey-hill-company.md",
+    "rules-nagoya-open-swan-foundation.md",
+    "bulletin-houston-lucky-dove-society.txt",
+    "index-tokyo-orange-crow-council.md",
+)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A question about each document."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    for document in DOCUMENTS:
+        name = f"{Path(document).stem}.questions.jsonl"
+        lines = (EXAMPLES / "questions" / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text(lines[0])
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
+    xkv: Xkv, ray_address: str, questions: Path, tmp_path: Path
+) -> None:
+    paths = [EXAMPLES / "corpus" / name for name in DOCUMENTS]
+    at = ["--store", tmp_path / "store"]
+    ray = ["--ray-address", ray_address, "--workers", "2"]
+    made = xkv("calibrate", "--docs", *paths, "--questions", questions, *at, *ray, "--json")
+    assert made.code == 0, made.err
+    result = made.json
+    assert list(result) == [
+        "id", "model", "documents", "held_out", "tokens", "errors", "seconds", "figures"
+    ]  # fmt: skip
+    assert (result["documents"], result["held_out"], result["errors"]) == (4, 1, [])
+    assert 0.9 < result["figures"]["stability"] <= 1
+    assert {row["asked"] for row in result["figures"]["validation"]} == {8, 20, 32, 48}
+    assert list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
+
+    compress = ["precompute", "--docs", paths[2], "--ratio", "20", *at, *ray, "--json"]
+    first, again = xkv(*compress).json, xkv(*compress).json
+    assert first["calibration"] == again["calibration"] == result["id"]
+    assert (first["computed"], again["computed"], again["reused"]) == (1, 0, 1), first
+    assert first["ratio"] > 19
+    asked = json.loads((questions / f"{paths[2].stem}.questions.jsonl").read_text().splitlines()[0])
+    answered = xkv("ask", "--doc", paths[2], *at, asked["question"], "--json").json
+    assert answered["answer"] == asked["answer"]
+    assert answered["artifact"] == first["artifacts"][0]["id"]
+
+
+def test_what_fails_is_reported_and_the_others_go_on(
+    xkv: Xkv, ray_address: str, tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    command = ["calibrate", "--model", tiny_model, "--store", tmp_path / "store", "--ratio", "2"]
+    command += ["--ray-address", ray_address, "--workers", "1"]
+    (corpus / "copy.txt").write_text((corpus / "a.txt").read_text())
+    (corpus / "empty.txt").write_bytes(b"")
+    (corpus / "long.txt").write_text(words(3000))
+    done = xkv(*command, "--docs", corpus)
+    assert done.code == 1, done
+    assert "failed corpus/empty.txt: empty" in done.err and "failed corpus/long.txt: too long" in done.err
+    assert "documents    3, 1 of them only to check it on" in done.out and "2x" in done.out
+    listed = xkv("calibrations", "ls", "--store", tmp_path / "store", "--json").json["calibrations"]
+    assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
+
+    few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
+    assert few.code == 1 and "1 documents can be used; a calibration needs two" in few.err
+    assert "hint: long.txt: too long" in few.err
+    (tmp_path / "none").mkdir()
+    unasked = xkv(*command, "--docs", corpus, "--questions", tmp_path / "none")
+    assert unasked.code == 1 and "has no questions about any document" in unasked.err
+    assert xkv(*command, "--docs", corpus, "--ratio", "0.5").code == 2
+
+
+def test_a_killed_calibration_goes_on_where_it_stopped(
+    xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for number in range(5):
+        (tmp_path / "docs" / f"{number}.txt").write_text(words(700, seed=number))
+    command = ["calibrate", "--docs", tmp_path / "docs", "--store", tmp_path / "store", "--ratio", "2"]
+    command += ["--model", tiny_model, "--ray-address", ray_address, "--workers", "1", "--json"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "xkv_cli", *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("store/calibrating/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait(10) == -signal.SIGKILL
+
+    done = xkv(*command)
+    assert done.code == 0, done
+    assert "of 4 documents were observed before" in done.err
+    assert (done.json["documents"], done.json["held_out"]) == (5, 1)
+    assert list(tmp_path.glob("store/calibrating/*/*")) == []

@@ -1,0 +1,156 @@
+"""`xkv precompute` with a calibration in the store: which one is taken, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from calibration_samples import calibration
+from command_runs import Done, Xkv, words
+from model_folder import save_tiny_model
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.calibrate import calibrate
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.calibration.storage import save_calibration
+from xkv_service.modeling.models import load_model
+from xkv_service.modeling.prompts import render_prefix
+
+Run = Callable[..., Done]
+
+
+def calibrate_into(store: Path, model: Path) -> str:
+    """Calibrate a model on three short documents, quickly."""
+    loaded = load_model(model, device="cpu")
+    texts = [words(500, seed=seed) for seed in (7, 8, 9)]
+    sample = [ProbedPrefix.of_text(text[-9:], render_prefix(loaded.tokenizer, text)) for text in texts]
+    settings = CalibrationSettings(
+        ratio=2.0, ratios=(2.0,), weightings=("plain",), tolerance_documents=1, most_ratio=2.0
+    )
+    found = calibrate(loaded.model, sample, settings)
+    with ArtifactStore.open(str(store)) as opened:
+        return save_calibration(opened, found, loaded.identity, sample).id
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, str]:
+    """A store with a calibration of the tiny model, and its id."""
+    store = tmp_path_factory.mktemp("calibrated") / "store"
+    return store, calibrate_into(store, tiny_model)
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "one.txt"
+    path.write_text(words(700, seed=3))
+    return path
+
+
+@pytest.fixture
+def run(xkv: Xkv, shared: tuple[Path, str], tiny_model: Path) -> Run:
+    def run(command: str, *arguments: object) -> Done:
+        return xkv(command, "--store", shared[0], "--model", tiny_model, "--ratio", "2", *arguments)
+
+    return run
+
+
+def test_the_models_calibration_is_taken_and_found_again(
+    run: Run, xkv: Xkv, shared: tuple[Path, str], document: Path, ray_address: str
+) -> None:
+    store, made = shared
+    ray = ["--workers", "1", "--ray-address", ray_address]
+    foreseen = run("precompute", "--docs", document, "--dry-run", "--json").json
+    first = run("precompute", "--docs", document, *ray, "--json").json
+    assert first["calibration"] == foreseen["calibration"] == made
+    assert (first["computed"], first["failed"]) == (1, 0), first
+    artifact = first["artifacts"][0]
+    assert artifact["id"] == foreseen["plan"][0]["id"] and artifact["ratio"] >= 2
+    assert artifact["bytes"] <= foreseen["plan"][0]["bytes"]
+    again = run("precompute", "--docs", document, *ray)
+    assert "reused            1" in again.out and made[:12] in again.out
+
+    answered = run("ask", "--doc", document, "--max-tokens", "2", "--json", "Why?").json
+    assert answered["artifact"] == artifact["id"]
+    spec = xkv("show", artifact["id"], "--store", store, "--json").json["spec"]
+    assert (spec["calibration"], spec["basis"], spec["index"]) == (made, "calibrated", "derived")
+    assert made in xkv("show", artifact["id"], "--store", store).out
+
+    refused = xkv("calibrations", "rm", made[:8], "--store", store)
+    assert refused.code == 1 and "1 stored artifacts cannot be used without it" in refused.err
+
+
+def test_asking_and_precomputing_make_the_same_artifact(run: Run, tmp_path: Path) -> None:
+    document = tmp_path / "asked.txt"
+    document.write_text(words(650, seed=4))
+    answered = run("ask", "--doc", document, "--max-tokens", "1", "--json", "Why?").json
+    plan = run("precompute", "--docs", document, "--dry-run", "--json").json["plan"]
+    assert (plan[0]["id"], plan[0]["action"]) == (answered["artifact"], "reuse")
+
+
+def test_options_choose_otherwise(run: Run, shared: tuple[Path, str], document: Path) -> None:
+    ids = set()
+    for options, expected in (
+        (["--calibration", shared[1][:8]], shared[1]),
+        (["--basis", "document"], shared[1]),
+        (["--bits", "4"], shared[1]),
+        (["--calibration", "none"], None),
+        (["--group-size", "2"], None),
+    ):
+        foreseen = run("precompute", "--docs", document, "--dry-run", "--json", *options).json
+        assert foreseen["calibration"] == expected, options
+        ids.add(foreseen["plan"][0]["id"])
+    assert len(ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "expected"),
+    [
+        (["--calibration", "0000"], 1, "no calibration begins with 0000"),
+        (["--calibration", "zz"], 1, "'zz' is not a calibration id"),
+        (["--calibration", "3fa9c1", "--group-size", "2"], 2, "both given"),
+        (["--calibration", "none", "--bits", "mixed"], 2, "bits mixed: with calibration none there is no"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    run: Run, document: Path, options: list[str], code: int, expected: str
+) -> None:
+    done = run("precompute", "--docs", document, "--dry-run", *options)
+    assert done.code == code and expected in done.err, done
+    assert "Traceback" not in done.err and "unexpected" not in done.err
+
+
+def test_another_models_calibration_is_refused_by_name(
+    run: Run, xkv: Xkv, shared: tuple[Path, str], document: Path, tmp_path: Path
+) -> None:
+    store, made = shared
+    save_tiny_model(tmp_path / "other", seed=1)
+    command = ["precompute", "--store", store, "--docs", document, "--dry-run", "--ratio", "2"]
+    command += ["--model", tmp_path / "other"]
+    assert xkv(*command, "--json").json["calibration"] is None
+    done = xkv(*command, "--calibration", made)
+    assert done.code == 1, done
+    assert f"calibration {made[:12]} was made for tiny" in done.err and "not for other" in done.err
+    done = xkv(*command, "--basis", "calibrated")
+    assert done.code == 1 and "the store has no calibration of this model" in done.err
+
+
+def test_a_damaged_calibration_is_put_aside(
+    xkv: Xkv, tiny_model: Path, document: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "own"
+    made = calibrate_into(store, tiny_model)
+    with ArtifactStore.open(str(store)) as opened:
+        opened.calibrations.publish(*calibration(hours=2))  # of another model, and newer
+    blob = store / "calibrations" / made[:2] / f"{made}.safetensors"
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    command = ["precompute", "--store", store, "--docs", document, "--dry-run", "--model", tiny_model]
+    command += ["--ratio", "2"]
+    done = xkv(*command)
+    assert done.code == 1 and made[:12] in done.err and "run xkv calibrate again" in done.err, done
+    assert not blob.exists()
+    assert xkv(*command, "--json").json["calibration"] is None

@@ -1,0 +1,191 @@
+"""Calibrate a model on a sample of documents: everything but the tensors runs in the driver process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xkv_artifacts.calibration_format import CalibrationManifest
+from xkv_service.calibration.calibrate import split
+from xkv_service.calibration.observed import calibrated_layers
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.evaluation.rendering import Renderer
+from xkv_workers.calibration_crew import CalibrationCrew
+from xkv_workers.corpus import Rejected
+from xkv_workers.errors import CorpusError
+from xkv_workers.observer import Observer, Progress, Silent
+from xkv_workers.partial_sums import PartialSums
+from xkv_workers.precompute import Prepared, prepared
+from xkv_workers.report import DocumentError
+from xkv_workers.request import Request
+from xkv_workers.sample import Sampling
+
+_TURN_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate. The fields are the options of `xkv calibrate`.
+
+    Args:
+        corpus: documents, model, store and workers, as for precompute.
+        questions: a folder of questions about the documents, see `Sampling`.
+    """
+
+    corpus: Request
+    settings: CalibrationSettings
+    questions: Path | None = None
+
+    @classmethod
+    def create(
+        cls, *, questions: Path | None, ratio: float | None, group_size: int | None, **corpus: Any
+    ) -> CalibrationRequest:
+        """From the options as given.
+
+        Raises:
+            InvalidSpec, CorpusError: a value that no calibration can have.
+        """
+        settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
+        if ratio is not None:
+            settings |= {"ratio": ratio, "ratios": tuple(sorted({*CalibrationSettings.ratios, ratio}))}
+        request = Request.create(calibration="none", **corpus)
+        return cls(request, CalibrationSettings(**settings), questions)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What came of it.
+
+    Args:
+        id: of the calibration in the store. model: its name.
+        documents, tokens: of the sample; `held_out` of the documents were only tried on.
+        errors: documents left out. figures: what was measured.
+    """
+
+    id: str
+    model: str
+    documents: int
+    held_out: int
+    tokens: int
+    errors: tuple[DocumentError, ...]
+    seconds: float
+    figures: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+def calibrate(request: CalibrationRequest, observer: Observer | None = None) -> CalibrationReport:
+    """Make a calibration of the request's documents and publish it in the store.
+
+    A run that was broken off goes on behind the last document that it wrote down.
+
+    Raises:
+        CorpusError: fewer than two documents can be used.
+        XKVError: nothing can be done at all: no model, store, Redis or Ray, or latent attention.
+    """
+    with prepared(request.corpus) as job:
+        calibrated_layers(job.model.layout)
+        return _Calibrating(request, job, observer or Silent()).run()
+
+
+class _Calibrating:
+    """One run."""
+
+    def __init__(self, request: CalibrationRequest, job: Prepared, observer: Observer) -> None:
+        self._request, self._job, self._observer = request, job, observer
+        self._settings = request.settings
+        self._started = time.monotonic()
+        self._errors: list[DocumentError] = []
+
+    def run(self) -> CalibrationReport:
+        used, held = split(self._sample(), self._settings)
+        model = self._job.model
+        sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*used, *held], self._settings)
+        if sums.done:
+            self._observer.note(f"going on: {len(sums.done)} of {len(used)} documents were observed before")
+        threads, crew = self._crew()
+        self._observe(crew, sums, used)
+        self._refuse_few([used[position] for position in sorted(sums.done)], 1)
+        self._observer.note(
+            f"{len(sums.done)} documents observed: choosing metric and groups, and validating"
+        )
+        done = [used[position] for position in sorted(sums.done)]
+        manifest = crew.decide(sums.halves, done, held, threads)
+        sums.remove()
+        return self._report(manifest, len(held))
+
+    def _sample(self) -> list[ProbedPrefix]:
+        """Documents that can be used, each text once."""
+        corpus, files = self._request.corpus, self._job.model.files
+        renderer = Renderer(files.tokenizer, corpus.template, corpus.system_prompt)
+        sampling = Sampling(renderer, self._request.questions, self._job.model.context_window)
+        sample: dict[tuple[int, ...], ProbedPrefix] = {}
+        for item in sampling.read(self._job.files):
+            if isinstance(item, Rejected):
+                self._errors.append(DocumentError(item.uri, item.reason))
+            else:
+                sample.setdefault(item.token_ids, item)
+        found = list(sample.values())
+        self._refuse_few(found, 2)
+        questions = self._request.questions
+        if questions is not None and not any(sampling.questions_about(one.name) for one in found):
+            raise CorpusError(
+                f"{questions} has no questions about any document",
+                hint="those about name.txt are in name.questions.jsonl",
+            )
+        return found
+
+    def _refuse_few(self, documents: Sequence[ProbedPrefix], least: int) -> None:
+        if len(documents) >= least:
+            return
+        first = self._errors[0] if self._errors else None
+        raise CorpusError(
+            f"{len(documents)} documents can be used; a calibration needs two, one of them to check it on",
+            hint=f"{first.document}: {first.reason}" if first else "give more documents",
+        )
+
+    def _crew(self) -> tuple[int, CalibrationCrew]:
+        """Threads of a worker that has a machine for itself, and the workers."""
+        while True:
+            with self._job.turn() as ours:
+                if ours:
+                    crew = self._job.crew()
+                    place = self._job.place(crew.threads)
+                    room = self._job.room
+                    threads = room.node_cpus if room and crew.device == "cpu" else crew.threads
+                    return threads, CalibrationCrew(place, crew, self._settings)
+            time.sleep(_TURN_SECONDS)
+
+    def _observe(self, crew: CalibrationCrew, sums: PartialSums, used: Sequence[ProbedPrefix]) -> None:
+        todo = {position: one for position, one in enumerate(used) if position not in sums.done}
+        started, tokens = time.monotonic(), 0
+        left = sum(len(one.token_ids) for one in todo.values())
+        for number, (position, found) in enumerate(crew.observe(todo), 1):
+            document = used[position]
+            if isinstance(found, str):
+                self._errors.append(DocumentError(document.name, found))
+            else:
+                sums.add(position, found)
+                tokens += len(document.token_ids)
+            left -= len(document.token_ids)
+            settled = len(used) - len(todo) + number
+            speed = tokens / (time.monotonic() - started)
+            self._observer.progress(Progress(len(used), settled, False, True, tokens, left, speed, 0.0))
+
+    def _report(self, manifest: CalibrationManifest, held: int) -> CalibrationReport:
+        return CalibrationReport(
+            id=manifest.id,
+            model=manifest.model.name,
+            documents=manifest.sample.documents,
+            held_out=held,
+            tokens=manifest.sample.tokens,
+            errors=tuple(self._errors),
+            seconds=round(time.monotonic() - self._started, 3),
+            figures=dict(manifest.figures),
+        )

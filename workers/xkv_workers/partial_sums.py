@@ -1,0 +1,118 @@
+"""What was observed so far, kept in the store: a calibration that is broken off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from xkv_artifacts.checked_file import lay_out, open_header, parse_manifest, read_tensors
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.keys import calibration_id, sample_sha256
+from xkv_artifacts.manifest import Sha256
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.observed import Observed
+from xkv_service.calibration.observed_tensors import observed_of, observed_tensors
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.modeling.layout import ModelLayout
+
+FOLDER = "calibrating"
+FORMAT: Final = "xkv-calibration-sums"
+_PAUSE = 10
+"""Seconds between two writes for each second that a write takes."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class _SumsManifest(BaseModel):
+    """Which documents of the sample are in the sums."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["xkv-calibration-sums"] = FORMAT
+    version: Literal[1] = 1
+    done: tuple[int, ...]
+    tensors: dict[str, Sha256] = {}
+
+
+class PartialSums:
+    """Sums over the documents with even positions in the sample, and over those with odd ones.
+
+    The file's name is a hash over model, documents, probes and settings: nothing else is ever gone on with.
+    """
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        fingerprint: str,
+        layout: ModelLayout,
+        sample: Sequence[ProbedPrefix],
+        settings: CalibrationSettings,
+    ) -> None:
+        self._blobs = store.blobs.of(FOLDER)
+        self._layout, self._settings = layout, settings
+        self._key = calibration_id(
+            fingerprint,
+            sample_sha256([one.token_ids for one in sample]),
+            asdict(settings),
+            {"probes": _probes_sha256(sample)},
+        )
+        self._write_at = 0.0
+        self.done: set[int] = set()
+        self.halves: tuple[Tensors, Tensors] = ({}, {})
+        with suppress(ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
+            self._read()
+
+    def add(self, position: int, tensors: Tensors) -> None:
+        """Add what was observed of one document (`observed_tensors`), and write it down.
+
+        Raises:
+            StoreError
+        """
+        half = self.halves[position % 2]
+        if half:
+            total = self._observed(half)
+            total.add(self._observed(tensors))
+            tensors = observed_tensors(total)
+        half.update(tensors)
+        self.done.add(position)
+        if time.monotonic() >= self._write_at:
+            started = time.monotonic()
+            self._write()
+            self._write_at = time.monotonic() + _PAUSE * (time.monotonic() - started)
+
+    def remove(self) -> None:
+        """The calibration is made: nothing is left to go on with."""
+        self._blobs.remove(self._key)
+
+    def _observed(self, tensors: Tensors) -> Observed:
+        return observed_of(tensors, self._layout, self._settings)
+
+    def _write(self) -> None:
+        named = {
+            f"{number}.{name}": one for number, half in enumerate(self.halves) for name, one in half.items()
+        }
+        ready = lay_out(_SumsManifest(done=tuple(sorted(self.done))), named)
+        self._blobs.put(self._key, ready.write)
+
+    def _read(self) -> None:
+        with self._blobs.open(self._key) as file:
+            header = open_header(file)
+            manifest = parse_manifest(header, _SumsManifest, FORMAT, 1)
+            named = read_tensors(file, header, manifest.tensors)
+        for name, tensor in named.items():
+            self.halves[name.startswith("1.")][name[2:]] = tensor
+        self.done = set(manifest.done)
+
+
+def _probes_sha256(sample: Sequence[ProbedPrefix]) -> str:
+    probes = [[[probe.token_ids, probe.counted] for probe in one.probes] for one in sample]
+    return hashlib.sha256(json.dumps(probes).encode("ascii")).hexdigest()
