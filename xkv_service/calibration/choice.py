@@ -16,7 +16,7 @@ def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> Co
 
 
 def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
-    """The spec that validation speaks for (`best_step`) at the ratio tried next to `ratio`, the higher of two.
+    """The spec that validation speaks for (`best_step`) at the ratio tried next to `ratio`.
 
     Without validation: shared bases and mixed bits.
     """
