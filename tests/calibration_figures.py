@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-STEPS = ("recipe", "derived index", "ranks and weights", "calibrated bases", "4 bits", "2, 4 and 8 bits")
+STEPS = (
+    "recipe", "derived index", "ranks and weights", "bits", "calibrated bases", "calibrated bases, 4 bits",
+    "calibrated bases, bits",
+)  # fmt: skip
 RATIOS = (8.0, 20.0, 48.0)
 
 
@@ -25,6 +28,7 @@ def calibration_figures(layers: int = 10) -> dict[str, Any]:
         "plans": {str(asked): [_plan(asked, group) for group in groups] for asked in RATIOS},
         "spectra": {side: {"1": _spectrum(3), "4": _spectrum(6)} for side in ("key", "value")},
         "stability": {"bases_overlap": 0.937, "groups": [{"group": 0, "overlap": 0.971}]},
+        "thresholds": [{"ratio": 20.0, "worst": 0.0134, "kl": 0.0402}],
         "warnings": ["Few documents: standard errors are wide."],
     }
 

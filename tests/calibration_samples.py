@@ -48,7 +48,8 @@ def _tensors(seed: int) -> dict[str, torch.Tensor]:
     for group, layers in enumerate(GROUPS):
         for kind in ("key", "value"):
             tensors[f"group.{group}.{kind}.bases"] = torch.randn(6, 8, generator=generator)
-            tensors[f"group.{group}.{kind}.energies"] = torch.rand(8, generator=generator)
+            energies = torch.rand(8, generator=generator).sort(descending=True).values
+            tensors[f"group.{group}.{kind}.energies"] = energies
             for layer in layers:
                 tensors[f"layer.{layer}.{kind}.metric"] = torch.eye(4)[None]
         for layer in layers:

@@ -72,8 +72,9 @@ def compress_prefill(
 
 @dataclass(frozen=True)
 class ReconstructionErrors:
-    """Relative Frobenius error of each group's keys and values, before rounding and exact tokens.
+    """Relative Frobenius error of each group's keys and values, before exact tokens.
 
+    Over a calibration's bases it counts the rounding of the factors, else it comes before that.
     In a group of latent attention that of the latents, and 0: what is cached beside them is exact.
     """
 

@@ -11,6 +11,7 @@ from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
 from xkv_service.calibration.calibration import Calibration, Kind
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
+from xkv_service.manifest_checks import checked_spec
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.modeling.rotary import RotaryTable
 from xkv_service.packed_factors import PackedFactors, Runs, column_blocks, packed_width
@@ -70,9 +71,8 @@ def from_tensors(
         CorruptArtifact: names the first tensor that is not what the manifest says.
         InvalidSpec: the artifact needs another calibration.
     """
-    spec = _spec(manifest)
+    spec = checked_spec(manifest, len(tensors))
     shared = _needed(spec, calibration)
-    _check_layout(manifest, len(tensors))
     table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
     _check(table, tensors)
     layers = [layer for group in manifest.groups for layer in group.layers]
@@ -142,62 +142,6 @@ def _needed(spec: CompressionSpec, calibration: Calibration | None) -> Calibrati
     return calibration
 
 
-def _spec(manifest: PrefixManifest) -> CompressionSpec:
-    try:
-        return CompressionSpec.from_canonical(manifest.spec)
-    except (InvalidSpec, TypeError) as error:
-        raise CorruptArtifact(f"the compression spec in the header is not valid: {error}") from None
-
-
-def _check_layout(manifest: PrefixManifest, tensors: int) -> None:
-    """Heads, widths and ranks that belong together, before any shape is computed from them."""
-    for number, group in enumerate(manifest.groups):
-        lists = [group.kv_heads, group.key_widths, group.value_widths, group.rotary]
-        lists += [group.rope_widths] * group.latent
-        if not group.layers or any(len(one) != len(group.layers) for one in lists):
-            raise CorruptArtifact(f"group {number} in the header does not describe each of its layers")
-        _check_widths(number, group)
-        _check_columns(number, group)
-        if max(group.rank_k, group.rank_v) > tensors * RANK_BLOCK:
-            raise CorruptArtifact(
-                f"group {number} in the header has more ranks than the file has tensors for"
-            )
-    layers = [layer for group in manifest.groups for layer in group.layers]
-    layers += [window.layer for window in manifest.windows]
-    layers += [state.layer for state in manifest.states]
-    if not manifest.groups or len(set(layers)) != len(layers) or min(layers) < 0:
-        raise CorruptArtifact("the header names a layer twice, or none")
-
-
-def _check_columns(number: int, group: GroupLayout) -> None:
-    """Columns of different bits are as many as the ranks, and each number of bits comes once, most first."""
-    for rank, columns in ((group.rank_k, group.columns_k), (group.rank_v, group.columns_v)):
-        bits = [bits for bits, _ in columns]
-        if columns and (
-            sum(count for _, count in columns) != rank or bits != sorted(set(bits), reverse=True)
-        ):
-            raise CorruptArtifact(f"group {number} in the header: its columns are not those of its ranks")
-    if group.latent and (group.columns_k or group.columns_v):
-        raise CorruptArtifact(f"group {number} in the header: latent attention has columns of one width")
-
-
-def _check_widths(number: int, group: GroupLayout) -> None:
-    if group.latent:
-        plain = set(group.kv_heads) == {1} and set(group.value_widths) == {0} and group.rank_v == 0
-        if not plain or min(*group.key_widths, *group.rope_widths) < 1:
-            raise CorruptArtifact(
-                f"group {number} in the header: its widths are not those of latent attention"
-            )
-        return
-    for heads, key, value in zip(group.kv_heads, group.key_widths, group.value_widths, strict=True):
-        if heads < 1 or key < 1 or value < 1 or key % heads or value % heads:
-            raise CorruptArtifact(
-                f"group {number} in the header: {heads} heads do not divide {key} and {value}"
-            )
-    if group.rank_v < 1:
-        raise CorruptArtifact(f"group {number} in the header has no rank for its values")
-
-
 def _check(expected: Mapping[str, StoredTensor], tensors: Tensors) -> None:
     for name, wanted in expected.items():
         found = tensors.get(name)
@@ -223,6 +167,8 @@ def _group(
             blocks = range(len(column_blocks(runs, RANK_BLOCK)))
             return LowRank(factors, torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks]), widths)
         scales = tensors[f"{name}.scales"]
+        if not bool(torch.isfinite(scales).all()):
+            raise CorruptArtifact(f"tensor {name}.scales is not finite")
         return LowRank(factors, _shared_bases(shared, layout, kind, scales), widths, scales)
 
     values = None if layout.latent else pair("value", layout.rank_v, layout.columns_v, layout.value_widths)

@@ -14,6 +14,8 @@ FactorDtype = Literal["mixed", "int4", "int8", "bfloat16", "float16", "float32"]
 IndexKind = Literal["derived", "sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
+COLUMN_BITS = {"mixed": (2, 4, 8), "int4": (4,), "int8": (8,)}
+"""With a calibration: bits that a column of token factors may have, by `factor_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ class CompressionSpec:
                     f"basis={self.basis!r}, factor_dtype={self.factor_dtype!r}: there is no calibration",
                     hint="name one, or use basis='document' and factor_dtype='int8'",
                 )
-        elif self.ratio is None or self.factor_dtype not in ("mixed", "int4", "int8"):
+            return
+        if not (isinstance(self.calibration, str) and 0 < len(self.calibration) <= 64):
+            raise InvalidSpec(f"calibration={self.calibration!r} is no id", hint="use a calibration's id")
+        if self.ratio is None or self.factor_dtype not in COLUMN_BITS:
             raise InvalidSpec(
                 "a calibration chooses ranks and bits by itself",
                 hint="give a ratio, no ranks, and factor_dtype mixed, int4 or int8",

@@ -33,7 +33,8 @@ def golden_calibration_tensors() -> dict[str, torch.Tensor]:
             tensors[f"group.{group}.{kind}.bases"] = ramp(torch.float32, rank, 8)
             tensors[f"group.{group}.{kind}.energies"] = ramp(torch.float32, 8).abs()
             for layer in layers:
-                tensors[f"layer.{layer}.{kind}.metric"] = ramp(torch.float32, 1, 4, 4)
+                uneven = ramp(torch.float32, 1, 4, 4)
+                tensors[f"layer.{layer}.{kind}.metric"] = uneven + uneven.mT + 400 * torch.eye(4)
         for layer in layers:
             tensors[f"layer.{layer}.planes"] = torch.tensor([[[1, 3], [0, 2]]], dtype=torch.int16)
     return tensors

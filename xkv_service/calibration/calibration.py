@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
+from xkv_service.errors import InvalidSpec
 from xkv_service.factorization.weights import apply_blocks
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, ...] = ("key", "value")
 Tensors = Mapping[str, torch.Tensor]
+_UNEVEN = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,13 @@ class CalibratedGroup:
         """Its keys' or its values'."""
         return self.keys if kind == "key" else self.values
 
+    def fits(self, layers: Mapping[int, LayerLayout]) -> bool:
+        """Whether its layers, by index, have the heads and dimensions it was made for."""
+        mine = [layers[index] for index in self.layers]
+        shapes = [one.shape[:2] for one in (*self.keys.metric, *self.values.metric)]
+        keys = [(one.kv_heads, one.head_dim) for one in mine]
+        return shapes == [*keys, *((one.kv_heads, one.value_dim) for one in mine)]
+
     def leading(self, rank_k: int, rank_v: int) -> CalibratedGroup:
         """The group with so many directions of each."""
         return CalibratedGroup(self.layers, self.keys.leading(rank_k), self.values.leading(rank_v))
@@ -73,8 +82,8 @@ class Calibration:
 
     Args:
         groups: of all full-attention layers, in order.
-        planes: by layer, int16 [kv_heads, n, 2]: pairs of key dimensions that RoPE turns together (or that do
-            not turn), those that tell most about scores first.
+        planes: by layer, int16 [kv_heads, D // 2, 2]: pairs of key dimensions that RoPE turns together (or
+            that do not turn), those that tell most about scores first.
         figures: what was measured, plain JSON values; docs/calibration.md says what they are.
         id: of the artifact, "" before it is stored.
     """
@@ -96,8 +105,19 @@ class Calibration:
         raise KeyError(layers)
 
     def layer_groups(self, layout: ModelLayout) -> tuple[tuple[LayerLayout, ...], ...]:
-        """The model's compressible layers in the groups of the calibration."""
+        """The model's compressible layers in the groups of the calibration.
+
+        Raises:
+            InvalidSpec: the calibration is about other layers.
+        """
         by_index = {layer.index: layer for layer in layout.compressible}
+        mine = [index for group in self.groups for index in group.layers]
+        if mine != list(by_index) or not all(group.fits(by_index) for group in self.groups):
+            raise InvalidSpec(
+                f"calibration {self.id[:12]} is about layers {mine} of other shapes or numbers than this "
+                f"model's {list(by_index)}",
+                hint="use a calibration of this very model",
+            )
         return tuple(tuple(by_index[index] for index in group.layers) for group in self.groups)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
@@ -126,7 +146,11 @@ class Calibration:
         """
         read = _Reader(tensors)
         made = tuple(read.group(number, layers) for number, layers in enumerate(groups))
-        planes = {layer: read.planes(layer) for layers in groups for layer in layers}
+        planes = {
+            layer: read.planes(layer, metric)
+            for group in made
+            for layer, metric in zip(group.layers, group.keys.metric, strict=True)
+        }
         read.finish()
         return cls(made, planes, figures, identity)
 
@@ -145,17 +169,18 @@ class _Reader:
             width = sum(one.shape[0] * one.shape[1] for one in metric)
             bases = self._take(f"{name}.bases", torch.float32, (None, width))
             energies = self._take(f"{name}.energies", torch.float32, (width,))
-            if bases.shape[0] > width or not bool((energies >= 0).all()):
-                raise CorruptArtifact(
-                    f"tensors {name}.*: more directions than features, or a negative energy"
-                )
+            if not 0 < bases.shape[0] <= width:
+                raise CorruptArtifact(f"tensor {name}.bases has {len(bases)} directions of {width} features")
+            if float(energies[-1]) < 0 or bool((energies[1:] > energies[:-1]).any()):
+                raise CorruptArtifact(f"tensor {name}.energies is not in descending order down to 0")
             made[kind] = SharedBasis(bases, metric, energies)
         return CalibratedGroup(layers, made["key"], made["value"])
 
-    def planes(self, layer: int) -> torch.Tensor:
-        name = f"layer.{layer}.planes"
-        found = self._take(name, torch.int16, (None, None, 2))
-        if found.numel() and int(found.min()) < 0:
+    def planes(self, layer: int, metric: torch.Tensor) -> torch.Tensor:
+        """Of a layer whose keys have this metric."""
+        name, (heads, dim, _) = f"layer.{layer}.planes", metric.shape
+        found = self._take(name, torch.int16, (heads, dim // 2, 2))
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < dim:
             raise CorruptArtifact(f"tensor {name} points outside the head")
         return found
 
@@ -165,8 +190,11 @@ class _Reader:
 
     def _metric(self, name: str) -> torch.Tensor:
         found = self._take(name, torch.float32, (None, None, None))
-        if found.shape[1] != found.shape[2]:
+        if found.shape[1] != found.shape[2] or not found.numel():
             raise CorruptArtifact(f"tensor {name} is {list(found.shape)}: not square")
+        uneven = (found - found.mT).abs().amax() > _UNEVEN * found.abs().amax()
+        if uneven or bool(torch.linalg.cholesky_ex(found.double()).info.any()):
+            raise CorruptArtifact(f"tensor {name} is not symmetric and positive definite")
         return found
 
     def _take(self, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:

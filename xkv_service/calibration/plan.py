@@ -5,9 +5,8 @@ from __future__ import annotations
 from xkv_service.calibration.allocation import Offers
 from xkv_service.calibration.calibration import KINDS, Calibration, SharedBasis
 from xkv_service.packed_factors import Runs
-from xkv_service.spec import CompressionSpec
+from xkv_service.spec import COLUMN_BITS, CompressionSpec
 
-_CHOICES = {"mixed": (2, 4, 8), "int4": (4,), "int8": (8,)}
 _BASE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 _SCALE_BITS = 32
 
@@ -21,7 +20,7 @@ class ColumnPlan:
         width = max(part.bases.shape[1] for part in parts)
         column_bits = (_BASE_BITS[spec.dtype] * width if own else _SCALE_BITS) / tokens
         energies = [part.energies[: _most(part, tokens, own=own)] for part in parts]
-        self._offers = Offers(energies, _CHOICES[spec.factor_dtype], column_bits)
+        self._offers = Offers(energies, COLUMN_BITS[spec.factor_dtype], column_bits)
 
     def runs(self, bits_per_token: float) -> list[tuple[Runs, Runs]]:
         """Columns and bits of the keys and of the values of each group, for so many bits in all."""

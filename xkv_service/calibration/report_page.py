@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xkv_service.calibration.report.certainty import certainty, facts, small_print
+from xkv_service.calibration.report.certainty import certainty, facts, small_print, usual
 from xkv_service.calibration.report.charts import Chart, Heat, Lines
 from xkv_service.calibration.report.curves import PLURAL, accuracy_charts, spectra_charts
 from xkv_service.calibration.report.decisions import choices, every_figure, steps_table
@@ -57,7 +57,7 @@ def write_plots(figures: Mapping[str, Any], folder: Path) -> list[Path]:
 def _charts(figures: Mapping[str, Any]) -> list[Chart]:
     groups = group_chart(figures)
     return [
-        *accuracy_charts(figures), *([groups] if groups else []), *(one for _, one in plan_charts(figures)),
+        *accuracy_charts(figures), *([groups] if groups else []), *plan_charts(figures),
         *tolerance_charts(figures), *likeness_charts(figures), *spectra_charts(figures),
     ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def _page(figures: Mapping[str, Any], title: str) -> Markup:
 def _sections(figures: Mapping[str, Any], title: str) -> list[Markup]:
     return [
         opening(figures, title),
-        _section("What a ratio costs", _figures([*accuracy_charts(figures)]), _shared_legend(figures)),
+        _section("What a ratio costs", _shared_legend(figures), _figures([*accuracy_charts(figures)])),
         _section("What each decision gained", steps_table(figures), every_figure(figures)),
         _section("What was tried", choices(figures)),
         _section("The plan over the layers", _plan(figures)),
@@ -86,8 +86,8 @@ def _sections(figures: Mapping[str, Any], title: str) -> list[Markup]:
         _section("Which layers are alike", _figures([*likeness_charts(figures)])),
         _section("How few directions are needed", _figures([*spectra_charts(figures)])),
         _section("Stability", facts(figures.get("stability"), "Stability")),
-        _section("How sure this is", certainty(figures)),
-        _section("Small print", small_print()),
+        _section("How sure this is", certainty(figures), usual(figures)),
+        _section("Small print", small_print(figures)),
     ]
 
 
@@ -117,7 +117,7 @@ def _figure(chart: Chart) -> Markup:
 
 def _plan(figures: Mapping[str, Any]) -> Markup:
     """The plan at every ratio; the groups alone where there is none."""
-    plans: list[Chart] = [chart for _, chart in plan_charts(figures)]
+    plans: list[Chart] = [*plan_charts(figures)]
     groups = group_chart(figures)
     return _figures(plans or ([groups] if groups else []))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
-from xkv_service.decoding.scoring import Scorer, SketchScorer
+from xkv_service.decoding.scoring import JoinedSketches, Scorer, SketchScorer
 from xkv_service.selection.sketch import KeySketch
 
 
@@ -115,19 +115,11 @@ class FoldedPrefix:
 
     def _joined_index(self) -> Scorer | None:
         sketches = [part.sketch for part in self.parts if part.sketch is not None]
-        return None if self.base.index is None else _Joined([self.base.index, *map(SketchScorer, sketches)])
-
-
-class _Joined:
-    """The scores of several scorers one after the other."""
-
-    unit = 1
-
-    def __init__(self, scorers: Sequence[Scorer]) -> None:
-        self.scorers = scorers
-
-    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
-        return torch.cat([scorer(queries) for scorer in self.scorers], -1)
+        return (
+            None
+            if self.base.index is None
+            else JoinedSketches([self.base.index, *map(SketchScorer, sketches)])
+        )
 
 
 def folded_bytes(prefixes: Iterable[object]) -> int:

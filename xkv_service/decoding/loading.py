@@ -11,6 +11,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
 from xkv_service.factors import PrefixFactors
+from xkv_service.manifest_checks import checked_spec
 from xkv_service.modeling.model_files import find_model
 from xkv_service.numeric import is_integer
 from xkv_service.packed_factors import leading_runs
@@ -42,12 +43,13 @@ def load_factors(
     manifest = store.manifest(artifact_id)
     if model is not None:
         _check_files(model, manifest)
-    calibration = _calibration(store, manifest)
+    spec = checked_spec(manifest, len(manifest.tensors))
+    calibration = _calibration(store, spec)
     if rank_k is None and rank_v is None:
         return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
     cut = manifest.model_copy(update={"groups": groups})
-    wanted = stored_tensors(CompressionSpec.from_canonical(manifest.spec), manifest.tokens, groups)
+    wanted = stored_tensors(spec, manifest.tokens, groups)
     names = [name for name in manifest.tensors if not _is_block(name) or name in wanted]
     tensors = {
         name: tensor[tuple(slice(size) for size in wanted[name].shape)] if _is_block(name) else tensor
@@ -90,8 +92,8 @@ def _is_block(name: str) -> bool:
     return name.startswith("group.")
 
 
-def _calibration(store: ArtifactStore, manifest: PrefixManifest) -> Calibration | None:
+def _calibration(store: ArtifactStore, spec: CompressionSpec) -> Calibration | None:
     """The calibration that the artifact's bases come from, or None."""
-    if manifest.spec.get("basis") != "calibrated":
+    if spec.calibration is None or spec.basis == "document":
         return None
-    return load_calibration(store, str(manifest.spec["calibration"]))
+    return load_calibration(store, spec.calibration)

@@ -6,6 +6,7 @@ together, and gives [kv_heads, rows, units], where a unit is one token or one ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +77,18 @@ class SketchScorer:
         products -= 8 * (low + high).sum(-1, keepdim=True)
         products *= self._scales.t().float()[:, None]
         return products
+
+
+class JoinedSketches:
+    """The scores of several sketches one after the other."""
+
+    unit = 1
+
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        self.scorers = scorers
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.cat([scorer(queries) for scorer in self.scorers], -1)
 
 
 def _by_head(codes: torch.Tensor) -> torch.Tensor:

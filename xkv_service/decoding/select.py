@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from xkv_service.decoding.layer_prefix import ReadablePrefix
-from xkv_service.decoding.scoring import LandmarkScorer, Scorer, Scoring, SketchScorer
+from xkv_service.decoding.scoring import JoinedSketches, LandmarkScorer, Scorer, Scoring, SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.selection.spec import SelectionSpec
+
+_KINDS: dict[str, tuple[type[Scorer], ...]] = {
+    "sketch": (SketchScorer, JoinedSketches),
+    "landmark": (LandmarkScorer,),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Selection:
             return None
         if wanted == "exact":
             return _ExactScorer(self.prefix)
-        kind = {"sketch": SketchScorer, "landmark": LandmarkScorer}.get(wanted)
+        kind = _KINDS.get(wanted)
         if index is None or (kind is not None and not isinstance(index, kind)):
             raise InvalidSpec(
                 f"selector={wanted!r}: the artifact was made without that index",

@@ -45,7 +45,8 @@ class FactorizedGroups:
     """Factors of every group.
 
     Args:
-        key_error, value_error: relative reconstruction error of each group (`Factorization.error`).
+        key_error, value_error: relative reconstruction error of each group (`Factorization.error`, or that of
+            rounded factors over a calibration's bases).
         key_energy: by layer, mean square of the keys before RoPE [kv_heads, D]; rotary planes keep theirs
             when they turn. Empty where the factors were not made from Gram matrices.
     """

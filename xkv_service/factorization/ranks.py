@@ -73,8 +73,9 @@ def size_of(
     """
     rotary = rotary or _assumed_rotary(layout)
     windows = _windows(layout, tokens)
-    if spec.calibration is not None:
-        return _calibrated(layout, tokens, spec, rotary, windows, _named(spec, calibration))
+    named = _named(spec, calibration)
+    if named is not None:
+        return _calibrated(layout, tokens, spec, rotary, windows, named)
     _refuse_large_ranks(layout, tokens, spec)
 
     def sized(density: int) -> Size:
@@ -94,11 +95,13 @@ def size_of(
     return sized(density)
 
 
-def _named(spec: CompressionSpec, calibration: Calibration | None) -> Calibration:
-    if calibration is None or calibration.id != spec.calibration:
+def _named(spec: CompressionSpec, calibration: Calibration | None) -> Calibration | None:
+    """The calibration, checked to be the one that the spec names, if it names one."""
+    given = None if calibration is None else calibration.id
+    if given != spec.calibration:
         raise InvalidSpec(
-            f"the spec names calibration {str(spec.calibration)[:12]}, which was not given",
-            hint="pass that calibration",
+            f"the spec names calibration {str(spec.calibration)[:12]}, {str(given)[:12]} was given",
+            hint="pass the calibration that the spec names",
         )
     return calibration
 

@@ -12,8 +12,11 @@ from calibration_figures import calibration_figures, trial
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import best_spec
 from xkv_service.calibration.report.numbers import nats, percent, short, times
 from xkv_service.calibration.report_page import write_plots, write_report
+from xkv_service.calibration.steps import STEPS
 from xkv_service.errors import MissingExtra
 
 FIGURES = calibration_figures()
@@ -25,6 +28,7 @@ HEADINGS = {
     "likeness": ("Which layers are alike",),
     "spectra": ("How few directions are needed",),
     "stability": ("Stability",),
+    "thresholds": ("Fidelity that is usual",),
     "warnings": ("To know before use",),
 }  # fmt: skip
 
@@ -55,18 +59,43 @@ def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
 def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:
     lead = re.search(r'<p class="lead">(.*?)</p>', report(FIGURES, tmp_path))
     rows = {row["step"]: row for row in FIGURES["validation"] if row["asked"] == 20.0}
-    last, recipe = rows["2, 4 and 8 bits"], rows["recipe"]
+    last, recipe = rows["calibrated bases, bits"], rows["recipe"]
     words = re.sub("<.*?>", "", unescape(lead.group(1)) if lead else "")
     assert words == (
         f"At 20x compression the predictions differ from the exact cache’s by "
-        f"{nats(last['kl'], last['kl_error'])} nats, and the likeliest token is the same at "
+        f"{nats(last['kl'], last['kl_error'])}\u00a0nats, and the likeliest token is the same at "
         f"{percent(last['agreement'])} of positions. With the fixed recipe it would be "
-        f"{short(recipe['kl'])} nats and {percent(recipe['agreement'])}."
+        f"{short(recipe['kl'])}\u00a0nats and {percent(recipe['agreement'])}."
     )
 
 
+def test_names_the_recipe_where_it_was_measured(tmp_path: Path) -> None:
+    page = unescape(report({**FIGURES, "settings": {"ratio": 48.0}}, tmp_path))
+    recipe = next(row for row in FIGURES["validation"] if row["asked"] == 20.0)
+    assert "The fixed recipe could not be measured there. At 20x it gives " + short(recipe["kl"]) in page
+
+
+def test_tells_a_ratio_that_is_not_the_one_asked_for(tmp_path: Path) -> None:
+    rows = [{"asked": 8.0, "step": step, **trial(0.1), "ratio": at} for step, at in (("a", 8.1), ("b", 9.8))]
+    assert re.findall(r"stored at [\d.]+x", report({"validation": rows}, tmp_path)) == ["stored at 9.8x"]
+
+
+@pytest.mark.parametrize("best", sorted(STEPS))
+def test_the_chosen_step_is_the_one_that_documents_are_compressed_with(best: str, tmp_path: Path) -> None:
+    rows = [{"asked": 20.0, "step": step, **trial(1e-4 if step == best else 1e-2)} for step in STEPS]
+    free = [{"asked": 20.0, "step": step, **trial(1e-6)} for step in ("recipe", "derived index")]
+    figures = {"validation": [*free, *rows]}
+    spec = best_spec(20.0, Calibration((), {}, figures, id="a"))
+    assert {"basis": spec.basis, "factor_dtype": spec.factor_dtype} == STEPS[best]
+    page = report(figures, tmp_path)
+    row = next(one for one in page.split("<tr>") if "✓ chosen" in one)
+    assert row.startswith(f'<th scope="row">{best}<')
+    assert nats(1e-4, 2e-5) in page.split('<ul class="tiles"')[0]
+
+
 def test_marks_what_was_chosen(tmp_path: Path) -> None:
-    rows = re.findall(r"<tr>(?:(?!</tr>).)*✓ chosen.*?</tr>", report(FIGURES, tmp_path))
+    page = report(FIGURES, tmp_path).split("What was tried")[1]
+    rows = [row for row in page.split("<tr>") if "✓ chosen" in row]
     assert len(rows) == 2
     assert "tolerance+both" in rows[0] and "searched" in rows[1]
 
@@ -74,6 +103,23 @@ def test_marks_what_was_chosen(tmp_path: Path) -> None:
 def test_equal_groups_leave_the_fixed_ones_chosen(tmp_path: Path) -> None:
     page = report({"partition": {"fixed": trial(0.1), "chosen": trial(0.1)}}, tmp_path)
     assert "fixed" in next(row for row in page.split("<tr>") if "✓ chosen" in row)
+
+
+def test_says_which_choices_are_within_the_error(tmp_path: Path) -> None:
+    close, far = {**trial(0.0020), "kl_error": 0.0002}, {**trial(0.0090), "kl_error": 0.0002}
+    page = report(
+        {"weighting": "best", "metrics": {"best": trial(0.0019), "close": close, "far": far}}, tmp_path
+    )
+    rows = {row.split("<")[0]: row for row in page.split('<th scope="row">')}
+    assert "within the error" in rows["close"]
+    assert "within the error" not in rows["far"] and "within the error" not in rows["best"]
+
+
+@pytest.mark.parametrize(
+    ("selector", "words"), [("auto", "Selection was on"), ("dense", "Selection was off")]
+)
+def test_says_whether_tokens_were_selected(selector: str, words: str, tmp_path: Path) -> None:
+    assert words in report({"settings": {"selection": {"selector": selector}}}, tmp_path)
 
 
 @pytest.mark.parametrize("missing", sorted(HEADINGS))

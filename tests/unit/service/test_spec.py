@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from xkv_artifacts.keys import artifact_id
 from xkv_service.errors import InvalidSpec
 from xkv_service.spec import CompressionSpec
 
@@ -48,6 +49,13 @@ def test_ranks_replace_the_ratio() -> None:
         {"index": "quest"},
         {"key_weights": "output"},
         {"value_weights": "query"},
+        {"basis": "shared"},
+        {"basis": "calibrated"},
+        {"factor_dtype": "mixed"},
+        {"factor_dtype": "int4"},
+        {"calibration": 7},
+        {"calibration": ""},
+        {"calibration": "a" * 65},
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(fields: dict[str, Any]) -> None:
@@ -65,3 +73,24 @@ def test_canonical_fields_make_the_same_spec_after_json() -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(InvalidSpec):
         CompressionSpec.from_canonical({**CompressionSpec().canonical(), "colour": "red"})
+
+
+def test_a_calibration_comes_with_a_ratio_and_whole_bits() -> None:
+    spec = CompressionSpec(calibration="c" * 64, basis="calibrated", factor_dtype="mixed", index="derived")
+    assert spec.ratio == 8.0
+    assert CompressionSpec.from_canonical(json.loads(json.dumps(spec.canonical()))) == spec
+    for fields in ({"rank_k": 4, "rank_v": 4}, {"factor_dtype": "bfloat16"}):
+        with pytest.raises(InvalidSpec, match="a calibration chooses ranks and bits"):
+            CompressionSpec(calibration="c" * 64, **fields)  # type: ignore[arg-type]
+
+
+def test_ids_of_specs_without_a_calibration_are_what_they_were() -> None:
+    """Artifacts made before there were calibrations are still found."""
+    golden = "3b4324e34d89f1dbf700cb7344c46b2c203dd9d07847669fe1b88a90b25432c3"
+    assert artifact_id("0" * 64, "default", range(9), CompressionSpec().canonical()) == golden
+    assert set(CompressionSpec().canonical()) == {
+        "group_size", "ratio", "rank_k", "rank_v", "key_share", "dtype", "factor_dtype", "index",
+        "sketch_planes", "landmark_chunk", "sink", "recent", "outlier_chunks", "key_weights", "value_weights",
+    }  # fmt: skip
+    with_one = CompressionSpec(calibration="c" * 64).canonical()
+    assert (with_one["calibration"], with_one["basis"]) == ("c" * 64, "document")

@@ -17,11 +17,14 @@ from xkv_service.calibration.report.reading import (
 _MOST_ROWS = 500
 _MOST_DEPTH = 3
 
-SMALL_PRINT = (
+_SAMPLE = (
     "All figures are of this sample. Documents unlike it may fare differently.",
-    "The metric and the groups were chosen on the same held-out documents that the figures are of; "
-    "if anything this flatters the later steps. The bases were made from other documents.",
-    "Selection was on: decoding read the positions that the index chose, as a session does.",
+    "The metric, the groups and the step for each ratio were chosen on the same held-out documents that the "
+    "figures are of; if anything this flatters them. The bases were made from other documents.",
+)
+_SELECTED = "Selection was on: decoding read the positions that the index chose, as a session does."
+_DENSE = "Selection was off: every token was rebuilt. Sessions that select tokens may fare differently."
+_MEASURES = (
     "Sizes are the bytes stored for a document, its index and exact tokens included. Bases that all "
     "documents share are stored once for the model and not counted.",
     "Divergence is the mean Kullback-Leibler divergence of next-token predictions from those of the exact "
@@ -40,9 +43,9 @@ def _documents(figures: Figures) -> list[str]:
     counts = [trial.documents for trial in found.trials.values() if trial.documents is not None]
     if not counts:
         return []
-    fewest = min(counts)
+    least = "at least " if len(set(counts)) > 1 else ""
     errors = [trial for trial in found.trials.values() if trial.kl is not None and trial.kl_error is None]
-    lines = [f"Each figure is of {counted(fewest, 'held-out document')}, or the mean of more."]
+    lines = [f"Each figure rests on {least}{counted(min(counts), 'held-out document')}."]
     if errors:
         lines.append(
             "Where no standard error is given there was one document: how much it varies is unknown."
@@ -78,9 +81,25 @@ _PARTS = {
 }
 
 
-def small_print() -> Markup:
+def usual(figures: Figures) -> Markup:
+    """Divergences above which a document is unlike the sample."""
+    rows = []
+    for one in map(mapping, items(figures.get("thresholds"))):
+        ratio, worst, limit = (number(one.get(name)) for name in ("ratio", "worst", "kl"))
+        if ratio is not None and limit is not None:
+            rows.append([times(ratio), "–" if worst is None else short(worst), short(limit)])
+    if not rows:
+        return joined()
+    heads = ["Ratio", "Worst held-out document", "Limit"]
+    return table("Fidelity that is usual, nats: a document above the limit is unlike the sample", heads, rows)
+
+
+def small_print(figures: Figures) -> Markup:
     """What a reader must not take the figures for."""
-    return element("ul", *(element("li", one) for one in SMALL_PRINT), class_="plain small")
+    selection = mapping(mapping(figures.get("settings")).get("selection"))
+    selected = _DENSE if selection.get("selector") == "dense" else _SELECTED
+    lines = (*_SAMPLE, selected, *_MEASURES)
+    return element("ul", *(element("li", one) for one in lines), class_="plain small")
 
 
 def facts(value: object, caption: str, depth: int = 0) -> Markup:

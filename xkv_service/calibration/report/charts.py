@@ -46,11 +46,12 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """One line; `style` numbers its colour and its marker."""
+    """One line; `style` numbers its colour and its marker, a `bold` one is the one to look at."""
 
     name: str
     style: int
     points: tuple[Point, ...]
+    bold: bool = False
 
 
 @dataclass(frozen=True)

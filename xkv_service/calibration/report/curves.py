@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from xkv_service.calibration.report.charts import SIDES, Axis, Lines, Point, Series, Side, ticks
 from xkv_service.calibration.report.numbers import nats, percent, power, times
-from xkv_service.calibration.report.reading import Figures, Trial, Validation, items, mapping, share
+from xkv_service.calibration.report.reading import (
+    Figures,
+    Trial,
+    Validation,
+    decided_ratio,
+    items,
+    mapping,
+    share,
+)
 
 PLURAL = {"key": "keys", "value": "values"}
 _LEAST_NATS = 1e-12
@@ -18,8 +26,10 @@ Measured = Callable[[Trial], "tuple[float, float, float, str] | None"]
 
 def accuracy_charts(figures: Figures) -> list[Lines]:
     """Divergence and agreement against the ratio, a line for each step."""
-    found = Validation.of(figures)
-    divergence, agreement = _series(found, _divergence), _series(found, _agreement)
+    found, decided = Validation.of(figures), decided_ratio(figures)
+    best = found.chosen(decided) if decided is not None else None
+    bold = best[0] if best else ""
+    divergence, agreement = _series(found, _divergence, bold), _series(found, _agreement, bold)
     charts = []
     if divergence:
         charts.append(
@@ -53,7 +63,7 @@ def _agreement(trial: Trial) -> tuple[float, float, float, str] | None:
     return trial.agreement, trial.agreement, trial.agreement, percent(trial.agreement)
 
 
-def _series(found: Validation, measured: Measured) -> tuple[Series, ...]:
+def _series(found: Validation, measured: Measured, bold: str) -> tuple[Series, ...]:
     series = []
     for style, step in enumerate(found.steps):
         points = []
@@ -64,7 +74,7 @@ def _series(found: Validation, measured: Measured) -> tuple[Series, ...]:
                 x = max(1.0, trial.ratio or asked)
                 points.append(Point(x, *value[:3], f"{step}, {times(x)}: {value[3]}"))
         if points:
-            series.append(Series(step, style, tuple(points)))
+            series.append(Series(step, style, tuple(points), step == bold))
     return tuple(series)
 
 

@@ -8,37 +8,53 @@ from xkv_service.calibration.report.reading import Figures, Trial, Validation, m
 
 _SAME = 1.05
 """Divergences that differ by less than this factor are called the same."""
+_FAR = 0.05
+"""Ratios further apart than this share are told."""
 _NONE = "–"
+_BEFORE = {
+    "bits": "ranks and weights",
+    "calibrated bases": "ranks and weights",
+    "calibrated bases, 4 bits": "calibrated bases",
+    "calibrated bases, bits": "calibrated bases",
+}
+"""Steps that add a decision to another than the one tried before them."""
 
 
 def steps_table(figures: Figures) -> Markup:
-    """At each ratio, divergence and agreement of every step, and its gain over the step before."""
+    """At each ratio, divergence and agreement of every step, and its gain over the step it builds on."""
     found = Validation.of(figures)
     if not found.trials:
         return joined()
     rows = []
     for number, step in enumerate(found.steps):
-        before = found.steps[number - 1] if number else None
-        cells = [
-            _cell(found.at(one, step), found.at(one, before) if before else None) for one in found.ratios
-        ]
-        rows.append([step, *cells])
+        before = _BEFORE.get(step) or (found.steps[number - 1] if number else "")
+        over = element("small", f"over {before}") if before else ""
+        rows.append([joined(step, over), *(_cell(found, one, step, before) for one in found.ratios)])
     heads = ["Step", *(times(one) for one in found.ratios)]
-    caption = "Divergence (nats), agreement, and the gain over the step above"
+    caption = "Divergence (nats), agreement, and the gain over the step named"
     return joined(table(caption, heads, rows), _reasons(found))
 
 
-def _cell(trial: Trial | None, before: Trial | None) -> Markup:
+def _cell(found: Validation, asked: float, step: str, before: str) -> Markup:
+    trial, best = found.at(asked, step), found.chosen(asked)
     if trial is None or trial.kl is None:
         return element("small", "not measured")
     agreed = element("small", f"{percent(trial.agreement)} agree") if trial.agreement is not None else ""
-    return joined(element("strong", nats(trial.kl, trial.kl_error)), agreed, _gain(trial, before))
+    mark = element("small", "✓ chosen", class_="chosen") if best and best[1] is trial else ""
+    figure = element("strong", nats(trial.kl, trial.kl_error))
+    return joined(figure, agreed, _gain(trial, found.at(asked, before)), _stored(asked, trial), mark)
+
+
+def _stored(asked: float, trial: Trial) -> Markup:
+    """The ratio that was reached where it is another than the one asked for."""
+    far = trial.ratio is not None and abs(trial.ratio - asked) > _FAR * asked
+    return element("small", f"stored at {times(trial.ratio)}") if far and trial.ratio else joined()
 
 
 def _gain(trial: Trial, before: Trial | None) -> Markup:
     if before is None or not before.kl or not trial.kl:
         return joined()
-    if abs(before.kl - trial.kl) <= (before.kl_error or 0) + (trial.kl_error or 0):
+    if _within_error(before, trial):
         return element("small", "within the error")
     factor = before.kl / trial.kl
     if 1 / _SAME < factor < _SAME:
@@ -46,6 +62,12 @@ def _gain(trial: Trial, before: Trial | None) -> Markup:
     if factor > 1:
         return element("small", f"{short(factor)}x less", class_="good")
     return element("small", f"{short(1 / factor)}x more", class_="bad")
+
+
+def _within_error(one: Trial, other: Trial) -> bool:
+    """Whether two divergences differ by no more than their standard errors."""
+    errors = (one.kl_error or 0.0) + (other.kl_error or 0.0)
+    return bool(errors) and one.kl is not None and other.kl is not None and abs(one.kl - other.kl) <= errors
 
 
 def _reasons(found: Validation) -> Markup:
@@ -108,12 +130,18 @@ def _choice(
 ) -> Markup:
     rows = []
     for name, trial in tried.items():
-        mark = element("span", "✓ chosen", class_="chosen") if name == chosen else ""
-        found = trial.reason or "not measured" if trial.kl is None else nats(trial.kl, trial.kl_error)
+        label = (names or {}).get(name, name)
+        head = joined(label, element("small", "✓ chosen", class_="chosen")) if name == chosen else label
         measured = _measures(trial)
-        rows.append([(names or {}).get(name, name), found, measured[4], measured[6], measured[7], mark])
-    heads = ["", "Nats", "Agreement", "Key error", "Value error", "Chosen"]
-    return table(_with_documents(caption, tried), heads, rows)
+        rows.append([head, _compared(trial, tried.get(chosen)), measured[4], measured[6], measured[7]])
+    return table(_with_documents(caption, tried), ["", "Nats", "Agreement", "Key error", "Value error"], rows)
+
+
+def _compared(trial: Trial, chosen: Trial | None) -> Markup:
+    """Its divergence, and a word where the choice could have gone either way."""
+    found = trial.reason or "not measured" if trial.kl is None else nats(trial.kl, trial.kl_error)
+    doubt = chosen is not None and trial is not chosen and _within_error(trial, chosen)
+    return joined(found, element("small", "within the error of the chosen") if doubt else "")
 
 
 def _with_documents(caption: str, tried: dict[str, Trial]) -> str:

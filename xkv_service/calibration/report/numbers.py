@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_GAP = "\u00a0"
+GAP = "\u00a0"
+"""A space that a line does not break at."""
 
 
 def power(exponent: int) -> str:
@@ -15,9 +16,9 @@ def short(value: float) -> str:
     """Two significant digits; a power of ten where there would be many zeros."""
     if value == 0:
         return "0"
-    if not 1e-3 <= abs(value) < 1e5:
+    if not 1e-3 <= abs(value) < 1e6:
         exponent = _exponent(value)
-        return f"{value / 10.0**exponent:.1f}{_GAP}×{_GAP}10{str(exponent).translate(_RAISED)}"
+        return f"{value / 10.0**exponent:.1f}{GAP}×{GAP}10{str(exponent).translate(_RAISED)}"
     digits = max(0, 1 - _exponent(value))
     return f"{float(f'{value:.1e}'):,.{digits}f}"
 
@@ -27,10 +28,10 @@ def nats(value: float, error: float | None = None) -> str:
     if not error:
         return short(value)
     exponent = _exponent(max(value, error))
-    scale = 1.0 if -3 <= exponent < 5 else 10.0**exponent
+    scale = 1.0 if -3 <= exponent < 6 else 10.0**exponent
     digits = max(0, -_exponent(error / scale), 1 - _exponent(max(value, error) / scale))
-    both = f"{value / scale:,.{digits}f}{_GAP}±{_GAP}{error / scale:,.{digits}f}"
-    return both if scale == 1.0 else f"({both}){_GAP}×{_GAP}10{str(exponent).translate(_RAISED)}"
+    both = f"{value / scale:,.{digits}f}{GAP}±{GAP}{error / scale:,.{digits}f}"
+    return both if scale == 1.0 else f"({both}){GAP}×{GAP}10{str(exponent).translate(_RAISED)}"
 
 
 def _exponent(value: float) -> int:
@@ -40,7 +41,7 @@ def _exponent(value: float) -> int:
 def percent(share: float) -> str:
     """A share in percent; never 100 % of what is not all."""
     shown = f"{100 * share:.1f}".removesuffix(".0")
-    return f">{_GAP}99.9{_GAP}%" if shown == "100" and share < 1 else f"{shown}{_GAP}%"
+    return f">{GAP}99.9{GAP}%" if shown == "100" and share < 1 else f"{shown}{GAP}%"
 
 
 def times(ratio: float) -> str:
@@ -50,9 +51,7 @@ def times(ratio: float) -> str:
 
 def counted(number: float, noun: str) -> str:
     """A number with its noun, in the plural where it is not one."""
-    return (
-        f"{number:,g}{_GAP}{noun}{'' if number == 1 else 's'}" if number < 1e6 else f"{number:,.0f} {noun}s"
-    )
+    return f"{number:,g}{GAP}{noun}{'' if number == 1 else 's'}" if number < 1e6 else f"{number:,.0f} {noun}s"
 
 
 def span(layers: tuple[int, ...]) -> str:

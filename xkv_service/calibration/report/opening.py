@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xkv_service.calibration.report.markup import Markup, element, joined
-from xkv_service.calibration.report.numbers import counted, nats, percent, short, times
+from xkv_service.calibration.report.numbers import GAP, counted, nats, percent, short, times
 from xkv_service.calibration.report.reading import (
     Figures,
     Trial,
@@ -52,33 +52,36 @@ def _sample(figures: Figures) -> list[object]:
 
 
 def _sentence(figures: Figures) -> list[Markup]:
-    """The one sentence that matters, if the last step was measured where choices were made."""
+    """The one sentence that matters, if the calibration was measured where choices were made."""
     found, asked = Validation.of(figures), decided_ratio(figures)
-    last = found.at(asked, found.steps[-1]) if asked is not None else None
-    if asked is None or last is None or last.kl is None:
+    _, best = (found.chosen(asked) if asked is not None else None) or ("", None)
+    if asked is None or best is None or best.kl is None:
         return []
     parts: list[object] = [
         f"At {times(asked)} compression the predictions differ from the exact cache’s by ",
-        element("strong", f"{nats(last.kl, last.kl_error)} nats"),
+        element("strong", f"{nats(best.kl, best.kl_error)}{GAP}nats"),
     ]
-    if last.agreement is not None:
-        parts += [", and the likeliest token is the same at ", element("strong", percent(last.agreement))]
+    if best.agreement is not None:
+        parts += [", and the likeliest token is the same at ", element("strong", percent(best.agreement))]
         parts += [" of positions"]
     return [joined(*parts, ". ", _recipe(found, asked))]
 
 
 def _recipe(found: Validation, asked: float) -> str:
-    """What the first step, the fixed recipe, does at the same ratio."""
-    first = found.at(asked, found.steps[0])
-    if len(found.steps) < 2 or first is None:
+    """What the fixed recipe does there, or at the highest ratio that it was measured at."""
+    if len(found.steps) < 2 or found.steps[0] != "recipe":
         return ""
-    if first.reason is not None:
-        return f"The fixed {found.steps[0]} cannot be measured there." if found.steps[0] == "recipe" else ""
-    return f"With the fixed recipe it would be {_outcome(first)}." if found.steps[0] == "recipe" else ""
+    first = found.at(asked, "recipe")
+    if first is not None and first.kl is not None:
+        return f"With the fixed recipe it would be {_outcome(first)}."
+    measured = [one for one in found.ratios if (trial := found.at(one, "recipe")) and trial.kl is not None]
+    other = found.at(measured[-1], "recipe") if measured else None
+    beyond = f" At {times(measured[-1])} it gives {_outcome(other)}." if other else ""
+    return f"The fixed recipe could not be measured there.{beyond}"
 
 
 def _outcome(trial: Trial) -> str:
-    parts = [f"{short(trial.kl)} nats"] if trial.kl is not None else []
+    parts = [f"{short(trial.kl)}{GAP}nats"] if trial.kl is not None else []
     parts += [percent(trial.agreement)] if trial.agreement is not None else []
     return " and ".join(parts) or "unknown"
 
@@ -97,10 +100,10 @@ def _tiles(figures: Figures) -> Markup:
     found, decided = Validation.of(figures), decided_ratio(figures)
     tiles = []
     for asked in found.ratios:
-        last = found.at(asked, found.steps[-1])
-        if last is not None and last.kl is not None:
-            agreed = percent(last.agreement) + " same token" if last.agreement is not None else ""
-            lines = [element("span", f"{short(last.kl)} nats"), element("span", agreed)]
+        step, best = found.chosen(asked) or ("", None)
+        if best is not None and best.kl is not None:
+            agreed = percent(best.agreement) + " same token" if best.agreement is not None else ""
+            lines = [element("span", one) for one in (f"{short(best.kl)}{GAP}nats", agreed, step)]
             note = element("span", "choices made here") if asked == decided else ""
             kind = "decided" if asked == decided else None
             tiles.append(element("li", element("b", times(asked)), *lines, note, class_=kind))

@@ -29,15 +29,16 @@ def group_chart(figures: Figures) -> Stacks | None:
     return Stacks("groups", "Groups of layers", _UNION, found, (), {}) if found else None
 
 
-def plan_charts(figures: Figures) -> list[tuple[float, Stacks]]:
-    """Bits by group at each ratio that there is a plan for, lowest first."""
-    found = []
-    for key, plan in mapping(figures.get("plans")).items():
-        ratio, chart = _ratio(key), _plan(items(plan))
-        if ratio is not None and chart:
-            name, title = f"plan-{ratio:g}", f"Bits over the layers at {times(ratio)}"
-            found.append((ratio, Stacks(name, title, chart.note, chart.groups, chart.levels, chart.parts)))
-    return sorted(found, key=lambda one: one[0])
+def plan_charts(figures: Figures) -> list[Stacks]:
+    """Bits by group at each ratio that there is a plan for, lowest first; a level is the same in all."""
+    plans = {
+        ratio: _groups_of(plan)
+        for key, plan in mapping(figures.get("plans")).items()
+        if (ratio := _ratio(key)) is not None
+    }
+    runs = [run for plan in plans.values() for _, sides in plan for run in sides.values()]
+    levels = sorted({bits for run in runs for bits in run})
+    return [_plan(ratio, plan, levels) for ratio, plan in sorted(plans.items()) if _any_bits(plan)]
 
 
 def _ratio(key: object) -> float | None:
@@ -47,15 +48,31 @@ def _ratio(key: object) -> float | None:
         return None
 
 
-def _plan(plan: list[object]) -> Stacks | None:
-    rows = sorted((of, row) for row in map(mapping, plan) if (of := layers(row.get("layers"))))
-    runs = {side: [_runs(row.get(side)) for _, row in rows] for side in SIDES}
-    widths = sorted({bits for side in SIDES for run in runs[side] for bits in run})
-    if not widths:
-        return None
-    parts = {side: tuple(tuple(run.get(b, 0.0) for b in widths) for run in runs[side]) for side in SIDES}
-    note = "Bits stored for each token: keys upwards, values downwards. Fuller shade: more bits a number."
-    return Stacks("", "", note, tuple(of for of, _ in rows), tuple(f"{b:g} bits" for b in widths), parts)
+_Groups = list[tuple[tuple[int, ...], dict[Side, dict[float, float]]]]
+
+
+def _groups_of(plan: object) -> _Groups:
+    """The layers of each group and, by side, its bits a token by bits of a number."""
+    rows = sorted(
+        ((of, row) for row in map(mapping, items(plan)) if (of := layers(row.get("layers")))),
+        key=lambda one: one[0],
+    )
+    return [(of, {side: _runs(row.get(side)) for side in SIDES}) for of, row in rows]
+
+
+def _any_bits(plan: _Groups) -> bool:
+    return any(run for _, sides in plan for run in sides.values())
+
+
+def _plan(ratio: float, plan: _Groups, levels: list[float]) -> Stacks:
+    return Stacks(
+        f"plan-{ratio:g}",
+        f"Bits over the layers at {times(ratio)}",
+        "Bits of factors for each token: keys upwards, values downwards. Fuller shade: more bits a number.",
+        tuple(of for of, _ in plan),
+        tuple(f"{bits:g} bits" for bits in levels),
+        {side: tuple(tuple(sides[side].get(b, 0.0) for b in levels) for _, sides in plan) for side in SIDES},
+    )
 
 
 def _runs(value: object) -> dict[float, float]:

@@ -10,10 +10,10 @@ from xkv_service.analysis.picture import require_matplotlib
 from xkv_service.calibration.report.charts import SIDES, Chart, Heat, Lines, Series, Stacks
 from xkv_service.calibration.report.numbers import span
 
-_STEPS = ("#7b8491", "#b8530f", "#8a6a00", "#17806d", "#8b4bb3", "#1f5fa8")
+_STEPS = ("#7b8491", "#b8530f", "#8a6a00", "#17806d", "#8b4bb3", "#b5306f", "#1f5fa8", "#4d7c0f")
 _SIDES = {"key": "#1f5fa8", "value": "#b8530f"}
 _SHADES = {"key": "Blues", "value": "Oranges"}
-_MARKERS = "os^Dvo"
+_MARKERS = "os^DvPoX"
 _MOST_LABELS = 12
 
 
@@ -72,6 +72,7 @@ def _line(axes: Any, chart: Lines, series: Series) -> None:
     axes.errorbar(
         [point.x for point in series.points], shown, bars, color=colour, label=_plain(series.name),
         marker=_MARKERS[series.style % len(_MARKERS)], markevery=max(1, len(shown) // 8), clip_on=False,
+        linewidth=3.0 if series.bold else 1.5,
         alpha=1.0 if chart.palette == "steps" else max(0.4, 1 - 0.15 * series.style),
     )  # fmt: skip
 

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xkv_service.calibration.steps import best_step
+
 Figures = Mapping[str, Any]
 
 _LARGEST = 1e15
 _ROUNDING = 1e-6
+WITHOUT = ("recipe", "derived index")
+"""Steps that need no calibration."""
 
 
 def number(value: object) -> float | None:
@@ -119,12 +123,24 @@ class Validation:
 
     @property
     def steps(self) -> list[str]:
-        """In the order in which they were tried: each adds one decision to the one before."""
+        """In the order in which they were tried."""
         return list(dict.fromkeys(step for _, step in self.trials))
 
     def at(self, asked: float, step: str) -> Trial | None:
         """The trial, if it was made."""
         return self.trials.get((asked, step))
+
+    def chosen(self, asked: float) -> tuple[str, Trial] | None:
+        """What a calibration serves a ratio with (`steps.best_step`), of the steps that need one."""
+        made = {
+            step: trial
+            for step in self.steps
+            if (trial := self.at(asked, step)) and trial.kl is not None and step not in WITHOUT
+        }
+        if not made:
+            return None
+        best = best_step({step: trial.kl or 0.0 for step, trial in made.items()})
+        return best, made[best]
 
 
 def decided_ratio(figures: Figures) -> float | None:

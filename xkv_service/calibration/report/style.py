@@ -4,12 +4,12 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f26; --soft: #5a6472;
   --rule: #dde1e7; --key: #1f5fa8; --value: #b8530f; --good: #1a7f4b; --bad: #b3261e; --warn: #fff6e0;
   --warn-rule: #d9a400; --s0: #7b8491; --s1: #b8530f; --s2: #8a6a00; --s3: #17806d; --s4: #8b4bb3;
-  --s5: #1f5fa8; }
+  --s5: #b5306f; --s6: #1f5fa8; --s7: #4d7c0f; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14171c; --card: #1d2128; --ink: #e8ebf0; --soft: #a3adba; --rule: #353c47;
     --key: #6cacf0; --value: #f0985a; --good: #5fcf95; --bad: #ff8a80; --warn: #2d2714;
     --warn-rule: #c79a1c; --s0: #98a1ae; --s1: #f0985a; --s2: #d8b73c; --s3: #4ec3ad; --s4: #c795ec;
-    --s5: #6cacf0; } }
+    --s5: #f07fb4; --s6: #6cacf0; --s7: #a3d65c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
@@ -46,9 +46,9 @@ svg .end { text-anchor: end; } svg .middle { text-anchor: middle; } svg .over { 
 .mark { fill: var(--c); stroke: var(--paper); stroke-width: 1; }
 .error { stroke: var(--c); stroke-width: 1.5; }
 .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
-.s4 { --c: var(--s4); } .s5 { --c: var(--s5); }
+.s4 { --c: var(--s4); } .s5 { --c: var(--s5); } .s6 { --c: var(--s6); } .s7 { --c: var(--s7); }
 .steps .s0 .line { stroke-dasharray: 5 4; }
-.steps .s5 .line { stroke-width: 3.2; }
+.bold .line { stroke-width: 3.6; }
 .cell { fill: var(--side); shape-rendering: crispEdges; }
 .key { --side: var(--key); } .value { --side: var(--value); }
 .key .line, .value .line, .key .mark, .value .mark { --c: var(--side); }
@@ -72,9 +72,9 @@ th, td { padding: 8px 14px; text-align: left; vertical-align: top; border-top: 1
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 600; min-width: 7.5rem; max-width: 20rem; overflow-wrap: anywhere; }
 td { white-space: nowrap; } td.wrap { white-space: normal; min-width: 14rem; }
-td small { display: block; color: var(--soft); font-size: .88rem; }
+td small, th small { display: block; font-weight: 400; color: var(--soft); font-size: .88rem; }
 td small.good { color: var(--good); } td small.bad { color: var(--bad); }
-.chosen { color: var(--good); font-weight: 600; }
+small.chosen { font-weight: 600; color: var(--good); }
 details { margin: 14px 0; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 ul.plain { padding-left: 20px; max-width: 46rem; } ul.plain li { margin: 4px 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 14px 0; }

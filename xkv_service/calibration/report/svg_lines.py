@@ -13,7 +13,9 @@ MARKERS = (
     "M0-4.8L4.6 3.6h-9.2z",
     "M0-5L5 0L0 5L-5 0z",
     "M0 4.8L4.6-3.6h-9.2z",
+    "M-4.5-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z",
     "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0-9.2 0z",
+    "M-5-2.5h10v5h-10z",
 )
 _WIDTH, _HEIGHT = 400.0, 280.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 24.0, 30.0, 46.0
@@ -33,9 +35,8 @@ def draw_lines(chart: Lines) -> Markup:
     )  # fmt: skip
 
 
-def style_class(style: int) -> str:
-    """The class that colours a line."""
-    return f"s{style % len(MARKERS)}"
+def _classes(series: Series) -> str:
+    return f"s{series.style % len(MARKERS)}" + (" bold" if series.bold else "")
 
 
 def _x(chart: Lines, value: float) -> float:
@@ -73,7 +74,7 @@ def _line(chart: Lines, series: Series) -> Markup:
     every = math.ceil(len(places) / _MOST_MARKED)
     for (x, y), point in list(zip(places, series.points, strict=True))[series.style % every :: every]:
         parts += [_error(chart, x, point), _marker(series.style, x, y, point.words)]
-    return element("g", *parts, class_=style_class(series.style))
+    return element("g", *parts, class_=_classes(series))
 
 
 def _error(chart: Lines, x: float, point: Point) -> Markup:
@@ -95,7 +96,7 @@ def legend(chart: Lines) -> Markup:
     rows = []
     for series in chart.series:
         drawn = joined(element("path", d="M0 7H28", class_="line"), _marker(series.style, 14, 7, series.name))
-        group = element("g", drawn, class_=style_class(series.style))
+        group = element("g", drawn, class_=_classes(series))
         key = element("svg", group, viewBox="0 0 28 14", aria_hidden="true", class_=f"swatch {chart.palette}")
         rows.append(element("li", key, element("span", series.name)))
     return element("ul", *rows, class_="legend")

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from measured import calibrated
 from talking import Talker
 
 from xkv_artifacts import session_format
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
 from xkv_artifacts.store import ArtifactStore
-from xkv_service import SelectionSpec
+from xkv_service import CompressionSpec, SelectionSpec, compress
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.storage import load_calibration, save_calibration
 from xkv_service.errors import CacheMisuse, InvalidSpec, ModelMismatch
 from xkv_service.sessions.saved import load_session, save_session
 from xkv_service.sessions.settings import GenerationSettings
@@ -63,6 +66,31 @@ def test_a_folded_session_goes_on_alike(
         assert (found.text, found.cached_tokens) == (expected.text, expected.cached_tokens)
     _change(tmp_path / "talk", lambda fields, tensors: tensors.pop("fold.0.group.0.key.scales"))
     with pytest.raises(CorruptArtifact, match="fold.0.group.0.key.scales"):
+        load_session(tmp_path / "talk", talker.loaded, store)
+
+
+def test_a_session_over_a_calibrations_bases_goes_on_alike(
+    talkers: Callable[[str], Talker], store: ArtifactStore, tmp_path: Path
+) -> None:
+    talker = talkers("llama")
+    ids = talker.factors.token_ids.tolist()
+    manifest = save_calibration(
+        store, calibrated(talker.model), talker.loaded.identity, [ProbedPrefix.of_text("text", ids)]
+    )
+    made = load_calibration(store, manifest.id)
+    spec = CompressionSpec(
+        ratio=2.0, calibration=made.id, basis="calibrated", factor_dtype="mixed", index="derived"
+    )
+    session = replace(talker, factors=compress(talker.model, ids, spec, made)).published(store)
+    session.send("Where?", SHORT)
+    session.fold(keep=4, error=0.01)
+    session.send("And then?", SHORT)
+    save_session(session, tmp_path / "talk")
+    loaded = load_session(tmp_path / "talk", talker.loaded, store)
+    expected, found = session.send("Why?", SHORT), loaded.send("Why?", SHORT)
+    assert (found.text, found.cached_tokens) == (expected.text, expected.cached_tokens)
+    store.calibrations.remove(made.id)
+    with pytest.raises(ArtifactNotFound):
         load_session(tmp_path / "talk", talker.loaded, store)
 
 
