@@ -185,7 +185,5 @@ def test_an_artifact_of_low_fidelity_is_compressed_again(
     asked = ["ask", "--doc", document, "--store", store, "--model", tiny_model, "--ratio", "6", "Why?"]
     assert xkv(*asked, "--max-tokens", "1", "--json").json["artifact"] == line["id"]
 
-    kept = xkv(*run, "--namespace", "kept", "--on-low-fidelity", "keep", "--json").json
-    assert kept["computed"] == 1 and kept["artifacts"][0]["ratio"] >= 6
     told = xkv(*run, "--namespace", "told")
     assert "one.txt was compressed again, to 3." in told.err and "KL" in told.err
