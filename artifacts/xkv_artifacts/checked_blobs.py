@@ -14,7 +14,8 @@ class Identified(Protocol):
     """A manifest of any format."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """64 hex digits."""
 
 
 Manifest = TypeVar("Manifest", bound=Identified)

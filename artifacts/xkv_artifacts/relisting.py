@@ -16,9 +16,11 @@ ListBlob = Callable[[str], object]
 class Listed(Protocol):
     """The entries of a catalog."""
 
-    def ids(self) -> list[str]: ...
+    def ids(self) -> list[str]:
+        """Of every entry."""
 
-    def drop(self, artifact_id: str, /) -> bool: ...
+    def drop(self, artifact_id: str, /) -> bool:
+        """Forget an entry; False when there was none."""
 
 
 def list_all(blobs: BlobStore, list_blob: ListBlob) -> tuple[int, tuple[Verification, ...]]:
