@@ -17,10 +17,10 @@ class Listed(Protocol):
     """The entries of a catalog."""
 
     def ids(self) -> list[str]:
-        """Of every entry."""
+        """The ids of all entries."""
 
     def drop(self, artifact_id: str, /) -> bool:
-        """Forget an entry; False when there was none."""
+        """Forget one; False when it was not known."""
 
 
 def list_all(blobs: BlobStore, list_blob: ListBlob) -> tuple[int, tuple[Verification, ...]]:

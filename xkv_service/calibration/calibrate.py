@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.certificates import fidelity_thresholds
-from xkv_service.calibration.choice import STEPS, calibrated_spec
+from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.calibration.steps import STEPS
 from xkv_service.calibration.tolerance import SHARES, Tolerances, measure, no_tolerances
 from xkv_service.calibration.validation import Candidate, validate
 from xkv_service.errors import InvalidSpec, RatioUnreachable

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.steps import STEPS, best_step
 from xkv_service.spec import CompressionSpec
-
-STEPS: Mapping[str, Mapping[str, str]] = {
-    "ranks and weights": {"basis": "document", "factor_dtype": "int8"},
-    "bits": {"basis": "document", "factor_dtype": "mixed"},
-    "calibrated bases": {"basis": "calibrated", "factor_dtype": "int8"},
-    "calibrated bases, 4 bits": {"basis": "calibrated", "factor_dtype": "int4"},
-    "calibrated bases, bits": {"basis": "calibrated", "factor_dtype": "mixed"},
-}
-"""What a calibration can make of a ratio, by the name it has in `figures["validation"]`."""
 
 
 def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> CompressionSpec:
@@ -25,7 +16,7 @@ def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> Co
 
 
 def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
-    """The spec whose divergence was least at the validated ratio next to `ratio`, the higher one of two.
+    """The spec that validation speaks for (`best_step`) at the ratio tried next to `ratio`.
 
     Without validation: shared bases and mixed bits.
     """
@@ -33,5 +24,5 @@ def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
     if not rows:
         return calibrated_spec(ratio, calibration)
     near = min({row["asked"] for row in rows}, key=lambda asked: (abs(asked - ratio), -asked))
-    best = min((row for row in rows if row["asked"] == near), key=lambda row: row["kl"])
-    return calibrated_spec(ratio, calibration, **STEPS[best["step"]])
+    best = best_step({row["step"]: row["kl"] for row in rows if row["asked"] == near})
+    return calibrated_spec(ratio, calibration, **STEPS[best])

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.choice import STEPS, best_spec
+from xkv_service.calibration.choice import best_spec
 from xkv_service.calibration.report.numbers import nats, percent, short, times
 from xkv_service.calibration.report_page import write_plots, write_report
+from xkv_service.calibration.steps import STEPS
 from xkv_service.errors import MissingExtra
 
 FIGURES = calibration_figures()

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xkv_service.calibration.steps import best_step
+
 Figures = Mapping[str, Any]
 
 _LARGEST = 1e15
@@ -129,13 +131,16 @@ class Validation:
         return self.trials.get((asked, step))
 
     def chosen(self, asked: float) -> tuple[str, Trial] | None:
-        """What a calibration serves a ratio with: of the steps that need one, that of least divergence."""
-        made = [
-            (step, trial)
+        """What a calibration serves a ratio with (`steps.best_step`), of the steps that need one."""
+        made = {
+            step: trial
             for step in self.steps
             if (trial := self.at(asked, step)) and trial.kl is not None and step not in WITHOUT
-        ]
-        return min(made, key=lambda one: one[1].kl or 0.0, default=None)
+        }
+        if not made:
+            return None
+        best = best_step({step: trial.kl or 0.0 for step, trial in made.items()})
+        return best, made[best]
 
 
 def decided_ratio(figures: Figures) -> float | None:
