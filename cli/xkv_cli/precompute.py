@@ -76,6 +76,13 @@ class RankType(click.ParamType[int | str]):
     help="Publish nothing whose next tokens agree less with the exact cache, 0 to 1. Default: 0.",
 )
 @click.option(
+    "--on-low-fidelity",
+    type=click.Choice(["retry", "keep", "fail"]),
+    help="An artifact less faithful than documents of the calibration's sample (without a calibration: below"
+    " --min-fidelity, else 0.9) is compressed again at half the ratio with bases of its own, kept, or not"
+    " published. Default: retry with a calibration, else keep.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
 )
 @json_option
@@ -101,7 +108,8 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
     With --json, one object:
       {"documents", "computed", "reused", "failed", "errors": [{"document", "reason"}], "tokens",
        "bytes_full", "bytes_stored", "ratio", "seconds", "calibration",
-       "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity"}]}
+       "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity", "retried"}]}
+    retried is null, or what a second try brought: {"fidelity", "kl", "kl_now"}, of the first try and now.
     With --dry-run --json:
       {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
        "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}],

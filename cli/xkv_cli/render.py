@@ -18,7 +18,7 @@ from xkv_artifacts.store import Verification
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
 from xkv_workers.inventory import Description
-from xkv_workers.report import LOW_FIDELITY, DocumentError, Report
+from xkv_workers.report import LOW_FIDELITY, ArtifactLine, DocumentError, Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -79,6 +79,8 @@ def report(result: Report) -> None:
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
+    for line in result.retried:
+        warn(_retried(line))
     if low := result.low_fidelity:
         worst = min(low, key=lambda line: line.fidelity)
         warn(
@@ -87,6 +89,16 @@ def report(result: Report) -> None:
             f"Lower --ratio, or refuse them with --min-fidelity {LOW_FIDELITY:g}"
         )
     errors(result.errors)
+
+
+def _retried(line: ArtifactLine) -> str:
+    assert line.retried is not None
+    first = line.retried
+    return (
+        f"{line.document} was compressed again, to {line.ratio:.1f}x, because its fidelity was low: "
+        f"{percent(first.fidelity)} same next token before, {percent(line.fidelity)} now; "
+        f"KL {first.kl:.4f} before, {first.kl_now:.4f} now"
+    )
 
 
 def forecast(result: Forecast) -> None:

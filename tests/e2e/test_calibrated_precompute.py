@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from xkv_service.modeling.prompts import render_prefix
 Run = Callable[..., Done]
 
 
-def calibrate_into(store: Path, model: Path) -> str:
-    """Calibrate a model on three short documents, quickly."""
+def calibrate_into(store: Path, model: Path, **figures: object) -> str:
+    """Calibrate a model on three short documents, quickly; `figures` stand in for what was measured."""
     loaded = load_model(model, device="cpu")
     texts = [words(500, seed=seed) for seed in (7, 8, 9)]
     sample = [ProbedPrefix.of_text(text[-9:], render_prefix(loaded.tokenizer, text)) for text in texts]
@@ -30,6 +31,7 @@ def calibrate_into(store: Path, model: Path) -> str:
         ratio=2.0, ratios=(2.0,), weightings=("plain",), tolerance_documents=1, most_ratio=2.0
     )
     found = calibrate(loaded.model, sample, settings)
+    found = replace(found, figures={**found.figures, **figures})
     with ArtifactStore.open(str(store)) as opened:
         return save_calibration(opened, found, loaded.identity, sample).id
 
@@ -154,3 +156,36 @@ def test_a_damaged_calibration_is_put_aside(
     assert done.code == 1 and made[:12] in done.err and "run xkv calibrate again" in done.err, done
     assert not blob.exists()
     assert xkv(*command, "--json").json["calibration"] is None
+
+
+def test_an_artifact_of_low_fidelity_is_compressed_again(
+    xkv: Xkv, tiny_model: Path, document: Path, tmp_path: Path, ray_address: str
+) -> None:
+    store = tmp_path / "strict"
+    made = calibrate_into(store, tiny_model, thresholds=[{"ratio": 8.0, "worst": 0.0, "kl": 0.0}])
+    common = ["--store", store, "--model", tiny_model, "--docs", document, "--ratio", "6"]
+    run = ["precompute", *common, "--workers", "1", "--ray-address", ray_address]
+    failed = xkv(*run, "--on-low-fidelity", "fail", "--json")
+    assert failed.code == 1 and "is low: not published" in failed.json["errors"][0]["reason"]
+
+    planned = xkv("precompute", *common, "--dry-run", "--json").json["plan"][0]["id"]
+    first = xkv(*run, "--json").json
+    (line,) = first["artifacts"]
+    assert (first["computed"], first["failed"]) == (1, 0), first
+    assert line["id"] != planned and 2.5 < line["ratio"] < 6
+    assert line["retried"]["kl_now"] < line["retried"]["kl"]
+    spec = xkv("show", line["id"], "--store", store, "--json").json["spec"]
+    assert (spec["ratio"], spec["basis"], spec["calibration"]) == (3, "document", made)
+
+    again = xkv(*run, "--json").json
+    assert (again["computed"], again["reused"]) == (0, 1)
+    assert again["artifacts"] == [{**line, "retried": None}]
+    foreseen = xkv("precompute", *common, "--dry-run", "--json").json["plan"][0]
+    assert (foreseen["action"], foreseen["id"]) == ("reuse", line["id"])
+    asked = ["ask", "--doc", document, "--store", store, "--model", tiny_model, "--ratio", "6", "Why?"]
+    assert xkv(*asked, "--max-tokens", "1", "--json").json["artifact"] == line["id"]
+
+    kept = xkv(*run, "--namespace", "kept", "--on-low-fidelity", "keep", "--json").json
+    assert kept["computed"] == 1 and kept["artifacts"][0]["ratio"] >= 6
+    told = xkv(*run, "--namespace", "told")
+    assert "one.txt was compressed again, to 3." in told.err and "KL" in told.err

@@ -179,7 +179,7 @@ def test_redis_lost_in_mid_run_and_back_empty(
     redis_server.kill()
     redis_server.start()
     rebuilt = xkv("index", "rebuild", "--store", store, *redis, "--json")
-    assert (rebuilt.code, rebuilt.json) == (0, {"artifacts": 8, "failed": 0, "faults": []})
+    assert (rebuilt.code, rebuilt.json) == (0, {"artifacts": 8, "calibrations": 0, "failed": 0, "faults": []})
     assert len(xkv("ls", "--store", store, *redis, "--json").json["artifacts"]) == 8
 
 

@@ -153,8 +153,7 @@ def _over_document(request: ConversationRequest, path: Path, tell: Tell) -> Conv
         loaded = _load(job.model, request.revision)
         artifact_id = None if request.compression else stored_somehow(job, planned)
         if artifact_id is None:
-            artifact_id = planned.artifact_id
-            store_now(job, planned, loaded, tell)
+            artifact_id = store_now(job, planned, loaded, tell)
         renderer = ChatRenderer(loaded.tokenizer, document.text, request.system_prompt, request.template)
         session = open_session(loaded, job.store, artifact_id, request.selection, renderer=renderer)
         return _conversation(session, loaded, job.store, artifact_id)

@@ -82,7 +82,7 @@ class Rate:
 
 def forecast(
     plan: Iterable[PrefixJob | Rejected],
-    find: Callable[[str], Stored | None],
+    find: Callable[[PrefixJob], Stored | None],
     size: Callable[[int], Sized],
     rate: Rate,
     *,
@@ -101,7 +101,7 @@ def forecast(
         if isinstance(item, Rejected):
             errors.append(DocumentError(item.uri, item.reason))
             continue
-        stored = find(item.artifact_id)
+        stored = find(item)
         if stored is not None and (reason := stored.shortfall(min_fidelity)):
             errors.append(DocumentError(item.document.uri, reason))
             continue
@@ -131,7 +131,7 @@ def _total(lines: list[Line], errors: list[DocumentError], rate: Rate) -> Foreca
 def _line(job: PrefixJob, stored: Stored | None, size: Sized, seen: bool) -> Line:
     action: Action = "same as another" if seen else "compute" if stored is None else "reuse"
     return Line(
-        id=job.artifact_id,
+        id=job.artifact_id if stored is None else stored.own_id,
         document=job.document.uri,
         action=action,
         tokens=job.tokens,

@@ -41,12 +41,16 @@ class WorkerConfig:
     Args:
         namespace, spec: of every artifact of the run.
         min_fidelity: artifacts below are not published; 0 publishes all.
+        retry: what an artifact of low fidelity is compressed with again; None: it is not.
+        refuse_low: artifacts of low fidelity are not published.
     """
 
     place: ModelPlace
     namespace: str
     spec: CompressionSpec
     min_fidelity: float = 0.0
+    retry: CompressionSpec | None = None
+    refuse_low: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class PrefixJob:
         artifact_id: from fingerprint, namespace, token ids and spec.
         token_ids: array of type "i".
         document: the first document with these tokens.
+        retry_id: of the artifact that it becomes when its fidelity is low, None when it becomes none.
     """
 
     artifact_id: str
     token_ids: array[int]
     document: DocumentRef
+    retry_id: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,12 +76,23 @@ class PrefixJob:
 
 
 @dataclass(frozen=True)
+class Retry:
+    """What compressing again brought: agreement and divergence (nats) of the first try, divergence now."""
+
+    fidelity: float
+    kl: float
+    kl_now: float
+
+
+@dataclass(frozen=True)
 class Stored:
     """An artifact that is published.
 
     Args:
+        artifact_id: the job's. retry_id: the artifact's own id, when the job's document was compressed again.
         tokens: in the prefix. bytes_full: of its exact cache. bytes_stored: of its blob.
         fidelity: top-1 agreement with the exact cache, 0 to 1.
+        retry: what compressing it again brought, in the run that did.
     """
 
     artifact_id: str
@@ -83,6 +100,13 @@ class Stored:
     bytes_full: int
     bytes_stored: int
     fidelity: float
+    retry_id: str | None = None
+    retry: Retry | None = None
+
+    @property
+    def own_id(self) -> str:
+        """The id in the store."""
+        return self.retry_id or self.artifact_id
 
     def shortfall(self, min_fidelity: float) -> str | None:
         """Why a run that asks for so much fidelity cannot use it, in one line; None when it can."""

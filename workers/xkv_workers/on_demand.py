@@ -49,19 +49,20 @@ def stored_somehow(job: Prepared, planned: PrefixJob) -> str | None:
     return match.artifact_id if job.store.manifest(match.artifact_id).tokens == planned.tokens else None
 
 
-def store_now(job: Prepared, planned: PrefixJob, loaded: LoadedModel, tell: Tell) -> None:
-    """Compress and publish a prefix, unless it is stored or another process does it."""
+def store_now(job: Prepared, planned: PrefixJob, loaded: LoadedModel, tell: Tell) -> str:
+    """Compress and publish a prefix, unless it is stored or another process does it; the artifact's id."""
     told = False
     with Shelf(job.store) as shelf:
-        while shelf.find(planned.artifact_id) is None:
+        while (found := shelf.find(planned)) is None:
             if shelf.lease(planned.artifact_id):
                 tell(f"not in the store yet: compressing {planned.tokens:,} tokens")
                 config = job.worker_config(torch.get_num_threads())
                 (outcome,) = PrefixWorker(config, loaded, job.store).compute([planned])
                 if isinstance(outcome, Failed):
                     raise CorpusError(f"{planned.document.uri}: {outcome.reason}")
-                return
+                return outcome.own_id
             if not told:
                 tell("another process compresses this document: waiting for it")
             told = True
             time.sleep(_WAIT_SECONDS)
+    return found.own_id

@@ -22,6 +22,7 @@ class Target:
 
     Args:
         fingerprint, namespace, spec: of every artifact (`spec` in its canonical form).
+        retry: spec of artifacts whose fidelity is low with `spec`, None where those are kept or refused.
         render: a document's text to the token ids of its prefix; raises InvalidPrompt.
         check_size: raises InvalidSpec when a prefix of so many tokens cannot be compressed as asked.
         window: tokens the model can read, None when it does not say.
@@ -33,6 +34,11 @@ class Target:
     render: Render
     check_size: Callable[[int], object]
     window: int | None
+    retry: Mapping[str, Any] | None = None
+
+    def id_of(self, token_ids: Sequence[int], spec: Mapping[str, Any]) -> str:
+        """The id of the artifact of these tokens."""
+        return artifact_id(self.fingerprint, self.namespace, token_ids, spec)
 
 
 def plan(files: Sequence[CorpusFile | Rejected], target: Target) -> Iterator[PrefixJob | Rejected]:
@@ -54,9 +60,10 @@ def _plan(document: Document, target: Target) -> PrefixJob | Rejected:
     except XKVError as error:
         return Rejected(document.uri, reason_of(error))
     return PrefixJob(
-        artifact_id(target.fingerprint, target.namespace, token_ids, target.spec),
+        target.id_of(token_ids, target.spec),
         token_ids,
         DocumentRef(uri=document.uri, sha256=document.sha256),
+        None if target.retry is None else target.id_of(token_ids, target.retry),
     )
 
 

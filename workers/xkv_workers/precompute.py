@@ -17,6 +17,7 @@ from xkv_workers.cluster import Crew, Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
+from xkv_workers.low_fidelity import retry_spec
 from xkv_workers.messages import ModelPlace, PrefixJob, WorkerConfig
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
@@ -79,6 +80,12 @@ class Prepared:
         """Bytes of a prefix of so many tokens; raises InvalidSpec when it cannot be compressed as asked."""
         return size_of(self.model.layout, tokens, self.spec, calibration=self.calibration)
 
+    @property
+    def retry(self) -> CompressionSpec | None:
+        """What artifacts of low fidelity are compressed with again; None: they are not."""
+        action = self.request.on_low_fidelity or ("retry" if self.calibration else "keep")
+        return retry_spec(self.spec) if action == "retry" else None
+
     def _pays_to_copy(self) -> bool:
         """Whether several workers on one machine are worth loading a model for each."""
         return self.model.is_small and len(self.files) > 1
@@ -94,6 +101,7 @@ class Prepared:
             render=render,
             check_size=self.size,
             window=self.model.context_window,
+            retry=None if self.retry is None else self.retry.canonical(),
         )
         return plan(self.files, target)
 
@@ -116,7 +124,12 @@ class Prepared:
         """What a worker with so many CPU threads needs to know."""
         request = self.request
         return WorkerConfig(
-            self.place(threads), request.namespace, self.spec, min_fidelity=request.min_fidelity
+            self.place(threads),
+            request.namespace,
+            self.spec,
+            min_fidelity=request.min_fidelity,
+            retry=self.retry,
+            refuse_low=request.on_low_fidelity == "fail",
         )
 
     def place(self, threads: int) -> ModelPlace:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from xkv_artifacts.manifest import DocumentRef
-from xkv_workers.messages import Stored
+from xkv_workers.messages import Retry, Stored
 
 LOW_FIDELITY = 0.9
 """Below it a person is warned. Compressed so far that answers were lost, documents of the bundled model had
@@ -25,7 +25,10 @@ class DocumentError:
 
 @dataclass(frozen=True)
 class ArtifactLine:
-    """A document's artifact. `ratio`: bytes of the exact cache for each byte stored."""
+    """A document's artifact. `ratio`: bytes of the exact cache for each byte stored.
+
+    `retried`: what it brought to compress it again, when this run did.
+    """
 
     id: str
     document: str
@@ -33,6 +36,7 @@ class ArtifactLine:
     bytes: int
     ratio: float
     fidelity: float
+    retried: Retry | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Report:
     def low_fidelity(self) -> tuple[ArtifactLine, ...]:
         """Artifacts whose answers may well be wrong."""
         return tuple(line for line in self.artifacts if line.fidelity < LOW_FIDELITY)
+
+    @property
+    def retried(self) -> tuple[ArtifactLine, ...]:
+        """Artifacts that were compressed again because their fidelity was low."""
+        return tuple(line for line in self.artifacts if line.retried is not None)
 
     @property
     def worst_fidelity(self) -> float | None:
@@ -149,4 +158,6 @@ class Ledger:
 
 def _line(uri: str, stored: Stored) -> ArtifactLine:
     ratio = round(stored.bytes_full / stored.bytes_stored, 4)
-    return ArtifactLine(stored.artifact_id, uri, stored.tokens, stored.bytes_stored, ratio, stored.fidelity)
+    return ArtifactLine(
+        stored.own_id, uri, stored.tokens, stored.bytes_stored, ratio, stored.fidelity, stored.retry
+    )

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xkv_artifacts.keys import check_namespace
+from xkv_service.errors import InvalidSpec
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.errors import CorpusError
+from xkv_workers.low_fidelity import OnLow
 
 _PROMPT_BYTES = 2**20
 
@@ -20,6 +22,7 @@ class Request:
     Args:
         paths: files and folders. model: None is the bundled one. system_prompt: its text.
         redis_url: None is the embedded one. workers: None leaves the number to the machine.
+        on_low_fidelity: None is "retry" with a calibration, "keep" without.
     """
 
     paths: tuple[Path, ...]
@@ -35,9 +38,15 @@ class Request:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ray_address: str | None = None
     min_fidelity: float = 0.0
+    on_low_fidelity: OnLow | None = None
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
+        if self.on_low_fidelity == "retry" and self.compression.rank_k is not None:
+            raise InvalidSpec(
+                "on_low_fidelity=retry halves the ratio, and ranks were given",
+                hint="give a ratio instead, or keep or fail",
+            )
 
     @classmethod
     def create(

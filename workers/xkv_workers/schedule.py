@@ -116,7 +116,7 @@ class Scheduler:
 
     def _take_stored(self, job: PrefixJob) -> bool:
         """Settle a document whose artifact is in the store; False when there is none."""
-        stored = self._shelf.find(job.artifact_id)
+        stored = self._shelf.find(job)
         if stored is None:
             return False
         if reason := stored.shortfall(self._min_fidelity):

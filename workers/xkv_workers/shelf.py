@@ -6,11 +6,12 @@ import os
 import socket
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 from xkv_artifacts.errors import UnsupportedFormat
 from xkv_artifacts.store import ArtifactStore
-from xkv_workers.messages import Stored
+from xkv_workers.messages import PrefixJob, Stored
 
 LEASE_SECONDS = 15.0
 """A dead driver's documents are free again after so long; a live one renews three times in it."""
@@ -33,8 +34,17 @@ class Shelf:
         for artifact_id in list(self._leases):
             self.release(artifact_id)
 
-    def find(self, artifact_id: str) -> Stored | None:
-        """The artifact, when its blob is in the store (it is listed in the catalog then)."""
+    def find(self, job: PrefixJob) -> Stored | None:
+        """The job's artifact, when its blob is in the store (it is listed in the catalog then): compressed as
+        planned, or again because its fidelity was low.
+        """
+        found = self._find(job.artifact_id)
+        if found is not None or job.retry_id is None:
+            return found
+        again = self._find(job.retry_id)
+        return None if again is None else replace(again, artifact_id=job.artifact_id, retry_id=job.retry_id)
+
+    def _find(self, artifact_id: str) -> Stored | None:
         try:
             entry = self._store.get(artifact_id)
         except UnsupportedFormat:  # computing it again replaces the blob by one that can be read

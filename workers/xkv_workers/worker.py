@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from xkv_artifacts.errors import CatalogUnavailable, XKVError
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.errors import RatioUnreachable
 from xkv_workers.errors import FidelityTooLow
-from xkv_workers.messages import Failed, Outcome, PrefixJob, Stored, WorkerConfig
+from xkv_workers.low_fidelity import is_low
+from xkv_workers.messages import Failed, Outcome, PrefixJob, Retry, Stored, WorkerConfig
 from xkv_workers.place import open_place
 from xkv_workers.plan import reason_of
 
@@ -20,6 +23,19 @@ if TYPE_CHECKING:
     from xkv_service.factors import PrefixFactors
     from xkv_service.modeling.models import LoadedModel
     from xkv_service.prefilling.prefilled import Prefill
+
+
+@dataclass(frozen=True)
+class Made:
+    """Factors that can be published.
+
+    Args:
+        low: their fidelity is. retry: what another try brought, when they are from one.
+    """
+
+    factors: PrefixFactors
+    low: bool
+    retry: Retry | None = None
 
 
 class PrefixWorker:
@@ -58,7 +74,7 @@ class PrefixWorker:
             model, store = self._ready()
             made = list(self._compress(model, jobs))
         return tuple(
-            self._publish(model, store, job, factors) if not isinstance(factors, Failed) else factors
+            factors if isinstance(factors, Failed) else self._publish(model, store, job, factors)
             for job, factors in made
         )
 
@@ -73,7 +89,7 @@ class PrefixWorker:
 
     def _compress(
         self, loaded: LoadedModel, jobs: Sequence[PrefixJob]
-    ) -> Iterator[tuple[PrefixJob, PrefixFactors | Failed]]:
+    ) -> Iterator[tuple[PrefixJob, Made | Failed]]:
         """Factors of each job on the CPU, and their exact caches let go of."""
         import torch
 
@@ -88,7 +104,9 @@ class PrefixWorker:
             prefills = prefill_batch(loaded.model, documents, tail=tails)
             for job, prefill in zip(jobs, prefills, strict=True):
                 try:
-                    yield job, compress_prefill(loaded.model, prefill, self._config.spec, self._calibration)
+                    made = compress_prefill(loaded.model, prefill, self._config.spec, self._calibration)
+                    prefill.free()
+                    yield job, self._improved(loaded, job, made)
                 except XKVError as error:
                     yield job, Failed(job.artifact_id, reason_of(error))
         except torch.OutOfMemoryError:
@@ -98,28 +116,61 @@ class PrefixWorker:
             for prefill in prefills:
                 prefill.free()
 
-    def _publish(
-        self, loaded: LoadedModel, store: ArtifactStore, job: PrefixJob, factors: PrefixFactors
-    ) -> Outcome:
+    def _improved(self, loaded: LoadedModel, job: PrefixJob, first: PrefixFactors) -> Made:
+        """The factors, or those of another try when their fidelity is low and the other's is better."""
+        from xkv_service.compression import compress
+
+        config = self._config
+        assert first.fidelity is not None
+        low = is_low(first.fidelity, config.spec, self._calibration, config.min_fidelity)
+        if not low or config.retry is None:
+            return Made(first, low)
         try:
-            manifest = self._manifest(loaded, job, factors)
+            again = compress(loaded.model, list(job.token_ids), config.retry, self._calibration)
+        except RatioUnreachable:  # a short document whose own bases cost more than the ratio leaves
+            return Made(first, low)
+        assert again.fidelity is not None
+        if again.fidelity.kl >= first.fidelity.kl:
+            return Made(first, low)
+        retry = Retry(first.fidelity.top1_agreement, first.fidelity.kl, again.fidelity.kl)
+        return Made(again, low=False, retry=retry)
+
+    def _publish(self, loaded: LoadedModel, store: ArtifactStore, job: PrefixJob, made: Made) -> Outcome:
+        own_id = job.artifact_id if made.retry is None or job.retry_id is None else job.retry_id
+        try:
+            manifest = self._manifest(loaded, job, own_id, made.factors)
             agreement = manifest.fidelity.top1_agreement
+            if made.low and self._config.refuse_low:
+                raise FidelityTooLow(
+                    f"fidelity {agreement:.3f} (KL {manifest.fidelity.kl:.4f}) is low: not published",
+                    hint="use a lower --ratio, or --on-low-fidelity retry",
+                )
             if agreement < self._config.min_fidelity:
                 raise FidelityTooLow(
                     f"fidelity {agreement:.3f} is below {self._config.min_fidelity:g}: not published",
                     hint="use a lower --ratio or more ranks",
                 )
-            store.publish(manifest, factors.to_tensors())
-            size = store.blobs.size(job.artifact_id)
+            store.publish(manifest, made.factors.to_tensors())
+            size = store.blobs.size(own_id)
         except CatalogUnavailable as error:
             return Failed(job.artifact_id, reason_of(error), again=True)
         except XKVError as error:
             return Failed(job.artifact_id, reason_of(error))
-        return Stored(job.artifact_id, manifest.tokens, manifest.bytes_full, size, agreement)
+        return Stored(
+            artifact_id=job.artifact_id,
+            tokens=manifest.tokens,
+            bytes_full=manifest.bytes_full,
+            bytes_stored=size,
+            fidelity=agreement,
+            retry_id=None if made.retry is None else own_id,
+            retry=made.retry,
+        )
 
-    def _manifest(self, loaded: LoadedModel, job: PrefixJob, factors: PrefixFactors) -> PrefixManifest:
+    def _manifest(
+        self, loaded: LoadedModel, job: PrefixJob, own_id: str, factors: PrefixFactors
+    ) -> PrefixManifest:
         return PrefixManifest(
-            id=job.artifact_id,
+            id=own_id,
             model=loaded.identity,
             namespace=self._config.namespace,
             document=job.document,

@@ -24,8 +24,8 @@ class FullShelf(Shelf):
     def __init__(self) -> None:
         """Without the store that a shelf is of."""
 
-    def find(self, artifact_id: str) -> Stored | None:
-        return FULL if artifact_id == FULL.artifact_id else None
+    def find(self, job: PrefixJob) -> Stored | None:
+        return FULL if job.artifact_id == FULL.artifact_id else None
 
 
 class NoWorkers:
