@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## compress the example corpus, then compare an answer from both caches
-	$(BIN)/xkv precompute --docs examples/corpus --store $(DEMO)/store
+	$(BIN)/xkv precompute --docs examples/corpus --ratio 20 --store $(DEMO)/store
 	$(BIN)/python examples/side_by_side.py --store $(DEMO)/store
 
 test: check  ## check, then run every test

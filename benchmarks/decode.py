@@ -27,6 +27,9 @@ from xkv_artifacts.format import read_prefix, write_prefix
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import calibrated_spec
+from xkv_service.calibration.storage import read_calibration_file
 from xkv_service.compression import factorize_prefill
 from xkv_service.factors import PrefixFactors
 from xkv_service.prefilling.prefill import prefill
@@ -67,6 +70,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15, help="decode steps, the median is kept")
     parser.add_argument("--sessions", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ratio", type=float, default=8)
+    parser.add_argument("--calibration", type=Path, help="compress with the calibration in this file")
     return parser.parse_args()
 
 
@@ -84,7 +89,8 @@ def _measure(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Name
     started = time.perf_counter()
     exact = prefill(model, ids)
     prefill_s = time.perf_counter() - started
-    factors, _ = factorize_prefill(model, exact, CompressionSpec(ratio=8))
+    spec, calibration = _spec(arguments)
+    factors, _ = factorize_prefill(model, exact, spec, calibration)
     full = _copied(model, exact.cache())
     caches: dict[str, Cache] = {"full": full}
     for name, spec in (
@@ -97,11 +103,18 @@ def _measure(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Name
     steps = _step_ms(model, caches, arguments.steps)
     row: dict[str, Any] = {"tokens": len(ids), **{f"{name}_ms": value for name, value in steps.items()}}
     row["sr_16th_ratio"] = steps["full"] / steps["sr_16th"]
-    row |= _first_token(model, ids, factors, prefill_s)
+    row |= _first_token(model, ids, factors, prefill_s, calibration)
     row |= _memory(model, factors, full, arguments.sessions)
     exact.free()
     gc.collect()
     return row
+
+
+def _spec(arguments: argparse.Namespace) -> tuple[CompressionSpec, Calibration | None]:
+    if arguments.calibration is None:
+        return CompressionSpec(ratio=arguments.ratio), None
+    calibration = read_calibration_file(arguments.calibration)
+    return calibrated_spec(arguments.ratio, calibration), calibration
 
 
 def _copied(model: PreTrainedModel, cache: DynamicCache) -> DynamicCache:
@@ -128,7 +141,11 @@ def _ms(function: Callable[[], Any]) -> float:
 
 
 def _first_token(
-    model: PreTrainedModel, ids: torch.Tensor, factors: PrefixFactors, prefill_s: float
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    factors: PrefixFactors,
+    prefill_s: float,
+    calibration: Calibration | None,
 ) -> dict[str, float]:
     """From a file to the first token of an answer, against prefilling again; the question has 32 tokens."""
     question = torch.arange(3, 3 + QUESTION)[None]
@@ -136,7 +153,7 @@ def _first_token(
         path = Path(folder) / "prefix.safetensors"
         with path.open("wb") as file:
             write_prefix(file, _manifest(model, ids, factors), factors.to_tensors())
-        times = [_ms(lambda: _answer_from(path, model, question)) for _ in range(3)]
+        times = [_ms(lambda: _answer_from(path, model, question, calibration)) for _ in range(3)]
     again = DynamicCache(config=model.config)
     model(ids[None], past_key_values=again, logits_to_keep=1)
     asked = _ms(lambda: model(question, past_key_values=again, logits_to_keep=1))
@@ -145,9 +162,11 @@ def _first_token(
     return {"first_token_ms": ours, "prefill_first_token_ms": exact, "first_token_ratio": exact / ours}
 
 
-def _answer_from(path: Path, model: PreTrainedModel, question: torch.Tensor) -> None:
+def _answer_from(
+    path: Path, model: PreTrainedModel, question: torch.Tensor, calibration: Calibration | None
+) -> None:
     with path.open("rb") as file:
-        factors = PrefixFactors.from_tensors(*read_prefix(file))
+        factors = PrefixFactors.from_tensors(*read_prefix(file), calibration)
     model(question, past_key_values=XKVCache.from_factors(model, factors), logits_to_keep=1)
 
 

@@ -104,23 +104,12 @@ def decide(
     """
     tolerances = _tolerances(model, found.moments, used[: settings.tolerance_documents], observer)
     candidates = Candidates(model, found, tolerances, settings)
-    observer(f"trying {len(settings.weightings)} metrics on {len(held)} documents")
-    fixed = candidates.fixed_groups()
-    tried = {one: candidates.calibration(one, fixed) for one in settings.weightings}
-    weighting, metrics = _best(model, held, settings, tried)
-    groups = candidates.best_groups(weighting)
-    observer(f"trying groups {groups} on {len(held)} documents")
-    options = {"fixed": tried[weighting], "chosen": candidates.calibration(weighting, groups)}
-    name, partitions = _best(model, held, settings, options)
-    best = options[name]
+    best, choices = _choose(model, candidates, held, settings, observer)
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures: dict[str, Any] = {
         "settings": asdict(settings),
         "sample": _sample_figures(used, held, found.moments),
-        "weighting": weighting,
-        "groups": [list(group.layers) for group in best.groups],
-        "metrics": metrics,
-        "partition": partitions,
+        **choices,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
@@ -130,6 +119,30 @@ def decide(
     measured = replace(best, figures=figures)
     thresholds = fidelity_thresholds(model, held, settings.ratios, measured)
     return replace(measured, figures={**figures, "thresholds": thresholds})
+
+
+def _choose(
+    model: PreTrainedModel,
+    candidates: Candidates,
+    held: Sequence[ProbedPrefix],
+    settings: CalibrationSettings,
+    observer: Observe,
+) -> tuple[Calibration, dict[str, Any]]:
+    """The metric that is best in fixed groups, then the better groups in it; and what was measured."""
+    observer(f"trying {len(settings.weightings)} metrics on {len(held)} documents")
+    fixed = candidates.fixed_groups()
+    tried = {one: candidates.calibration(one, fixed) for one in settings.weightings}
+    weighting, metrics = _best(model, held, settings, tried)
+    groups = candidates.best_groups(weighting)
+    observer(f"trying groups {groups} on {len(held)} documents")
+    options = {"fixed": tried[weighting], "chosen": candidates.calibration(weighting, groups)}
+    name, partitions = _best(model, held, settings, options)
+    return options[name], {
+        "weighting": weighting,
+        "groups": [list(group.layers) for group in options[name].groups],
+        "metrics": metrics,
+        "partition": partitions,
+    }
 
 
 def _tolerances(

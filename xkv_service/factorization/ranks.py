@@ -130,6 +130,11 @@ def _calibrated(
     least = sized(0.0)
     if least.bytes_stored > budget:
         raise _unreachable(spec, tokens, least)
+    return _most_bits(sized, budget, least, most)
+
+
+def _most_bits(sized: Callable[[float], Size], budget: int, least: Size, most: float) -> Size:
+    """The size of the most bits a token, up to `most`, that fit; `least` is that of none."""
     best, low, high = least, 0.0, most
     for _ in range(_SEARCH):
         middle = (low + high) / 2

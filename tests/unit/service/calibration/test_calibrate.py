@@ -85,6 +85,11 @@ def test_models_of_every_kind_are_calibrated(family: str) -> None:
     assert [one for group in found.groups for one in group.layers] == [layer.index for layer in layers]
     for layer in layers:
         assert found.planes[layer.index].shape == (layer.kv_heads, layer.head_dim // 2, 2)
+    groups = tuple(group.layers for group in found.groups)
+    again = Calibration.from_tensors(groups, found.to_tensors(), {}, "")
+    assert again.layer_groups(inspect_loaded(model).layout) == found.layer_groups(
+        inspect_loaded(model).layout
+    )
 
 
 def test_what_was_observed_adds_up(model: PreTrainedModel) -> None:
