@@ -1,6 +1,6 @@
-"""Writes the golden calibration of a format version. Run once per version; the file is never made again.
+"""Writes the golden calibrations of a format version. Run once per version; a file is never made again.
 
-python tests/golden/make_calibration_golden.py tests/golden/calibration-v1.safetensors
+python tests/golden/make_calibration_golden.py tests/golden
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from make_prefix_golden import FINGERPRINT, TOKEN_IDS, ramp
+from golden_numbers import FINGERPRINT, TOKEN_IDS, ramp
 
 from xkv_artifacts.calibration_format import (
     CalibrationManifest,
@@ -56,12 +56,33 @@ def golden_calibration_manifest() -> CalibrationManifest:
     return identified(manifest, golden_calibration_tensors())
 
 
+def shared_calibration_tensors() -> dict[str, torch.Tensor]:
+    """The same groups in the other order, and no two bases alike: for a prefix that shares them."""
+    tensors = golden_calibration_tensors()
+    for number, name in enumerate(sorted(name for name in tensors if name.endswith(".bases"))):
+        tensors[name] = tensors[name] + 2 * number
+    return tensors
+
+
+def shared_calibration_manifest() -> CalibrationManifest:
+    manifest = golden_calibration_manifest().model_copy(update={"groups": GROUPS[::-1], "tensors": {}})
+    return identified(manifest, shared_calibration_tensors())
+
+
+GOLDEN = {
+    "calibration-v1.safetensors": (golden_calibration_manifest, golden_calibration_tensors),
+    "calibration-v1-shared.safetensors": (shared_calibration_manifest, shared_calibration_tensors),
+}
+
+
 def main() -> None:
-    target = Path(sys.argv[1])
-    if target.exists():
-        sys.exit(f"{target} exists: a golden file is made once and kept")
-    with target.open("xb") as file:
-        write_calibration(file, golden_calibration_manifest(), golden_calibration_tensors())
+    for name, (manifest, tensors) in GOLDEN.items():
+        target = Path(sys.argv[1]) / name
+        if target.exists():
+            print(f"{target} exists: a golden file is made once and kept")
+            continue
+        with target.open("xb") as file:
+            write_calibration(file, manifest(), tensors())
 
 
 if __name__ == "__main__":

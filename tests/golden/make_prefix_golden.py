@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from calibrated_prefixes import packed_manifest, packed_tensors, shared_manifest, shared_tensors
+from golden_numbers import FINGERPRINT, TOKEN_IDS, ramp
 
 from xkv_artifacts.format import write_prefix
 from xkv_artifacts.keys import artifact_id
@@ -24,8 +26,6 @@ from xkv_artifacts.manifest import (
     WindowLayout,
 )
 
-FINGERPRINT = "0123456789abcdef" * 4
-TOKEN_IDS = tuple((37 * position + position * position) % 32_000 for position in range(130))
 SPEC = {
     "group_size": 2,
     "ratio": None,
@@ -43,11 +43,6 @@ SPEC = {
     "key_weights": "none",
     "value_weights": "output",
 }
-
-
-def ramp(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Numbers that anyone can work out: element i is (i mod 251 - 125) / 8, exact in every dtype."""
-    return ((torch.arange(torch.Size(shape).numel()) % 251 - 125) / 8).reshape(shape).to(dtype)
 
 
 def golden_tensors() -> dict[str, torch.Tensor]:
@@ -165,6 +160,8 @@ def latent_manifest() -> PrefixManifest:
 GOLDEN = {
     "prefix-v1.safetensors": (golden_manifest, golden_tensors),
     "prefix-v1-latent.safetensors": (latent_manifest, latent_tensors),
+    "prefix-v1-packed.safetensors": (packed_manifest, packed_tensors),
+    "prefix-v1-shared.safetensors": (shared_manifest, shared_tensors),
 }
 
 

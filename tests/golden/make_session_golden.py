@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from make_prefix_golden import FINGERPRINT, SPEC, TOKEN_IDS
+from golden_numbers import FINGERPRINT, TOKEN_IDS
+from make_prefix_golden import SPEC
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import ModelIdentity

@@ -7,49 +7,60 @@ import io
 from pathlib import Path
 
 import independent_reader
+import pytest
 import torch
-from make_calibration_golden import GROUPS, golden_calibration_manifest, golden_calibration_tensors
+from make_calibration_golden import GOLDEN
 
 from xkv_artifacts.calibration_format import read_calibration, verify, write_calibration
+from xkv_service.calibration.storage import read_calibration_file
 
-GOLDEN = Path(__file__).with_name("calibration-v1.safetensors")
-GOLDEN_SHA256 = "5e3aa90f291f215e89d449b20cce355f0f93976d66fa39e26f05e7f391974a7e"
+SHA256 = {
+    "calibration-v1.safetensors": "5e3aa90f291f215e89d449b20cce355f0f93976d66fa39e26f05e7f391974a7e",
+    "calibration-v1-shared.safetensors": "4dd1b8d8ce8aaeb5236b341608c7ea5a934f274c4cdee25290f4fb7b0dc13ade",
+}
 
 
-def test_the_golden_calibration_is_the_one_of_the_day_it_was_made() -> None:
-    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == GOLDEN_SHA256
+def path_of(name: str) -> Path:
+    return Path(__file__).with_name(name)
 
 
-def test_what_is_written_today_is_what_was_written_then() -> None:
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_golden_calibration_is_the_one_of_the_day_it_was_made(name: str) -> None:
+    assert hashlib.sha256(path_of(name).read_bytes()).hexdigest() == SHA256[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_is_written_today_is_what_was_written_then(name: str) -> None:
+    manifest, tensors = GOLDEN[name]
     blob = io.BytesIO()
-    write_calibration(blob, golden_calibration_manifest(), golden_calibration_tensors())
-    assert blob.getvalue() == GOLDEN.read_bytes()
+    write_calibration(blob, manifest(), tensors())
+    assert blob.getvalue() == path_of(name).read_bytes()
 
 
-def test_version_1_is_read_bit_for_bit() -> None:
-    with GOLDEN.open("rb") as file:
+@pytest.mark.parametrize("name", GOLDEN)
+def test_version_1_is_read_bit_for_bit(name: str) -> None:
+    with path_of(name).open("rb") as file:
         manifest, tensors = read_calibration(file)
         assert verify(file) == manifest
-    expected = golden_calibration_tensors()
+    expected_manifest, expected_tensors = GOLDEN[name]
+    expected = expected_tensors()
     assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
-    assert manifest.model_copy(update={"tensors": {}}) == golden_calibration_manifest()
+    for key, tensor in expected.items():
+        assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key], tensor), key
+    assert manifest.model_copy(update={"tensors": {}}) == expected_manifest()
 
 
-def test_a_reader_made_from_the_document_reads_the_same() -> None:
-    manifest, tensors = independent_reader.read_calibration(GOLDEN.read_bytes())
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_reader_made_from_the_document_reads_the_same(name: str) -> None:
+    manifest, tensors = independent_reader.read_calibration(path_of(name).read_bytes())
     assert manifest["settings"]["text"] == "Größe" and manifest["figures"]["note"] == "漢字 🙂"
-    for name, tensor in golden_calibration_tensors().items():
-        _, shape, data = tensors[name]
+    for key, tensor in GOLDEN[name][1]().items():
+        _, shape, data = tensors[key]
         assert shape == list(tensor.shape) and data == tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
-def test_the_method_takes_it() -> None:
-    from xkv_service.calibration.calibration import Calibration
-
-    with GOLDEN.open("rb") as file:
-        manifest, tensors = read_calibration(file)
-    read = Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
-    assert tuple(group.layers for group in read.groups) == GROUPS
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_method_takes_it(name: str) -> None:
+    read = read_calibration_file(path_of(name))
+    assert tuple(group.layers for group in read.groups) == GOLDEN[name][0]().groups
     assert [group.keys.bases.shape[0] for group in read.groups] == [5, 5]
