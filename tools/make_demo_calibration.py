@@ -1,6 +1,6 @@
 """Calibrate a model that `train_demo_model.py` made, on documents and questions of the demo's generator.
 
-    python tools/make_demo_calibration.py --out xkv_service/demo/calibration.safetensors
+    python tools/make_demo_calibration.py --documents 16 --device cuda --out calibration.safetensors
 
 The documents are others than those of `examples/corpus` and of every evaluation.
 """

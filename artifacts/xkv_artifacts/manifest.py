@@ -140,9 +140,12 @@ class Fidelity(_Strict):
 
 
 class PrefixManifest(_Extended):
-    """A prefix artifact's description. `tensors` holds the SHA-256 of each tensor's bytes."""
+    """A prefix artifact's description. `tensors` holds the SHA-256 of each tensor's bytes.
 
-    later_fields = frozenset({"states"})
+    `instead_of` is the id of the artifact that this one was made instead of, whose fidelity was low.
+    """
+
+    later_fields = frozenset({"states", "instead_of"})
 
     format: Literal["xkv-prefix"] = FORMAT
     version: Literal[1] = VERSION
@@ -157,5 +160,6 @@ class PrefixManifest(_Extended):
     states: tuple[StateLayout, ...] = ()
     document: DocumentRef
     fidelity: Fidelity
+    instead_of: Sha256 | None = None
     created: AwareDatetime
     tensors: dict[str, Sha256] = {}

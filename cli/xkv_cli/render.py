@@ -18,7 +18,7 @@ from xkv_artifacts.store import Verification
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
 from xkv_workers.inventory import Description
-from xkv_workers.report import LOW_FIDELITY, ArtifactLine, DocumentError, Report
+from xkv_workers.report import ArtifactLine, DocumentError, Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -84,9 +84,9 @@ def report(result: Report) -> None:
     if low := result.low_fidelity:
         worst = min(low, key=lambda line: line.fidelity)
         warn(
-            f"{len(low)} of {result.documents} documents have a fidelity below {percent(LOW_FIDELITY)}, "
+            f"{len(low)} of {result.documents} documents have a low fidelity, "
             f"the worst {worst.document} ({percent(worst.fidelity)}): answers from them may be wrong. "
-            f"Lower --ratio, or refuse them with --min-fidelity {LOW_FIDELITY:g}"
+            f"Lower --ratio, or refuse them with --on-low-fidelity fail"
         )
     errors(result.errors)
 

@@ -78,7 +78,7 @@ def test_what_fails_is_reported_and_the_others_go_on(
     assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
 
     few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
-    assert few.code == 1 and "1 documents can be used; a calibration needs two" in few.err
+    assert few.code == 1 and "usable documents: 1; a calibration needs two" in few.err
     assert "hint: long.txt: too long" in few.err
     (tmp_path / "none").mkdir()
     unasked = xkv(*command, "--docs", corpus, "--questions", tmp_path / "none")

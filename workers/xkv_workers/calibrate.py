@@ -146,7 +146,7 @@ class _Calibrating:
             return
         first = self._errors[0] if self._errors else None
         raise CorpusError(
-            f"{len(documents)} documents can be used; a calibration needs two, one of them to check it on",
+            f"usable documents: {len(documents)}; a calibration needs two, one of them to check it on",
             hint=f"{first.document}: {first.reason}" if first else "give more documents",
         )
 

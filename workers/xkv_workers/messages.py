@@ -93,6 +93,7 @@ class Stored:
         tokens: in the prefix. bytes_full: of its exact cache. bytes_stored: of its blob.
         fidelity: top-1 agreement with the exact cache, 0 to 1.
         retry: what compressing it again brought, in the run that did.
+        low: whether its fidelity is low, in the run that computed it.
     """
 
     artifact_id: str
@@ -102,6 +103,7 @@ class Stored:
     fidelity: float
     retry_id: str | None = None
     retry: Retry | None = None
+    low: bool = False
 
     @property
     def own_id(self) -> str:

@@ -27,7 +27,8 @@ class DocumentError:
 class ArtifactLine:
     """A document's artifact. `ratio`: bytes of the exact cache for each byte stored.
 
-    `retried`: what it brought to compress it again, when this run did.
+    `retried`: what it brought to compress it again, when this run did. `low`: whether this run made it and
+    found it less faithful than it should be.
     """
 
     id: str
@@ -37,6 +38,7 @@ class ArtifactLine:
     ratio: float
     fidelity: float
     retried: Retry | None = None
+    low: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Report:
     @property
     def low_fidelity(self) -> tuple[ArtifactLine, ...]:
         """Artifacts whose answers may well be wrong."""
-        return tuple(line for line in self.artifacts if line.fidelity < LOW_FIDELITY)
+        return tuple(line for line in self.artifacts if line.low or line.fidelity < LOW_FIDELITY)
 
     @property
     def retried(self) -> tuple[ArtifactLine, ...]:
@@ -159,5 +161,12 @@ class Ledger:
 def _line(uri: str, stored: Stored) -> ArtifactLine:
     ratio = round(stored.bytes_full / stored.bytes_stored, 4)
     return ArtifactLine(
-        stored.own_id, uri, stored.tokens, stored.bytes_stored, ratio, stored.fidelity, stored.retry
+        stored.own_id,
+        uri,
+        stored.tokens,
+        stored.bytes_stored,
+        ratio,
+        stored.fidelity,
+        stored.retry,
+        stored.low,
     )

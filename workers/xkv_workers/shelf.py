@@ -42,7 +42,9 @@ class Shelf:
         if found is not None or job.retry_id is None:
             return found
         again = self._find(job.retry_id)
-        return None if again is None else replace(again, artifact_id=job.artifact_id, retry_id=job.retry_id)
+        if again is None or self._store.manifest(job.retry_id).instead_of != job.artifact_id:
+            return None  # of these settings by somebody's wish, not for want of fidelity
+        return replace(again, artifact_id=job.artifact_id, retry_id=job.retry_id)
 
     def _find(self, artifact_id: str) -> Stored | None:
         try:

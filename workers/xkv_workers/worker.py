@@ -130,10 +130,11 @@ class PrefixWorker:
         except RatioUnreachable:  # a short document whose own bases cost more than the ratio leaves
             return Made(first, low)
         assert again.fidelity is not None
-        if again.fidelity.kl >= first.fidelity.kl:
+        before, now = first.fidelity, again.fidelity
+        if now.kl >= before.kl or now.top1_agreement < before.top1_agreement:
             return Made(first, low)
-        retry = Retry(first.fidelity.top1_agreement, first.fidelity.kl, again.fidelity.kl)
-        return Made(again, low=False, retry=retry)
+        low = is_low(now, config.retry, self._calibration, config.min_fidelity)
+        return Made(again, low, Retry(before.top1_agreement, before.kl, now.kl))
 
     def _publish(self, loaded: LoadedModel, store: ArtifactStore, job: PrefixJob, made: Made) -> Outcome:
         own_id = job.artifact_id if made.retry is None or job.retry_id is None else job.retry_id
@@ -164,6 +165,7 @@ class PrefixWorker:
             fidelity=agreement,
             retry_id=None if made.retry is None else own_id,
             retry=made.retry,
+            low=made.low,
         )
 
     def _manifest(
@@ -174,6 +176,7 @@ class PrefixWorker:
             model=loaded.identity,
             namespace=self._config.namespace,
             document=job.document,
+            instead_of=None if own_id == job.artifact_id else job.artifact_id,
             created=datetime.now(timezone.utc),
             **factors.manifest_fields(),
         )

@@ -24,5 +24,7 @@ def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
     if not rows:
         return calibrated_spec(ratio, calibration)
     near = min({row["asked"] for row in rows}, key=lambda asked: (abs(asked - ratio), -asked))
-    best = best_step({row["step"]: row["kl"] for row in rows if row["asked"] == near})
+    tried = [row for row in rows if row["asked"] == near]
+    most = max(row.get("documents", 0) for row in tried)  # others were too short for some step
+    best = best_step({row["step"]: row["kl"] for row in tried if row.get("documents", 0) == most})
     return calibrated_spec(ratio, calibration, **STEPS[best])

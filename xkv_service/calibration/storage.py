@@ -19,6 +19,7 @@ from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.errors import ModelMismatch
 
 
 def save_calibration(
@@ -77,11 +78,23 @@ def read_calibration_file(path: Path) -> Calibration:
     return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
 
 
-def load_calibration(store: ArtifactStore, calibration_id: str) -> Calibration:
+def load_calibration(
+    store: ArtifactStore, calibration_id: str, fingerprint: str | None = None
+) -> Calibration:
     """A stored calibration, every byte checked.
+
+    Args:
+        fingerprint: of the model that it must be of, if that matters.
 
     Raises:
         ArtifactNotFound, CorruptArtifact, UnsupportedFormat, StoreError
+        ModelMismatch: it is another model's.
     """
     manifest, tensors = store.calibrations.load(calibration_id)
+    if fingerprint not in (None, manifest.model.fingerprint):
+        raise ModelMismatch(
+            f"calibration {calibration_id[:12]} is of another model: {manifest.model.name} "
+            f"({manifest.model.architecture})",
+            hint="compress the document again",
+        )
     return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from xkv_artifacts.errors import ArtifactNotFound
 from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
@@ -44,7 +45,7 @@ def load_factors(
     if model is not None:
         _check_files(model, manifest)
     spec = checked_spec(manifest, len(manifest.tensors))
-    calibration = _calibration(store, spec)
+    calibration = _calibration(store, spec, manifest.model.fingerprint)
     if rank_k is None and rank_v is None:
         return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
@@ -92,8 +93,14 @@ def _is_block(name: str) -> bool:
     return name.startswith("group.")
 
 
-def _calibration(store: ArtifactStore, spec: CompressionSpec) -> Calibration | None:
+def _calibration(store: ArtifactStore, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
     """The calibration that the artifact's bases come from, or None."""
     if spec.calibration is None or spec.basis == "document":
         return None
-    return load_calibration(store, spec.calibration)
+    try:
+        return load_calibration(store, spec.calibration, fingerprint)
+    except ArtifactNotFound:
+        raise ArtifactNotFound(
+            f"the artifact needs the bases of calibration {spec.calibration[:12]}, which is not in the store",
+            hint="bring the calibration back, or remove the artifact and compress the document again",
+        ) from None

@@ -20,7 +20,7 @@ from xkv_service.calibration.observed import Observed, observe_document, reach_o
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import load_calibration, save_calibration
-from xkv_service.errors import InvalidSpec, RatioUnreachable, UnsupportedModel
+from xkv_service.errors import InvalidSpec, ModelMismatch, RatioUnreachable, UnsupportedModel
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.prefilling.prefill import prefill
 
@@ -66,7 +66,9 @@ def test_what_is_stored_is_what_was_made(calibrated: Calibration, tmp_path: Path
     identity = ModelIdentity(fingerprint="0" * 64, name="tiny", architecture="Llama", dtype="float32")
     with ArtifactStore.open(str(tmp_path)) as store:
         manifest = save_calibration(store, calibrated, identity, sample(4))
-        loaded = load_calibration(store, manifest.id)
+        loaded = load_calibration(store, manifest.id, "0" * 64)
+        with pytest.raises(ModelMismatch, match="is of another model: tiny"):
+            load_calibration(store, manifest.id, "1" * 64)
     tensors = loaded.to_tensors()
     assert tensors.keys() == calibrated.to_tensors().keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in calibrated.to_tensors().items())
