@@ -179,7 +179,7 @@ def test_an_artifact_of_low_fidelity_is_compressed_again(
 
     again = xkv(*run, "--json").json
     assert (again["computed"], again["reused"]) == (0, 1)
-    assert again["artifacts"] == [{**line, "retried": None, "low": False}]
+    assert again["artifacts"] == [{**line, "retried": None}]
     foreseen = xkv("precompute", *common, "--dry-run", "--json").json["plan"][0]
     assert (foreseen["action"], foreseen["id"]) == ("reuse", line["id"])
     asked = ["ask", "--doc", document, "--store", store, "--model", tiny_model, "--ratio", "6", "Why?"]

@@ -63,8 +63,11 @@ class Report:
     artifacts: tuple[ArtifactLine, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
+        """The report as plain JSON values; what only this run can say of an artifact, `low`, is left out."""
+        fields = asdict(self)
+        for line in fields["artifacts"]:
+            del line["low"]
+        return fields
 
     @property
     def low_fidelity(self) -> tuple[ArtifactLine, ...]:
