@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ LEAST_KL = 0.01
 def fidelity_thresholds(
     model: PreTrainedModel, held: Sequence[ProbedPrefix], ratios: Sequence[float], calibration: Calibration
 ) -> list[dict[str, float]]:
-    """For each ratio that can be reached: the divergence above which a document is unlike the sample.
+    """For each ratio that can be reached: the divergence above which a document is unlike the sample. A ratio
+    at which predictions break altogether has no threshold.
 
     Measured as an artifact's own fidelity is (`fidelity.certify`), on documents the bases were not made from.
     """
@@ -35,7 +37,8 @@ def fidelity_thresholds(
             worst = max(_kl(model, one, spec, calibration) for one in held)
         except RatioUnreachable:
             continue
-        found.append({"ratio": ratio, "worst": worst, "kl": max(LEAST_KL, MARGIN * worst)})
+        if math.isfinite(worst):
+            found.append({"ratio": ratio, "worst": worst, "kl": max(LEAST_KL, MARGIN * worst)})
     return found
 
 

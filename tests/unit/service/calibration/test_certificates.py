@@ -1,0 +1,46 @@
+"""What fidelity is usual at a ratio, and what is low beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from xkv_artifacts.manifest import Fidelity
+from xkv_service.calibration import certificates
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.certificates import LEAST_KL, MARGIN, fidelity_thresholds, is_low
+from xkv_service.calibration.probes import ProbedPrefix
+
+HELD = [ProbedPrefix("a", (1,), ()), ProbedPrefix("b", (2,), ())]
+CALIBRATION = Calibration((), {}, {}, "a" * 64)
+
+
+def thresholds(monkeypatch: pytest.MonkeyPatch, measured: dict[float, list[float]]) -> list[dict[str, float]]:
+    """Thresholds, given the divergence of each document held out, by ratio."""
+
+    def kl(model: Any, document: ProbedPrefix, spec: Any, calibration: Calibration) -> float:
+        return measured[spec.ratio][HELD.index(document)]
+
+    monkeypatch.setattr(certificates, "_kl", kl)
+    model: Any = None
+    return fidelity_thresholds(model, HELD, tuple(measured), CALIBRATION)
+
+
+def test_the_worst_document_sets_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = thresholds(monkeypatch, {8.0: [0.0, 0.001], 20.0: [0.02, 0.01]})
+    assert found[0] == {"ratio": 8.0, "worst": 0.001, "kl": LEAST_KL}
+    assert found[1] == {"ratio": 20.0, "worst": 0.02, "kl": pytest.approx(MARGIN * 0.02)}
+
+
+def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite number could not be stored either."""
+    found = thresholds(monkeypatch, {8.0: [0.0, 0.0], 48.0: [0.1, float("inf")]})
+    assert [one["ratio"] for one in found] == [8.0]
+
+
+@pytest.mark.parametrize(("ratio", "kl", "low"), [(8, 0.011, True), (8, 0.009, False), (9, 0.011, False)])
+def test_the_threshold_of_the_next_higher_ratio_counts(ratio: float, kl: float, low: bool) -> None:
+    figures = {"thresholds": [{"ratio": 8.0, "kl": 0.01}, {"ratio": 20.0, "kl": 0.05}]}
+    fidelity = Fidelity(top1_agreement=1.0, kl=kl, positions=64, key_error=(), value_error=())
+    assert is_low(fidelity, ratio, figures) is low
