@@ -24,9 +24,8 @@ class Slot:
         """
         most, name = self._key.limits.prompt_tokens, self._key.name
         if tokens > most:
-            raise APIError(
-                400, f"the prompt has {tokens:,} tokens, and this key may send {most:,}", code="prompt_too_long"
-            )
+            message = f"the prompt has {tokens:,} tokens, and this key may send {most:,}"
+            raise APIError(400, message, code="prompt_too_long")
         if self._admission.tokens[name] + tokens > most:
             raise _full(f"the requests under way have all the {most:,} prompt tokens that this key may send")
         self._admission.tokens[name] += tokens

@@ -34,12 +34,12 @@ class ServedFrom(BaseModel):
     @classmethod
     def of(cls, started: Started) -> ServedFrom:
         """As the engine tells it."""
-        miss = started.miss and MissAnswer(reason=started.miss.reason, detail=started.miss.detail)
+        miss = started.miss
         return cls(
             artifact=started.artifact_id,
             prefix_tokens=started.prefix_tokens,
             cached_tokens=started.cached_tokens,
-            miss=miss,
+            miss=None if miss is None else MissAnswer(reason=miss.reason, detail=miss.detail),
         )
 
 

@@ -23,7 +23,8 @@ RETRY_S = 1.0
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-_UNION_MEMBER = re.compile(r"(str|int|list\[.*|function-.*)$")  # names of types inside a place that pydantic names
+# Pydantic tells the place of an error with the types that it tried there.
+_UNION_MEMBER = re.compile(r"(str|int|list\[.*|function-.*)$")
 _UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError)
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from xkv_artifacts.errors import XKVError, first_line
+from xkv_artifacts.errors import InvalidNamespace, XKVError, first_line
+from xkv_artifacts.keys import check_namespace
 
 KEYS_VARIABLE = "XKV_API_KEYS"
 """Environment variable that holds what a keys file would."""
 
 OPEN_NAMESPACE = "default"
+
+
+def _namespace(name: str) -> str:
+    try:
+        return check_namespace(name)
+    except InvalidNamespace as error:
+        raise ValueError(error.message) from None
 
 
 class KeysError(XKVError):
@@ -50,7 +57,7 @@ class Key(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    namespace: Annotated[str, Field(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}$")]
+    namespace: Annotated[str, AfterValidator(_namespace)]
     write_public: bool = False
     operator: bool = False
     limits: Limits = Limits()

@@ -140,7 +140,9 @@ class PrefixFinder:
             return None, facts
         tokens = min(match.tokens, len(prompt) - 1)
         if tokens < least:
-            detail = f"{match.tokens} tokens are shared with artifact {name}, and {least} are the least that pay"
+            detail = (
+                f"artifact {name} and the prompt share {match.tokens} tokens, fewer than the {least} that pay"
+            )
             return None, Miss("no_artifact", detail)
         if facts.fidelity < self._settings.min_fidelity:
             detail = f"artifact {name} agrees to {facts.fidelity:.3f} with the exact cache, "

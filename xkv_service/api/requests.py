@@ -81,7 +81,8 @@ class Message(_Body):
         if not isinstance(message, Mapping):
             return message
         if message.get("role") in ("tool", "function") or message.get("tool_calls"):
-            raise APIError(400, "calls of tools are not supported", param="messages", code="unsupported_value")
+            text = "calls of tools are not supported"
+            raise APIError(400, text, param="messages", code="unsupported_value")
         unused = ("name", "refusal", "annotations", "tool_calls", "function_call", "audio")
         return {name: value for name, value in message.items() if name not in unused}
 
@@ -121,7 +122,7 @@ class GenerationBody(_Body):
     stop: Stops = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     prefix_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        None, description="A stored prefix that the prompt begins with. It is an error if the prompt does not."
+        None, description="A stored prefix that the prompt begins with; it is an error if it does not."
     )
 
     @model_validator(mode="before")
@@ -201,17 +202,17 @@ class CompletionBody(GenerationBody):
         Raises:
             APIError: there are several.
         """
-        prompt = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return prompt  # type: ignore[return-value]
-        if len(prompt) != 1:
-            raise APIError(400, f"{len(prompt)} prompts in one request are not supported", param="prompt")
-        return prompt[0]  # type: ignore[return-value]
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
+            if len(prompt) != 1:
+                message = f"{len(prompt)} prompts in one request are not supported"
+                raise APIError(400, message, param="prompt")
+            prompt = prompt[0]
+        only: str | list[int] = prompt
+        return only
 
 
 def _unsupported(name: str, value: Any, neutral: Sequence[Any]) -> APIError:
     use = f"use {neutral[0]!r} or leave it out" if neutral else "leave it out"
     shown = repr(value) if len(repr(value)) <= 40 else "this value"
-    return APIError(
-        400, f"{name}={shown} is not supported: {use}", param=name, code="unsupported_parameter"
-    )
+    return APIError(400, f"{name}={shown} is not supported: {use}", param=name, code="unsupported_parameter")

@@ -1,4 +1,4 @@
-"""`APISettings`: what the HTTP server accepts, and how long it waits. Each default's reason: docs/serving.md."""
+"""`APISettings`: what the HTTP server accepts, and how long it waits. docs/serving.md has reasons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class APISettings:
         max_answer_tokens: longest answer, and of a chat that asks for none in particular.
         min_match_tokens: stored prefixes that share fewer tokens with a prompt are not used.
         min_fidelity: top-1 agreement below which artifacts are not used; 0 uses all that were published.
-        lookup_timeout_s: for the catalog to answer. lookup_pause_s: how long it is left alone when it did not.
+        lookup_timeout_s: for the catalog to answer.
+        lookup_pause_s: how long the catalog is left alone when it did not.
         public_namespace: whose prefixes every key may use.
         open_network: serve other machines although no keys are configured.
 

@@ -16,7 +16,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max
 h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; }
 header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
-#tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem; margin-top: 1rem; }
+#tiles { margin-top: 1rem; display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem; }
 #tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .75rem; min-width: 0; }
 #tiles b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 #tiles span, th { color: var(--soft); font-size: .85rem; font-weight: normal; }

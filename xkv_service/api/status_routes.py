@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
@@ -124,7 +122,5 @@ async def _prefixes(server: Server, key: Key) -> list[PrefixObject]:
             page = await server.prefixes.page(namespace, None, _MOST_PREFIXES)
         except XKVError:
             return []
-        # Of public ones others' names and use would tell too much.
-        shared = namespace != key.namespace and not key.operator
-        found += [replace(record, name="public") if shared else record for record in page.records]
+        found += page.records
     return [PrefixObject.of(record) for record in found]
