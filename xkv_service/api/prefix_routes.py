@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixRecord, PrefixService, PrefixStatus
 from xkv_service.api.errors import APIError
 from xkv_service.api.keys import Key
-from xkv_service.api.requests import Message
+from xkv_service.api.requests import Body, Message, Text
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
 from xkv_service.errors import InvalidPrompt
 
@@ -22,23 +22,19 @@ LONGEST_TTL_S = 10 * 365 * 86_400
 MOST_RATIO = 256
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
 Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
 
 
-class PrefixBody(_Body):
+class PrefixBody(Body):
     """A prefix to compress: exactly one of `document`, `messages` and `text`."""
 
-    document: str | None = Field(None, description="Opens the first user message of every chat about it.")
+    document: Text | None = Field(None, description="Opens the first user message of every chat about it.")
     messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
         None, description="The beginning of every chat that is to be served from it, a system prompt say."
     )
-    text: str | None = Field(None, description="The beginning of prompts of /v1/completions.")
-    system_prompt: str | None = Field(None, description="Of the chats about `document`.")
-    name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="For people.")
+    text: Text | None = Field(None, description="The beginning of prompts of /v1/completions.")
+    system_prompt: Text | None = Field(None, description="Of the chats about `document`.")
+    name: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(None, description="For people.")
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )
@@ -47,7 +43,7 @@ class PrefixBody(_Body):
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
 
 
-class PrefixPatch(_Body):
+class PrefixPatch(Body):
     """What to change; what is left out stays. A `ttl_s` of null takes the end away."""
 
     ttl_s: Ttl | None = None

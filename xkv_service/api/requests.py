@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from xkv_service.api.errors import APIError
 from xkv_service.sessions.settings import GenerationSettings
@@ -44,17 +44,31 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Parameters that are not supported, and the values that ask for nothing."""
 
 
-class _Body(BaseModel):
-    """Unknown parameters are refused: a mistyped or foreign one would silently change the answer."""
+def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("this is not Unicode text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""A text without lone surrogates, which JSON can write and no tokenizer reads."""
+
+
+class Body(BaseModel):
+    """What is sent. A parameter that is unknown is refused: left out, it would silently change the answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """One part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _text_content(content: Any) -> Any:
@@ -68,11 +82,11 @@ def _text_content(content: Any) -> Any:
     return content
 
 
-class Message(_Body):
+class Message(Body):
     """One message of a conversation; `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart], BeforeValidator(_text_content)]
+    content: Annotated[Text | list[TextPart], BeforeValidator(_text_content)]
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +106,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": parts}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream tells besides its text."""
 
     include_usage: bool = False
@@ -104,13 +118,13 @@ def _list_of_stops(stop: Any) -> Any:
 
 
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    list[Annotated[Text, Field(min_length=1, max_length=256)]],
     Field(max_length=MOST_STOPS),
     BeforeValidator(_list_of_stops, json_schema_input_type=str | list[str]),
 ]
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both endpoints take. A parameter that is null counts as left out."""
 
     model: str
@@ -175,7 +189,7 @@ class ChatBody(GenerationBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Prompt = str | list[int] | list[str] | list[list[int]]
+Prompt = Text | list[int] | list[Text] | list[list[int]]
 
 
 class CompletionBody(GenerationBody):
