@@ -1,0 +1,50 @@
+"""`Chat`: asks the server about a conversation's document, and keeps what was said."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from openai import AsyncOpenAI
+
+from examples.answers import Answer, stream_answer
+from examples.chat_backend.conversations import Conversation
+from examples.documents import Documents, Message
+
+MAX_TOKENS = 256
+
+
+class Chat:
+    """Any number of conversations at once, over one client.
+
+    Args:
+        model: as the server names it.
+    """
+
+    def __init__(self, client: AsyncOpenAI, model: str, documents: Documents) -> None:
+        self._client, self._model, self.documents = client, model, documents
+
+    async def ask(self, conversation: Conversation, question: str) -> AsyncGenerator[str | Answer, None]:
+        """The pieces of the answer, then what is known of it.
+
+        An answer that is broken off stays in the conversation as far as it came; a question that got none
+        leaves no trace.
+
+        Raises:
+            openai.APIError: the server refuses, or cannot be reached.
+        """
+        async with conversation.turn:
+            said = ""
+            begun: list[Message] = [*conversation.messages, {"role": "user", "content": question}]
+            prompt = self.documents.prompt(conversation.document, begun)
+            # Temperature 0: facts are looked up. The server goes on from the tokens that it keeps of this
+            # conversation, since the prompt begins with what it saw and said before.
+            answer = stream_answer(self._client, self._model, prompt, max_tokens=MAX_TOKENS, temperature=0)
+            try:
+                async with aclosing(answer) as pieces:
+                    async for piece in pieces:
+                        said += piece if isinstance(piece, str) else ""
+                        yield piece
+            finally:
+                if said:
+                    conversation.messages = [*begun, {"role": "assistant", "content": said}]
