@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from examples.documents import Message
 
@@ -35,12 +36,12 @@ class Answer:
 
 
 async def stream_answer(
-    client: AsyncOpenAI, model: str, messages: Sequence[Message], **options: Any
+    client: AsyncOpenAI, model: str, messages: Sequence[Message], max_tokens: int
 ) -> AsyncGenerator[str | Answer, None]:
     """The pieces of an answer as they come, then what is known of it.
 
     Args:
-        options: of the request: `max_tokens`, `temperature` and so on.
+        max_tokens: of the answer.
 
     Raises:
         openai.APIError: the server refuses, or cannot be reached.
@@ -48,10 +49,11 @@ async def stream_answer(
     started, first_s, pieces = time.perf_counter(), 0.0, []
     stream = await client.chat.completions.create(
         model=model,
-        messages=list(messages),  # type: ignore[arg-type]
+        messages=cast("list[ChatCompletionMessageParam]", messages),
+        max_tokens=max_tokens,
+        temperature=0,  # facts are looked up
         stream=True,
         stream_options={"include_usage": True},
-        **options,
     )
     async with stream:  # whoever stops reading here ends the answer on the server
         async for chunk in stream:

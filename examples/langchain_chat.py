@@ -11,9 +11,9 @@ import argparse
 import os
 from pathlib import Path
 
-from langchain_core.messages import AIMessageChunk
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE / "corpus" / "guide-cork-ivory-gull-union.md"
@@ -25,7 +25,7 @@ def main() -> None:
     options = _options()
     llm = ChatOpenAI(
         base_url=options.base_url,
-        api_key=os.environ.get("XKV_API_KEY", "-"),
+        api_key=SecretStr(os.environ.get("XKV_API_KEY", "-")),
         model=options.model,
         temperature=0,
         max_completion_tokens=128,
@@ -34,12 +34,11 @@ def main() -> None:
     # The document first and the question last: all prompts about it begin with the tokens that are stored.
     chain = ChatPromptTemplate.from_messages([("user", "{document}\n\n{question}")]) | llm
     asked = {"document": options.document.read_bytes().decode("utf-8-sig"), "question": options.question}
-    whole: AIMessageChunk | None = None
+    usage = None
     for chunk in chain.stream(asked):
         print(chunk.text, end="", flush=True)
-        whole = chunk if whole is None else whole + chunk
-    assert whole is not None and whole.usage_metadata is not None
-    usage = whole.usage_metadata
+        usage = chunk.usage_metadata or usage
+    assert usage is not None
     cached = usage["input_token_details"]["cache_read"]
     print(f"\n{cached} of {usage['input_tokens']} prompt tokens cached")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
     """Compress what is new in a folder, and serve it with the bundled model while the block runs.
 
     Args:
-        documents: a folder. store: where `xkv precompute` puts their artifacts; what it has is not done again.
+        documents: a folder. store: where its artifacts go; what is there already is not computed again.
 
     Yields:
         The base URL to give to an OpenAI client.
@@ -32,6 +33,7 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
     Raises:
         SystemExit: a command failed; it has said why.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the server would stay behind
     place = ["--store", str(store)]
     done = subprocess.run(_xkv("precompute", "--docs", str(documents), "--ratio", str(RATIO), *place))
     if done.returncode:

@@ -18,7 +18,10 @@ from examples.chat_backend.chat import Chat
 from examples.chat_backend.conversations import Conversation, Conversations
 
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'"
+)
 
 
 class Beginning(BaseModel):

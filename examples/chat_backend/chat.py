@@ -37,9 +37,8 @@ class Chat:
             said = ""
             begun: list[Message] = [*conversation.messages, {"role": "user", "content": question}]
             prompt = self.documents.prompt(conversation.document, begun)
-            # Temperature 0: facts are looked up. The server goes on from the tokens that it keeps of this
-            # conversation, since the prompt begins with what it saw and said before.
-            answer = stream_answer(self._client, self._model, prompt, max_tokens=MAX_TOKENS, temperature=0)
+            # The prompt begins with what the server saw and said before: it goes on from what it kept of it.
+            answer = stream_answer(self._client, self._model, prompt, MAX_TOKENS)
             try:
                 async with aclosing(answer) as pieces:
                     async for piece in pieces:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import sys
-from contextlib import nullcontext
-from pathlib import Path
 
-import openai
 from openai import AsyncOpenAI
 
+from examples.connection import add_server_options, connection
 from examples.documents import Documents
-from examples.local_server import CORPUS, HERE, STORE, local_server
+from examples.local_server import HERE
 from examples.rag.measure import known_questions, measure
 from examples.rag.pipeline import Pipeline, Reply
 
@@ -28,23 +24,17 @@ QUESTION = "What is the order reference of project Vivid Mountain?"
 def main() -> None:
     """Find or start a server, then answer."""
     options = _options()
-    documents = Documents(options.docs)
-    if not documents.names:
-        sys.exit(f"error: no documents in {options.docs}")
-    given = options.base_url
-    with nullcontext(given) if given else local_server(options.docs, options.store) as base_url:
-        asyncio.run(_run(options, base_url, documents))
+    with connection(options) as (base_url, key, documents):
+        asyncio.run(_run(options, AsyncOpenAI(base_url=base_url, api_key=key), documents))
 
 
-async def _run(options: argparse.Namespace, base_url: str, documents: Documents) -> None:
-    # A local server asks for no key.
-    async with AsyncOpenAI(base_url=base_url, api_key=os.environ.get("XKV_API_KEY", "-")) as client:
-        model = (await client.models.list()).data[0].id
-        pipeline = Pipeline(client, model, documents)
-        if options.measure:
-            await _measure(pipeline)
-        for question in options.questions or ([] if options.measure else [QUESTION]):
-            await _answer(pipeline, question)
+async def _run(options: argparse.Namespace, client: AsyncOpenAI, documents: Documents) -> None:
+    model = (await client.models.list()).data[0].id
+    pipeline = Pipeline(client, model, documents)
+    if options.measure:
+        await _measure(pipeline)
+    for question in options.questions or ([] if options.measure else [QUESTION]):
+        await _answer(pipeline, question)
 
 
 async def _answer(pipeline: Pipeline, question: str) -> None:
@@ -91,18 +81,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
     parser.add_argument("--measure", action="store_true", help="ask everything in examples/questions")
-    parser.add_argument(
-        "--base-url", help="of a server that runs; its key in XKV_API_KEY. Default: start one"
-    )
-    parser.add_argument("--docs", type=Path, default=CORPUS, help="the documents to search")
-    parser.add_argument("--store", type=Path, default=STORE, help="of the server that is started")
+    add_server_options(parser)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except openai.APIConnectionError as error:
-        sys.exit(f"error: no server at {error.request.url}\nhint: start one: xkv serve")
-    except openai.APIError as error:
-        sys.exit(f"error: {error.message}")
+    main()

@@ -31,7 +31,7 @@ class Measured:
     Args:
         found: right documents. right: right answers. right_of_found: of those with the right document.
         cached: share of all prompt tokens that was not computed.
-        stored_s: from a prefix that is in memory. first_use_s: each document's first question, which loads it.
+        stored_s: from a prefix in memory. first_use_s: each document's first question, which loads it.
         computed_s: of the same questions as `first_use_s`, without stored prefixes.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from openai import AsyncOpenAI
 
 from examples.answers import Answer, stream_answer
-from examples.documents import Documents
+from examples.documents import Documents, Message
 from examples.rag.retriever import Found, Retriever
 
 MAX_TOKENS = 128
@@ -56,14 +56,8 @@ class Pipeline:
         return Reply(found, await self._answer(f"Copy {secrets.token_hex(4)}\n\n{message['content']}"))
 
     async def _answer(self, content: str) -> Answer:
-        prompt = stream_answer(
-            self._client,
-            self._model,
-            [{"role": "user", "content": content}],
-            max_tokens=MAX_TOKENS,
-            temperature=0,
-        )
-        async for piece in prompt:
+        prompt: list[Message] = [{"role": "user", "content": content}]
+        async for piece in stream_answer(self._client, self._model, prompt, MAX_TOKENS):
             if isinstance(piece, Answer):
                 return piece
         raise AssertionError("a stream that was asked for usage ends with it")
