@@ -52,7 +52,8 @@ class Fleet:
     def probabilities(self) -> NDArray[np.float64]:
         """Of each document, the most popular first; they add up to 1."""
         weights = np.arange(1, self.documents + 1, dtype=np.float64) ** -self.skew
-        return weights / weights.sum()
+        total: NDArray[np.float64] = weights / weights.sum()
+        return total
 
     def tokens(self, seed: int) -> NDArray[np.int64]:
         """Of each document."""

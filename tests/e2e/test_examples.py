@@ -255,6 +255,15 @@ def test_frameworks_stream_and_tell_usage(running: Running, name: str) -> None:
     assert 0.9 * prompt < cached < prompt
 
 
+def test_the_readmes_lines_that_point_a_client_at_the_server(running: Running) -> None:
+    page = (ROOT / "README.md").read_text()
+    lines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1]
+    names: dict[str, Any] = {"text": Documents(running.docs).text(DOCUMENTS[0])}
+    exec(lines.replace("http://127.0.0.1:8000/v1", running.base_url), names)
+    usage = names["answer"].usage
+    assert 500 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+
+
 @pytest.mark.parametrize("name", ["chat_backend", "rag"])
 def test_no_server_and_no_documents_are_one_line_each(name: str, tmp_path: Path) -> None:
     away = f"http://127.0.0.1:{free_port()}/v1"
