@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from one_at_a_time import OneAtATime
+from engines import PacedBackend, paced_backend
 from serving import Served, serve
 
 from xkv_artifacts.keys import artifact_id
@@ -72,13 +72,14 @@ def finder(store: ArtifactStore, loaded: LoadedModel) -> PrefixFinder:
 
 
 @pytest.fixture(scope="module")
-def backend(loaded: LoadedModel, store: ArtifactStore) -> OneAtATime:
-    return OneAtATime(loaded, store)
+def backend(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
+    with paced_backend(loaded, store) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def served(
-    served_model: ServedModel, backend: OneAtATime, finder: PrefixFinder, stored: PrefixManifest
+    served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder, stored: PrefixManifest
 ) -> Iterator[Served]:
     """A server without keys, over the store with `stored` in it."""
     app = create_app(served_model, backend, finder=finder, keys=KeyRing(), settings=SETTINGS)
