@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,8 +77,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
-        self._tails = KeptTails(self.settings.tail_bytes, self._release)
-        self._counters: Counter[str] = Counter()
+        self._tails = KeptTails(self.settings.tail_bytes, loaded.identity.fingerprint, self._release)
+        self._counters: defaultdict[str, float] = defaultdict(float)
         self._open = 0
         self._lock = threading.Lock()
         self._closed = False
@@ -242,7 +242,12 @@ class Engine:
     def _admit(self) -> None:
         """Begin what waits, as far as there is room in the batch."""
         while self._waiting and len(self._running) + len(self._loading) < self.settings.max_running:
-            self._begin(self._waiting.popleft())
+            sequence = self._waiting[0]
+            try:
+                self._begin(sequence)
+                self._waiting.popleft()
+            except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+                self._fail(sequence, error)
         if self._loading and self._prefixes is not None:
             # Conversations between turns hold their prefixes; those who wait come first.
             while self._prefixes.state().parked and self._tails.free_a_prefix():
@@ -293,7 +298,7 @@ class Engine:
         sequence.begin(context, artifact_id)
         self._running.append(sequence)
         held, prompt = len(context.ids), len(sequence.request.token_ids)
-        self._counters.update(prompt_tokens=prompt, cached_tokens=held)
+        self._count(prompt_tokens=prompt, cached_tokens=held)
         self._counters["from_artifact" if artifact_id is not None else "without_artifact"] += 1
         if sequence.miss is not None:
             self._counters[f"miss_{sequence.miss.reason}"] += 1
@@ -322,10 +327,13 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
             if len(parts) > 1:
                 return [self._run(runner, [part])[0] for part in parts]
-            _log.exception("request %s failed", parts[0].sequence.request.id)
-            parts[0].sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
-            self._leave(parts[0].sequence, "failed")
+            self._fail(parts[0].sequence, error)
             return [None]
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        _log.error("request %s failed", sequence.request.id, exc_info=error)
+        sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
+        self._leave(sequence, "failed")
 
     def _advance(self, part: Part, logits: torch.Tensor) -> None:
         sequence = part.sequence
@@ -338,11 +346,15 @@ class Engine:
             self._leave(sequence, "finished")
 
     def _note(self, parts: list[Part], seconds: float) -> None:
-        self._counters.update(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
+        self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
         exact = [part for part in parts if part.sequence.artifact_id is None]
         if self._prefixes is not None and len(parts) == 1 and exact:
             start = len(_context_of(exact[0].sequence).ids) - exact[0].count
             self._prefixes.rates.prefilled(start, exact[0].count, seconds)
+
+    def _count(self, **more: float) -> None:
+        for name, value in more.items():
+            self._counters[name] += value
 
     def _release(self, artifact_id: str | None) -> None:
         if artifact_id is not None and self._prefixes is not None:

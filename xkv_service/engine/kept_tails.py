@@ -34,11 +34,14 @@ class KeptTails:
 
     Args:
         budget_bytes: of all tails together, the prefixes behind them not counted.
+        fingerprint: of the model.
         on_drop: told the artifact of each tail that is dropped, if it has one: its prefix is held no longer.
     """
 
-    def __init__(self, budget_bytes: int, on_drop: Callable[[str], None] = lambda _: None) -> None:
-        self.budget_bytes, self.nbytes = budget_bytes, 0
+    def __init__(
+        self, budget_bytes: int, fingerprint: str, on_drop: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.budget_bytes, self.nbytes, self._fingerprint = budget_bytes, 0, fingerprint
         self._on_drop = on_drop
         self._kept: OrderedDict[int, KeptTail] = OrderedDict()
         self._places: dict[bytes, list[int]] = {}
@@ -52,7 +55,7 @@ class KeptTails:
 
         One shorter than a block or larger than the budget is dropped at once.
         """
-        digests, size = _digests(namespace, context.ids), held_bytes(context)
+        digests, size = self._digests(namespace, context.ids), held_bytes(context)
         if not digests or size > self.budget_bytes:
             self._told(artifact_id)
             return
@@ -75,7 +78,7 @@ class KeptTails:
         """
         ids = list(prompt)
         best, most = None, 0
-        for name in self._sharing(_digests(namespace, ids)):
+        for name in self._sharing(self._digests(namespace, ids)):
             held = usable_tokens(self._kept[name].context, ids)
             if held > most:
                 best, most = name, held
@@ -113,6 +116,9 @@ class KeptTails:
                 return list(found)
         return []
 
+    def _digests(self, namespace: str, ids: Sequence[int]) -> tuple[bytes, ...]:
+        return tuple(_pieces(joined_block_hashes(self._fingerprint, namespace, token_bytes(ids))))
+
     def _drop(self, name: int) -> None:
         gone = self._kept.pop(name)
         self.nbytes -= gone.nbytes
@@ -129,7 +135,7 @@ class KeptTails:
 
 
 def usable_tokens(context: Context, prompt: Sequence[int]) -> int:
-    """Tokens of the prompt that the context holds and can go back to; 0 where nothing but a prefix is left."""
+    """Tokens of the prompt that the context holds and can go back to; 0 where only a prefix is left."""
     common = min(common_tokens(context.ids, list(prompt)), len(prompt) - 1)
     if common == len(context.ids):
         return common
@@ -145,10 +151,6 @@ def _ahead(layer: object) -> int:
     if not isinstance(layer, GrowingLayer) or isinstance(layer, LinearAttentionLayer) or layer.keys is None:
         return 0
     return max(0, layer.nbytes - int(layer.keys.nbytes + layer.values.nbytes))
-
-
-def _digests(namespace: str, ids: Sequence[int]) -> tuple[bytes, ...]:
-    return tuple(_pieces(joined_block_hashes("", namespace, token_bytes(ids))))
 
 
 def _pieces(joined: bytes) -> Iterator[bytes]:
