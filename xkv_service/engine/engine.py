@@ -115,6 +115,11 @@ class Engine:
             sequence.fail(refusal)
         return lambda: self._inbox.put(_Cancelled(sequence))
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
     def state(self) -> EngineState:
         """What it holds and does now."""
         pool = self._prefixes.state() if self._prefixes is not None else None
