@@ -89,7 +89,7 @@ class LocalPrefixes:
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         if (known := self._change([new.namespace], name, changes)) and known.status != "failed":
             return known
-        return _of_job(self._jobs.add(PrefixJob(name, new, spec)))
+        return self._of_job(self._jobs.add(PrefixJob(name, new, spec)))
 
     def _spec(self, ratio: float) -> CompressionSpec:
         if self._calibration is None:
@@ -101,11 +101,11 @@ class LocalPrefixes:
         entries, following = self._store.page(namespace, cursor, limit)
         made = {job.id for job in jobs}
         records = [_of_entry(entry) for entry in entries if entry.id not in made]
-        return PrefixPage([*map(_of_job, jobs), *records], following)
+        return PrefixPage([*map(self._of_job, jobs), *records], following)
 
     def _get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
         if (job := self._job(namespaces, prefix_id)) is not None:
-            return _of_job(job)
+            return self._of_job(job)
         entry = self._entry(namespaces, prefix_id)
         return None if entry is None else _of_entry(entry)
 
@@ -117,7 +117,7 @@ class LocalPrefixes:
                 job.new = replace(job.new, ttl_s=changes.ttl_s or None)
             if changes.pinned is not None:
                 job.new = replace(job.new, pinned=changes.pinned)
-            return _of_job(job)
+            return self._of_job(job)
         if self._entry(namespaces, prefix_id) is None:
             return None
         try:
@@ -177,19 +177,20 @@ class LocalPrefixes:
             new = job.new  # it may have been changed meanwhile
             self._store.publish(manifest, factors.to_tensors(), pinned=new.pinned, ttl_s=new.ttl_s)
 
-
-def _of_job(job: PrefixJob) -> PrefixRecord:
-    return PrefixRecord(
-        id=job.id,
-        namespace=job.new.namespace,
-        status=job.status,
-        tokens=len(job.new.token_ids),
-        name=job.new.name,
-        created=job.created,
-        expires=None if job.new.ttl_s is None else time.time() + job.new.ttl_s,
-        pinned=job.new.pinned,
-        error=job.error,
-    )
+    def _of_job(self, job: PrefixJob) -> PrefixRecord:
+        new = job.new
+        return PrefixRecord(
+            id=job.id,
+            namespace=new.namespace,
+            status=job.status,
+            model=self._loaded.identity.name,
+            tokens=len(new.token_ids),
+            name=new.name,
+            created=job.created,
+            expires=None if new.ttl_s is None else time.time() + new.ttl_s,
+            pinned=new.pinned,
+            error=job.error,
+        )
 
 
 def _of_entry(entry: Entry) -> PrefixRecord:
@@ -197,6 +198,7 @@ def _of_entry(entry: Entry) -> PrefixRecord:
         id=entry.id,
         namespace=entry.namespace,
         status="ready",
+        model=entry.model,
         tokens=entry.tokens,
         name=entry.document,
         created=entry.created,

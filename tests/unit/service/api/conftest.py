@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 from engines import PacedBackend, paced_backend
+from rivers import DOCUMENT, SETTINGS, publish
 from serving import Served, serve
 
-from xkv_artifacts.keys import artifact_id
-from xkv_artifacts.manifest import DocumentRef, PrefixManifest
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
-from xkv_service import CompressionSpec, compress
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
-from xkv_service.api.settings import APISettings
 from xkv_service.modeling.models import LoadedModel, load_model
-from xkv_service.modeling.prompts import render_prefix
-
-DOCUMENT = "The river Ume rises in the hills, flows by 3 towns and ends in the sea. " * 2
-SETTINGS = APISettings(min_fidelity=0.0)
-
-
-def publish(
-    store: ArtifactStore, loaded: LoadedModel, document: str, namespace: str = "default"
-) -> PrefixManifest:
-    """Compress a document as `xkv precompute` would, and publish it."""
-    ids = render_prefix(loaded.tokenizer, document)
-    factors = compress(loaded.model, ids, CompressionSpec(rank_k=24, rank_v=24))
-    fields = factors.manifest_fields()
-    manifest = PrefixManifest(
-        id=artifact_id(loaded.identity.fingerprint, namespace, ids, fields["spec"]),
-        model=loaded.identity,
-        namespace=namespace,
-        document=DocumentRef(uri="river.txt", sha256="0" * 64),
-        created=datetime.now(timezone.utc),
-        **fields,
-    )
-    return store.publish(manifest, factors.to_tensors())
 
 
 @pytest.fixture(scope="session")

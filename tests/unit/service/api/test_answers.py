@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import DOCUMENT
 from engines import PacedBackend
 from openai import OpenAI
+from rivers import DOCUMENT
 from serving import Served
 
 from xkv_artifacts.manifest import PrefixManifest

@@ -8,10 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import DOCUMENT, SETTINGS
 from engines import paced_backend
+from rivers import DOCUMENT, SETTINGS, key
 from serving import Served, serve
-from test_keys import key
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
@@ -84,7 +83,12 @@ def chat(http: httpx.Client, *messages: tuple[str, str], **options: Any) -> http
 def test_a_document_is_made_and_serves_chats_about_it(alpha: httpx.Client) -> None:
     made = make(alpha, document=DOCUMENT, system_prompt="Be brief.", name="rivers", ttl_s=3600, pin=True)
     assert made["status"] == "ready", made
-    assert (made["object"], made["name"], made["namespace"]) == ("prefix", "rivers", "alpha")
+    assert (made["object"], made["name"], made["namespace"], made["model"]) == (
+        "prefix",
+        "rivers",
+        "alpha",
+        "tiny",
+    )
     assert made["pinned"] and abs(made["expires_at"] - time.time() - 3600) < 60
     assert made["ratio"] > 1 and made["bytes"] > 0 and 0 <= made["fidelity"] <= 1
     question = (("system", "Be brief."), ("user", f"{DOCUMENT}\n\nWhere does it end?"))

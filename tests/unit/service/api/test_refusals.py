@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import SETTINGS
 from engines import PacedBackend
+from rivers import SETTINGS
 from serving import Served, serve
 
 from xkv_service.api.app import create_app

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DOCUMENT, SETTINGS, publish
 from engines import PacedBackend
+from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import serve
 from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from test_keys import key
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app

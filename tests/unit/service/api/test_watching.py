@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import DOCUMENT
 from engines import PacedBackend
 from prometheus_client.parser import text_string_to_metric_families
+from rivers import DOCUMENT
 from serving import Served
 
 from xkv_artifacts.manifest import PrefixManifest

@@ -12,23 +12,19 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import DOCUMENT, SETTINGS, publish
 from engines import PacedBackend, paced_backend
+from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
-from xkv_service.api.keys import KEYS_VARIABLE, Key, KeyRing, KeysError, Limits, hash_key
+from xkv_service.api.keys import KEYS_VARIABLE, KeyRing, KeysError, Limits, hash_key
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.modeling.models import LoadedModel
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 3}
-
-
-def key(name: str, **options: Any) -> Key:
-    return Key(name=name, sha256=hash_key(f"sk-{name}"), **{"namespace": name, **options})
 
 
 KEYS = KeyRing(
