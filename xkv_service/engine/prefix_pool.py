@@ -336,8 +336,13 @@ class PrefixPool:
         self._tell([(waiter, failure)])
 
     def _later_tell(self, waiter: _Waiter, answer: Answer) -> None:
-        """Tell on the pool's thread, never on the caller's, which may hold a lock."""
-        self._alarm.after(0, lambda: self._tell([(waiter, answer)]))
+        """Tell on a thread of the pool, never on the caller's, which may hold a lock."""
+
+        def tell() -> None:
+            self._tell([(waiter, answer)])
+
+        if not self._alarm.after(0, tell):
+            threading.Thread(target=tell, daemon=True).start()
 
     def _tell(self, answers: Iterable[tuple[_Waiter, Answer]]) -> None:
         for waiter, answer in answers:
