@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, compress
 from xkv_service.decoding.prefix import Prefix
-from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
+from xkv_service.engine.footprint import artifact_bytes, calibration_bytes, prefix_bytes
 from xkv_service.engine.storages import held_bytes
 from xkv_service.factors import PrefixFactors
 
@@ -63,8 +63,11 @@ def test_with_a_calibration_too() -> None:
     factors = compress(model, random_ids(500), spec, calibration)
     named = manifest_of(factors).model_copy(update={"tensors": dict.fromkeys(factors.to_tensors(), "0" * 64)})
     prefix = Prefix.of(model, PrefixFactors.from_tensors(named, factors.to_tensors(), calibration))
-    held, promised = held_bytes(prefix, device=CPU), prefix_bytes(model, named, factors.spec)
-    assert 0.85 * promised < held <= promised
+    held = held_bytes(prefix, device=CPU, besides=calibration)
+    promised = prefix_bytes(model, named, factors.spec)
+    assert 0.8 * promised < held <= promised
+    assert held_bytes(prefix, device=CPU) > held  # the bases are the calibration's own memory
+    assert calibration_bytes(model, calibration) == held_bytes(calibration, device=CPU)
 
 
 def test_what_is_read_is_what_the_file_has() -> None:

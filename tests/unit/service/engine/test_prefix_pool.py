@@ -260,25 +260,58 @@ def test_a_calibration_is_read_and_counted_once(tmp_path: Path) -> None:
     model = tiny_model("llama", num_key_value_heads=4)
     model.save_pretrained(tmp_path / "model")
     with ArtifactStore.open(str(tmp_path / "store")) as store:
-        identity = find_model(tmp_path / "model", device="cpu").identity
-        sample = [ProbedPrefix.of_text("text", range(80))]
-        saved = save_calibration(store, calibrated(model), identity, sample).id
-        calibration = load_calibration(store, saved)
-        spec = CompressionSpec(
-            calibration=saved, ratio=2.0, basis="calibrated", factor_dtype="mixed", index="derived"
-        )
-        ids = [
-            publish(
-                store, compress(model, random_ids(size, seed=size), spec, calibration), identity.fingerprint
-            )
-            for size in SIZES[:3]
-        ]
+        ids = [_with_calibration(store, model, tmp_path / "model", size)[0] for size in SIZES[:3]]
         pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
         prefixes = [loaded(pool, one, size) for one, size in zip(ids, SIZES, strict=False)]
-        each = held_bytes(*prefixes, device=torch.device("cpu"))
-        assert pool.bytes == each + held_bytes(calibration, device=torch.device("cpu"))
+        # All they reach are its bases; its metric and energies are kept beside.
+        reached = held_bytes(*prefixes, device=torch.device("cpu"))
+        alone = sum(held_bytes(prefix, device=torch.device("cpu")) for prefix in prefixes)
+        assert reached < pool.bytes < alone
+        assert len({prefix.layers[0].key_bases.data_ptr() for prefix in prefixes}) == 1
         assert pool.state().prefixes == tuple(ids)
+        assert set(pool.state().holds) == set(ids)
         pool.close()
+
+
+def test_a_calibration_leaves_with_the_last_prefix_that_needs_it(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "model")
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        calibrated_id, saved = _with_calibration(store, model, tmp_path / "model", SIZES[0])
+        plain = publish_some(store, model, SIZES[-1:], CompressionSpec(group_size=3, rank_k=64, rank_v=64))[0]
+        pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+        loaded(pool, calibrated_id, SIZES[0])
+        first = pool.bytes
+        loaded(pool, plain, SIZES[-1])
+        second = pool.bytes - first
+        pool.close()
+        tight = PrefixPool(model, store, budget_bytes=max(first, second), rates=LoadingRates(1e-3))
+        for _ in range(2):
+            loaded(tight, calibrated_id, SIZES[0])
+            assert tight.bytes == first
+            tight.release(calibrated_id)
+            loaded(tight, plain, SIZES[-1])
+            tight.release(plain)
+            assert tight.bytes <= max(first, second)
+        small = PrefixPool(model, store, budget_bytes=first - 1, rates=LoadingRates(1e-3))
+        found = ask(small, calibrated_id, SIZES[0])
+        assert isinstance(found, LoadFailure) and found.reason == "no_room"
+        tight.close()
+        small.close()
+
+
+def _with_calibration(
+    store: ArtifactStore, model: PreTrainedModel, folder: Path, tokens: int
+) -> tuple[str, str]:
+    """A prefix with a calibration's bases in the store: the artifact's id and the calibration's."""
+    identity = find_model(folder, device="cpu").identity
+    sample = [ProbedPrefix.of_text("text", range(80))]
+    saved = save_calibration(store, calibrated(model), identity, sample).id
+    spec = CompressionSpec(
+        calibration=saved, ratio=2.0, basis="calibrated", factor_dtype="mixed", index="derived"
+    )
+    factors = compress(model, random_ids(tokens, seed=tokens), spec, load_calibration(store, saved))
+    return publish(store, factors, identity.fingerprint), saved
 
 
 def _size(make_pool: MakePool, artifact_id: str) -> int:

@@ -68,6 +68,19 @@ def test_holds_count() -> None:
     assert residents.holds == {}
 
 
+def test_what_others_need_stays_as_long_as_they_do() -> None:
+    residents = _filled(shared=30)
+    assert residents.put("a", "A", 30, "shared") and residents.put("b", "B", 30, "shared")
+    residents.get("a")
+    assert residents.put("c", "C", 40)
+    assert list(residents.values) == ["a", "shared", "c"] or "shared" in residents
+    # Idle altogether: even what is needed leaves, with those that need it.
+    assert residents.put("d", "D", 100)
+    assert list(residents.values) == ["d"] and residents.holds == {}
+    with pytest.raises(KeyError):
+        residents.put("e", "E", 0, "shared")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_never_above_the_budget(seed: int) -> None:
     random, residents, held = Random(seed), Residents(100), []
