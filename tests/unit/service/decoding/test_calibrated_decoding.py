@@ -187,8 +187,8 @@ def test_leading_ranks_read_fewer_bytes_and_are_the_leading_columns(
     read: dict[str, int] = {}
     real = store.load
 
-    def load(name: str, names: Any = None) -> Any:
-        manifest, tensors = real(name, names)
+    def load(name: str, names: Any = None, **options: Any) -> Any:
+        manifest, tensors = real(name, names, **options)
         read.update({one: tensor.nbytes for one, tensor in tensors.items() if one.startswith("group.")})
         return manifest, tensors
 
@@ -205,7 +205,8 @@ def test_leading_ranks_read_fewer_bytes_and_are_the_leading_columns(
     expected = group.keys.factors[where][:, :rank_k].float() @ group.keys.layer_bases(0)[:rank_k]
     unrotated = factors.rotary[0].unrotate(layer.keys(where), where).flatten(1)
     torch.testing.assert_close(unrotated, expected, atol=1e-4, rtol=1e-4)
-    expected = group.values.factors[where][:, :rank_v].float()
+    assert group.values.scales is not None
+    expected = group.values.factors[where][:, :rank_v].float() * group.values.scales[:rank_v]
     assert torch.equal(layer.value_factors(where), expected)
     with pytest.raises(InvalidSpec, match="rank_k=0"):
         XKVCache.from_artifact(model, store, artifact, rank_k=0)
