@@ -107,18 +107,6 @@ def test_what_was_observed_adds_up(model: PreTrainedModel) -> None:
     torch.testing.assert_close(first.moments.gram("key", 0, 3), whole.moments.gram("key", 0, 3))
 
 
-def test_queries_are_those_of_the_probes(model: PreTrainedModel) -> None:
-    """Their energies are those that a prefill of prefix and probe sees there."""
-    document = sample(1, 80)[0]
-    found = Observed.nothing(model, 0)
-    observe_document(model, document, found)
-    both = prefill(model, torch.tensor([*document.token_ids, *document.probes[0].token_ids]))
-    prefix = prefill(model, torch.tensor(document.token_ids))
-    for place in range(3):
-        whole, part = both.query_energy(place).double() * both.tokens, prefix.query_energy(place).double()
-        torch.testing.assert_close(found.queries[place], whole - part * prefix.tokens, atol=1e-2, rtol=1e-3)
-
-
 @pytest.mark.parametrize("count", [2, 3, 4, 9])
 def test_documents_are_used_or_held_out_and_none_is_both(count: int) -> None:
     documents = sample(1, 20) * count  # even when all are alike
