@@ -102,7 +102,7 @@ def decide(
     Raises:
         RatioUnreachable: no document of `held` is long enough for the settings' ratio.
     """
-    tolerances = _tolerances(model, found.moments, used[: settings.tolerance_documents], observer)
+    tolerances = measured_tolerances(model, found.moments, used[: settings.tolerance_documents], observer)
     candidates = Candidates(model, found, tolerances, settings)
     best, choices = _choose(model, candidates, held, settings, observer)
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
@@ -145,9 +145,13 @@ def _choose(
     }
 
 
-def _tolerances(
-    model: PreTrainedModel, moments: Moments, documents: Sequence[ProbedPrefix], observer: Observe
+def measured_tolerances(
+    model: PreTrainedModel,
+    moments: Moments,
+    documents: Sequence[ProbedPrefix],
+    observer: Observe = lambda message: None,
 ) -> Tolerances:
+    """What error each layer stands, the mean over documents, one at least."""
     tolerances = no_tolerances(moments)
     for number, document in enumerate(documents, 1):
         observer(f"tolerances {number}/{len(documents)}: {document.name}")
