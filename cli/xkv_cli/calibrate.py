@@ -34,6 +34,13 @@ from xkv_cli.options import ManyValues, corpus_options, json_option, store_optio
     metavar="N",
     help="Most adjacent layers that share token factors. Default: 4.",
 )
+@click.option(
+    "--from",
+    "earlier",
+    metavar="ID",
+    help="Add the documents to what this calibration in the store was made from; its own documents are not"
+    " needed. It may be shortened to its first digits (4 or more).",
+)
 @page_options
 @json_option
 def calibrate(as_json: bool, report: Path | None, plots: Path | None, **options: Any) -> int:
@@ -50,6 +57,7 @@ def calibrate(as_json: bool, report: Path | None, plots: Path | None, **options:
     Examples:
       xkv calibrate --docs handbook/ --model ./llama
       xkv calibrate --docs examples/corpus --questions examples/questions
+      xkv calibrate --docs more/ --from 3fa9c1
       xkv calibrate --docs corpus/ --ratio 32 --report calibration.html --plots pictures --json
 
     \b
