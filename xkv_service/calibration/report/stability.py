@@ -13,7 +13,10 @@ _MOST = 3
 
 
 def certainty_lines(figures: Figures) -> list[tuple[str, str]]:
-    """Name and text of each thing that draws of the sample say; nothing where it was not drawn again."""
+    """Name and text of each thing that draws of the sample say; nothing where it was not drawn again.
+
+    Energies are those of the documents that a draw left out ("others").
+    """
     found = mapping(figures.get("stability"))
     parts, documents, draws = (number(found.get(name)) for name in ("parts", "documents", "resamples"))
     if parts is None or documents is None or draws is None:
@@ -22,11 +25,11 @@ def certainty_lines(figures: Figures) -> list[tuple[str, str]]:
     again = mapping(figures.get("chosen_again"))
     lines = [
         ("Drawn again", how),
-        ("Energy kept of others, over their own directions'", _spread(found.get("kept"))),
-        ("Energy kept of others, over all", _spread(found.get("captured"))),
+        ("Energy kept", _spread(found.get("kept"), "what others' own directions hold")),
+        ("Energy held", _spread(found.get("captured"), "all that others have")),
         ("Same metric", _again(again.get("metric"))),
-        ("Same of fixed and searched groups", _again(again.get("groups"))),
-        ("Groups found by search", ", ".join(_partitions(found.get("groups")))),
+        ("Same groups", _again(again.get("groups"))),
+        ("Searched groups", ", ".join(_partitions(found.get("groups")))),
     ]
     return [(name, text) for name, text in lines if text]
 
@@ -44,11 +47,11 @@ def stability(figures: Figures) -> Markup:
 _HEADS = ["Layers", "", "Bits", "Least", "Most"]
 
 
-def _spread(value: object) -> str:
+def _spread(value: object, of: str) -> str:
     mean, low, high = (share(mapping(value).get(name)) for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
         return ""
-    return f"{percent(mean)} ({percent(low)} to {percent(high)})"
+    return f"{percent(mean)} ({percent(low)} to {percent(high)}) of {of}"
 
 
 def _again(value: object) -> str:
