@@ -73,7 +73,7 @@ def bootstrap(
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(count, (RESAMPLES, count), generator=generator)
     found = [drawn(tuple(numbers)) for numbers in draws.sort(1).values.tolist()]
-    whole = _of_one(candidates_of(folds.total()), None, weighting, groups)
+    _, whole = _planned(candidates_of(folds.total()), weighting, groups)
     layers = [layer.index for layer in folds.parts[0].moments.layers]
     return {
         "documents": folds.documents,
@@ -82,25 +82,31 @@ def bootstrap(
         "kept": _spread([one.kept for one in found]),
         "captured": _spread([one.captured for one in found]),
         "groups": _partitions(found, layers),
-        "bits": _bits(found, whole, groups, layers),
+        "bits": _bits(found, _bits_of(whole), groups, layers),
     }
 
 
 def _of_one(
     candidates: Candidates, left_out: Observed | None, weighting: Weighting, groups: Groups
 ) -> _Drawn:
-    made = candidates.calibration(weighting, groups)
-    ratio = candidates.settings.ratio
-    columns = ColumnPlan(made, calibrated_spec(ratio, made), PLAN_TOKENS)
-    plan = columns.runs(candidates.bits_full / ratio)
-    bits = tuple(sum(width * number for width, number in runs) for pair in plan for runs in pair)
+    made, plan = _planned(candidates, weighting, groups)
     captured, best, total = (0.0, 0.0, 0.0) if left_out is None else _energies(left_out, made, plan, groups)
     return _Drawn(
         tuple(candidates.best_groups(weighting)),
-        bits,
+        _bits_of(plan),
         captured / total if total else None,
         captured / best if best else None,
     )
+
+
+def _planned(candidates: Candidates, weighting: Weighting, groups: Groups) -> tuple[Calibration, Plan]:
+    made, ratio = candidates.calibration(weighting, groups), candidates.settings.ratio
+    columns = ColumnPlan(made, calibrated_spec(ratio, made), PLAN_TOKENS)
+    return made, columns.runs(candidates.bits_full / ratio)
+
+
+def _bits_of(plan: Plan) -> tuple[int, ...]:
+    return tuple(sum(width * number for width, number in runs) for pair in plan for runs in pair)
 
 
 def _energies(
@@ -140,7 +146,7 @@ def _partitions(found: Sequence[_Drawn], layers: Sequence[int]) -> list[dict[str
 
 
 def _bits(
-    found: Sequence[_Drawn], whole: _Drawn, groups: Groups, layers: Sequence[int]
+    found: Sequence[_Drawn], whole: Sequence[int], groups: Groups, layers: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Bits of a token in each group's keys and values: of the whole sample, least and most of the draws."""
     places = [(first, count, kind) for first, count in groups for kind in KINDS]
@@ -148,7 +154,7 @@ def _bits(
         {
             "layers": layers[first : first + count],
             "kind": kind,
-            "bits": whole.bits[number],
+            "bits": whole[number],
             "low": min(one.bits[number] for one in found),
             "high": max(one.bits[number] for one in found),
         }
