@@ -164,4 +164,4 @@ class CalibrationShelf:
 
     def _forget(self, calibration_id: str) -> None:
         with suppress(CatalogUnavailable, CatalogError):
-            self.catalog.drop(calibration_id)
+            self.catalog.drop(calibration_id, patience_s=0)

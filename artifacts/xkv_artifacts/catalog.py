@@ -157,9 +157,10 @@ class Catalog:
                 return shared, _upper_bound(longest), [_artifact_id(raw) for raw in found]
         raise CatalogError("the prefix index gave no list of ids", hint=REBUILD_HINT)
 
-    def drop(self, artifact_id: str) -> bool:
-        """Forget an artifact; False when it was not known."""
-        return self._listing.drop(artifact_id)  # the prefix index drops members without an entry later
+    def drop(self, artifact_id: str, *, patience_s: float | None = None) -> bool:
+        """Forget an artifact, as `Listing.drop`; False when it was not known."""
+        # The prefix index drops members without an entry later.
+        return self._listing.drop(artifact_id, patience_s=patience_s)
 
     def touch(self, artifact_id: str) -> None:
         """Note that an artifact was used now; tried once, since nothing waits for it."""

@@ -124,9 +124,13 @@ class ArtifactStore:
         return written
 
     def load(
-        self, artifact_id: str, names: Iterable[str] | None = None
+        self, artifact_id: str, names: Iterable[str] | None = None, *, touch: bool = True
     ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
         """Read tensors (all, or `names`; shapes in docs/format.md) to the CPU, every byte of them checked.
+
+        Args:
+            touch: note in the catalog that the artifact was used. The blob is read without the catalog, but
+                a Redis that hangs holds this up by seconds.
 
         Raises:
             ArtifactNotFound: there is no such blob.
@@ -135,8 +139,9 @@ class ArtifactStore:
             MissingTensor: a name is not in the blob.
         """
         loaded = self._checked.read_prefix(artifact_id, names)
-        with suppress(CatalogUnavailable, CatalogError):
-            self.catalog.touch(artifact_id)
+        if touch:
+            with suppress(CatalogUnavailable, CatalogError):
+                self.catalog.touch(artifact_id)
         return loaded
 
     def get(self, artifact_id: str) -> Entry | None:
@@ -287,5 +292,6 @@ class ArtifactStore:
         return item
 
     def _forget(self, artifact_id: str) -> None:
+        """Drop the entry of a blob that is gone; tried once, a reader waits, and `lookup` would notice."""
         with suppress(CatalogUnavailable, CatalogError):
-            self.catalog.drop(artifact_id)
+            self.catalog.drop(artifact_id, patience_s=0)

@@ -6,13 +6,16 @@ import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from xkv_service.decoding.attend import attend
+from xkv_service.decoding.attention_call import AttentionCall
+from xkv_service.decoding.growing_layer import GrowingLayer
 from xkv_service.decoding.select import Selection
 from xkv_service.errors import CacheMisuse
 
 
-class PrefixLayer(DynamicLayer):  # type: ignore[misc]
+class PrefixLayer(GrowingLayer):
     """Keys and values of the tail, behind a prefix that only attention reads.
 
     `update` returns the tail alone; lengths and masks count prefix and tail.
@@ -38,6 +41,13 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
     def tail_tokens(self) -> int:
         """n, tokens of the tail."""
         return int(super().get_seq_length())
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention over the prefix and the tail."""
+        out, self.rebuilt = attend(
+            call.query, call.keys, call.values, call.mask, self.selection, call.scoring
+        )
+        return out
 
     def get_seq_length(self) -> int:
         """p + n."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -64,8 +65,7 @@ class LayerPrefix:
     """One full-attention layer of a prefix of p tokens, as `ReadablePrefix`: shared by every session.
 
     Args:
-        factors: the prefix, of at least `tokens` tokens.
-        layer: a compressed layer. tokens: p. turns: cos and sin of the layer's kind.
+        factors: the prefix, all of it. layer: a compressed layer. turns: cos and sin of the layer's kind.
         device, dtype: where attention runs, and the dtype of its matrix products.
 
     Attributes:
@@ -76,23 +76,22 @@ class LayerPrefix:
         self,
         factors: PrefixFactors,
         layer: int,
-        tokens: int,
         turns: Turns,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         group, place = factors.locate(layer)
         assert group.values is not None
-        self.layer, self.tokens, self.dtype = layer, tokens, dtype
+        self.layer, self.tokens, self.dtype = layer, factors.tokens, dtype
         self.kv_heads = group.layout.kv_heads[place]
         self.turns = turns
-        self._key_factors, self.key_bases = half(group.keys, place, tokens, device, dtype)
-        self._value_factors, value_bases = half(group.values, place, tokens, device, dtype)
+        self._key_factors, self.key_bases = half(group.keys, place, device, dtype)
+        self._value_factors, value_bases = half(group.values, place, device, dtype)
         rank = value_bases.shape[0]
         self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
-        self.index = _scorer(factors, layer, tokens, device)
+        self.index: Scorer | None = _scorer(factors, layer, device)
         if layer in factors.planes:
             self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
 
@@ -102,12 +101,22 @@ class LayerPrefix:
         values = torch.empty(0, self.kv_heads, self.value_bases.shape[2], dtype=self.dtype, device=device)
         if self.layer in factors.exact:
             exact = factors.exact[self.layer]
-            count = int((exact.positions < self.tokens).sum())
-            where = exact.positions[:count].to(device, torch.int64)
-            keys = self.turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
-            values = exact.values[:count].to(device, self.dtype)
+            where = exact.positions.to(device, torch.int64)
+            keys = self.turns.rotate(exact.keys.to(device), where).to(self.dtype)
+            values = exact.values.to(device, self.dtype)
         self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
         self.positions = described_positions(where, self.tokens)
+
+    def first(self, tokens: int) -> LayerPrefix:
+        """The layer's share of the first tokens: views, so it costs no memory."""
+        other = copy.copy(self)
+        other._key_factors = first_rows(self._key_factors, tokens)
+        other._value_factors = first_rows(self._value_factors, tokens)
+        if self.index is not None:
+            assert isinstance(self.index, SketchScorer | LandmarkScorer)
+            other.index = self.index.first(tokens)
+        keep_first(other, tokens)
+        return other
 
     @property
     def nbytes(self) -> int:
@@ -145,21 +154,33 @@ def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
     return free.nonzero()[:, 0]
 
 
+def keep_first(prefix: ReadablePrefix, tokens: int) -> None:
+    """Let a prefix that was copied keep only what it says of its first tokens, as views."""
+    count = int((prefix.exact_positions < tokens).sum())
+    prefix.exact_positions = prefix.exact_positions[:count]
+    prefix.exact_keys, prefix.exact_values = prefix.exact_keys[:count], prefix.exact_values[:count]
+    prefix.positions = prefix.positions[: tokens - count]
+    prefix.tokens = tokens
+
+
+def first_rows(factors: torch.Tensor | PackedFactors, tokens: int) -> torch.Tensor | PackedFactors:
+    """Token factors of the first tokens: views."""
+    return factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
+
+
 def half(
-    pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
+    pair: LowRank, place: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor | PackedFactors, torch.Tensor]:
-    """Token factors [tokens, r] as stored, and a layer's bases [r, kv_heads D] in `dtype`."""
-    factors = pair.factors
-    first = factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
-    return first.to(device), pair.layer_bases(place).to(device, dtype)
+    """Token factors [T, r] as stored, and a layer's bases [r, kv_heads D] in `dtype`."""
+    return pair.factors.to(device), pair.layer_bases(place).to(device, dtype)
 
 
-def _scorer(factors: PrefixFactors, layer: int, tokens: int, device: torch.device) -> Scorer | None:
+def _scorer(factors: PrefixFactors, layer: int, device: torch.device) -> Scorer | None:
     if layer in factors.sketches:
         sketch = factors.sketches[layer]
-        planes, codes, scales = sketch.planes, sketch.codes[:tokens], sketch.scales[:tokens]
-        return SketchScorer(KeySketch(planes.to(device), codes.to(device), scales.to(device)))
+        return SketchScorer(
+            KeySketch(sketch.planes.to(device), sketch.codes.to(device), sketch.scales.to(device))
+        )
     if layer in factors.landmarks:
-        chunk = factors.spec.landmark_chunk
-        return LandmarkScorer(factors.landmarks[layer][: -(-tokens // chunk)].to(device), chunk)
+        return LandmarkScorer(factors.landmarks[layer].to(device), factors.spec.landmark_chunk)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
@@ -27,6 +29,8 @@ def load_factors(
     model: PreTrainedModel | None = None,
     rank_k: int | None = None,
     rank_v: int | None = None,
+    calibration_of: Callable[[CompressionSpec, str], Calibration | None] | None = None,
+    touch: bool = True,
 ) -> PrefixFactors:
     """The factors of an artifact, on the CPU.
 
@@ -35,6 +39,9 @@ def load_factors(
             model that did not come from files is held against the artifact when it is used (`matching.py`).
         rank_k, rank_v: leading ranks of keys and of values to read; by default all. Blocks of columns behind
             them are not read.
+        calibration_of: gives the calibration that a spec shares bases with, of a model's fingerprint; by
+            default it is read from the store, as `needed_calibration` does.
+        touch: as in `ArtifactStore.load`.
 
     Raises:
         ArtifactNotFound, CorruptArtifact: no such artifact, or a damaged one.
@@ -45,16 +52,19 @@ def load_factors(
     if model is not None:
         _check_files(model, manifest)
     spec = checked_spec(manifest, len(manifest.tensors))
-    calibration = _calibration(store, spec, manifest.model.fingerprint)
+    fingerprint = manifest.model.fingerprint
+    calibration = (
+        calibration_of(spec, fingerprint) if calibration_of else needed_calibration(store, spec, fingerprint)
+    )
     if rank_k is None and rank_v is None:
-        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
+        return PrefixFactors.from_tensors(manifest, store.load(artifact_id, touch=touch)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
     cut = manifest.model_copy(update={"groups": groups})
     wanted = stored_tensors(spec, manifest.tokens, groups)
     names = [name for name in manifest.tensors if not _is_block(name) or name in wanted]
     tensors = {
         name: tensor[tuple(slice(size) for size in wanted[name].shape)] if _is_block(name) else tensor
-        for name, tensor in store.load(artifact_id, names)[1].items()
+        for name, tensor in store.load(artifact_id, names, touch=touch)[1].items()
     }
     return PrefixFactors.from_tensors(cut, tensors, calibration)
 
@@ -93,8 +103,13 @@ def _is_block(name: str) -> bool:
     return name.startswith("group.")
 
 
-def _calibration(store: ArtifactStore, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
-    """The calibration that the artifact's bases come from, or None."""
+def needed_calibration(store: ArtifactStore, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
+    """The calibration that an artifact's bases come from, or None.
+
+    Raises:
+        ArtifactNotFound, CorruptArtifact: it is not in the store, or damaged.
+        ModelMismatch: it is another model's.
+    """
     if spec.calibration is None or spec.basis == "document":
         return None
     try:

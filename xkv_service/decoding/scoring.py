@@ -68,6 +68,10 @@ class SketchScorer:
         self._scales = sketch.scales
         self._dims = sketch.planes.long().flatten(1)
 
+    def first(self, tokens: int) -> SketchScorer:
+        """The same of the first tokens: views."""
+        return SketchScorer(KeySketch(self.planes, self._codes[:tokens], self._scales[:tokens]))
+
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         index = self._dims[:, None].expand(-1, queries.shape[1], -1)
         picked = queries.float().gather(-1, index)
@@ -107,6 +111,10 @@ class LandmarkScorer:
     def __init__(self, landmarks: torch.Tensor, chunk: int) -> None:
         self.unit = chunk
         self._means = landmarks.permute(1, 2, 0)
+
+    def first(self, tokens: int) -> LandmarkScorer:
+        """The same of the first tokens, views; the last mean is that of its whole chunk."""
+        return LandmarkScorer(self._means[..., : -(-tokens // self.unit)].permute(2, 0, 1), self.unit)
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         return queries.float() @ self._means.float()
