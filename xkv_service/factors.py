@@ -27,9 +27,10 @@ class LowRank:
     Args:
         factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
             Integer factors have the scales of their columns in `bases`.
-        bases: layer bases side by side [r, W], W the sum of `widths`.
+        bases: layer bases side by side [r, W], W the sum of `widths`; int8 ones are to be multiplied by
+            `scales`, row by row.
         widths: features of each layer, kv_heads x dimensions per head.
-        scales: float32 [r], where the bases are a calibration's times these; None where they are its own.
+        scales: float32 [r], with int8 bases, or where the bases are a calibration's times these; else None.
     """
 
     factors: torch.Tensor | PackedFactors
@@ -42,10 +43,18 @@ class LowRank:
         """r, columns of the token factors."""
         return self.factors.shape[1]
 
+    @property
+    def has_integer_bases(self) -> bool:
+        """Whether the bases are int8, with scales."""
+        return self.bases.dtype == torch.int8
+
     def layer_bases(self, position: int) -> torch.Tensor:
-        """B_l [r, W_l] of the group's layer number `position`, a view."""
+        """B_l [r, W_l] of the group's layer number `position`: a view, or float32 where bases are int8."""
         start = sum(self.widths[:position])
-        return self.bases[:, start : start + self.widths[position]]
+        columns = self.bases[:, start : start + self.widths[position]]
+        if self.scales is None or not self.has_integer_bases:
+            return columns
+        return columns * self.scales[:, None]
 
 
 @dataclass(frozen=True)

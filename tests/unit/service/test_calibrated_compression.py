@@ -60,6 +60,14 @@ WAYS = {
         ("document", "int4", "none", 2.5),
         ("document", "int8", "derived", 2.0),
     )
+} | {
+    f"document {dtype}, bases in 8 bits": {
+        "basis": "document",
+        "factor_dtype": dtype,
+        "base_dtype": "int8",
+        "ratio": 3.0,
+    }
+    for dtype in ("mixed", "int8")
 }
 
 
@@ -116,11 +124,14 @@ def test_a_rebuilt_layer_is_its_integers_times_scales_and_bases(
             assert isinstance(pair.factors, PackedFactors)
             integers, width = pair.factors[:].double(), pair.widths[0]
             bases = pair.bases[:, place * width : (place + 1) * width].double()
+            if pair.has_integer_bases:
+                assert pair.scales is not None
+                bases = bases * pair.scales[:, None]
             expected = (integers @ bases).reshape(len(IDS), 4, -1)
             found = rebuild(factors, layer)[number].double()
             inner = slice(4, -3)
             torch.testing.assert_close(found[inner], expected[inner], atol=1e-4, rtol=1e-4)
-            if pair.scales is not None:
+            if pair.scales is not None and not pair.has_integer_bases:
                 kind = calibration.group_of(group.layout.layers).basis("value" if number else "key")
                 plain = kind.bases[: pair.rank] * pair.scales[:, None]
                 torch.testing.assert_close(pair.bases, plain)
