@@ -115,7 +115,7 @@ def _blocks(name: str, pair: LowRank, runs: Runs) -> dict[str, torch.Tensor]:
         zip(column_blocks(runs, RANK_BLOCK), _factor_blocks(pair.factors), strict=True)
     ):
         tensors[f"{name}.factors.{block}"] = columns
-        if pair.scales is None:
+        if pair.shared is None:
             tensors[f"{name}.bases.{block}"] = pair.directions[start:stop]
     if pair.scales is not None:
         tensors[f"{name}.scales"] = pair.scales
@@ -165,16 +165,22 @@ def _group(
         factors = _factors(name, runs, tensors, packed=bool(columns))
         if shared is None:
             blocks = range(len(column_blocks(runs, RANK_BLOCK)))
-            return LowRank(factors, torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks]), widths)
-        scales = tensors[f"{name}.scales"]
-        if not bool(torch.isfinite(scales).all()):
-            raise CorruptArtifact(f"tensor {name}.scales is not finite")
+            directions = torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks])
+            return LowRank(factors, directions, widths, _scales(name, tensors) if spec.base_dtype else None)
+        scales = _scales(name, tensors)
         basis = _shared_basis(shared, layout, kind, len(scales))
         return LowRank(factors, basis.bases[: len(scales)], widths, scales, basis)
 
     values = None if layout.latent else pair("value", layout.rank_v, layout.columns_v, layout.value_widths)
     keys = pair("key", layout.rank_k, layout.columns_k, layout.key_widths)
     return GroupFactors(layout, keys, values)
+
+
+def _scales(name: str, tensors: Tensors) -> torch.Tensor:
+    scales = tensors[f"{name}.scales"]
+    if not bool(torch.isfinite(scales).all()):
+        raise CorruptArtifact(f"tensor {name}.scales is not finite")
+    return scales
 
 
 def _factors(name: str, runs: Runs, tensors: Tensors, *, packed: bool) -> torch.Tensor | PackedFactors:

@@ -27,9 +27,10 @@ class LowRank:
     Args:
         factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
             Integer factors have the scales of their columns in `bases`.
-        directions: [r, W], W the sum of `widths`: the bases, or a calibration's, which many prefixes share.
+        directions: [r, W], W the sum of `widths`: the bases; int8 ones and a calibration's, which many
+            prefixes share, are to be multiplied by `scales`, row by row.
         widths: features of each layer, kv_heads x dimensions per head.
-        scales: float32 [r], where the bases are a calibration's times these; None where they are its own.
+        scales: float32 [r], with int8 bases or a calibration's; else None.
         shared: what `directions` are the first of, where they are a calibration's.
     """
 
@@ -49,8 +50,13 @@ class LowRank:
         """r, columns of the token factors."""
         return self.factors.shape[1]
 
+    @property
+    def has_integer_bases(self) -> bool:
+        """Whether the bases are int8, with scales."""
+        return self.directions.dtype == torch.int8
+
     def layer_bases(self, position: int) -> torch.Tensor:
-        """B_l [r, W_l] of the group's layer number `position`."""
+        """B_l [r, W_l] of the group's layer number `position`: a view, or float32 where there are scales."""
         mine = self.directions[:, self.columns(position)]
         return mine if self.scales is None else mine * self.scales[:, None]
 

@@ -11,8 +11,9 @@ from xkv_service.spec import CompressionSpec
 
 def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> CompressionSpec:
     """The spec of a prefix compressed with a calibration: shared bases, mixed bits, or as `fields` say."""
-    chosen = {"basis": "calibrated", "factor_dtype": "mixed", "index": "derived", **fields}
-    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen)
+    basis = fields.pop("basis", "calibrated")
+    chosen = {"factor_dtype": "mixed", "index": "derived", **fields}
+    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen).over(basis)
 
 
 def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
