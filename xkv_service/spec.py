@@ -44,6 +44,8 @@ class CompressionSpec:
         calibration: id of the calibration that groups, weights, bits and planes come from, instead of
             `group_size`, `key_share` and the weights above.
         basis: whose layer bases: the "document"'s own, or the "calibrated" ones that all documents share.
+        reuse: ascending indices of layers without a selection index: they attend to the tokens that the
+            full-attention layer before them chose (`selection.reuse`).
 
     Raises:
         InvalidSpec: a field is out of range.
@@ -66,6 +68,7 @@ class CompressionSpec:
     value_weights: Literal["none", "output"] = "none"
     calibration: str | None = None
     basis: Literal["document", "calibrated"] = "document"
+    reuse: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
@@ -74,6 +77,7 @@ class CompressionSpec:
         self._check_counts()
         self._check_choices()
         self._check_calibration()
+        self._check_reuse()
 
     def _check_target(self) -> None:
         if (self.rank_k is None) != (self.rank_v is None):
@@ -138,6 +142,20 @@ class CompressionSpec:
                 hint="give a ratio, no ranks, and factor_dtype mixed, int4 or int8",
             )
 
+    def _check_reuse(self) -> None:
+        layers = self.reuse
+        if not isinstance(layers, list | tuple) or not all(is_integer(one) and one >= 0 for one in layers):
+            raise InvalidSpec(f"reuse={layers!r} is out of range", hint="use layer indices, ascending")
+        if list(layers) != sorted(set(layers)):
+            raise InvalidSpec(f"reuse={layers!r} is not in order", hint="use layer indices, ascending")
+        if layers and (self.index == "none" or self.outlier_chunks):
+            raise InvalidSpec(
+                f"reuse={layers!r} with index={self.index!r} and outlier_chunks={self.outlier_chunks}: "
+                "layers share a choice where there is an index and all keep the same tokens exact",
+                hint="leave reuse out",
+            )
+        object.__setattr__(self, "reuse", tuple(layers))
+
     def canonical(self) -> dict[str, Any]:
         """The spec as plain JSON values: what artifact ids are made from.
 
@@ -146,7 +164,8 @@ class CompressionSpec:
         fields = asdict(self)
         if self.calibration is None:
             del fields["calibration"], fields["basis"]
-        return fields
+        del fields["reuse"]
+        return {**fields, "reuse": list(self.reuse)} if self.reuse else fields
 
     @classmethod
     def from_canonical(cls, fields: dict[str, Any]) -> CompressionSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +21,7 @@ from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.numeric import is_integer
 from xkv_service.reconstruct import as_cached
+from xkv_service.selection.reuse import followers, refuse_reuse
 
 # A model object, where and in which dtype it is, and tokens of the prefix.
 _Place = tuple[int, torch.device, torch.dtype, int]
@@ -36,6 +38,7 @@ class Prefix:
         groups: layer indices of those that share token factors.
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
         states: by layer index, of linear-attention layers.
+        reuse: layers that attend to what the compressed layer before them chose.
     """
 
     model: PreTrainedModel
@@ -45,6 +48,13 @@ class Prefix:
     groups: tuple[tuple[int, ...], ...]
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
     states: Mapping[int, LayerState]
+    reuse: frozenset[int] = frozenset()
+
+    @cached_property
+    def leaders(self) -> dict[int, int]:
+        """By layer of `reuse`, the one whose choice it takes."""
+        order = sorted(self.layers)
+        return {mine: before for before, mine in zip(order, order[1:], strict=False) if mine in self.reuse}
 
     @property
     def tokens(self) -> int:
@@ -58,7 +68,7 @@ class Prefix:
         Raises:
             ModelMismatch: the factors were made with another model.
             UnsupportedModel: the model's cache cannot be compressed.
-            InvalidSpec: `tokens` is out of range.
+            InvalidSpec: `tokens` is out of range, or a layer is to reuse the choice of one of other heads.
         """
         count = factors.tokens if tokens is None else tokens
         _check_tokens(count, factors.tokens, factors.windows, factors.states)
@@ -99,7 +109,9 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
     device, dtype = model.device, product_dtype(model)
     factors = on_device(factors, device)
     turns = [Turns(table, factors.tokens, device) for table in factors.rotary]
-    modules = inspect_loaded(model).modules
+    support = inspect_loaded(model)
+    refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
+    modules = support.modules
     layers: dict[int, LayerPrefix | LatentPrefix] = {}
     for group in factors.groups:
         for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
@@ -114,7 +126,16 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
         for layer, window in factors.windows.items()
     }
     groups = tuple(group.layout.layers for group in factors.groups)
-    return Prefix(model, factors.token_ids.long(), layers, modules, groups, windows, factors.states)
+    return Prefix(
+        model=model,
+        token_ids=factors.token_ids.long(),
+        layers=layers,
+        modules=modules,
+        groups=groups,
+        windows=windows,
+        states=factors.states,
+        reuse=frozenset(factors.spec.reuse),
+    )
 
 
 def _share_positions(layers: Iterable[ReadablePrefix]) -> None:
