@@ -7,14 +7,12 @@ from typing import Protocol
 
 import torch
 
+from xkv_service.decoding.derived_index import KeptPlanes, derived_plainly
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
-from xkv_service.selection.sketch import KeySketch, encode
-
-_PIECE = 16384
-"""Tokens whose keys are rebuilt at once for a derived index."""
+from xkv_service.selection.sketch import KeySketch
 
 
 class ReadablePrefix(Protocol):
@@ -49,16 +47,19 @@ class Turns:
 
     Args:
         table: the rotary table. tokens: positions 0 .. tokens - 1. device: where the layers are.
+
+    Attributes:
+        cos, sin: [tokens, P], rounded as the model rounds them.
     """
 
     def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
         self.table = table
         cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
-        self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
+        self.cos, self.sin = cos.to(table.rounding), sin.to(table.rounding)
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
-        return rotate_planes(keys, self.table.planes, self._cos[positions], self._sin[positions])
+        return rotate_planes(keys, self.table.planes, self.cos[positions], self.sin[positions])
 
 
 class LayerPrefix:
@@ -125,13 +126,11 @@ class LayerPrefix:
         return sum(tensor.nbytes for tensor in kept)
 
     def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
-        """A sketch of the keys as the factors give them, made in pieces."""
-        parts = [
-            encode(self.keys(positions), planes)
-            for positions in torch.split(torch.arange(self.tokens, device=planes.device), _PIECE)
-        ]
-        codes, scales = zip(*parts, strict=True)
-        return KeySketch(planes, torch.cat(codes), torch.cat(scales))
+        try:
+            kept = KeptPlanes(planes, self.turns.table)
+        except KeyError:  # an artifact may name any two dimensions
+            return derived_plainly(self.keys, planes, self.tokens)
+        return kept.sketch(self._key_factors, self.key_bases, self.turns.cos, self.turns.sin)
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
