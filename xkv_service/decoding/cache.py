@@ -134,8 +134,7 @@ class XKVCache(Cache):  # type: ignore[misc]
                     "the model's attention cannot read this cache: it would answer without the prefix",
                     hint="call it inside `with enable_xkv(model):`",
                 )
-            if layer.selection.reuses:
-                layer.leader = self.layers[self.prefix.leaders[layer_idx]]
+            self.follow(layer_idx)
             attend_next(layer, self.prefix.modules[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -181,6 +180,12 @@ class XKVCache(Cache):  # type: ignore[misc]
             if isinstance(layer, StateLayer):
                 layer.serve(given.shape[0])
         self.tail_ids = self.tail_ids.extended(int(self.get_seq_length()) - self.prefix.tokens, given)
+
+    def follow(self, layer_idx: int) -> None:
+        """Before a layer attends: show it the layer whose choice it takes, if it takes one."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PrefixLayer) and layer.selection.reuses:
+            layer.leader = self.layers[self.prefix.leaders[layer_idx]]
 
     def fork(self) -> XKVCache:
         """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""

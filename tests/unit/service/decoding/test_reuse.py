@@ -178,7 +178,7 @@ def test_a_call_that_broke_off_leaves_no_choice_behind(
             logits_of(model, fork, random_ids(5, seed=4)[None])
     assert torch.equal(logits_of(model, cache, random_ids(3, seed=2)[None]), expected)
     with pytest.raises(CacheMisuse, match="layer 1 attends"):
-        cache.layers[1].attend(None, None, None, None, None)
+        cache.layers[1].attend(None)
 
 
 def test_a_folded_tail_and_a_reset_keep_following(model: PreTrainedModel, factors: PrefixFactors) -> None:
