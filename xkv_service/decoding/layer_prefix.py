@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from xkv_service.decoding.derived_index import KeptPlanes, derived_plainly
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
@@ -71,6 +70,7 @@ class LayerPrefix:
 
     Attributes:
         key_bases: [r_k, kv_heads D].
+        index: the one that is stored, or None; a derived one is put here.
     """
 
     def __init__(
@@ -93,8 +93,6 @@ class LayerPrefix:
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
         self.index: Scorer | None = _scorer(factors, layer, device)
-        if layer in factors.planes:
-            self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
         where = torch.empty(0, dtype=torch.int64, device=device)
@@ -124,13 +122,6 @@ class LayerPrefix:
         """Bytes this layer alone adds to its group's token factors."""
         kept = (self.key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
         return sum(tensor.nbytes for tensor in kept)
-
-    def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
-        try:
-            kept = KeptPlanes(planes, self.turns.table)
-        except KeyError:  # an artifact may name any two dimensions
-            return derived_plainly(self.keys, planes, self.tokens)
-        return kept.sketch(self._key_factors, self.key_bases, self.turns.cos, self.turns.sin)
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.latent import Expansion, LatentPrefix
 from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.matching import check_model
 from xkv_service.decoding.placing import on_device
+from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
@@ -120,6 +122,7 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
                 layers[layer] = LatentPrefix(factors, layer, expansion, device)
             else:
                 layers[layer] = LayerPrefix(factors, layer, turns[table], device, dtype)
+    _derive_indexes(layers, factors)
     _share_positions(layers.values())
     windows = {
         layer: (as_cached(window.keys, model), as_cached(window.values, model))
@@ -136,6 +139,14 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
         states=factors.states,
         reuse=frozenset(factors.spec.reuse),
     )
+
+
+def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: PrefixFactors) -> None:
+    for group in factors.groups:
+        mine = [layers[index] for index in group.layout.layers if index in factors.planes]
+        owners = [layer for layer in mine if isinstance(layer, LayerPrefix)]
+        for index, sketch in derived_sketches(group.keys.factors, owners, factors.planes).items():
+            layers[index].index = SketchScorer(sketch)
 
 
 def _share_positions(layers: Iterable[ReadablePrefix]) -> None:

@@ -24,7 +24,7 @@ from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.storage import load_calibration, save_calibration
 from xkv_service.decoding import derived_index
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.derived_index import KeptPlanes, derived_plainly
+from xkv_service.decoding.derived_index import KeptPlanes, derived_plainly, derived_sketches
 from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
@@ -171,9 +171,10 @@ def test_planes_of_every_kind_turn_alone_as_whole_keys_do(family: str) -> None:
         pairs = candidate_planes(prefix.turns.table.planes, prefix.head_dim).to(torch.int16)
         planes = torch.stack([pairs.roll(head, 0) for head in range(prefix.kv_heads)])
         for kept in (planes, planes[:, :3]):
-            KeptPlanes(kept, prefix.turns.table)
+            KeptPlanes(kept, prefix)
             whole = derived_plainly(prefix.keys, kept, PREFIX)
-            assert_same_sketch(SketchScorer(prefix._derived_sketch(kept)), whole.codes, whole.scales)
+            found = derived_sketches(prefix._key_factors, [prefix], {prefix.layer: kept})[prefix.layer]
+            assert_same_sketch(SketchScorer(found), whole.codes, whole.scales)
 
 
 def test_dimensions_that_turn_with_others_are_taken_from_whole_keys(
@@ -186,7 +187,7 @@ def test_dimensions_that_turn_with_others_are_taken_from_whole_keys(
     codes, scales = encode_plainly(prefix.keys(torch.arange(PREFIX)), strange)
     assert torch.equal(prefix.index._codes, codes) and torch.equal(prefix.index._scales, scales)
     with pytest.raises(KeyError):
-        KeptPlanes(strange, prefix.turns.table)
+        KeptPlanes(strange, prefix)
 
 
 def test_a_derived_index_chooses_as_a_stored_one_does(
