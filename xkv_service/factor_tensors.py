@@ -77,7 +77,7 @@ def from_tensors(
     _check(table, tensors)
     layers = [layer for group in manifest.groups for layer in group.layers]
     latent = {layer for group in manifest.groups if group.latent for layer in group.layers}
-    indexed = [layer for layer in layers if layer not in latent]
+    indexed = [layer for layer in layers if layer not in latent and layer not in spec.reuse]
     return PrefixFactors(
         spec=spec,
         bytes_full=manifest.bytes_full,

@@ -3,6 +3,7 @@
 1. Moments of every document's keys and values (they add up; documents stream by).
 2. What error each layer stands (`tolerance`), on a few documents.
 3. Groups, metric and bases; each choice is tried on documents that the bases were not made from.
+4. Which layers need a selection index, likewise.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
 from xkv_service.calibration.steps import STEPS
@@ -129,6 +131,8 @@ def decide(
     best, groups, choices = _choose(model, candidates, held, settings, observer)
     observer("drawing the sample again")
     stability = bootstrap(folds, candidates_of, choices["weighting"], groups)
+    selection = choose_selection(model, held, best, settings, observer)
+    best = replace(best, figures={"selection": selection})
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures: dict[str, Any] = {
         "settings": asdict(settings),
@@ -136,6 +140,7 @@ def decide(
         **choices,
         "stability": stability,
         "warnings": [text for text in [too_small(stability)] if text],
+        "selection": selection,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from xkv_service.decoding.scoring import Scoring
-from xkv_service.decoding.select import Selected, Selection
+from xkv_service.decoding.select import Choosing, Selected
 
 # Scores of one piece of queries at most, in numbers: 128 MiB of float32.
 _PIECE = 2**25
@@ -22,7 +22,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    selection: Selection,
+    selection: Choosing,
     scoring: Scoring,
 ) -> tuple[torch.Tensor, int]:
     """Attention of t new tokens over a prefix of p tokens and a tail of n that ends with the new ones.
@@ -31,6 +31,7 @@ def attend(
         query: [batch, query_heads, t, D], rotated.
         keys, values: the tail, exact: [batch, kv_heads, n, D] (rotated) and [batch, kv_heads, n, Dv].
         mask: [batch or 1, 1, t, p + n], bool (True: attend) or added to the scores; None with one new token.
+        selection: chooses tokens of the prefix, in pieces that depend on heads, batch, p and n alone.
 
     Returns:
         [batch, t, query_heads, Dv] in the dtype of `query`, and the number of prefix tokens rebuilt.
@@ -58,7 +59,7 @@ class _Piece:
     ) -> None:
         self.query, self.keys, self.values, self.mask = query, keys, values, mask
 
-    def attend(self, selection: Selection, scoring: Scoring) -> tuple[torch.Tensor, int]:
+    def attend(self, selection: Choosing, scoring: Scoring) -> tuple[torch.Tensor, int]:
         prefix = selection.prefix
         known = [self._exact_scores(selection, scoring), self._tail_scores(selection, scoring)]
         if scoring.sinks is not None:
@@ -82,18 +83,18 @@ class _Piece:
         """[batch, kv_heads, g t, x] -> [batch, kv_heads, g, t, x]."""
         return rows.reshape(*self.query.shape[:4], -1)
 
-    def _prefix_scores(self, selection: Selection, chosen: Selected, scoring: Scoring) -> torch.Tensor:
+    def _prefix_scores(self, selection: Choosing, chosen: Selected, scoring: Scoring) -> torch.Tensor:
         keys = selection.prefix.keys(chosen.positions).permute(1, 2, 0)
         scores = self._masked(scoring(self._products(keys)), chosen.positions)
         if chosen.member is not None:
             scores.masked_fill_(~chosen.member[:, :, None], _HIDDEN)
         return scores
 
-    def _exact_scores(self, selection: Selection, scoring: Scoring) -> torch.Tensor:
+    def _exact_scores(self, selection: Choosing, scoring: Scoring) -> torch.Tensor:
         keys = selection.prefix.exact_keys.permute(1, 2, 0)
         return self._masked(scoring(self._products(keys)), selection.prefix.exact_positions)
 
-    def _tail_scores(self, selection: Selection, scoring: Scoring) -> torch.Tensor:
+    def _tail_scores(self, selection: Choosing, scoring: Scoring) -> torch.Tensor:
         keys = self.keys.to(selection.prefix.dtype).transpose(2, 3)
         products = self._regroup(self.query.flatten(2, 3).to(keys.dtype) @ keys)
         return self._masked(scoring(products), slice(selection.prefix.tokens, None))

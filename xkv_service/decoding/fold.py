@@ -151,7 +151,7 @@ class _Open:
         if id(old) not in turns:
             turns[id(old)] = Turns(old.table, self.start + self.count, self.base.positions.device)
         folded = FoldedPrefix(self.base, (*self.parts, part), turns[id(old)])
-        self.layer.selection = Selection(folded, spec)
+        self.layer.selection = Selection(folded, spec, reuses=self.layer.selection.reuses)
         self.layer.drop_first(self.count)
 
 

@@ -11,10 +11,7 @@ from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
-from xkv_service.selection.sketch import KeySketch, encode
-
-_PIECE = 16384
-"""Tokens whose keys are rebuilt at once for a derived index."""
+from xkv_service.selection.sketch import KeySketch
 
 
 class ReadablePrefix(Protocol):
@@ -49,16 +46,19 @@ class Turns:
 
     Args:
         table: the rotary table. tokens: positions 0 .. tokens - 1. device: where the layers are.
+
+    Attributes:
+        cos, sin: [tokens, P], rounded as the model rounds them.
     """
 
     def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
         self.table = table
         cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
-        self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
+        self.cos, self.sin = cos.to(table.rounding), sin.to(table.rounding)
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
-        return rotate_planes(keys, self.table.planes, self._cos[positions], self._sin[positions])
+        return rotate_planes(keys, self.table.planes, self.cos[positions], self.sin[positions])
 
 
 class LayerPrefix:
@@ -72,6 +72,7 @@ class LayerPrefix:
         key_bases: [r_k, kv_heads D]. key_scales, value_scales: [r_k], [r_v], which the rows of `key_bases`
             and `value_bases` are still to be multiplied with, or None: bases of a calibration are shared by
             all its prefixes, scales are each prefix's own.
+        index: the one that is stored, or None; a derived one is put here.
     """
 
     def __init__(
@@ -94,8 +95,6 @@ class LayerPrefix:
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
         self.index: Scorer | None = _scorer(factors, layer, device)
-        if layer in factors.planes:
-            self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
         where = torch.empty(0, dtype=torch.int64, device=device)
@@ -127,15 +126,6 @@ class LayerPrefix:
         for bases, scales in ((self.key_bases, self.key_scales), (self.value_bases, self.value_scales)):
             kept.append(bases if scales is None else scales)
         return sum(tensor.nbytes for tensor in kept)
-
-    def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
-        """A sketch of the keys as the factors give them, made in pieces."""
-        parts = [
-            encode(self.keys(positions), planes)
-            for positions in torch.split(torch.arange(self.tokens, device=planes.device), _PIECE)
-        ]
-        codes, scales = zip(*parts, strict=True)
-        return KeySketch(planes, torch.cat(codes), torch.cat(scales))
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""

@@ -78,8 +78,9 @@ def _group_bytes(group: GroupLayout, tokens: int, spec: CompressionSpec, model: 
         return size * bases + own
     derived = 0
     if spec.index == "derived":
-        for heads, width in zip(group.kv_heads, group.key_widths, strict=True):
-            derived += tokens * heads * (sketch_planes(spec, width // heads) + torch.float16.itemsize)
+        for layer, heads, width in zip(group.layers, group.kv_heads, group.key_widths, strict=True):
+            if layer not in spec.reuse:
+                derived += tokens * heads * (sketch_planes(spec, width // heads) + torch.float16.itemsize)
     return size * bases + derived
 
 
