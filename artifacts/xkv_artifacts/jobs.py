@@ -1,4 +1,4 @@
-"""Jobs that make prefixes: a small record of each in Redis, so that whoever asked can ask how it is getting on.
+"""Jobs that make prefixes: a small record of each in Redis, so that whoever asked can see how it goes on.
 
 A record says nothing of what is to be computed; that travels another way. Its worker holds a lease: when that
 runs out the job counts as queued again, and as failed once MOST_TRIES workers died at it. Records go after
@@ -34,8 +34,8 @@ MOST_TRIES: Final = 3
 """As often as precompute tries a document whose worker dies."""
 _MOST_ERROR = 500
 
-# KEYS: job, jobs. ARGV: id, namespace, artifact or '', start of jobs' keys, most, seconds. Answers 0 where there
-# are too many unfinished ones.
+# KEYS: job, jobs. ARGV: id, namespace, artifact or '', start of jobs' keys, most, seconds. Answers 0 where
+# there are too many unfinished ones.
 _CREATE = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
 local time = redis.call('TIME')
@@ -52,7 +52,8 @@ if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then
   end
   if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then return 0 end
 end
-redis.call('HSET', KEYS[1], 'namespace', ARGV[2], 'status', 'queued', 'created', now, 'updated', now, 'tries', 0)
+redis.call('HSET', KEYS[1], 'namespace', ARGV[2], 'status', 'queued', 'tries', 0)
+redis.call('HSET', KEYS[1], 'created', now, 'updated', now)
 if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'artifact_id', ARGV[3]) end
 redis.call('EXPIRE', KEYS[1], ARGV[6])
 redis.call('ZADD', KEYS[2], now, ARGV[1])

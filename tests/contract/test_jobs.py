@@ -1,4 +1,4 @@
-"""Job records in a real Redis: created, claimed, finished, given back by the dead, bounded, and never believed."""
+"""Job records in a real Redis: claimed, finished, given back by the dead, bounded, and never believed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One namespace's artifacts without reading the others': pages, sums, and catalogs that have no index of them."""
+"""One namespace's artifacts without reading the others': pages, sums, and catalogs without an index."""
 
 from __future__ import annotations
 
