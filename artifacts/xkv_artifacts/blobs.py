@@ -78,8 +78,12 @@ class BlobStore(ABC):
         """Bytes of each blob, in any order: what the folder takes, whatever a catalog says of it."""
 
     @abstractmethod
-    def remove(self, artifact_id: str) -> bool:
-        """Delete a blob; False when there was none."""
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
+        """Delete a blob; False when there was none.
+
+        Args:
+            durably: it stays deleted through a power cut. Waiting for the disk takes most of the time.
+        """
 
     @abstractmethod
     def quarantine(self, artifact_id: str) -> str:

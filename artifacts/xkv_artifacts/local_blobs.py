@@ -95,14 +95,15 @@ class LocalBlobStore(BlobStore):
                 with suppress(FileNotFoundError, NotADirectoryError), os.scandir(part) as found:
                     yield from (size for entry in found if (size := self._size(entry)) is not None)
 
-    def remove(self, artifact_id: str) -> bool:
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
         path = self._blob(artifact_id)
         with store_errors(f"remove artifact {artifact_id} from", self.url):
             try:
                 path.unlink()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            sync_folder(path.parent)
+            if durably:
+                sync_folder(path.parent)
         return True
 
     def quarantine(self, artifact_id: str) -> str:

@@ -130,9 +130,16 @@ class NamespaceIndex:
         self.ensure()
         return page_of(self._link, self.key(namespace), cursor, limit)
 
-    def names(self) -> list[str]:
-        """All namespaces that hold something."""
-        return sorted(name for name, size in self._sums().items() if name != ALL and size != 0)
+    def usages(self) -> dict[str, Usage]:
+        """What each namespace holds that holds something, as counted, by name."""
+        self.ensure()
+        sums = {name: size for name, size in sorted(self._sums().items()) if name != ALL and size != 0}
+        names = list(sums)
+        found = {}
+        for page in (names[start : start + PAGE] for start in range(0, len(names), PAGE)):
+            counts = self._link.call(lambda client, page=page: self._counts(client, page))  # type: ignore[misc]
+            found.update({name: Usage(sums[name], int(n)) for name, n in zip(page, counts, strict=True)})
+        return found
 
     def usage(self, namespace: str) -> Usage:
         """What a namespace holds, as counted."""
@@ -204,6 +211,12 @@ class NamespaceIndex:
                     size, artifacts = size + own, artifacts + 1
                     pinned_bytes, pinned = pinned_bytes + own * kept, pinned + kept
         return Usage(size, artifacts, pinned_bytes, pinned)
+
+    def _counts(self, client: redis.Redis, names: list[str]) -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.zcard(self.key(name))
+        return pipeline.execute()
 
     def _fields(self, ids: list[str]) -> list[Any]:
         def command(client: redis.Redis) -> list[Any]:

@@ -82,7 +82,7 @@ class ObjectBlobStore(BlobStore):
                 found = {}
         yield from (int(item["size"]) for path, item in found.items() if path.endswith(self.suffix))
 
-    def remove(self, artifact_id: str) -> bool:
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
         path = self._blob(artifact_id)
         with self._errors(f"remove artifact {artifact_id} from"):
             if not self._fs.exists(path):

@@ -97,9 +97,9 @@ class RetentionShelf:
         content = json.dumps(retention.model_dump(), allow_nan=False).encode("ascii") + b"\n"
         self._files.put(artifact_id, lambda file: file.write(content))
 
-    def remove(self, artifact_id: str) -> bool:
-        """Delete an artifact's file; False when there was none."""
-        return self._files.remove(artifact_id)
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
+        """Delete an artifact's file; False when there was none. `durably`: see `BlobStore.remove`."""
+        return self._files.remove(artifact_id, durably=durably)
 
     def ids(self) -> Iterator[str]:
         """Artifacts that have a file, in order."""

@@ -126,10 +126,10 @@ def test_sums_follow_what_is_published_replaced_and_dropped(catalog: Catalog) ->
     )
     publish(catalog, 1, "b", 1.0, 30)  # an id has one namespace; should it ever change, the sums do too
     assert (namespaces.usage("a"), namespaces.usage("b")) == (Usage(0, 0), Usage(80, 2))
-    assert namespaces.names() == ["b"]
+    assert namespaces.usages() == {"b": Usage(80, 2)}
     for artifact_id in (first, second, first):
         catalog.drop(artifact_id)
-    assert namespaces.total() == 0 and namespaces.names() == []
+    assert namespaces.total() == 0 and namespaces.usages() == {}
 
 
 def test_a_catalog_of_an_earlier_version_is_indexed_when_it_is_asked(catalog: Catalog) -> None:
