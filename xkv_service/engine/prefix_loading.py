@@ -110,9 +110,7 @@ class PrefixLoading:
         """
         device = self._model.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            factors = load_factors(
-                self._store, artifact_id, calibration_of=lambda *_: calibration, touch=False
-            )
+            factors = load_factors(self._store, artifact_id, calibration_of=lambda *_: calibration)
             prefix = Prefix.of(self._model, factors)
             Selection(next(iter(prefix.layers.values())), self._selection)
             if device.type == "cuda":
