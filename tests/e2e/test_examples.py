@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from browser import CHROMIUM, browse
+from example_runs import ROOT, Running, backend_of, example, is_taken, read_events, until, wait_for_urls
 from openai import AsyncOpenAI
 
+from examples.chat_backend.app import create_app
+from examples.chat_backend.chat import Chat
 from examples.documents import Documents
 from examples.local_server import CORPUS, free_port
 from examples.rag.measure import known_questions, measure
 from examples.rag.pipeline import Pipeline
 from examples.rag.retriever import Retriever
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("bulletin-houston-lucky-dove-society.txt", "report-mendoza-grey-hill-company.md")
 QUESTIONS = ROOT / "examples" / "questions"
 WAIT = """new Promise((done, fail) => {
@@ -46,53 +49,6 @@ def facts(document: str, count: int) -> list[tuple[str, str]]:
     return [(one.question, one.answer) for one in known[:count]]
 
 
-@dataclass(frozen=True)
-class Running:
-    """What the one command brought up: the backend, and the server behind it."""
-
-    url: str
-    base_url: str
-    docs: Path
-
-    def begin(self, document: str) -> str:
-        """The id of a new conversation."""
-        talk = httpx.post(f"{self.url}/conversations", json={"document": document}, timeout=60)
-        assert talk.status_code == 201 and talk.json()["messages"] == []
-        return str(talk.json()["id"])
-
-    def ask(self, name: str, question: str) -> tuple[str, dict[str, Any]]:
-        """The text as it was streamed, and the last event."""
-        path = f"{self.url}/conversations/{name}/messages"
-        with httpx.stream("POST", path, json={"text": question}, timeout=120) as answer:
-            assert answer.status_code == 200
-            assert answer.headers["content-type"].startswith("text/event-stream")
-            events = list(read_events(answer))
-        *pieces, (kind, end) = events
-        assert kind == "end", end
-        assert len(pieces) > 1 and {piece for piece, _ in pieces} == {"text"}
-        return "".join(data for _, data in pieces), end
-
-    def messages(self, name: str) -> list[dict[str, str]]:
-        """What was said."""
-        found: list[dict[str, str]] = httpx.get(f"{self.url}/conversations/{name}").json()["messages"]
-        return found
-
-
-def read_events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
-    kind = ""
-    for line in answer.iter_lines():
-        if line.startswith("event: "):
-            kind = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            yield kind, json.loads(line.removeprefix("data: "))
-
-
-def example(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run one as a command."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """`python -m examples.chat_backend` over a folder of its own, until it is told to end."""
@@ -103,8 +59,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         shutil.copy(CORPUS / name, docs)
     port, log = free_port(), folder / "log"
     command = [sys.executable, "-m", "examples.chat_backend", "--docs", docs, "--store", folder / "store"]
+    command += ["--port", str(port)]
+    # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as output:
-        backend = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=output)
+        backend = subprocess.Popen(command, cwd=ROOT, env=alone, stdout=output, stderr=output)
     try:
         base_url = wait_for_urls(log, backend)
         yield Running(f"http://127.0.0.1:{port}", base_url, docs)
@@ -114,18 +73,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     assert backend.returncode == 0, log.read_text()
     with pytest.raises(httpx.ConnectError):  # the server that it started has ended with it
         httpx.get(f"{base_url}/models")
-
-
-def wait_for_urls(log: Path, backend: subprocess.Popen[bytes]) -> str:
-    """The base URL of the server, once the backend says that it is up."""
-    deadline = time.monotonic() + 500
-    while time.monotonic() < deadline and backend.poll() is None:
-        if "chat at http" in log.read_text():
-            found = re.search(r"(http://\S+/v1), prefixes", log.read_text())
-            assert found
-            return found[1]
-        time.sleep(0.2)
-    raise AssertionError(f"the example did not start:\n{log.read_text()}")
 
 
 def test_several_users_talk_at_once_each_about_a_document(running: Running) -> None:
@@ -183,6 +130,26 @@ def test_an_answer_that_a_user_leaves_stays_as_far_as_it_came(running: Running) 
     assert [one["role"] for one in said] == ["user", "assistant"]
     assert said[1]["content"] and answer.startswith(said[1]["content"])
     assert running.ask(name, next_question)[0] == next_answer
+
+
+def test_a_server_that_says_nothing_holds_up_one_conversation_alone() -> None:
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, answers none
+    client = AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1", api_key="-", max_retries=0
+    )
+    app = create_app(Chat(client, "model", Documents(CORPUS)))
+    with silent, backend_of(app) as url, httpx.Client(base_url=url, timeout=60) as browser:
+        names = [browser.post("/conversations", json={"document": DOCUMENTS[0]}).json()["id"] for _ in "12"]
+        first, second = (f"/conversations/{name}/messages" for name in names)
+        with browser.stream("POST", first, json={"text": "Who?"}) as waiting:
+            assert waiting.status_code == 200
+            assert until(lambda: browser.post(first, json={"text": "Why?"}, timeout=2).status_code == 409)
+            with browser.stream("POST", second, json={"text": "Who?"}) as other:
+                assert other.status_code == 200
+        # Both have left: the conversations are free again, and as they were.
+        for name, path in zip(names, (first, second), strict=True):
+            assert browser.get(f"/conversations/{name}").json()["messages"] == []
+            assert until(lambda path=path: is_taken(browser, path))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
