@@ -71,7 +71,7 @@ def example(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def wait_for_urls(log: Path, backend: subprocess.Popen[bytes]) -> str:
     """The base URL of the server, once the backend says that it is up."""
-    deadline = time.monotonic() + 500
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and backend.poll() is None:
         if "chat at http" in log.read_text():
             found = re.search(r"(http://\S+/v1), prefixes", log.read_text())
