@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class Page:
         for domain in ("Runtime", "Log", "Page"):
             self._call(f"{domain}.enable")
 
+    def open(self, url: str) -> None:
+        """Go to an address, and wait until it is loaded."""
+        self._call("Page.navigate", url=url)
+        self._until(lambda told: told.get("method") == "Page.loadEventFired")
+
     def evaluate(self, script: str) -> Any:
         """The value of an expression; of a promise, what it comes to."""
         asked = {"expression": script, "awaitPromise": True, "returnByValue": True}
@@ -57,12 +62,17 @@ class Page:
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        told = self._until(lambda told: told.get("id") == number)
+        assert "error" not in told, told
+        result: dict[str, Any] = told["result"]
+        return result
+
+    def _until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """What the browser says next that is wanted; of the rest, problems are kept."""
         while True:
-            told = json.loads(self._socket.recv(timeout=120))
-            if told.get("id") == number:
-                assert "error" not in told, told
-                result: dict[str, Any] = told["result"]
-                return result
+            told: dict[str, Any] = json.loads(self._socket.recv(timeout=120))
+            if wanted(told):
+                return told
             self._note(told)
 
     def _note(self, event: dict[str, Any]) -> None:
@@ -80,23 +90,25 @@ def browse(url: str, profile: Path) -> Iterator[Page]:
         profile: an empty folder that is its own.
     """
     browser = subprocess.Popen(
-        [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", url], stderr=subprocess.DEVNULL
+        [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.DEVNULL
     )
     try:
-        with connect(_address(profile, url), max_size=None) as socket:
-            yield Page(socket)
+        with connect(_address(profile), max_size=None) as socket:
+            page = Page(socket)
+            page.open(url)
+            yield page
     finally:
         browser.terminate()
         browser.wait(30)
 
 
-def _address(profile: Path, url: str) -> str:
+def _address(profile: Path) -> str:
     """Of the page's DevTools, once there is one."""
     port, deadline = profile / "DevToolsActivePort", time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if port.exists() and (number := port.read_text().partition("\n")[0]):
             for target in httpx.get(f"http://127.0.0.1:{number}/json", timeout=30).json():
-                if target["type"] == "page" and target["url"].startswith(url):
+                if target["type"] == "page":
                     return str(target["webSocketDebuggerUrl"])
         time.sleep(0.1)
     raise AssertionError("the browser opened no page")
