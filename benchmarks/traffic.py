@@ -7,8 +7,8 @@ Conversations about documents (a few are asked about most), of 1 to 4 turns and 
 in the middle of an answer, and some requests are bad. Afterwards each whole answer is compared with what the
 model gives alone, greedily, with the cache that the server said it used: the same artifact, or an exact one.
 
-Faults: kill-replica kills the engine's process, kill-redis the catalog's, empty-redis kills it and removes what
-it saved, corrupt damages 5 % of the blobs (at least one) before the start.
+Faults: kill-replica kills the engine's process, kill-redis the catalog's, empty-redis kills it and removes
+what it saved, corrupt damages 5 % of the blobs (at least one) before the start.
 """
 
 from __future__ import annotations
@@ -221,14 +221,6 @@ def _check(answers: list[Any], store: Path) -> dict[str, Any]:
                 done[name] = _alone(loaded, contexts[used].fork(), list(prompt))
             text, margins = done[name]
             if text != answer["text"]:
-                at = next(
-                    (
-                        n
-                        for n, pair in enumerate(zip(text, answer["text"], strict=False))
-                        if pair[0] != pair[1]
-                    ),
-                    0,
-                )
                 tie = min(margins) < 1e-3
                 close += tie
                 if not tie:
@@ -312,7 +304,7 @@ async def _bad(client: Any, model: str, dice: random.Random) -> dict[str, Any]:
 
 
 async def _request(client: Any, model: str, messages: list[dict[str, str]], *, leave: bool) -> dict[str, Any]:
-    """One request and how it ended: answered, left, an error that says so (clean), a hang or a broken stream."""
+    """One request and how it ended: answered, left, error (a clean one), hang, or broken."""
     import openai
 
     began, first, text, last, pieces = time.monotonic(), None, "", None, 0
