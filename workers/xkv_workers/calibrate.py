@@ -34,11 +34,17 @@ class CalibrationRequest:
     Args:
         corpus: documents, model, store and workers, as for precompute.
         questions: a folder of questions about the documents, see `Sampling`.
+        ratio, group_size: see `CalibrationSettings`; None is the default for the model.
     """
 
     corpus: Request
-    settings: CalibrationSettings
     questions: Path | None = None
+    ratio: float | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"ratio": self.ratio, "group_size": self.group_size}
+        CalibrationSettings(**{name: one for name, one in given.items() if one is not None})  # type: ignore[arg-type]
 
     @classmethod
     def create(
@@ -49,11 +55,7 @@ class CalibrationRequest:
         Raises:
             InvalidSpec, CorpusError: a value that no calibration can have.
         """
-        settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
-        if ratio is not None:
-            settings |= {"ratio": ratio, "ratios": tuple(sorted({*CalibrationSettings.ratios, ratio}))}
-        request = Request.create(calibration="none", **corpus)
-        return cls(request, CalibrationSettings(**settings), questions)
+        return cls(Request.create(calibration="none", **corpus), questions, ratio, group_size)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,9 @@ def calibrate(request: CalibrationRequest, observer: Observer | None = None) -> 
 
     Raises:
         CorpusError: fewer than two documents can be used.
-        XKVError: nothing can be done at all: no model, store, Redis or Ray, or latent attention.
+        XKVError: nothing can be done at all: no model, store, Redis or Ray, or a ratio beyond reach.
     """
     with prepared(request.corpus) as job:
-        calibrated_layers(job.model.layout)
         return _Calibrating(request, job, observer or Silent()).run()
 
 
@@ -99,7 +100,8 @@ class _Calibrating:
 
     def __init__(self, request: CalibrationRequest, job: Prepared, observer: Observer) -> None:
         self._request, self._job, self._observer = request, job, observer
-        self._settings = request.settings
+        layers = calibrated_layers(job.model.layout)
+        self._settings = CalibrationSettings.of(layers, request.ratio, request.group_size)
         self._started = time.monotonic()
         self._errors: list[DocumentError] = []
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from xkv_service.calibration.bases import Metric
-from xkv_service.calibration.calibration import KINDS, Kind
+from xkv_service.calibration.calibration import Kind
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.tolerance import Tolerances
 
@@ -25,7 +25,8 @@ class Metrics:
 
     Args:
         moments: second moments. tolerances: error that each layer stands.
-        queries: by position, float64 [kv_heads, D, D]: energy of the queries that meet its keys, by plane.
+        queries: by position, float64 [kv_heads, D, D]: energy of the queries that meet its keys, by plane; of
+            latents what an error does to scores and outputs (`latent_metric`).
         outputs: by position, float64 [kv_heads, D, D]: W_oᵀ W_o summed over query heads, or None.
     """
 
@@ -39,7 +40,7 @@ class Metrics:
         self._moments, self._tolerances = moments, tolerances
         self._special: Mapping[Kind, Sequence[torch.Tensor | None]] = {"key": queries, "value": outputs}
         places = range(len(moments.layers))
-        self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in KINDS}
+        self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in moments.kinds}
 
     def of(self, weighting: Weighting) -> Metric:
         """The metric of one weighting."""

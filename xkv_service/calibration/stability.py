@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from xkv_service.calibration.calibration import KINDS, CalibratedGroup, Calibration, Kind
+from xkv_service.calibration.calibration import CalibratedGroup, Calibration, Kind
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.plan import ColumnPlan
+from xkv_service.calibration.plan import ColumnPlan, factor_bits
 from xkv_service.factorization.weights import apply_blocks, metric_weights
 from xkv_service.packed_factors import rank_of
 
@@ -27,7 +27,7 @@ def stability(halves: Sequence[Moments], calibration: Calibration, ratio: float)
         return None
     other = own = 0.0
     for group, first, ranks in _planned(halves[0], calibration, ratio):
-        for kind, rank in zip(KINDS, ranks, strict=True):
+        for kind, rank in zip(group.kinds, ranks, strict=False):
             grams = [_folded(half, kind, first, group) for half in halves]
             axes = [torch.linalg.eigh(gram)[1].flip(1)[:, :rank] for gram in grams]
             for gram, mine, theirs in zip(grams, axes, reversed(axes), strict=True):
@@ -40,9 +40,8 @@ def _planned(
     moments: Moments, calibration: Calibration, ratio: float
 ) -> Iterator[tuple[CalibratedGroup, int, tuple[int, int]]]:
     """Each group, the position of its first layer, and the plan's ranks of keys and of values."""
-    width = sum(layer.key_width + layer.value_width for layer in moments.layers)
     plan = ColumnPlan(calibration, calibrated_spec(ratio, calibration), moments.tokens)
-    runs = plan.runs(16 * width / ratio)
+    runs = plan.runs(factor_bits(moments.layers, ratio))
     first = 0
     for group, (keys, values) in zip(calibration.groups, runs, strict=True):
         yield group, first, (rank_of(keys), rank_of(values))

@@ -93,6 +93,7 @@ def _calibrated_planes(
             exact.device
         )
         for layer in exact.layout.compressible
+        if layer.kind != "latent"
     }
 
 
