@@ -11,6 +11,9 @@ from xkv_service.modeling.layout import LayerLayout
 from xkv_service.numeric import is_integer, is_number
 from xkv_service.selection.spec import SelectionSpec
 
+_MOST_RATIO_LATENT = 4.0
+"""3.0 in DeepSeek-V3: latents are compressed less, so more of their directions are used."""
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -69,7 +72,7 @@ class CalibrationSettings:
             ratios=tuple(sorted(ratios)),
             group_size=cls.group_size if group_size is None else group_size,
             weightings=("plain", "tolerance", "tolerance+both") if exact else WEIGHTINGS,
-            most_ratio=stored(cls.most_ratio),
+            most_ratio=stored(_MOST_RATIO_LATENT) if exact else cls.most_ratio,
         )
 
     def __post_init__(self) -> None:

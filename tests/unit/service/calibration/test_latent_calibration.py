@@ -167,6 +167,7 @@ def test_halves_of_a_sample_are_compared(deepseek: PreTrainedModel, calibration:
 def test_default_ratios_are_those_of_what_is_compressed() -> None:
     settings = CalibrationSettings.of([DEEPSEEK] * 61)
     assert settings.ratios == (4.5, 6.43, 7.2, 7.71) and settings.ratio == 7.71
+    assert settings.most_ratio == 3.0
     assert factor_bits([DEEPSEEK], 4.5) == pytest.approx(16 * 512 / 8, rel=1e-3)
     assert factor_bits([DEEPSEEK], 9.0) == 0
     full = LayerLayout(0, "full", kv_heads=8, query_heads=32, head_dim=128, value_dim=128)
