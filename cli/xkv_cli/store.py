@@ -54,8 +54,8 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
 def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> int:
     """Clean up the store. No artifact or calibration is ever deleted by this.
 
-    Deletes temporary files of dead writers, drops catalog entries without a file, and lists files without an
-    entry. Safe while other processes work.
+    Deletes temporary files of dead writers and what a broken-off `xkv calibrate` left a week ago or earlier,
+    drops catalog entries without a file, and lists files without an entry. Safe while other processes work.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> i
 
     \b
     With --json, one object:
-      {"files", "bytes", "entries_dropped", "blobs_listed"}
+      {"files", "bytes", "entries_dropped", "blobs_listed", "sums"}
     """
     from dataclasses import asdict
 
@@ -77,6 +77,7 @@ def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> i
     else:
         click.echo(
             f"{result.files} temporary files deleted ({render.size(result.bytes)}), {result.entries_dropped}"
-            f" entries without a file dropped, {result.blobs_listed} files without an entry listed"
+            f" entries without a file dropped, {result.blobs_listed} files without an entry listed,"
+            f" {result.sums} broken-off calibrations deleted"
         )
     return 0

@@ -111,16 +111,20 @@ class _Calibrating:
         sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*used, *held], self._settings)
         if sums.done:
             self._observer.note(f"going on: {len(sums.done)} of {len(used)} documents were observed before")
+        with sums.in_use():
+            manifest = self._make(sums, used, held)
+            sums.remove()
+        return self._report(manifest, len(held))
+
+    def _make(
+        self, sums: PartialSums, used: Sequence[ProbedPrefix], held: Sequence[ProbedPrefix]
+    ) -> CalibrationManifest:
         threads, crew = self._crew()
         self._observe(crew, sums, used)
-        self._refuse_few([used[position] for position in sorted(sums.done)], 1)
-        self._observer.note(
-            f"{len(sums.done)} documents observed: choosing metric and groups, and validating"
-        )
         done = [used[position] for position in sorted(sums.done)]
-        manifest = crew.decide(sums.halves, done, held, threads)
-        sums.remove()
-        return self._report(manifest, len(held))
+        self._refuse_few(done, 1)
+        self._observer.note(f"{len(done)} documents observed: choosing metric and groups, and validating")
+        return crew.decide(sums.halves, done, held, threads)
 
     def _sample(self) -> list[ProbedPrefix]:
         """Documents that can be used, each text once."""

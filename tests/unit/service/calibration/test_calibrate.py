@@ -77,6 +77,19 @@ def test_what_is_stored_is_what_was_made(calibrated: Calibration, tmp_path: Path
     assert [group.layers for group in loaded.groups] == [group.layers for group in calibrated.groups]
 
 
+def test_figures_that_are_no_number_are_stored_as_none(calibrated: Calibration, tmp_path: Path) -> None:
+    """A layer whose noise breaks the predictions altogether has an infinite divergence."""
+    rows = [{"layer": 0, "divergence": [float("inf"), 0.5], "tolerated": float("nan")}]
+    broken = replace(calibrated, figures={"tolerances": rows, "stability": float("inf")})
+    identity = ModelIdentity(fingerprint="0" * 64, name="tiny", architecture="Llama", dtype="float32")
+    with ArtifactStore.open(str(tmp_path)) as store:
+        loaded = load_calibration(store, save_calibration(store, broken, identity, sample(2)).id)
+    assert loaded.figures == {
+        "tolerances": [{"layer": 0, "divergence": [None, 0.5], "tolerated": None}],
+        "stability": None,
+    }
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "smollm3", "qwen3_next"])
 def test_models_of_every_kind_are_calibrated(family: str) -> None:
     """Partial rotary, windows beside, layers without rotary, states beside."""
