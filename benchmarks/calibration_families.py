@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from xkv_service.calibration.calibrate import decide, split
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.choice import calibrated_spec
+from xkv_service.calibration.folds import Folds
 from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
@@ -108,7 +109,7 @@ def _measure(
     found = Observed.nothing(model, reach_of(inspect_loaded(model).layout, settings))
     for document in used:
         observe_document(model, document, found)
-    made = decide(model, found, used, held, settings)
+    made = decide(model, Folds([found], len(used)), used, held, settings)
     plain = Candidates(model, found, no_tolerances(found.moments), settings)
     fixed = plain.calibration("plain", plain.fixed_groups())
     grouped = plain.calibration("plain", plain.best_groups("plain"))

@@ -22,10 +22,10 @@ def retry_specs(spec: CompressionSpec) -> tuple[CompressionSpec, ...]:
     Half the ratio, with bases of its own, and with a calibration's bases and mixed bits, where there is one.
     """
     assert spec.ratio is not None
-    half = replace(spec, ratio=max(1.0, spec.ratio / 2), basis="document")
+    half = replace(spec.over("document"), ratio=max(1.0, spec.ratio / 2))
     if spec.calibration is None:
         return (half,)
-    return half, replace(half, basis="calibrated", factor_dtype="mixed")
+    return half, replace(half.over("calibrated"), factor_dtype="mixed")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.latent_metric import latent_metric
-from xkv_service.calibration.metrics import Metrics, Weighting
+from xkv_service.calibration.metrics import Metrics, Shape, Weighting
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.partition import partition
 from xkv_service.calibration.plan import factor_bits
+from xkv_service.calibration.query_covariance import covariance_metric
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.tolerance import Tolerances
 from xkv_service.factorization.weights import output_metric, output_projection, query_metric
@@ -38,14 +39,19 @@ class Candidates:
         self.found, self.settings = found, settings
         self.moments = found.moments
         self.layers = found.moments.layers
-        places, modules = range(len(self.layers)), inspect_loaded(model).modules
+        modules, places = inspect_loaded(model).modules, range(len(self.layers))
+        shapes: dict[Shape, list[torch.Tensor | None]]
         if self.layers[0].kind == "latent":
-            energies = map(self._query_energy, places)
-            queries = [latent_metric(model, *one) for one in zip(self.layers, energies, strict=True)]
+            covariances = map(self._query_covariance, places)
+            latents = [latent_metric(model, *one) for one in zip(self.layers, covariances, strict=True)]
+            shapes = {"query": [*latents]}
         else:
-            queries = [self._query_metric(place) for place in places]
-        outputs = [_output_metric(modules[layer.index], layer) for layer in self.layers]
-        self.metrics = Metrics(self.moments, tolerances, queries, outputs)
+            shapes = {
+                "query": [self._query_metric(place) for place in places],
+                "covariance": [self._covariance_metric(place) for place in places],
+                "output": [_output_metric(modules[layer.index], layer) for layer in self.layers],
+            }
+        self.metrics = Metrics(self.moments, tolerances, shapes)
 
     def fixed_groups(self) -> list[tuple[int, int]]:
         """(first, count) of groups of the same size, as the paper has them."""
@@ -89,7 +95,13 @@ class Candidates:
         return choose_planes(energy, self._query_energy(place), candidates, len(candidates)).cpu()
 
     def _query_energy(self, place: int) -> torch.Tensor:
+        return self._query_covariance(place).diagonal(dim1=-2, dim2=-1)
+
+    def _query_covariance(self, place: int) -> torch.Tensor:
         return self.found.queries[place] / max(1, self.found.query_tokens)
+
+    def _covariance_metric(self, place: int) -> torch.Tensor:
+        return covariance_metric(self._query_covariance(place), self.layers[place].kv_heads)
 
     def _query_metric(self, place: int) -> torch.Tensor:
         energy, planes = self._query_energy(place), self.found.planes[place]

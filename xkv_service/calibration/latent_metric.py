@@ -34,17 +34,17 @@ def expansion_maps(
 
 
 def latent_metric(model: PreTrainedModel, layer: LayerLayout, queries: torch.Tensor) -> torch.Tensor:
-    """The sum of what an error does to scores, Σ_h K_h diag(q²) K_hᵀ, and to outputs, Σ_h V_h W_oᵀW_o V_hᵀ,
+    """The sum of what an error does to scores, Σ_h K_h E[q qᵀ] K_hᵀ, and to outputs, Σ_h V_h W_oᵀW_o V_hᵀ,
     each over its own trace, since nothing says which of the two weighs more; made definite.
 
     Args:
-        queries: float64 [heads, D], mean squares of the queries.
+        queries: float64 [heads, D, D], covariances of the queries.
 
     Returns:
         float64 [1, rank, rank].
     """
     keys, values, _ = expansion_maps(model, layer)
-    parts = [_of_unit_trace(keys.double() * queries[:, None], keys.double())]
+    parts = [_of_unit_trace(keys.double() @ queries, keys.double())]
     module = inspect_loaded(model).modules[layer.index]
     projection = output_projection(module, layer.query_heads * values.shape[-1])
     if projection is not None:

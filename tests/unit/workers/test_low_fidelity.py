@@ -27,9 +27,10 @@ def fidelity(agreement: float, kl: float) -> Fidelity:
 
 def test_other_tries_have_half_the_ratio_with_own_and_with_shared_bases() -> None:
     own, shared = retry_specs(replace(SPEC, factor_dtype="int8"))
-    assert (own.ratio, own.basis, own.factor_dtype) == (16, "document", "int8")
+    assert (own.ratio, own.basis, own.factor_dtype, own.base_dtype) == (16, "document", "int8", "int8")
     assert (shared.ratio, shared.basis, shared.factor_dtype) == (16, "calibrated", "mixed")
     assert own.calibration == shared.calibration == SPEC.calibration
+    assert shared.base_dtype is None
     assert [one.ratio for one in retry_specs(CompressionSpec(ratio=1.5))] == [1]
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from compressed import manifest_of, random_ids
 from families import tiny_model
-from measured import moments_of
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import CorruptArtifact
@@ -18,12 +17,12 @@ from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.latent_metric import expansion_maps, latent_metric
-from xkv_service.calibration.observed import calibrated_layers
+from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document
 from xkv_service.calibration.plan import factor_bits
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.report_page import write_report
 from xkv_service.calibration.settings import CalibrationSettings
-from xkv_service.calibration.stability import stability
+from xkv_service.calibration.statistics import Statistics
 from xkv_service.decoding import latent
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.errors import InvalidSpec, RatioUnreachable, UnsupportedModel
@@ -31,7 +30,6 @@ from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.packed_factors import PackedFactors
-from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache
 
 SETTINGS = CalibrationSettings(
@@ -141,14 +139,16 @@ def test_selecting_by_packed_columns_finds_what_exact_scores_find(
 def test_the_metric_is_what_errors_do_to_scores_and_outputs(deepseek: PreTrainedModel) -> None:
     layer = inspect_loaded(deepseek).layout.compressible[1]
     keys, values, _ = (one.double() for one in expansion_maps(deepseek, layer))
-    queries = torch.rand(4, keys.shape[-1], generator=torch.Generator().manual_seed(0)).double()
+    dim = keys.shape[-1]
+    roots = torch.randn(4, dim, dim, generator=torch.Generator().manual_seed(0)).double()
+    queries = roots @ roots.mT
     metric = latent_metric(deepseek, layer, queries)[0]
     projection = deepseek.model.layers[1].self_attn.o_proj.weight.detach().double()
     per_head = projection.reshape(64, 4, -1).transpose(0, 1)
     errors = torch.randn(1000, layer.head_dim, generator=torch.Generator().manual_seed(1)).double()
 
     def caused(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = ((errors @ keys) * queries.sqrt()[:, None]).square().sum((0, 2))
+        scores = ((errors @ keys) @ roots).square().sum((0, 2))
         outputs = torch.einsum("hev,hov->heo", errors @ values, per_head).square().sum((0, 2))
         return scores, outputs
 
@@ -158,10 +158,19 @@ def test_the_metric_is_what_errors_do_to_scores_and_outputs(deepseek: PreTrained
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)  # the floors that keep it definite
 
 
-def test_halves_of_a_sample_are_compared(deepseek: PreTrainedModel, calibration: Calibration) -> None:
-    halves = [moments_of([prefill(deepseek, random_ids(400, seed=one))]) for one in (1, 2)]
-    found = stability(halves, calibration, 2.0)
-    assert found is not None and 0.5 < found <= 1
+def test_sums_are_kept_and_drawn_again(deepseek: PreTrainedModel, calibration: Calibration) -> None:
+    kept = calibration.figures["stability"]["kept"]
+    assert 0.5 < kept["low"] <= kept["high"] < 1.1
+    found = Observed.nothing(deepseek, 1)
+    observe_document(deepseek, ProbedPrefix.of_text("text", random_ids(200).tolist()), found)
+    tensors = Statistics(found, frozenset({"0" * 64})).to_tensors()
+    layers = found.moments.layers
+    again = Statistics.from_tensors(tensors, calibration, layers, 1, torch.device("cpu")).observed
+    assert (again.moments.tokens, again.moments.kinds, again.planes) == (found.moments.tokens, ("key",), [])
+    for mine, other in zip(again.queries, found.queries, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    gram = found.moments.gram("key", 0, 2)
+    torch.testing.assert_close(again.moments.gram("key", 0, 2), gram, rtol=1e-4, atol=1e-6)
 
 
 def test_default_ratios_are_those_of_what_is_compressed() -> None:
