@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 SUFFIX = ".safetensors"
 PREFIXES = "prefixes"
 CALIBRATIONS = "calibrations"
+CALIBRATING = "calibrating"
 QUARANTINE = "quarantine"
 STORE_FILE = "xkv-store.json"
 _STORE_FORMAT = {"format": "xkv-store", "version": 1}
@@ -64,6 +65,14 @@ class BlobStore(ABC):
     @abstractmethod
     def size(self, artifact_id: str) -> int:
         """Bytes of the blob.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
+    def age(self, artifact_id: str) -> float:
+        """Seconds since the blob was written.
 
         Raises:
             ArtifactNotFound, StoreError

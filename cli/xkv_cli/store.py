@@ -70,8 +70,9 @@ def gc(
     beyond its budget, those that were not used for longest. Limits are those in the store's file limits.json,
     if it has one. Never deletes what is pinned, or read or computed at this moment, nor any calibration.
 
-    With --orphans it deletes no artifact: it deletes temporary files of dead writers, drops catalog entries
-    without a file, and lists files without an entry. Both are safe while other processes work.
+    With --orphans it deletes no artifact: it deletes temporary files of dead writers and what a broken-off
+    `xkv calibrate` left a week ago or earlier, drops catalog entries without a file, and lists files without
+    an entry. Both are safe while other processes work.
 
     \b
     Examples:
@@ -85,7 +86,7 @@ def gc(
        "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
        "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}]}
     and with --orphans:
-      {"files", "bytes", "entries_dropped", "blobs_listed"}
+      {"files", "bytes", "entries_dropped", "blobs_listed", "sums"}
 
     Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned or in use.
     """
@@ -105,6 +106,7 @@ def gc(
     else:
         click.echo(
             f"{result.files} temporary files deleted ({render.size(result.bytes)}), {result.entries_dropped}"
-            f" entries without a file dropped, {result.blobs_listed} files without an entry listed"
+            f" entries without a file dropped, {result.blobs_listed} files without an entry listed,"
+            f" {result.sums} broken-off calibrations deleted"
         )
     return 0
