@@ -10,15 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
 from xkv_artifacts.keys import is_artifact_id
 
+if TYPE_CHECKING:
+    from xkv_artifacts.packable_blobs import PackableBlobs
+
 Result = TypeVar("Result")
 
 SUFFIX = ".safetensors"
+PACKED_SUFFIX = ".safetensors.zst"
 PREFIXES = "prefixes"
 CALIBRATIONS = "calibrations"
 QUARANTINE = "quarantine"
@@ -33,11 +37,18 @@ class BlobStore(ABC):
 
     url: str
     folder: str = PREFIXES
+    suffix: str = SUFFIX
 
     def of(self, folder: str) -> BlobStore:
         """The blobs of another folder of this store."""
         other = copy(self)
         other.folder = folder
+        return other
+
+    def named(self, suffix: str) -> BlobStore:
+        """The blobs of this folder whose names end otherwise."""
+        other = copy(self)
+        other.suffix = suffix
         return other
 
     @abstractmethod
@@ -101,7 +112,7 @@ class BlobStore(ABC):
         """32 hex digits that name this store in a catalog shared by several stores."""
 
 
-def open_blob_store(url: str, *, create: bool = True) -> BlobStore:
+def open_blob_store(url: str, *, create: bool = True) -> PackableBlobs:
     """The blob store at a folder path, a file:// URL, or any URL that fsspec knows (s3://bucket/path).
 
     Args:
@@ -113,11 +124,12 @@ def open_blob_store(url: str, *, create: bool = True) -> BlobStore:
     """
     from xkv_artifacts.local_blobs import LocalBlobStore
     from xkv_artifacts.object_blobs import ObjectBlobStore
+    from xkv_artifacts.packable_blobs import PackableBlobs
 
     path = local_path(url)
     if path is not None:
-        return LocalBlobStore(path, create=create)
-    return ObjectBlobStore(url, create=create)
+        return PackableBlobs(LocalBlobStore(path, create=create))
+    return PackableBlobs(ObjectBlobStore(url, create=create))
 
 
 def local_path(url: str) -> Path | None:
@@ -136,7 +148,7 @@ def local_path(url: str) -> Path | None:
     return None
 
 
-def blob_name(artifact_id: str, folder: str = PREFIXES) -> str:
+def blob_name(artifact_id: str, folder: str = PREFIXES, suffix: str = SUFFIX) -> str:
     """A blob's place in the store, relative to its root.
 
     Raises:
@@ -144,13 +156,13 @@ def blob_name(artifact_id: str, folder: str = PREFIXES) -> str:
     """
     if not is_artifact_id(artifact_id):
         raise ArtifactNotFound(f"{artifact_id[:80]!r} is not an artifact id", hint="ids are 64 hex digits")
-    return f"{folder}/{artifact_id[:2]}/{artifact_id}{SUFFIX}"
+    return f"{folder}/{artifact_id[:2]}/{artifact_id}{suffix}"
 
 
-def id_of_name(name: str, folder: str = PREFIXES) -> str | None:
+def id_of_name(name: str, folder: str = PREFIXES, suffix: str = SUFFIX) -> str | None:
     """The artifact id of a blob's place, or None when no blob of ours is called that."""
-    artifact_id = name.rsplit("/", 1)[-1].removesuffix(SUFFIX)
-    known = is_artifact_id(artifact_id) and name == blob_name(artifact_id, folder)
+    artifact_id = name.rsplit("/", 1)[-1].removesuffix(suffix)
+    known = is_artifact_id(artifact_id) and name == blob_name(artifact_id, folder, suffix)
     return artifact_id if known else None
 
 

@@ -18,7 +18,6 @@ from xkv_artifacts.blobs import (
     PREFIXES,
     QUARANTINE,
     STORE_FILE,
-    SUFFIX,
     BlobStore,
     Result,
     blob_name,
@@ -84,9 +83,9 @@ class LocalBlobStore(BlobStore):
 
     def ids(self) -> Iterator[str]:
         with store_errors("list", self.url):
-            found = sorted((self.root / self.folder).glob(f"??/*{SUFFIX}"))
+            found = sorted((self.root / self.folder).glob(f"??/*{self.suffix}"))
         for path in found:
-            artifact_id = id_of_name(path.relative_to(self.root).as_posix(), self.folder)
+            artifact_id = id_of_name(path.relative_to(self.root).as_posix(), self.folder, self.suffix)
             if artifact_id is not None:
                 yield artifact_id
 
@@ -101,7 +100,7 @@ class LocalBlobStore(BlobStore):
         return True
 
     def quarantine(self, artifact_id: str) -> str:
-        target = self.root / QUARANTINE / f"{artifact_id}{SUFFIX}"
+        target = self.root / QUARANTINE / f"{artifact_id}{self.suffix}"
         with store_errors(f"quarantine artifact {artifact_id} in", self.url):
             _make_folder(target.parent)
             try:
@@ -138,7 +137,7 @@ class LocalBlobStore(BlobStore):
         return parse_store_file(path.read_bytes(), str(path))
 
     def _blob(self, artifact_id: str) -> Path:
-        return self.root / blob_name(artifact_id, self.folder)
+        return self.root / blob_name(artifact_id, self.folder, self.suffix)
 
     def _write_store_file(self, path: Path) -> None:
         with store_errors("write", str(path)):

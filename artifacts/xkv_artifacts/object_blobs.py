@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 from xkv_artifacts.blobs import (
     QUARANTINE,
     STORE_FILE,
-    SUFFIX,
     BlobStore,
     Result,
     blob_name,
@@ -71,7 +70,7 @@ class ObjectBlobStore(BlobStore):
             except FileNotFoundError:
                 paths = []
         for path in paths:
-            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"), self.folder)
+            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"), self.folder, self.suffix)
             if artifact_id is not None:
                 yield artifact_id
 
@@ -84,14 +83,14 @@ class ObjectBlobStore(BlobStore):
         return True
 
     def quarantine(self, artifact_id: str) -> str:
-        source, target = self._blob(artifact_id), self._path(f"{QUARANTINE}/{artifact_id}{SUFFIX}")
+        source, target = self._blob(artifact_id), self._path(f"{QUARANTINE}/{artifact_id}{self.suffix}")
         with self._errors(f"quarantine artifact {artifact_id} in"):
             try:
                 self._fs.copy(source, target)
                 self._fs.rm_file(source)
             except FileNotFoundError:
                 raise not_found(artifact_id, self) from None
-        return f"{self.url}/{QUARANTINE}/{artifact_id}{SUFFIX}"
+        return f"{self.url}/{QUARANTINE}/{artifact_id}{self.suffix}"
 
     def remove_temporary(self) -> tuple[int, int]:
         """Nothing to do: an upload that was not completed has no name. A bucket rule drops its parts."""
@@ -109,7 +108,7 @@ class ObjectBlobStore(BlobStore):
             return parse_store_file(self._fs.cat_file(path), f"{self.url}/{STORE_FILE}")
 
     def _blob(self, artifact_id: str) -> str:
-        return self._path(blob_name(artifact_id, self.folder))
+        return self._path(blob_name(artifact_id, self.folder, self.suffix))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

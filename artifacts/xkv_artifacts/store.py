@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from xkv_artifacts.blobs import BlobStore, open_blob_store
+from xkv_artifacts.blobs import open_blob_store
 from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
@@ -25,6 +25,7 @@ from xkv_artifacts.errors import (
 from xkv_artifacts.format import TOKENS, write_prefix
 from xkv_artifacts.keys import check_namespace, token_bytes
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
 from xkv_artifacts.relisting import list_all, list_orphans
@@ -45,7 +46,7 @@ __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
 class ArtifactStore:
     """A store of prefix artifacts and calibrations with its catalog. Made by `open`; a context manager."""
 
-    def __init__(self, blobs: BlobStore, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
+    def __init__(self, blobs: PackableBlobs, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
         self.blobs = blobs
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
@@ -213,6 +214,24 @@ class ArtifactStore:
         """
         listed = self.catalog.drop(artifact_id)
         return self.blobs.remove(artifact_id) or listed
+
+    def pack(self, artifact_id: str, *, undo: bool = False) -> bool:
+        """Code an artifact's blob without loss for cold storage, or undo that; False where nothing changed.
+
+        Its entry then says what is stored. Readers notice nothing but the time.
+
+        Raises:
+            CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
+            ArtifactNotFound, StoreError, CatalogUnavailable
+        """
+        manifest, tokens = self._checked.read_tokens(artifact_id)
+        if not (self.blobs.unpack(artifact_id) if undo else self.blobs.pack(artifact_id)):
+            return False
+        listed = self.get(artifact_id)
+        used = manifest.created.timestamp() if listed is None else listed.last_used
+        size = self.blobs.size(artifact_id)
+        self.catalog.publish(Entry.of_manifest(manifest, size=size, last_used=used), tokens)
+        return True
 
     def rebuild(self) -> Rebuild:
         """Make the catalog again from the blobs alone.

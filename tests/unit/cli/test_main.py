@@ -23,6 +23,7 @@ COMMANDS = [
     "rm",
     "index rebuild",
     "gc",
+    "pack",
     "analyze",
     "eval",
     "doctor",
