@@ -408,7 +408,9 @@ def _coding(coding: Coding) -> Iterator[None]:
 def _rounded(factors: PrefixFactors, coding: Coding) -> PrefixFactors:
     def pair(one: LowRank, columns: Runs) -> LowRank:
         runs = runs_of(factors.spec, one.rank, columns)
-        return one if coding.bases is None else replace(one, bases=coding.bases(one.bases, runs))
+        if coding.bases is None:
+            return one
+        return replace(one, directions=coding.bases(one.bases, runs), scales=None, shared=None)
 
     groups = tuple(
         replace(

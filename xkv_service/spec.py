@@ -46,6 +46,8 @@ class CompressionSpec:
             `group_size`, `key_share` and the weights above.
         basis: whose layer bases: the "document"'s own, or the "calibrated" ones that all documents share.
         base_dtype: of a document's own layer bases: "int8" has one scale a row; None is `dtype`.
+        reuse: ascending indices of layers without a selection index: they attend to the tokens that the
+            full-attention layer before them chose (`selection.reuse`).
 
     Raises:
         InvalidSpec: a field is out of range.
@@ -69,6 +71,7 @@ class CompressionSpec:
     calibration: str | None = None
     basis: Basis = "document"
     base_dtype: Literal["int8"] | None = None
+    reuse: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
@@ -77,6 +80,7 @@ class CompressionSpec:
         self._check_counts()
         self._check_choices()
         self._check_calibration()
+        self._check_reuse()
 
     def _check_target(self) -> None:
         if (self.rank_k is None) != (self.rank_v is None):
@@ -152,6 +156,20 @@ class CompressionSpec:
         """The same over the document's own bases, which have 8 bits then, or over the calibration's."""
         return replace(self, basis=basis, base_dtype="int8" if basis == "document" else None)
 
+    def _check_reuse(self) -> None:
+        layers = self.reuse
+        if not isinstance(layers, list | tuple) or not all(is_integer(one) and one >= 0 for one in layers):
+            raise InvalidSpec(f"reuse={layers!r} is out of range", hint="use layer indices, ascending")
+        if list(layers) != sorted(set(layers)):
+            raise InvalidSpec(f"reuse={layers!r} is not in order", hint="use layer indices, ascending")
+        if layers and (self.index == "none" or self.outlier_chunks):
+            raise InvalidSpec(
+                f"reuse={layers!r} with index={self.index!r} and outlier_chunks={self.outlier_chunks}: "
+                "layers share a choice where there is an index and all keep the same tokens exact",
+                hint="leave reuse out",
+            )
+        object.__setattr__(self, "reuse", tuple(layers))
+
     def canonical(self) -> dict[str, Any]:
         """The spec as plain JSON values: what artifact ids are made from.
 
@@ -162,7 +180,8 @@ class CompressionSpec:
             del fields["calibration"], fields["basis"]
         if self.base_dtype is None:
             del fields["base_dtype"]
-        return fields
+        del fields["reuse"]
+        return {**fields, "reuse": list(self.reuse)} if self.reuse else fields
 
     @classmethod
     def from_canonical(cls, fields: dict[str, Any]) -> CompressionSpec:

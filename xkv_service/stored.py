@@ -98,6 +98,15 @@ def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int
     heads = group.kv_heads[position]
     dim, value_dim = group.key_widths[position] // heads, group.value_widths[position] // heads
     name, dtype = f"layer.{group.layers[position]}", DTYPES[spec.dtype]
+    if group.layers[position] not in spec.reuse:
+        yield from _index(name, spec, tokens, heads, dim)
+    if count := exact_count(tokens, spec):
+        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
+        yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
+        yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+
+
+def _index(name: str, spec: CompressionSpec, tokens: int, heads: int, dim: int) -> Table:
     planes = sketch_planes(spec, dim)
     if spec.index in ("sketch", "derived"):
         yield f"{name}.sketch.planes", StoredTensor((heads, planes, 2), torch.int16)
@@ -106,11 +115,7 @@ def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int
         yield f"{name}.sketch.scales", StoredTensor((tokens, heads), torch.float16)
     if spec.index == "landmark":
         chunks = -(-tokens // spec.landmark_chunk)
-        yield f"{name}.landmarks", StoredTensor((chunks, heads, dim), dtype)
-    if count := exact_count(tokens, spec):
-        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
-        yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
-        yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+        yield f"{name}.landmarks", StoredTensor((chunks, heads, dim), DTYPES[spec.dtype])
 
 
 def _latent_layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int) -> Table:

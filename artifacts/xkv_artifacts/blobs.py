@@ -39,16 +39,10 @@ class BlobStore(ABC):
     folder: str = PREFIXES
     suffix: str = SUFFIX
 
-    def of(self, folder: str) -> BlobStore:
-        """The blobs of another folder of this store."""
+    def of(self, folder: str, suffix: str = SUFFIX) -> BlobStore:
+        """The blobs of another folder of this store, whose names end in `suffix`."""
         other = copy(self)
-        other.folder = folder
-        return other
-
-    def named(self, suffix: str) -> BlobStore:
-        """The blobs of this folder whose names end otherwise."""
-        other = copy(self)
-        other.suffix = suffix
+        other.folder, other.suffix = folder, suffix
         return other
 
     @abstractmethod
@@ -84,8 +78,16 @@ class BlobStore(ABC):
         """The ids of all blobs, in order."""
 
     @abstractmethod
-    def remove(self, artifact_id: str) -> bool:
-        """Delete a blob; False when there was none."""
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each blob, in any order: what the folder takes, whatever a catalog says of it."""
+
+    @abstractmethod
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
+        """Delete a blob; False when there was none.
+
+        Args:
+            durably: it stays deleted through a power cut. Waiting for the disk takes most of the time.
+        """
 
     @abstractmethod
     def quarantine(self, artifact_id: str) -> str:
@@ -106,6 +108,10 @@ class BlobStore(ABC):
     @abstractmethod
     def free_bytes(self) -> int | None:
         """Bytes free for new blobs, None where there is no such number."""
+
+    @abstractmethod
+    def root_file(self, name: str) -> bytes | None:
+        """A small file at the store's root, or None when it is not there."""
 
     @abstractmethod
     def store_id(self) -> str:

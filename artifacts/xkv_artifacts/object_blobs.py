@@ -74,7 +74,15 @@ class ObjectBlobStore(BlobStore):
             if artifact_id is not None:
                 yield artifact_id
 
-    def remove(self, artifact_id: str) -> bool:
+    def sizes(self) -> Iterator[int]:
+        with self._errors("list"):
+            try:
+                found = self._fs.find(self._path(self.folder), detail=True)
+            except FileNotFoundError:
+                found = {}
+        yield from (int(item["size"]) for path, item in found.items() if path.endswith(self.suffix))
+
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
         path = self._blob(artifact_id)
         with self._errors(f"remove artifact {artifact_id} from"):
             if not self._fs.exists(path):
@@ -98,6 +106,13 @@ class ObjectBlobStore(BlobStore):
 
     def free_bytes(self) -> int | None:
         return None
+
+    def root_file(self, name: str) -> bytes | None:
+        with self._errors("read"):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
 
     def store_id(self) -> str:
         path = self._path(STORE_FILE)

@@ -7,7 +7,7 @@ from contextlib import closing
 from heapq import merge
 from typing import BinaryIO, cast
 
-from xkv_artifacts.blobs import PACKED_SUFFIX, BlobStore, Result, store_errors
+from xkv_artifacts.blobs import PACKED_SUFFIX, SUFFIX, BlobStore, Result, store_errors
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
 from xkv_artifacts.zstd_file import ZstdFile, compress, may_state, sha256
 
@@ -19,11 +19,13 @@ class PackableBlobs(BlobStore):
     """
 
     def __init__(self, plain: BlobStore) -> None:
-        self.plain, self.packed = plain, plain.named(PACKED_SUFFIX)
+        self.plain, self.packed = plain, plain.of(plain.folder, PACKED_SUFFIX)
         self.url, self.folder = plain.url, plain.folder
 
-    def of(self, folder: str) -> BlobStore:
-        return PackableBlobs(self.plain.of(folder))
+    def of(self, folder: str, suffix: str = SUFFIX) -> BlobStore:
+        """Blobs of other formats are never packed."""
+        other = self.plain.of(folder, suffix)
+        return PackableBlobs(other) if suffix == SUFFIX else other
 
     def put(self, artifact_id: str, write: Callable[[BinaryIO], Result]) -> Result:
         result = self.plain.put(artifact_id, write)
@@ -56,9 +58,13 @@ class PackableBlobs(BlobStore):
                 yield artifact_id
             last = artifact_id
 
-    def remove(self, artifact_id: str) -> bool:
-        packed = self.packed.remove(artifact_id)
-        return self.plain.remove(artifact_id) or packed
+    def sizes(self) -> Iterator[int]:
+        yield from self.plain.sizes()
+        yield from self.packed.sizes()
+
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
+        packed = self.packed.remove(artifact_id, durably=durably)
+        return self.plain.remove(artifact_id, durably=durably) or packed
 
     def quarantine(self, artifact_id: str) -> str:
         return self._holder(artifact_id).quarantine(artifact_id)
@@ -68,6 +74,9 @@ class PackableBlobs(BlobStore):
 
     def free_bytes(self) -> int | None:
         return self.plain.free_bytes()
+
+    def root_file(self, name: str) -> bytes | None:
+        return self.plain.root_file(name)
 
     def store_id(self) -> str:
         return self.plain.store_id()
@@ -89,7 +98,10 @@ class PackableBlobs(BlobStore):
             self.packed.remove(artifact_id)
             return False
         self._check(artifact_id, digest)
-        return self.plain.remove(artifact_id)
+        if self.plain.remove(artifact_id):
+            return True
+        self.packed.remove(artifact_id)  # it was deleted meanwhile, and stays deleted
+        return False
 
     def unpack(self, artifact_id: str) -> bool:
         """Replace a packed blob by a plain one; False where there is none.

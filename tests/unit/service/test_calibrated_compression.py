@@ -124,14 +124,12 @@ def test_a_rebuilt_layer_is_its_integers_times_scales_and_bases(
             assert isinstance(pair.factors, PackedFactors)
             integers, width = pair.factors[:].double(), pair.widths[0]
             bases = pair.bases[:, place * width : (place + 1) * width].double()
-            if pair.has_integer_bases:
-                assert pair.scales is not None
-                bases = bases * pair.scales[:, None]
             expected = (integers @ bases).reshape(len(IDS), 4, -1)
             found = rebuild(factors, layer)[number].double()
             inner = slice(4, -3)
             torch.testing.assert_close(found[inner], expected[inner], atol=1e-4, rtol=1e-4)
-            if pair.scales is not None and not pair.has_integer_bases:
+            if pair.shared is not None:
+                assert pair.scales is not None
                 kind = calibration.group_of(group.layout.layers).basis("value" if number else "key")
                 plain = kind.bases[: pair.rank] * pair.scales[:, None]
                 torch.testing.assert_close(pair.bases, plain)

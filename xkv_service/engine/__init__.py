@@ -1,0 +1,1 @@
+"""Many conversations on one model at once: continuous batching over compressed and exact prefixes."""

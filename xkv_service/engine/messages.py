@@ -1,0 +1,160 @@
+"""What the engine is asked and what it answers: plain values that can cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from xkv_service.sessions.settings import GenerationSettings
+
+MissReason = Literal[
+    "no_artifact",  # nothing is stored that shares enough tokens with the prompt
+    "diverges",  # the best artifact and the prompt part at a token: another template, system prompt or text
+    "other_model",  # the prefix that was named belongs to another model
+    "low_fidelity",  # there is one, less faithful than this server accepts
+    "evicted",  # the prefix that was named, or one that was found, is gone
+    "corrupt",  # its blob is damaged: quarantined, and being computed again
+    "unavailable",  # the catalog or the store does not answer
+    "slow_load",  # prefilling is faster than loading it would be
+    "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use
+]
+Finish = Literal["stop", "length", "cancelled"]
+FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """A stored prefix of the prompt, as the catalog found it.
+
+    Args:
+        artifact_id: whose factors. tokens: how many of the prompt's first tokens it holds.
+    """
+
+    artifact_id: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a prompt is not, or not as far as it could be, served from factors; `detail` is one line."""
+
+    reason: MissReason
+    detail: str
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    Args:
+        id: names the request in logs and answers.
+        token_ids: the whole prompt, at least one token.
+        settings: how to decode.
+        namespace: tails of earlier turns are looked for in this namespace alone.
+        match: the stored prefix to use, or None. miss: why there is none, or none that goes further.
+        top_logprobs: likeliest tokens to report beside each chosen one; None: no log probabilities.
+        stops: texts that end the answer besides those of the settings (a template's own).
+        timeout_s: from submission to the end of the answer.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    settings: GenerationSettings
+    namespace: str = "default"
+    match: PrefixMatch | None = None
+    miss: Miss | None = None
+    top_logprobs: int | None = None
+    stops: tuple[str, ...] = ()
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its natural log probability, and the likeliest ones in its place as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first token is there.
+
+    Args:
+        prompt_tokens: of the whole prompt. cached_tokens: how many of them were not computed now.
+        prefix_tokens: how many of those came from an artifact's factors. tail_tokens: the others, kept from
+            an earlier turn.
+        artifact_id: which artifact, or None. miss: why not, or why not further.
+        queued_seconds: until its prompt was begun. load_seconds: spent waiting for factors.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prefix_tokens: int = 0
+    tail_tokens: int = 0
+    artifact_id: str | None = None
+    miss: Miss | None = None
+    queued_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Some more of the answer: text that is certain now (it may be empty) and the new tokens."""
+
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is whole.
+
+    Args:
+        finish: "stop" the model or a stop text ended it, "length" the settings or the context window did,
+            "cancelled" the client did.
+        generated_tokens: of the answer. token_ids: all of them.
+    """
+
+    finish: Finish
+    generated_tokens: int
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There is no (more) answer. `message` is one line for the client.
+
+    Args:
+        retry_after_s: when to try again, of "overloaded".
+    """
+
+    kind: FailureKind
+    message: str
+    hint: str | None = None
+    retry_after_s: float | None = None
+
+
+Event = Started | Delta | Finished | Failed
+"""One request gets `Started`, any number of `Delta`, then `Finished`; or, at any point, `Failed`."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine holds and does now, for /metrics and the status page.
+
+    Args:
+        running, waiting: requests. kept_tails: conversations between their turns.
+        prefix_bytes, tail_bytes: resident. prefixes: artifact ids that are resident.
+        counters: by name, since the start: see `engine.counters`.
+    """
+
+    running: int
+    waiting: int
+    kept_tails: int
+    prefix_bytes: int
+    tail_bytes: int
+    prefixes: tuple[str, ...]
+    counters: dict[str, float] = field(default_factory=dict)
