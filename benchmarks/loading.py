@@ -65,7 +65,7 @@ def main() -> None:
         with torch.no_grad(), enable_xkv(loaded.model):
             for tokens in map(int, arguments.lengths.split(",")):
                 ids = document_ids(loaded, tokens)
-                exact = _exact(loaded, ids, question, min(3, arguments.runs))
+                exact = _exact(loaded, ids, question, arguments.prefills)
                 for ratio, shared in ((8.0, None), (20.0, calibration)):
                     one = _published(store, loaded, ids, ratio, shared)
                     other = _published(store, loaded, document_ids(loaded, OTHER, seed=1), ratio, shared)
@@ -87,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, default=Path(), help="where the store is made, and removed")
     parser.add_argument("--lengths", default="2048,8192")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--prefills", type=int, default=3, help="as --runs, of the baseline")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
