@@ -37,6 +37,10 @@ class InvalidPrompt(XKVError):
     """A document or chat template that has no stable, non-empty token prefix, or does not fit the window."""
 
 
+class Overloaded(XKVError):
+    """More waits to be done than is taken on; the same may be asked again later."""
+
+
 class MissingExtra(XKVError):
     """A package that comes with one of this project's extras is not installed; the hint names the extra."""
 
@@ -52,6 +56,7 @@ __all__ = [
     "ModelMismatch",
     "MissingExtra",
     "ModelNotFound",
+    "Overloaded",
     "RatioUnreachable",
     "UnsupportedModel",
     "XKVError",

@@ -114,9 +114,14 @@ class Catalog:
         """All artifact ids, most recently used first (and whatever else somebody put there)."""
         return self._listing.ids()
 
-    def drop(self, artifact_id: str) -> bool:
-        """Forget an artifact; False when it was not known."""
-        return bool(self._change(entry_scripts.DROP, artifact_id))  # the prefix index drops members later
+    def drop(self, artifact_id: str, *, patience_s: float | None = None) -> bool:
+        """Forget an artifact; False when it was not known.
+
+        Args:
+            patience_s: how long to wait for a Redis that does not answer; None: as the link does.
+        """
+        # The prefix index drops members without an entry later.
+        return bool(self._change(entry_scripts.DROP, artifact_id, patience_s=patience_s))
 
     def touch(self, artifact_id: str) -> None:
         """Note that an artifact was used now; tried once, since nothing waits for it."""

@@ -95,10 +95,14 @@ class Listing(Generic[Kept]):
 
         self._link.call(command)
 
-    def drop(self, artifact_id: str) -> bool:
-        """Forget an entry; False when it was not known."""
+    def drop(self, artifact_id: str, *, patience_s: float | None = None) -> bool:
+        """Forget an entry; False when it was not known.
+
+        Args:
+            patience_s: how long to wait for a Redis that does not answer; None: as the link does.
+        """
         keys = [self.entry_key(artifact_id), self.order_key]
-        return bool(self._link.script(_DROP, keys, [artifact_id]))
+        return bool(self._link.script(_DROP, keys, [artifact_id], patience_s=patience_s))
 
     def _fetch_all(self, ids: Sequence[str]) -> Iterator[tuple[str, _Answer]]:
         for start in range(0, len(ids), _PAGE):

@@ -358,5 +358,6 @@ class ArtifactStore:
         return self._promises.change(artifact_id, change)
 
     def _forget(self, artifact_id: str) -> None:
+        """Drop the entry of a blob that is gone; tried once, a reader waits, and `lookup` would notice."""
         with suppress(CatalogUnavailable, CatalogError):
-            self.catalog.drop(artifact_id)
+            self.catalog.drop(artifact_id, patience_s=0)

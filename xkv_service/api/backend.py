@@ -1,18 +1,120 @@
-"""`Backend`: what the HTTP app needs of whatever runs the model: an engine here, or replicas elsewhere."""
+"""What the HTTP app needs of whatever runs the model (`Backend`) and keeps prefixes (`PrefixService`):
+an engine and a store here, or replicas elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
+
+PrefixStatus = Literal["queued", "running", "ready", "failed"]
 
 
 class Backend(Protocol):
     """Runs requests. Every method may be called by many requests at once, on one event loop."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request. Closing the iterator cancels the request within a step."""
 
     async def states(self) -> list[EngineState]:
-        """What each engine holds and does now."""
+        """What each engine holds and does now; empty while none can answer."""
+
+
+@dataclass(frozen=True)
+class NewPrefix:
+    """A prefix to compress and store.
+
+    Args:
+        namespace: whose it will be. token_ids: all of it.
+        name: what people call it. sha256: of what it was made from.
+        ratio: as `CompressionSpec.ratio`; None: the server's.
+        ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
+    """
+
+    namespace: str
+    token_ids: Sequence[int] = field(repr=False)
+    name: str
+    sha256: str
+    ratio: float | None = None
+    ttl_s: float | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class PrefixRecord:
+    """A stored prefix, or one that is being made.
+
+    Args:
+        id: its artifact's, known before it is made. model: the name of its model. tokens: of the prefix.
+        created: seconds since the epoch, when it was asked for or, once it is ready, made.
+        bytes: stored. ratio: bytes of the exact cache / bytes stored. fidelity: top-1 agreement with it.
+        expires: seconds since the epoch, or None. error: why it failed.
+    """
+
+    id: str
+    namespace: str
+    status: PrefixStatus
+    model: str
+    tokens: int
+    name: str
+    created: float
+    bytes: int | None = None
+    ratio: float | None = None
+    fidelity: float | None = None
+    expires: float | None = None
+    pinned: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PrefixPage:
+    """Some prefixes of a namespace, and the cursor of the next page, None where there is none."""
+
+    records: list[PrefixRecord]
+    cursor: str | None
+
+
+@dataclass(frozen=True)
+class PrefixChanges:
+    """What to change of a prefix; None leaves it. `ttl_s` counts from now, and 0 takes the end away."""
+
+    ttl_s: float | None = None
+    pinned: bool | None = None
+
+
+class PrefixService(Protocol):
+    """Makes and keeps prefixes. A prefix outside the namespaces that are given does not exist: neither what
+    comes back nor the time it takes tells that there is one.
+
+    Every method raises XKVError: StoreError, CatalogUnavailable where the store does not answer.
+    """
+
+    async def create(self, new: NewPrefix) -> PrefixRecord:
+        """Have a prefix made, unless it is there or being made; returns at once.
+
+        Raises:
+            InvalidSpec: it cannot be compressed as asked. Overloaded: too many are waiting.
+        """
+
+    async def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
+        """Some prefixes, those being made first, then last used first.
+
+        Args:
+            cursor: the one that the page before came with; None: the first page. limit: at most so many.
+
+        Raises:
+            InvalidCursor: that is none.
+        """
+
+    async def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
+        """A prefix, or None."""
+
+    async def change(
+        self, namespaces: Sequence[str], prefix_id: str, changes: PrefixChanges
+    ) -> PrefixRecord | None:
+        """Change a prefix; None when there is none."""
+
+    async def delete(self, namespaces: Sequence[str], prefix_id: str) -> bool:
+        """Delete a prefix, or do not make it any more; False when there is none."""

@@ -8,12 +8,13 @@ leading columns of A are a selection index that costs nothing.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from xkv_service.decoding.layer_prefix import described_positions, half
+from xkv_service.decoding.layer_prefix import described_positions, half, keep_first
 from xkv_service.decoding.scoring import Scorer
 from xkv_service.errors import UnsupportedModel
 from xkv_service.factors import PrefixFactors
@@ -64,8 +65,7 @@ class LatentPrefix:
     """One latent layer of a prefix of p tokens, as `ReadablePrefix`; every query head is a KV head.
 
     Args:
-        factors: the prefix, of at least `tokens` tokens.
-        layer: a latent layer. tokens: p. expansion: what its latents expand to.
+        factors: the prefix, all of it. layer: a latent layer. expansion: what its latents expand to.
         device: where attention runs.
     """
 
@@ -73,17 +73,16 @@ class LatentPrefix:
         self,
         factors: PrefixFactors,
         layer: int,
-        tokens: int,
         expansion: Expansion,
         device: torch.device,
     ) -> None:
         group, place = factors.locate(layer)
-        self.layer, self.tokens, self.dtype, self._expand = layer, tokens, expansion.dtype, expansion
-        self._factors, self._bases = half(group.keys, place, tokens, device, self.dtype)
+        self.layer, self.tokens, self.dtype, self._expand = layer, factors.tokens, expansion.dtype, expansion
+        self._factors, self._bases, _ = half(group.keys, place, device, self.dtype)
         assert isinstance(
             self._factors, torch.Tensor
         )  # packed columns are a calibration's, latents have none
-        self._rope_keys = factors.rope_keys[layer][:tokens].to(device, self.dtype)
+        self._rope_keys = factors.rope_keys[layer].to(device, self.dtype)
         key_maps, value_maps, rope_maps = expansion.maps(
             self._bases.shape[1], self._rope_keys.shape[1], device
         )
@@ -97,13 +96,21 @@ class LatentPrefix:
         latents = torch.empty(0, self._bases.shape[1], dtype=self.dtype, device=device)
         if self.layer in factors.exact:
             exact = factors.exact[self.layer]
-            count = int((exact.positions < self.tokens).sum())
-            where = exact.positions[:count].to(device, torch.int64)
-            latents = exact.keys[:count, 0].to(device, self.dtype)
+            where = exact.positions.to(device, torch.int64)
+            latents = exact.keys[:, 0].to(device, self.dtype)
         keys, values = self._expand(latents, self._rope_keys[where])
         self.exact_positions = where
         self.exact_keys, self.exact_values = keys.transpose(0, 1), values.transpose(0, 1)
         self.positions = described_positions(where, self.tokens)
+
+    def first(self, tokens: int) -> LatentPrefix:
+        """The layer's share of the first tokens: views, so it costs no memory."""
+        other = copy.copy(self)
+        other._factors, other._rope_keys = self._factors[:tokens], self._rope_keys[:tokens]
+        assert isinstance(self.index, LatentScorer)
+        other.index = self.index.first(tokens)
+        keep_first(other, tokens)
+        return other
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Keys [k, heads, D] of positions int64 [k], expanded from rebuilt latents and exact rotated keys."""
@@ -135,6 +142,12 @@ class LatentScorer:
     ) -> None:
         self._leading, self._rope_keys = factors[:, : key_maps.shape[1]], rope_keys
         self._maps = torch.cat([key_maps, rope_maps], dim=1).mT.float()
+
+    def first(self, tokens: int) -> LatentScorer:
+        """The same of the first tokens: views."""
+        other = copy.copy(self)
+        other._leading, other._rope_keys = self._leading[:tokens], self._rope_keys[:tokens]
+        return other
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         absorbed = queries.float() @ self._maps

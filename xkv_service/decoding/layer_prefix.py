@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -10,10 +11,7 @@ from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
-from xkv_service.selection.sketch import KeySketch, encode
-
-_PIECE = 16384
-"""Tokens whose keys are rebuilt at once for a derived index."""
+from xkv_service.selection.sketch import KeySketch
 
 
 class ReadablePrefix(Protocol):
@@ -48,53 +46,55 @@ class Turns:
 
     Args:
         table: the rotary table. tokens: positions 0 .. tokens - 1. device: where the layers are.
+
+    Attributes:
+        cos, sin: [tokens, P], rounded as the model rounds them.
     """
 
     def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
         self.table = table
         cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
-        self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
+        self.cos, self.sin = cos.to(table.rounding), sin.to(table.rounding)
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
-        return rotate_planes(keys, self.table.planes, self._cos[positions], self._sin[positions])
+        return rotate_planes(keys, self.table.planes, self.cos[positions], self.sin[positions])
 
 
 class LayerPrefix:
     """One full-attention layer of a prefix of p tokens, as `ReadablePrefix`: shared by every session.
 
     Args:
-        factors: the prefix, of at least `tokens` tokens.
-        layer: a compressed layer. tokens: p. turns: cos and sin of the layer's kind.
+        factors: the prefix, all of it. layer: a compressed layer. turns: cos and sin of the layer's kind.
         device, dtype: where attention runs, and the dtype of its matrix products.
 
     Attributes:
-        key_bases: [r_k, kv_heads D].
+        key_bases: [r_k, kv_heads D]. key_scales, value_scales: [r_k], [r_v], which the rows of `key_bases`
+            and `value_bases` are still to be multiplied with, or None: bases of a calibration are shared by
+            all its prefixes, scales are each prefix's own.
+        index: the one that is stored, or None; a derived one is put here.
     """
 
     def __init__(
         self,
         factors: PrefixFactors,
         layer: int,
-        tokens: int,
         turns: Turns,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         group, place = factors.locate(layer)
         assert group.values is not None
-        self.layer, self.tokens, self.dtype = layer, tokens, dtype
+        self.layer, self.tokens, self.dtype = layer, factors.tokens, dtype
         self.kv_heads = group.layout.kv_heads[place]
         self.turns = turns
-        self._key_factors, self.key_bases = half(group.keys, place, tokens, device, dtype)
-        self._value_factors, value_bases = half(group.values, place, tokens, device, dtype)
-        rank = value_bases.shape[0]
-        self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
+        self._key_factors, self.key_bases, self.key_scales = half(group.keys, place, device, dtype)
+        self._value_factors, value_bases, self.value_scales = half(group.values, place, device, dtype)
+        value_bases = value_bases.view(len(value_bases), self.kv_heads, -1).transpose(0, 1)
+        self.value_bases = value_bases.contiguous() if self.value_scales is None else value_bases
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
-        self.index = _scorer(factors, layer, tokens, device)
-        if layer in factors.planes:
-            self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
+        self.index: Scorer | None = _scorer(factors, layer, device)
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
         where = torch.empty(0, dtype=torch.int64, device=device)
@@ -102,27 +102,30 @@ class LayerPrefix:
         values = torch.empty(0, self.kv_heads, self.value_bases.shape[2], dtype=self.dtype, device=device)
         if self.layer in factors.exact:
             exact = factors.exact[self.layer]
-            count = int((exact.positions < self.tokens).sum())
-            where = exact.positions[:count].to(device, torch.int64)
-            keys = self.turns.rotate(exact.keys[:count].to(device), where).to(self.dtype)
-            values = exact.values[:count].to(device, self.dtype)
+            where = exact.positions.to(device, torch.int64)
+            keys = self.turns.rotate(exact.keys.to(device), where).to(self.dtype)
+            values = exact.values.to(device, self.dtype)
         self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
         self.positions = described_positions(where, self.tokens)
+
+    def first(self, tokens: int) -> LayerPrefix:
+        """The layer's share of the first tokens: views, so it costs no memory."""
+        other = copy.copy(self)
+        other._key_factors = first_rows(self._key_factors, tokens)
+        other._value_factors = first_rows(self._value_factors, tokens)
+        if self.index is not None:
+            assert isinstance(self.index, SketchScorer | LandmarkScorer)
+            other.index = self.index.first(tokens)
+        keep_first(other, tokens)
+        return other
 
     @property
     def nbytes(self) -> int:
         """Bytes this layer alone adds to its group's token factors."""
-        kept = (self.key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
+        kept = [self.exact_keys, self.exact_values, self.positions]
+        for bases, scales in ((self.key_bases, self.key_scales), (self.value_bases, self.value_scales)):
+            kept.append(bases if scales is None else scales)
         return sum(tensor.nbytes for tensor in kept)
-
-    def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
-        """A sketch of the keys as the factors give them, made in pieces."""
-        parts = [
-            encode(self.keys(positions), planes)
-            for positions in torch.split(torch.arange(self.tokens, device=planes.device), _PIECE)
-        ]
-        codes, scales = zip(*parts, strict=True)
-        return KeySketch(planes, torch.cat(codes), torch.cat(scales))
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
@@ -131,11 +134,15 @@ class LayerPrefix:
 
     def key_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt keys before RoPE, heads side by side: [k, kv_heads D]."""
-        return self._key_factors[positions].to(self.dtype) @ self.key_bases
+        return self._scaled(self._key_factors[positions], self.key_scales) @ self.key_bases
 
     def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
         """A_v[positions], [k, r_v]: values are never rebuilt, (p A_v) B_v costs less (section 3.3)."""
-        return self._value_factors[positions].to(self.dtype)
+        return self._scaled(self._value_factors[positions], self.value_scales)
+
+    def _scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        rows = rows.to(self.dtype)
+        return rows if scales is None else rows * scales
 
 
 def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -145,21 +152,39 @@ def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
     return free.nonzero()[:, 0]
 
 
+def keep_first(prefix: ReadablePrefix, tokens: int) -> None:
+    """Let a prefix that was copied keep only what it says of its first tokens, as views."""
+    count = int((prefix.exact_positions < tokens).sum())
+    prefix.exact_positions = prefix.exact_positions[:count]
+    prefix.exact_keys, prefix.exact_values = prefix.exact_keys[:count], prefix.exact_values[:count]
+    prefix.positions = prefix.positions[: tokens - count]
+    prefix.tokens = tokens
+
+
+def first_rows(factors: torch.Tensor | PackedFactors, tokens: int) -> torch.Tensor | PackedFactors:
+    """Token factors of the first tokens: views."""
+    return factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
+
+
 def half(
-    pair: LowRank, place: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor | PackedFactors, torch.Tensor]:
-    """Token factors [tokens, r] as stored, and a layer's bases [r, kv_heads D] in `dtype`."""
-    factors = pair.factors
-    first = factors.first(tokens) if isinstance(factors, PackedFactors) else factors[:tokens]
-    return first.to(device), pair.layer_bases(place).to(device, dtype)
+    pair: LowRank, place: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor | PackedFactors, torch.Tensor, torch.Tensor | None]:
+    """Token factors [T, r] as stored, a layer's bases [r, kv_heads D] in `dtype`, and [r] or None: what their
+    rows are still to be multiplied with.
+    """
+    factors = pair.factors.to(device)
+    if pair.shared is None or pair.scales is None:
+        return factors, pair.layer_bases(place).to(device, dtype), None
+    bases = pair.shared.placed(device, dtype)[: pair.rank, pair.columns(place)]
+    return factors, bases, pair.scales.to(device, dtype)
 
 
-def _scorer(factors: PrefixFactors, layer: int, tokens: int, device: torch.device) -> Scorer | None:
+def _scorer(factors: PrefixFactors, layer: int, device: torch.device) -> Scorer | None:
     if layer in factors.sketches:
         sketch = factors.sketches[layer]
-        planes, codes, scales = sketch.planes, sketch.codes[:tokens], sketch.scales[:tokens]
-        return SketchScorer(KeySketch(planes.to(device), codes.to(device), scales.to(device)))
+        return SketchScorer(
+            KeySketch(sketch.planes.to(device), sketch.codes.to(device), sketch.scales.to(device))
+        )
     if layer in factors.landmarks:
-        chunk = factors.spec.landmark_chunk
-        return LandmarkScorer(factors.landmarks[layer][: -(-tokens // chunk)].to(device), chunk)
+        return LandmarkScorer(factors.landmarks[layer].to(device), factors.spec.landmark_chunk)
     return None

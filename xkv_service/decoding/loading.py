@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
@@ -27,6 +29,7 @@ def load_factors(
     model: PreTrainedModel | None = None,
     rank_k: int | None = None,
     rank_v: int | None = None,
+    calibration_of: Callable[[CompressionSpec, str], Calibration | None] | None = None,
 ) -> PrefixFactors:
     """The factors of an artifact, on the CPU.
 
@@ -35,6 +38,8 @@ def load_factors(
             model that did not come from files is held against the artifact when it is used (`matching.py`).
         rank_k, rank_v: leading ranks of keys and of values to read; by default all. Blocks of columns behind
             them are not read.
+        calibration_of: gives the calibration that a spec shares bases with, of a model's fingerprint; by
+            default it is read from the store, as `needed_calibration` does.
 
     Raises:
         ArtifactNotFound, CorruptArtifact: no such artifact, or a damaged one.
@@ -45,7 +50,10 @@ def load_factors(
     if model is not None:
         _check_files(model, manifest)
     spec = checked_spec(manifest, len(manifest.tensors))
-    calibration = _calibration(store, spec, manifest.model.fingerprint)
+    fingerprint = manifest.model.fingerprint
+    calibration = (
+        calibration_of(spec, fingerprint) if calibration_of else needed_calibration(store, spec, fingerprint)
+    )
     if rank_k is None and rank_v is None:
         return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
@@ -93,8 +101,13 @@ def _is_block(name: str) -> bool:
     return name.startswith("group.")
 
 
-def _calibration(store: ArtifactStore, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
-    """The calibration that the artifact's bases come from, or None."""
+def needed_calibration(store: ArtifactStore, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
+    """The calibration that an artifact's bases come from, or None.
+
+    Raises:
+        ArtifactNotFound, CorruptArtifact: it is not in the store, or damaged.
+        ModelMismatch: it is another model's.
+    """
     if spec.calibration is None or spec.basis == "document":
         return None
     try:

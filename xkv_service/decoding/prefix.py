@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.latent import Expansion, LatentPrefix
 from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.matching import check_model
+from xkv_service.decoding.placing import on_device
+from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.numeric import is_integer
 from xkv_service.reconstruct import as_cached
+from xkv_service.selection.reuse import followers, refuse_reuse
 
 # A model object, where and in which dtype it is, and tokens of the prefix.
 _Place = tuple[int, torch.device, torch.dtype, int]
@@ -35,15 +40,23 @@ class Prefix:
         groups: layer indices of those that share token factors.
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
         states: by layer index, of linear-attention layers.
+        reuse: layers that attend to what the compressed layer before them chose.
     """
 
     model: PreTrainedModel
     token_ids: torch.Tensor
-    layers: dict[int, ReadablePrefix]
+    layers: dict[int, LayerPrefix | LatentPrefix]
     modules: dict[int, nn.Module]
     groups: tuple[tuple[int, ...], ...]
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
     states: Mapping[int, LayerState]
+    reuse: frozenset[int] = frozenset()
+
+    @cached_property
+    def leaders(self) -> dict[int, int]:
+        """By layer of `reuse`, the one whose choice it takes."""
+        order = sorted(self.layers)
+        return {mine: before for before, mine in zip(order, order[1:], strict=False) if mine in self.reuse}
 
     @property
     def tokens(self) -> int:
@@ -57,53 +70,96 @@ class Prefix:
         Raises:
             ModelMismatch: the factors were made with another model.
             UnsupportedModel: the model's cache cannot be compressed.
-            InvalidSpec: `tokens` is out of range.
+            InvalidSpec: `tokens` is out of range, or a layer is to reuse the choice of one of other heads.
         """
-        count = _checked(factors, tokens)
+        count = factors.tokens if tokens is None else tokens
+        _check_tokens(count, factors.tokens, factors.windows, factors.states)
         known = _BOUND.setdefault(factors, {})
         name = (id(model), model.device, model.dtype, count)
         # Each time: an adapter may have been loaded since.
         check_model(model, factors)
         if name not in known or known[name].model is not model:
-            known[name] = _bind(model, factors, count)
+            whole = count == factors.tokens
+            known[name] = _bind(model, factors) if whole else cls.of(model, factors).first(count)
         return known[name]
 
+    def first(self, tokens: int) -> Prefix:
+        """The prefix of the first `tokens` tokens: views of this one, so it costs no memory.
 
-def _checked(factors: PrefixFactors, tokens: int | None) -> int:
-    count = factors.tokens if tokens is None else tokens
-    if not is_integer(count) or not 0 < count <= factors.tokens:
+        Raises:
+            InvalidSpec: `tokens` is out of range, or the prefix can only be used whole.
+        """
+        _check_tokens(tokens, self.tokens, self.windows, self.states)
+        layers = {index: layer.first(tokens) for index, layer in self.layers.items()}
+        return replace(self, token_ids=self.token_ids[:tokens], layers=layers)
+
+
+def _check_tokens(
+    tokens: int, whole: int, windows: Mapping[int, object], states: Mapping[int, object]
+) -> None:
+    if not is_integer(tokens) or not 0 < tokens <= whole:
+        raise InvalidSpec(f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {whole}")
+    if tokens < whole and (windows or states):
+        kept = "sliding windows" if windows else "linear-attention states"
         raise InvalidSpec(
-            f"tokens={tokens!r} is out of range", hint=f"use an integer from 1 to {factors.tokens}"
-        )
-    if count < factors.tokens and factors.whole_only:
-        kept = "sliding windows" if factors.windows else "linear-attention states"
-        raise InvalidSpec(
-            f"tokens={count}: this model's {kept} are known after all {factors.tokens} tokens only",
+            f"tokens={tokens}: this model's {kept} are known after all {whole} tokens only",
             hint="use the whole prefix",
         )
-    return count
 
 
-def _bind(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Prefix:
-    device, dtype = model.device, _product_dtype(model)
-    turns = [Turns(table, tokens, device) for table in factors.rotary]
-    modules = inspect_loaded(model).modules
-    layers: dict[int, ReadablePrefix] = {}
+def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
+    device, dtype = model.device, product_dtype(model)
+    factors = on_device(factors, device)
+    turns = [Turns(table, factors.tokens, device) for table in factors.rotary]
+    support = inspect_loaded(model)
+    refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
+    modules = support.modules
+    layers: dict[int, LayerPrefix | LatentPrefix] = {}
     for group in factors.groups:
         for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
             if group.layout.latent:
                 expansion = Expansion(modules[layer], model.dtype, dtype)
-                layers[layer] = LatentPrefix(factors, layer, tokens, expansion, device)
+                layers[layer] = LatentPrefix(factors, layer, expansion, device)
             else:
-                layers[layer] = LayerPrefix(factors, layer, tokens, turns[table], device, dtype)
+                layers[layer] = LayerPrefix(factors, layer, turns[table], device, dtype)
+    _derive_indexes(layers, factors)
+    _share_positions(layers.values())
     windows = {
         layer: (as_cached(window.keys, model), as_cached(window.values, model))
         for layer, window in factors.windows.items()
     }
     groups = tuple(group.layout.layers for group in factors.groups)
-    return Prefix(model, factors.token_ids[:tokens].long(), layers, modules, groups, windows, factors.states)
+    return Prefix(
+        model=model,
+        token_ids=factors.token_ids.long(),
+        layers=layers,
+        modules=modules,
+        groups=groups,
+        windows=windows,
+        states=factors.states,
+        reuse=frozenset(factors.spec.reuse),
+    )
 
 
-def _product_dtype(model: PreTrainedModel) -> torch.dtype:
-    """16-bit products pay on accelerators only."""
+def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: PrefixFactors) -> None:
+    for group in factors.groups:
+        mine = [layers[index] for index in group.layout.layers if index in factors.planes]
+        owners = [layer for layer in mine if isinstance(layer, LayerPrefix)]
+        for index, sketch in derived_sketches(group.keys.factors, owners, factors.planes).items():
+            layers[index].index = SketchScorer(sketch)
+
+
+def _share_positions(layers: Iterable[ReadablePrefix]) -> None:
+    """Let layers with the same exact tokens hold the positions of the others, 8 bytes a token, once."""
+    known: list[torch.Tensor] = []
+    for layer in layers:
+        same = next((one for one in known if torch.equal(one, layer.positions)), None)
+        if same is None:
+            known.append(layer.positions)
+        else:
+            layer.positions = same
+
+
+def product_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of matrix products over factors: 16 bits pay on accelerators only."""
     return torch.float32 if model.device.type == "cpu" else model.dtype

@@ -6,6 +6,7 @@ together, and gives [kv_heads, rows, units], where a unit is one token or one ch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,6 +69,12 @@ class SketchScorer:
         self._scales = sketch.scales
         self._dims = sketch.planes.long().flatten(1)
 
+    def first(self, tokens: int) -> SketchScorer:
+        """The same of the first tokens: views."""
+        other = copy.copy(self)
+        other._codes, other._scales = self._codes[:tokens], self._scales[:tokens]
+        return other
+
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         index = self._dims[:, None].expand(-1, queries.shape[1], -1)
         picked = queries.float().gather(-1, index)
@@ -107,6 +114,10 @@ class LandmarkScorer:
     def __init__(self, landmarks: torch.Tensor, chunk: int) -> None:
         self.unit = chunk
         self._means = landmarks.permute(1, 2, 0)
+
+    def first(self, tokens: int) -> LandmarkScorer:
+        """The same of the first tokens, views; the last mean is that of its whole chunk."""
+        return LandmarkScorer(self._means[..., : -(-tokens // self.unit)].permute(2, 0, 1), self.unit)
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         return queries.float() @ self._means.float()

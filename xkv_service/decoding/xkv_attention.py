@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from xkv_service.decoding.attend import attend
-from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.attention_call import AttendingLayer, AttentionCall
 from xkv_service.decoding.call_checks import checked_calls
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.errors import CacheMisuse, UnsupportedModel
@@ -72,7 +72,8 @@ def _install(model: PreTrainedModel) -> ExitStack:
         stack.callback(model.set_attn_implementation, implementation)
         model.set_attn_implementation(_register(implementation))
         stack.enter_context(checked_calls(model))
-        for module in inspect_loaded(model).modules.values():
+        inspected = inspect_loaded(model)
+        for module in (*inspected.modules.values(), *inspected.windowed.values()):
             stack.callback(module.register_forward_pre_hook(_enter_module).remove)
             stack.callback(module.register_forward_hook(_leave_module).remove)
         return stack.pop_all()
@@ -83,7 +84,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return _ENABLED.get(model, 0) > 0
 
 
-def attend_next(layer: PrefixLayer, module: nn.Module) -> None:
+def attend_next(layer: AttendingLayer, module: nn.Module) -> None:
     """Have the attention of `module`, which is running on this thread, read the prefix of `layer`.
 
     Raises:
@@ -112,8 +113,8 @@ def _leave_module(*_: Any) -> None:
         )
 
 
-def _take_layer() -> PrefixLayer | None:
-    layer: PrefixLayer | None = getattr(_THREAD, "layer", None)
+def _take_layer() -> AttendingLayer | None:
+    layer: AttendingLayer | None = getattr(_THREAD, "layer", None)
     _THREAD.layer = None
     return layer
 
@@ -140,8 +141,8 @@ def _register(base: str) -> str:
         scoring = Scoring(
             kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("s_aux")
         )
-        out, layer.rebuilt = attend(query, key, value, attention_mask, layer.selection, scoring)
-        return out, None
+        plain = partial(base_function(base, module), module, **kwargs)
+        return layer.attend(AttentionCall(query, key, value, attention_mask, scoring, plain)), None
 
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     ALL_ATTENTION_FUNCTIONS.register(name, attention)

@@ -16,6 +16,7 @@ MissReason = Literal[
     "corrupt",  # its blob is damaged: quarantined, and being computed again
     "unavailable",  # the catalog or the store does not answer
     "slow_load",  # prefilling is faster than loading it would be
+    "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use
 ]
 Finish = Literal["stop", "length", "cancelled"]
 FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]

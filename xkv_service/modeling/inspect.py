@@ -37,12 +37,14 @@ _REASONS = {
 class InspectedModel:
     """A model's layout, and per compressible layer its attention module and rotary form.
 
-    Latents (MLA) do not turn: their layers have the form without planes.
+    Latents (MLA) do not turn: their layers have the form without planes. `windowed` are the attention modules
+    of the sliding layers.
     """
 
     layout: ModelLayout
     modules: dict[int, nn.Module]
     forms: dict[int, RotaryForm]
+    windowed: dict[int, nn.Module]
 
 
 def inspect_model(model: PreTrainedModel) -> ModelLayout:
@@ -89,7 +91,8 @@ def _inspect(model: PreTrainedModel) -> InspectedModel:
         else probe_rotary_form(modules[layer.index], probe.arguments[id(modules[layer.index])])
         for layer in layout.compressible
     }
-    return InspectedModel(layout, modules, forms)
+    windowed = {layer.index: probe.modules[layer.index] for layer in layout.layers if layer.kind == "sliding"}
+    return InspectedModel(layout, modules, forms, windowed)
 
 
 def _probe(model: PreTrainedModel, *, last_token: int = 0) -> CacheProbe:

@@ -82,7 +82,7 @@ def render_prefix(
     else:
         ids, unstable = _stable_ids_of_long(chat, document)
     other = chat.ids(("A" if document.lstrip()[0] != "A" else "B") + document[:100])
-    nothing_left = len(ids) <= len(_common([ids, other]))
+    nothing_left = len(ids) <= len(common_beginning([ids, other]))
     if unstable > (_MOST_MERGED if nothing_left else _MOST_UNSTABLE):
         raise InvalidPrompt(
             "the chat template changes text before the document's end as a chat goes on",
@@ -175,7 +175,7 @@ class _Chat:
         later = apply_template(
             self.tokenizer, self._messages(start, None), tokenize=False, chat_template=undated
         )
-        common = _common([text, later])
+        common = common_beginning([text, later])
         if common != text and start not in common:
             raise InvalidPrompt(
                 "the chat template writes today's date before the document: no chat of tomorrow would match",
@@ -196,7 +196,7 @@ def _stable_ids(chat: _Chat, document: str) -> tuple[list[int], int]:
     probes = [chat.ids(content) for content in _probe_contents(document)]
     probes += [chat.ids(document + SEPARATOR + _QUESTIONS[0], follow_up) for follow_up in _FOLLOW_UPS]
     reach = _reach(chat, document)
-    stable = _common([reach, *probes])
+    stable = common_beginning([reach, *probes])
     return stable, len(reach) - len(stable)
 
 
@@ -206,14 +206,16 @@ def _stable_ids_of_long(chat: _Chat, document: str) -> tuple[list[int], int]:
     reach = _reach(chat, document)
     kept = reach[: max(0, len(reach) - unstable)]
     later_turn = chat.ids(document + SEPARATOR + _QUESTIONS[1], _FOLLOW_UPS[0])
-    if _common([kept, later_turn]) != kept:
+    if common_beginning([kept, later_turn]) != kept:
         return _stable_ids(chat, document)
     return kept, unstable
 
 
 def _reach(chat: _Chat, document: str) -> list[int]:
     """Tokens up to about the document's end."""
-    ids: list[int] = _common([chat.ids(document + text) for text in ("x", SEPARATOR + _QUESTIONS[0])])
+    ids: list[int] = common_beginning(
+        [chat.ids(document + text) for text in ("x", SEPARATOR + _QUESTIONS[0])]
+    )
     return ids
 
 
@@ -224,7 +226,7 @@ def _probe_contents(document: str) -> Iterable[str]:
         yield document + text
 
 
-def _common(sequences: Sequence[Any]) -> Any:
+def common_beginning(sequences: Sequence[Any]) -> Any:
     """The longest common prefix of lists or strings."""
     shortest = min(sequences, key=len)
     for index, item in enumerate(shortest):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -140,14 +140,20 @@ class Context:
         other.cache, other.ids = _fork(self.cache), list(self.ids)
         return other
 
-    def _forward(self, ids: list[int]) -> torch.Tensor:
+    @contextmanager
+    def extending(self, ids: Sequence[int]) -> Iterator[None]:
+        """Run the model over `ids` inside the block; what it leaves half done the next call mends."""
+        self._mend()
         self._torn = True
-        extra = {"logits_to_keep": 1} if self._takes_positions else {}
-        with torch.no_grad():
-            given = torch.tensor([ids], device=self.model.device)
-            out: Any = self.model(input_ids=given, past_key_values=self.cache, use_cache=True, **extra)
+        yield
         self.ids += ids
         self._torn = False
+
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        extra = {"logits_to_keep": 1} if self._takes_positions else {}
+        with self.extending(ids), torch.no_grad():
+            given = torch.tensor([ids], device=self.model.device)
+            out: Any = self.model(input_ids=given, past_key_values=self.cache, use_cache=True, **extra)
         logits: torch.Tensor = out.logits
         return logits
 

@@ -20,6 +20,7 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.fold import FOLD_ERROR, FOLD_KEEP
 from xkv_service.errors import CacheMisuse, InvalidPrompt, InvalidSpec
 from xkv_service.modeling.model_files import context_window
+from xkv_service.modeling.tokens import end_tokens
 from xkv_service.sessions.answer import Answer
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import exact_cache
@@ -217,7 +218,7 @@ class Session:
                 self.context,
                 prompt,
                 settings,
-                ends=self._ends(),
+                ends=end_tokens(self.context.model, self.renderer.tokenizer),
                 text=self._text_stream(settings),
             )
             try:
@@ -249,13 +250,6 @@ class Session:
         return str(
             self.renderer.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-
-    def _ends(self) -> frozenset[int]:
-        """Tokens that end an answer: the model's and the tokenizer's."""
-        config = self.context.model.generation_config
-        ends = config.eos_token_id if config is not None else None
-        known = ends if isinstance(ends, list) else [ends]
-        return frozenset(end for end in (*known, self.renderer.tokenizer.eos_token_id) if end is not None)
 
 
 def _prefix_ids(cache: Cache, given: Sequence[int] | None) -> Sequence[int]:

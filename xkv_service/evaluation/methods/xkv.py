@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from xkv_service.calibration.choice import reuse_of
 from xkv_service.calibration.storage import read_calibration_file
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
@@ -34,10 +35,12 @@ class XKV:
         group: adjacent layers that share token factors; 1 is a truncated SVD of each layer alone.
         calibration: a calibration's file, which then decides groups, ranks, weights, bits and planes.
         basis: whose layer bases, with a calibration: "calibrated", or the "document"'s own.
+        reuse: layers that attend to what the one before them chose: those of the calibration, or none.
         ratio: bytes of the exact cache / bytes stored, everything counted.
         index: the selection index: "sketch", "derived" (a sketch made when it is needed, nothing stored),
             "landmark" or "none".
         factors: dtype of the token factors; with a calibration "mixed", "int4" or "int8".
+        bases: dtype of the document's own bases: "int8", with a scale a row, or "bfloat16".
         key_share: share of keys in the ranks.
         key_weights, value_weights: see `CompressionSpec`.
         planes: rotary planes in a key sketch.
@@ -74,8 +77,11 @@ class XKV:
         last: int | None = None,
         calibration: str | None = None,
         basis: Literal["document", "calibrated"] = "document",
+        bases: Literal["int8", "bfloat16"] = "bfloat16",
+        reuse: Literal["calibrated", "none"] = "calibrated",
     ) -> None:
         self.calibration = None if calibration is None else read_calibration_file(Path(calibration))
+        reuses = self.calibration is not None and reuse == "calibrated" and index != "none" and not outliers
         self.spec = CompressionSpec(
             group_size=group,
             ratio=ratio,
@@ -90,6 +96,8 @@ class XKV:
             value_weights=value_weights,
             calibration=self.calibration.id if self.calibration else None,
             basis=basis,
+            base_dtype=None if bases == "bfloat16" else bases,
+            reuse=reuse_of(self.calibration) if self.calibration and reuses else (),
         )
         self.selection = _selection(selector, budget, granularity, last)
         if selector in ("sketch", "landmark") and selector != {"derived": "sketch"}.get(index, index):

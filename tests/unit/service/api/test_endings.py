@@ -1,0 +1,207 @@
+"""How requests end early: clients that leave, time that runs out, engines that fail or are full."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from engines import PacedBackend, paced_backend
+from serving import Served, serve
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.app import create_app
+from xkv_service.api.model import ServedModel
+from xkv_service.api.settings import APISettings
+from xkv_service.engine.messages import (
+    Delta,
+    EngineState,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Started,
+)
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.modeling.models import LoadedModel
+
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Count to a thousand."}],
+    "temperature": 0,
+    "max_tokens": 400,
+}
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
+    """Takes a while for each token, and has room for one sequence and one that waits."""
+    with paced_backend(loaded, store, EngineSettings(max_running=1, max_waiting=1)) as backend:
+        backend.step_s = 0.03
+        yield backend
+
+
+@pytest.fixture
+def running(served_model: ServedModel, slow: PacedBackend) -> Iterator[Served]:
+    settings = APISettings(request_timeout_s=2.0, min_fidelity=0.0)
+    with serve(create_app(served_model, slow, settings=settings)) as served:
+        yield served
+
+
+def post(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\ncontent-length: {len(content)}\r\n"
+    return head.encode() + b"content-type: application/json\r\n\r\n" + content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place_within_a_step(
+    running: Served, slow: PacedBackend, stream: bool
+) -> None:
+    with running.connect() as client:
+        client.sendall(post({**CHAT, "stream": stream}))
+        wait_until(lambda: slow.steps >= 3)
+        left_at = slow.steps
+    wait_until(lambda: slow.busy == 0)
+    assert slow.steps - left_at <= 3
+
+
+def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: PacedBackend) -> None:
+    with running.connect() as first, running.connect() as second:
+        first.sendall(post({**CHAT, "stream": True}))
+        wait_until(lambda: slow.steps >= 1)
+        second.sendall(post(CHAT))
+        wait_until(lambda: slow.busy == 2)
+        second.close()
+        wait_until(lambda: slow.busy == 1)
+        assert slow.state.running == 1
+    wait_until(lambda: slow.busy == 0)
+
+
+def test_the_openai_client_may_stop_reading(running: Served, slow: PacedBackend) -> None:
+    stream = running.client().chat.completions.create(**CHAT, stream=True)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: slow.busy == 0)
+
+
+class Scripted:
+    """Does what a test says, to reach what a real engine seldom does."""
+
+    def __init__(self, *events: Event | Exception, hang: bool = False) -> None:
+        self._events, self._hang = events, hang
+        self.closed = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        try:
+            for event in self._events:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+            if self._hang:
+                await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+    async def states(self) -> list[EngineState]:
+        return []
+
+
+STARTED, DELTA = Started(prompt_tokens=5, cached_tokens=0), Delta("text", 1)
+
+
+@pytest.mark.parametrize(
+    ("event", "kind", "code", "status"),
+    [
+        (Failed("overloaded", "full", retry_after_s=3), openai.InternalServerError, "overloaded", 503),
+        (Failed("timeout", "late"), openai.InternalServerError, "timeout", 504),
+        (Failed("invalid", "no", "do otherwise"), openai.BadRequestError, None, 400),
+        (Failed("internal", "broken"), openai.InternalServerError, "internal_error", 500),
+        (RuntimeError("secret"), openai.InternalServerError, "internal_error", 500),
+        (Finished("cancelled", 0), openai.InternalServerError, "cancelled", 503),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures(
+    served_model: ServedModel, event: Any, kind: Any, code: str | None, status: int, stream: bool
+) -> None:
+    """Before the first token they are a status, behind it an event of the stream."""
+    for before in ((), (STARTED, DELTA)):
+        backend = Scripted(*before, event)
+        if isinstance(event, Finished) and not before:
+            continue
+        with serve(create_app(served_model, backend)) as served:
+            if stream and before:
+                chunks = served.client().chat.completions.create(**CHAT, stream=True)
+                with pytest.raises(openai.APIError) as caught:
+                    list(chunks)
+                assert not isinstance(caught.value, openai.APIStatusError)
+            else:
+                with pytest.raises(kind) as caught:
+                    served.client().chat.completions.create(**CHAT, stream=stream)
+                assert caught.value.status_code == status
+                assert ("retry-after" in caught.value.response.headers) == (status == 503)
+            assert caught.value.code == code
+            assert "secret" not in str(caught.value)
+        assert backend.closed == 1
+
+
+def test_an_engine_that_hangs_does_not_hang_the_client(
+    served_model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xkv_service.api.generation._GRACE_S", 0.2)
+    settings = APISettings(request_timeout_s=0.5)
+    for before in ((), (STARTED, DELTA)):
+        backend = Scripted(*before, hang=True)
+        with serve(create_app(served_model, backend, settings=settings)) as served:
+            with pytest.raises(openai.InternalServerError) as caught:
+                served.client().chat.completions.create(**CHAT)
+            assert caught.value.status_code == 504
+            with pytest.raises(openai.APIError) as streamed:
+                list(served.client().chat.completions.create(**CHAT, stream=True))
+            assert streamed.value.code == "timeout"
+        assert backend.closed == 2
+
+
+def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
+    with running.connect() as first, running.connect() as second, running.http() as http:
+        first.sendall(post(CHAT))
+        wait_until(lambda: slow.busy == 1)
+        second.sendall(post(CHAT))
+        wait_until(lambda: slow.busy == 2)
+        answer = http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "overloaded"
+
+
+def test_a_client_that_reads_nothing_is_let_go(
+    served_model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream is longer than the buffers between."""
+    monkeypatch.setattr("xkv_service.api.generation._GRACE_S", 0.2)
+    backend = Scripted(STARTED, *[Delta("text " * 2000, 1)] * 2000)
+    settings = APISettings(request_timeout_s=1.0)
+    app = create_app(served_model, backend, settings=settings)
+    with serve(app) as served, served.connect() as client:
+        client.sendall(post({**CHAT, "stream": True}))
+        wait_until(lambda: backend.closed == 1, 20)
+
+
+def test_not_ready_without_an_engine(served_model: ServedModel, running: Served) -> None:
+    with serve(create_app(served_model, Scripted())) as served, served.http() as http:
+        assert http.get("/healthz").status_code == 200
+        assert http.get("/readyz").status_code == 503
+    with running.http() as http:
+        assert http.get("/readyz").json() == {"status": "ready"}

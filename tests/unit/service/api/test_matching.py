@@ -1,0 +1,213 @@
+"""Which stored prefix a prompt is served from, and the reason when it is none, or not all of one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model as family_model
+from redis_server import RedisServer
+from rivers import DOCUMENT, SETTINGS, publish
+
+from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
+from xkv_artifacts.store import ArtifactStore
+from xkv_service import CompressionSpec, compress
+from xkv_service.api.breaker import Breaker
+from xkv_service.api.errors import APIError
+from xkv_service.api.matching import Found, PrefixFinder
+from xkv_service.engine.messages import PrefixMatch
+from xkv_service.modeling.models import LoadedModel
+
+
+def find(finder: PrefixFinder, prompt: list[int], namespace: str = "default") -> Found:
+    return asyncio.run(finder.find(prompt, namespace))
+
+
+def named(finder: PrefixFinder, name: str, prompt: list[int], namespace: str = "default") -> Found:
+    return asyncio.run(finder.named(name, prompt, namespace))
+
+
+def reason(found: Found) -> str | None:
+    assert found[0] is None
+    return found[1] and found[1].reason
+
+
+@pytest.fixture(scope="module")
+def ids(store: ArtifactStore, stored: PrefixManifest) -> list[int]:
+    tokens: list[int] = store.load(stored.id, ("tokens",))[1]["tokens"].tolist()
+    return tokens
+
+
+def test_the_whole_prefix(finder: PrefixFinder, stored: PrefixManifest, ids: list[int]) -> None:
+    assert find(finder, [*ids, 70]) == (PrefixMatch(stored.id, len(ids)), None)
+    assert named(finder, stored.id, [*ids, 70]) == (PrefixMatch(stored.id, len(ids)), None)
+
+
+def test_a_prompt_that_is_the_prefix_leaves_one_token_to_compute(
+    finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
+) -> None:
+    assert find(finder, ids) == (PrefixMatch(stored.id, len(ids) - 1), None)
+    assert named(finder, stored.id, ids) == (PrefixMatch(stored.id, len(ids) - 1), None)
+
+
+def test_a_prompt_that_ends_inside_the_prefix(
+    finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
+) -> None:
+    assert find(finder, ids[:100]) == (PrefixMatch(stored.id, 99), None)
+
+
+def test_a_prompt_that_departs_from_the_prefix(
+    finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
+) -> None:
+    match, miss = find(finder, [*ids[:80], 70, *ids[81:]])
+    assert match == PrefixMatch(stored.id, 80)
+    assert miss is not None and miss.reason == "diverges"
+    assert miss.detail.endswith(f"share 80 of its {len(ids)} tokens")
+
+
+def test_too_little_is_shared(finder: PrefixFinder, ids: list[int]) -> None:
+    assert reason(find(finder, [*ids[:63], 70, 70])) == "no_artifact"
+    assert reason(find(finder, [*ids[:64]])) == "no_artifact"  # one of them must be computed
+    assert find(finder, [*ids[:64], 70])[0] is not None
+    assert reason(find(finder, [70, 71])) == "no_artifact"
+
+
+def test_a_prefix_less_faithful_than_is_accepted(
+    store: ArtifactStore, loaded: LoadedModel, stored: PrefixManifest, ids: list[int]
+) -> None:
+    least = stored.fidelity.top1_agreement
+    for asked, found in ((least, None), (min(1.0, least + 0.01), "low_fidelity")):
+        strict = PrefixFinder(store, loaded.identity.fingerprint, replace(SETTINGS, min_fidelity=asked))
+        match, miss = find(strict, [*ids, 70])
+        assert (match is None) == (found is not None)
+        assert (miss and miss.reason) == found
+
+
+def test_namespaces_see_their_own_and_the_public_one(tmp_path: Path, loaded: LoadedModel) -> None:
+    with ArtifactStore.open(str(tmp_path)) as store:
+        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        theirs = publish(store, loaded, DOCUMENT, "theirs")
+        prompt = [*store.load(theirs.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        assert reason(find(finder, prompt, "mine")) == "no_artifact"
+        assert reason(named(finder, theirs.id, prompt, "mine")) == "evicted"
+        absent = named(finder, "0" * 64, prompt, "mine")[1]
+        hidden = named(finder, theirs.id, prompt, "mine")[1]
+        assert absent is not None and hidden is not None
+        assert hidden.detail.replace(theirs.id[:12], "0" * 12) == absent.detail
+        public = publish(store, loaded, DOCUMENT[:80], "public")
+        match, miss = find(finder, prompt, "mine")
+        assert match == PrefixMatch(public.id, match.tokens if match else 0)
+        longer = find(finder, prompt, "theirs")[0]
+        assert longer == PrefixMatch(theirs.id, theirs.tokens)
+        assert named(finder, public.id, prompt, "theirs")[0] == match
+        assert store.remove(theirs.id)
+        assert find(finder, prompt, "theirs")[0] == match
+        assert reason(named(finder, theirs.id, prompt, "theirs")) == "evicted"
+
+
+def test_a_named_prefix_that_the_prompt_does_not_begin_with(
+    finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
+) -> None:
+    with pytest.raises(APIError, match=f"share 80 of its {len(ids)} tokens") as caught:
+        named(finder, stored.id, [*ids[:80], 70, 70])
+    assert (caught.value.status, caught.value.param) == (400, "prefix_id")
+
+
+def test_a_named_prefix_of_another_model(
+    store: ArtifactStore, stored: PrefixManifest, ids: list[int]
+) -> None:
+    other = PrefixFinder(store, "e" * 64, SETTINGS)
+    assert reason(named(other, stored.id, [*ids, 70])) == "other_model"
+    assert reason(find(other, [*ids, 70])) == "no_artifact"
+
+
+def test_a_damaged_prefix(tmp_path: Path, loaded: LoadedModel) -> None:
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        manifest = publish(store, loaded, DOCUMENT)
+        prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        (blob,) = (tmp_path / "store").rglob(f"{manifest.id}.safetensors")
+        content = bytearray(blob.read_bytes())
+        content[100] ^= 1  # in the header
+        blob.write_bytes(content)
+        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        assert reason(named(finder, manifest.id, prompt)) == "corrupt"
+        assert reason(find(finder, prompt)) == "no_artifact"  # it was dropped
+
+
+def test_a_prefix_that_can_be_used_whole_only(tmp_path: Path) -> None:
+    model = family_model("gemma3", vocab_size=260, max_position_embeddings=1024)
+    identity = ModelIdentity(fingerprint="a" * 64, name="tiny", architecture="Gemma3", dtype="float32")
+    with ArtifactStore.open(str(tmp_path)) as store:
+        tokens = torch.randint(3, 250, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+        factors = compress(model, tokens, CompressionSpec(rank_k=24, rank_v=24))
+        assert factors.whole_only
+        fields = factors.manifest_fields()
+        name = artifact_id("a" * 64, "default", tokens, fields["spec"])
+        document = DocumentRef(uri="a", sha256="0" * 64)
+        created = datetime.now(timezone.utc)
+        manifest = PrefixManifest(
+            id=name, model=identity, namespace="default", document=document, created=created, **fields
+        )
+        store.publish(manifest, factors.to_tensors())
+        finder = PrefixFinder(store, "a" * 64, SETTINGS)
+        assert find(finder, [*tokens, 5]) == (PrefixMatch(name, 150), None)
+        for prompt in ([*tokens[:100], 251, 251], tokens, tokens[:120]):
+            assert reason(find(finder, prompt)) == "diverges"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 30.0])
+def test_a_redis_that_is_down_costs_one_request_its_patience(
+    tmp_path: Path, loaded: LoadedModel, redis: RedisServer, patience_s: float
+) -> None:
+    settings = replace(SETTINGS, lookup_timeout_s=0.5, lookup_pause_s=1.0)
+    with ArtifactStore.open(str(tmp_path / "store"), redis.url, patience_s=patience_s) as store:
+        manifest = publish(store, loaded, DOCUMENT)
+        prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        finder = PrefixFinder(store, loaded.identity.fingerprint, settings)
+
+        async def scenario() -> None:
+            assert await finder.find(prompt, "default") == (PrefixMatch(manifest.id, manifest.tokens), None)
+            redis.kill()
+            times = []
+            for _ in range(20):
+                started = time.perf_counter()
+                match, miss = await finder.find(prompt, "default")
+                times.append(time.perf_counter() - started)
+                assert match is None and miss is not None and miss.reason == "unavailable"
+            assert times[0] < 0.6
+            assert max(times[1:]) < 0.1
+            redis.start()
+            store.rebuild()
+            await asyncio.sleep(1.1)
+            assert (await finder.find(prompt, "default"))[0] == PrefixMatch(manifest.id, manifest.tokens)
+
+        asyncio.run(scenario())
+
+
+def test_one_call_tries_again_after_each_pause() -> None:
+    now = 0.0
+    breaker = Breaker(5.0, lambda: now)
+    assert breaker.allows() and breaker.allows()
+    breaker.failed()
+    assert not breaker.allows()
+    now = 5.0
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    now = 10.0
+    assert breaker.allows()
+    breaker.succeeded()
+    assert breaker.allows() and breaker.allows()

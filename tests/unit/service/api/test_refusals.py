@@ -1,0 +1,219 @@
+"""Bad requests: each gets OpenAI's shape of error, a status that fits, and the name of what was wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from engines import PacedBackend
+from rivers import SETTINGS
+from serving import Served, serve
+
+from xkv_service.api.app import create_app
+from xkv_service.api.model import ServedModel
+from xkv_service.api.settings import APISettings
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.fixture(scope="module")
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served.http() as client:
+        yield client
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in body["error"]["message"]
+    assert answer.headers["x-request-id"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def messages(*contents: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for content in contents]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stop": 3}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        ({"tools": [FUNCTION]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"temprature": 0}, "temprature"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": ["Hello"]}, "messages.0"),
+        (messages(None), "messages.0.content"),
+        (messages(None, role="assistant"), "messages.0.content"),
+        (messages("hi", role="tool"), "messages"),
+        (messages("hi", role="owner"), "messages.0.role"),
+        (messages([IMAGE]), "messages.0.content"),
+        (messages([{"type": "text"}]), "messages.0.content"),
+        (messages("well <|end|>"), "messages"),
+        (messages("<|system|>", role="system"), "messages"),
+        (messages("\ud800"), "messages.0.content"),
+        ({"model": "gpt-5"}, "model"),
+        ({"model": None}, "model"),
+        ({"prefix_id": "../../etc/passwd"}, "prefix_id"),
+    ],
+)
+def test_a_chat_that_is_refused(http: httpx.Client, changes: dict[str, Any], param: str) -> None:
+    body = json.dumps({**CHAT, **changes})
+    headers = {"content-type": "application/json"}
+    answer = http.post("/v1/chat/completions", content=body, headers=headers)
+    error = error_of(answer, 404 if changes.get("model") else 400)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": ["a", "b"]},
+        {"prompt": [[1], [2]]},
+        {"prompt": [0, 300]},
+        {"prompt": [-1]},
+        {"prompt": [10**30]},
+        {"prompt": [True]},
+        {"prompt": [1, "a"]},
+        {"prompt": {"a": 1}},
+        {"prompt": "a <|end|>"},
+        {"prompt": "\ud800"},
+    ],
+)
+def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -> None:
+    body = json.dumps({**TEXT, **changes})
+    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert error_of(answer, 400)["param"].startswith("prompt")
+
+
+@pytest.mark.parametrize("changes", [{"echo": True}, {"suffix": "end"}, {"best_of": 3}, {"logprobs": 6}])
+def test_what_completions_cannot(http: httpx.Client, changes: dict[str, Any]) -> None:
+    answer = http.post("/v1/completions", json={**TEXT, **changes})
+    assert error_of(answer, 400)["param"] == next(iter(changes))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"a":' * 50_000,
+        b'{"model": "tiny", "seed": ' + b"9" * 10_000 + b"}", b'{"model": "tiny", "messages": {"a": "b"}}',
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/prefixes"):
+        error_of(http.post(path, content=body, headers=headers), 400)
+
+
+def test_addresses_and_methods_that_do_not_exist(http: httpx.Client) -> None:
+    error_of(http.get("/v2/chat"), 404)
+    error_of(http.get("/v1/models/gpt-5"), 404)
+    answer = http.get("/v1/chat/completions")
+    error_of(answer, 405)
+    assert answer.headers["allow"] == "POST"
+    error_of(http.post("/healthz"), 405)
+    error_of(http.post("/v1/prefixes", json={"document": "a"}), 501)
+
+
+def test_a_prompt_longer_than_the_window(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={**CHAT, **messages("word " * 500)})
+    assert error_of(answer, 400)["code"] == "context_length_exceeded"
+
+
+def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
+    client = served.client()
+    with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
+        client.chat.completions.create(**CHAT, n=2)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(**{**CHAT, "model": "other"})
+    assert caught.value.code == "model_not_found"
+    assert caught.value.request_id
+
+
+def test_bodies_that_are_too_large_are_not_read(served_model: ServedModel, backend: PacedBackend) -> None:
+    settings = APISettings(max_body_bytes=10_000, body_timeout_s=1.0)
+    with serve(create_app(served_model, backend, settings=settings)) as served:
+        with served.http() as http:
+            large = json.dumps({**CHAT, **messages("a" * 20_000)})
+            headers = {"content-type": "application/json"}
+            error_of(http.post("/v1/chat/completions", content=large, headers=headers), 413)
+            assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+            def chunks() -> Iterator[bytes]:  # no length is told before
+                for _ in range(2):
+                    yield b"a" * 6_000
+
+            error_of(http.post("/v1/chat/completions", content=chunks(), headers=headers), 413)
+        _trickle(served)
+
+
+def _trickle(served: Served) -> None:
+    """A client that sends a body of 1,000 bytes one at a time."""
+    with served.connect() as slow:
+        slow.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 1000\r\n\r\n"
+        )
+        started = time.monotonic()
+        slow.settimeout(0.2)
+        answer = b""
+        while not answer and time.monotonic() - started < 10:
+            slow.sendall(b" ")
+            try:
+                answer = slow.recv(4096)
+            except socket.timeout:  # noqa: UP041 - its own class before Python 3.10's alias
+                continue
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - started < 5
+
+
+def test_without_keys_other_machines_are_refused(served: Served, served_model: ServedModel) -> None:
+    with served.http() as http:
+        error_of(http.get("/v1/models", headers={"host": "rebound.example"}), 403)
+        assert http.get("/v1/models", headers={"host": "localhost:80"}).status_code == 200
+
+
+def test_settings_out_of_range() -> None:
+    for name in ("max_body_bytes", "request_timeout_s", "min_match_tokens"):
+        with pytest.raises(Exception, match=name):
+            APISettings(**{name: 0})
+    with pytest.raises(Exception, match="min_fidelity"):
+        APISettings(min_fidelity=1.5)
+    assert SETTINGS.min_fidelity == 0

@@ -1,0 +1,266 @@
+"""Many requests at once are each answered as the model answers it alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from asking import SHORT, Asked, generated
+from talking import DOCUMENT, SELECTION, Talker
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.engine.engine import Engine
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.messages import Failed, Finished, PrefixMatch
+from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.sessions.settings import GenerationSettings
+
+SETTINGS = EngineSettings(max_running=6, step_tokens=16, prefill_tokens=64, selection=SELECTION)
+SLOW_MODEL = 10.0  # seconds a token: whatever can be loaded is
+
+
+@pytest.fixture(scope="module")
+def artifact(talker: Talker, store: ArtifactStore) -> str:
+    source = talker.published(store).source
+    assert source is not None and source.artifact_id is not None
+    return source.artifact_id
+
+
+@pytest.fixture
+def pool(talker: Talker, store: ArtifactStore) -> Iterator[PrefixPool]:
+    made = PrefixPool(
+        talker.model,
+        store,
+        SELECTION,
+        2**24,
+        fingerprint=talker.loaded.identity.fingerprint,
+        rates=LoadingRates(SLOW_MODEL),
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def engine(talker: Talker, pool: PrefixPool) -> Iterator[Engine]:
+    with Engine(talker.loaded, SETTINGS, pool) as made:
+        yield made
+
+
+def _prompt(talker: Talker, question: str, *, document: bool = True) -> list[int]:
+    content = f"{DOCUMENT}\n\n{question}" if document else question
+    messages = [{"role": "user", "content": content}]
+    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def _until(met: Callable[[], bool], seconds: float = 5.0) -> None:
+    """An end is told before what was held is put away."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "deepseek_v3"])
+def test_prompts_of_many_lengths_at_once(talkers: Callable[[str], Talker], family: str) -> None:
+    talker = talkers(family)
+    prompts = [_prompt(talker, "x" * size, document=False) for size in (1, 90, 7, 40, 3, 200, 11, 60)]
+    with Engine(talker.loaded, SETTINGS) as engine:
+        asked = [Asked(engine, prompt) for prompt in prompts]
+        for one, prompt in zip(asked, prompts, strict=True):
+            assert one.wait().tokens == generated(talker, prompt)
+            assert one.started.prompt_tokens == len(prompt)
+
+
+def test_prefixes_come_from_factors_beside_prompts_that_do_not(
+    talker: Talker, engine: Engine, artifact: str
+) -> None:
+    match = PrefixMatch(artifact, talker.factors.tokens)
+    jobs = []
+    for number in range(14):
+        with_document = number % 3 != 0
+        prompt = _prompt(talker, f"{number}: where does it end?" * (1 + number % 4), document=with_document)
+        jobs.append((prompt, with_document, Asked(engine, prompt, match=match if with_document else None)))
+    for prompt, with_document, asked in jobs:
+        assert asked.wait().tokens == generated(talker, prompt, prefix=with_document)
+        assert asked.started.artifact_id == (artifact if with_document else None)
+        if with_document:
+            assert asked.started.prefix_tokens == match.tokens
+    assert engine.state().counters["prefixes_loads"] == 1
+
+
+def test_a_shorter_match_uses_the_beginning_of_the_prefix(
+    talker: Talker, engine: Engine, artifact: str
+) -> None:
+    asked = Asked(engine, _prompt(talker, "?"), match=PrefixMatch(artifact, 40)).wait()
+    assert isinstance(asked.end, Finished)
+    assert asked.started.prefix_tokens == asked.started.cached_tokens == 40
+
+
+def test_a_conversation_goes_on_without_an_id(talker: Talker, engine: Engine, artifact: str) -> None:
+    match = PrefixMatch(artifact, talker.factors.tokens)
+    first = _prompt(talker, "Where does it end? " * 5)
+    one = Asked(engine, first, match=match).wait()
+    longer = [*first, *one.tokens, *_prompt(talker, "And then?", document=False)]
+    two = Asked(engine, longer, match=match).wait()
+    held = len(first) + len(one.tokens) - 1
+    assert two.started.cached_tokens == held and two.started.tail_tokens == held - match.tokens
+    assert two.started.artifact_id == artifact
+    assert two.tokens == generated(talker, longer, prefix=True)
+    three = Asked(engine, longer, match=match, namespace="other").wait()
+    assert three.started.cached_tokens == match.tokens
+    assert three.tokens == two.tokens
+
+
+def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talker, engine: Engine) -> None:
+    prompt = _prompt(talker, "y" * 100, document=False)
+    first, second = (Asked(engine, prompt).wait() for _ in range(2))
+    assert first.started.cached_tokens == 0
+    assert second.started.cached_tokens == len(prompt) - 1
+    assert second.tokens == first.tokens == generated(talker, prompt)
+
+
+def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, artifact: str) -> None:
+    with Engine(talker.loaded, replace(SETTINGS, tail_bytes=600_000), pool) as engine:
+        match = PrefixMatch(artifact, talker.factors.tokens)
+        for number in range(12):
+            Asked(engine, _prompt(talker, f"{number}" * 90), match=match).wait()
+            state = engine.state()
+            assert state.tail_bytes <= 600_000
+        _until(lambda: engine.state().running == 0)
+        assert 0 < engine.state().kept_tails < 12
+        assert pool.state().holds[artifact] == engine.state().kept_tails
+    assert not pool.state().holds.get(artifact)
+
+
+def test_settings_are_obeyed(talker: Talker, engine: Engine) -> None:
+    prompt = _prompt(talker, "z" * 70, document=False)
+    whole = Asked(engine, prompt, settings=GenerationSettings(max_new_tokens=30)).wait()
+    assert isinstance(whole.end, Finished)
+    stop = whole.text[3:5]
+    stopped = Asked(engine, prompt, settings=GenerationSettings(max_new_tokens=30, stop=(stop,))).wait()
+    assert isinstance(stopped.end, Finished) and stopped.end.finish == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    warm = GenerationSettings(max_new_tokens=12, temperature=1.5, seed=7)
+    one, two = (Asked(engine, prompt, settings=warm).wait() for _ in range(2))
+    other = Asked(engine, prompt, settings=replace(warm, seed=8)).wait()
+    assert one.tokens == two.tokens != other.tokens
+
+
+def test_log_probabilities_are_of_the_tokens_told(talker: Talker, engine: Engine) -> None:
+    asked = Asked(engine, _prompt(talker, "w" * 70, document=False), top_logprobs=3).wait()
+    found = [one for event in asked.events if hasattr(event, "logprobs") for one in event.logprobs]
+    assert [one.token_id for one in found] == asked.tokens
+    for one in found:
+        assert len(one.top) == 3 and one.top[0] == (one.token_id, pytest.approx(one.logprob))
+        assert one.logprob <= 0
+
+
+def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, engine: Engine) -> None:
+    long = GenerationSettings(max_new_tokens=700)
+    asked = [
+        Asked(engine, _prompt(talker, str(n) * 80, document=False), settings=long, namespace=str(n))
+        for n in range(10)
+    ]
+    for one in asked[1:]:
+        one.cancel()
+    for one in asked[1:]:
+        assert one.wait(10).end.finish in ("cancelled", "stop")
+    _until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
+    asked[0].cancel()
+    asked[0].wait()
+
+
+def test_more_than_can_wait_are_refused(talker: Talker) -> None:
+    with Engine(talker.loaded, replace(SETTINGS, max_running=2, max_waiting=3)) as engine:
+        prompt = _prompt(talker, "q" * 300, document=False)
+        asked = [Asked(engine, prompt) for _ in range(12)]
+        ends = [one.wait().end for one in asked]
+    refused = [end for end in ends if isinstance(end, Failed)]
+    assert 1 <= len(refused) <= 7
+    assert {end.kind for end in refused} == {"overloaded"} and refused[0].retry_after_s
+
+
+def test_a_request_that_takes_too_long_fails(talker: Talker, engine: Engine) -> None:
+    slow = GenerationSettings(max_new_tokens=900)
+    asked = Asked(engine, _prompt(talker, "v", document=False), settings=slow, timeout_s=0.05).wait()
+    assert isinstance(asked.end, Failed) and asked.end.kind == "timeout"
+    _until(lambda: engine.state().running == 0)
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [10**6], [5] * 2000])
+def test_prompts_that_no_model_can_run_are_refused(engine: Engine, ids: list[int]) -> None:
+    end = Asked(engine, ids).wait().end
+    assert isinstance(end, Failed) and end.kind == "invalid"
+
+
+def test_an_artifact_that_is_gone_or_damaged_is_computed_instead(
+    talker: Talker, store: ArtifactStore, engine: Engine, artifact: str
+) -> None:
+    prompt = _prompt(talker, "Where?" * 12)
+    gone = Asked(engine, prompt, match=PrefixMatch("0" * 64, 40)).wait()
+    assert gone.started.miss is not None and gone.started.miss.reason == "evicted"
+    assert gone.tokens == generated(talker, prompt)
+
+
+def test_closing_ends_everything(talker: Talker) -> None:
+    engine = Engine(talker.loaded, SETTINGS)
+    long = GenerationSettings(max_new_tokens=900)
+    asked = [Asked(engine, _prompt(talker, str(n), document=False), settings=long) for n in range(12)]
+    engine.close()
+    assert all(one.wait(5).end for one in asked)
+    late = Asked(engine, [5, 6]).wait(1)
+    assert isinstance(late.end, Failed) and late.end.kind == "overloaded"
+
+
+def test_a_model_that_fails_on_one_sequence_answers_the_others(
+    talker: Talker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = talker.model.model.embed_tokens.forward
+
+    def fail(ids):  # type: ignore[no-untyped-def]
+        if (ids == 200).any():
+            raise RuntimeError("no memory")
+        return forward(ids)
+
+    monkeypatch.setattr(talker.model.model.embed_tokens, "forward", fail)
+    prompt = _prompt(talker, "u" * 30, document=False)
+    asked = [Asked(engine, prompt), Asked(engine, [7, 200, 7]), Asked(engine, prompt, namespace="b")]
+    assert isinstance(asked[1].wait().end, Failed) and asked[1].end.kind == "internal"
+    assert asked[0].wait().tokens == asked[2].wait().tokens == generated(talker, prompt)
+
+
+def test_any_traffic_is_answered_right(talker: Talker, engine: Engine, artifact: str) -> None:
+    """Conversations of random turns, side by side, some of them cancelled."""
+    dice, match = random.Random(3), PrefixMatch(artifact, talker.factors.tokens)
+    talks = [
+        (_prompt(talker, f"{n} " * dice.randint(1, 40), document=n % 2 == 0), n % 2 == 0) for n in range(8)
+    ]
+    for _ in range(3):
+        asked = [
+            Asked(engine, ids, match=match if prefix else None, namespace=dice.choice("ab"))
+            for ids, prefix in talks
+        ]
+        if dice.random() < 0.5:
+            time.sleep(dice.random() * 0.05)
+            asked[dice.randrange(8)].cancel()
+        following = []
+        for (ids, prefix), one in zip(talks, asked, strict=True):
+            tokens = one.wait().tokens
+            expected = generated(talker, ids, prefix=prefix)
+            assert tokens == (expected if one.end.finish != "cancelled" else expected[: len(tokens)])
+            more = _prompt(talker, "?" * dice.randint(1, 30), document=False)
+            following.append(([*ids, *tokens, *more][:900], prefix))
+        talks = following
+    assert engine.state().counters["cached_tokens"] > 0
+
+
+def test_events_come_in_order(talker: Talker, engine: Engine) -> None:
+    events = Asked(engine, _prompt(talker, "t" * 40, document=False)).wait().events
+    kinds = [type(event).__name__ for event in events]
+    assert kinds[0] == "Started" and kinds[-1] == "Finished" and set(kinds[1:-1]) <= {"Delta"}
+    assert sum(event.tokens for event in events if hasattr(event, "tokens")) == len(events[-1].token_ids)
+    assert SHORT.max_new_tokens >= len(events[-1].token_ids)

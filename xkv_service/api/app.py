@@ -1,0 +1,84 @@
+"""`create_app`: the HTTP API over a backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from xkv_service.api import errors
+from xkv_service.api.backend import Backend, PrefixService
+from xkv_service.api.body_limit import BodyLimit
+from xkv_service.api.doorkeeper import Doorkeeper
+from xkv_service.api.generation_routes import generation_routes
+from xkv_service.api.health_routes import health_routes
+from xkv_service.api.keys import KeyRing
+from xkv_service.api.matching import PrefixFinder
+from xkv_service.api.metrics import Metrics
+from xkv_service.api.model import ServedModel
+from xkv_service.api.prefix_routes import prefix_routes
+from xkv_service.api.request_log import RequestLog
+from xkv_service.api.server import Server
+from xkv_service.api.settings import APISettings
+from xkv_service.api.status_routes import status_routes
+from xkv_service.api.traffic import Traffic
+
+
+def create_app(
+    model: ServedModel,
+    backend: Backend,
+    *,
+    finder: PrefixFinder | None = None,
+    prefixes: PrefixService | None = None,
+    keys: KeyRing | None = None,
+    settings: APISettings | None = None,
+) -> FastAPI:
+    """The ASGI app. It keeps counters, and nothing that another copy of it would have to know.
+
+    Args:
+        model: what is served. backend: runs it.
+        finder: looks prompts up; None: no stored prefixes are used. It is closed with the app.
+        prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501.
+        keys: who may enter; None or empty: everybody on this machine.
+        settings: limits and times.
+    """
+    keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
+    server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if finder is not None:
+            finder.close()
+
+    app = FastAPI(
+        title="xKV service",
+        summary="OpenAI's API over compressed prefixes.",
+        version=_version(),
+        docs_url=None,  # its scripts come from another server
+        redoc_url=None,
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    errors.install(app)
+    for routes in (generation_routes, prefix_routes, health_routes, status_routes):
+        app.include_router(routes(server))
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Doorkeeper, keys=keys, open_network=settings.open_network)
+    app.add_middleware(RequestLog, metrics=metrics)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _version() -> str:
+    try:
+        return version("xkv-service")
+    except PackageNotFoundError:  # run from a checkout
+        return "0"

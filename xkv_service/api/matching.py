@@ -1,0 +1,205 @@
+"""`PrefixFinder`: the longest stored prefix of a prompt, or why there is none. Never late, never an error."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CatalogError,
+    CatalogUnavailable,
+    CorruptArtifact,
+    StoreError,
+    UnsupportedFormat,
+    XKVError,
+)
+from xkv_artifacts.format import TOKENS
+from xkv_artifacts.keys import token_bytes
+from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.reports import Match
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.breaker import Breaker
+from xkv_service.api.errors import APIError
+from xkv_service.api.settings import APISettings
+from xkv_service.engine.messages import Miss, PrefixMatch
+
+Found = tuple[PrefixMatch | None, Miss | None]
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+_THREADS = 8
+_MOST_FACTS = 65_536
+_AWAY = (CatalogUnavailable, CatalogError, StoreError, OSError)
+_BROKEN = (ArtifactNotFound, CorruptArtifact, UnsupportedFormat)
+_UNAVAILABLE = Miss("unavailable", "the store of prefixes does not answer")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What decides whether an artifact may be used: it never changes under one id."""
+
+    fingerprint: str
+    namespace: str
+    tokens: int
+    whole_only: bool
+    fidelity: float
+
+    @classmethod
+    def of(cls, manifest: PrefixManifest) -> _Facts:
+        return cls(
+            manifest.model.fingerprint,
+            manifest.namespace,
+            manifest.tokens,
+            bool(manifest.windows or manifest.states),
+            manifest.fidelity.top1_agreement,
+        )
+
+
+class PrefixFinder:
+    """Looks prompts up in the store, in threads of its own.
+
+    Args:
+        store: best opened with `patience_s=0`: a prompt that cannot be looked up is computed, not waited for.
+        fingerprint: of the served model. settings: what may be used.
+    """
+
+    def __init__(self, store: ArtifactStore, fingerprint: str, settings: APISettings) -> None:
+        self._store, self._fingerprint, self._settings = store, fingerprint, settings
+        self._threads = ThreadPoolExecutor(_THREADS, "xkv-lookup")
+        self._breaker = Breaker(settings.lookup_pause_s)
+        self._facts: OrderedDict[str, _Facts] = OrderedDict()
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def find(self, prompt: Sequence[int], namespace: str) -> Found:
+        """The stored prefix of a prompt, in a namespace or the public one, and why it is none or no longer.
+
+        Returns:
+            A match that leaves at least one token to compute, or None; a miss, or None where the whole
+            artifact is used.
+        """
+        ids = array("i", prompt)
+        return await self._asked(lambda: self._find(ids, namespace)) or (None, _UNAVAILABLE)
+
+    async def named(self, prefix_id: str, prompt: Sequence[int], namespace: str) -> Found:
+        """As `find`, but the prefix of that id, if the prompt begins with it.
+
+        Raises:
+            APIError: 400, it does not.
+        """
+        ids = array("i", prompt)
+        return await self._asked(lambda: self._named(prefix_id, ids, namespace)) or (None, _UNAVAILABLE)
+
+    async def _asked(self, ask: Callable[[], Result]) -> Result | None:
+        """What the store answers; None when it does not, or has not lately."""
+        if not self._breaker.allows():
+            return None
+        try:
+            answer = await asyncio.wait_for(
+                asyncio.get_running_loop().run_in_executor(self._threads, ask),
+                self._settings.lookup_timeout_s,
+            )
+        except (asyncio.TimeoutError, *_AWAY) as error:
+            self._breaker.failed()
+            _log.warning("prefixes are not looked up for %g s: %s", self._settings.lookup_pause_s, error)
+            return None
+        except BaseException:
+            self._breaker.succeeded()  # it answered, or nobody waits any more
+            raise
+        self._breaker.succeeded()
+        return answer
+
+    def _find(self, prompt: array[int], namespace: str) -> Found:
+        owners = dict.fromkeys((namespace, self._settings.public_namespace))
+        matches = [self._store.lookup(self._fingerprint, owner, prompt) for owner in owners]
+        found = sorted((match for match in matches if match is not None), key=lambda match: match.rank)
+        if not found:
+            return None, Miss("no_artifact", "no stored prefix begins like this prompt")
+        result: Found = (None, None)
+        for match in reversed(found):
+            result = self._usable(match, prompt)
+            if result[0] is not None:
+                break
+        return result
+
+    def _usable(self, match: Match, prompt: array[int]) -> Found:
+        """How much of a match can serve, and why not all of it."""
+        name, least = match.artifact_id[:12], self._settings.min_match_tokens
+        facts = self._facts_of(match.artifact_id)
+        if isinstance(facts, Miss):
+            return None, facts
+        tokens = min(match.tokens, len(prompt) - 1)
+        if tokens < least:
+            detail = (
+                f"artifact {name} and the prompt share {match.tokens} tokens, fewer than the {least} that pay"
+            )
+            return None, Miss("no_artifact", detail)
+        if facts.fidelity < self._settings.min_fidelity:
+            detail = f"artifact {name} agrees to {facts.fidelity:.3f} with the exact cache, "
+            return None, Miss("low_fidelity", detail + f"and {self._settings.min_fidelity:g} are asked for")
+        shared = PrefixMatch(match.artifact_id, tokens)
+        if tokens == facts.tokens:
+            return shared, None
+        detail = f"artifact {name} and the prompt share {match.tokens} of its {facts.tokens} tokens"
+        if facts.whole_only:
+            return None, Miss("diverges", f"{detail}, and its model can use it whole only")
+        prompt_ends = match.tokens == len(prompt)
+        return shared, None if prompt_ends else Miss("diverges", detail)
+
+    def _named(self, prefix_id: str, prompt: array[int], namespace: str) -> Found:
+        name = prefix_id[:12]
+        facts = self._facts_of_own(prefix_id, namespace)
+        if isinstance(facts, Miss):
+            return None, facts
+        if facts.fingerprint != self._fingerprint:
+            return None, Miss("other_model", f"prefix {name} was made with another model")
+        try:
+            stored = self._store.load(prefix_id, (TOKENS,))[1][TOKENS]
+        except _BROKEN as error:
+            return None, _miss_of(error, prefix_id)
+        tokens = common_tokens(token_bytes(stored), token_bytes(prompt))
+        if tokens < facts.tokens:
+            message = f"the prompt and prefix {name} share {tokens} of its {facts.tokens} tokens"
+            raise APIError(400, message, param="prefix_id", code="prefix_mismatch")
+        return self._usable(Match(prefix_id, tokens), prompt)
+
+    def _facts_of_own(self, prefix_id: str, namespace: str) -> _Facts | Miss:
+        """Facts of an artifact that this namespace may use. Of others no more is asked than of none at all:
+        neither the answer nor the time it takes tells them apart."""
+        gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: it was removed, or is not ready yet")
+        entry = self._store.catalog.get(prefix_id)
+        if entry is None or entry.namespace not in (namespace, self._settings.public_namespace):
+            return gone
+        facts = self._facts_of(prefix_id)
+        if isinstance(facts, _Facts) and facts.namespace != entry.namespace:
+            return gone
+        return facts
+
+    def _facts_of(self, artifact_id: str) -> _Facts | Miss:
+        facts = self._facts.get(artifact_id)
+        if facts is not None:
+            return facts
+        try:
+            facts = _Facts.of(self._store.manifest(artifact_id))
+        except _BROKEN as error:
+            return _miss_of(error, artifact_id)
+        self._facts[artifact_id] = facts
+        if len(self._facts) > _MOST_FACTS:
+            self._facts.popitem(last=False)
+        return facts
+
+
+def _miss_of(error: XKVError, artifact_id: str) -> Miss:
+    if isinstance(error, ArtifactNotFound):
+        return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
+    return Miss("corrupt", f"artifact {artifact_id[:12]} is damaged")

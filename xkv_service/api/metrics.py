@@ -1,0 +1,75 @@
+"""`Metrics`: what Prometheus reads at /metrics. Engines' own figures are asked for when it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from xkv_service.engine.messages import EngineState
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_NAME = re.compile(r"[^a-zA-Z0-9_]")
+
+
+class Metrics:
+    """The server's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"xkv_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"xkv_{name}_seconds", text, buckets=buckets, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"xkv_{name}", text, labels, registry=registry)
+
+        self.requests = counter("requests", "Requests by route and status", "route", "status")
+        self.first_token = histogram("time_to_first_token", "From the request to its first token", _TTFT_S)
+        self.token_gap = histogram("inter_token", "Between tokens of an answer", _GAP_S)
+        self.queued = histogram("queue", "From submission until a prompt is begun", _TTFT_S)
+        self.loading = histogram("load", "Spent waiting for factors, of requests that did", _TTFT_S)
+        self.lookup = histogram("lookup", "Until the catalog answered", _GAP_S)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens not computed, by where from", "source")
+        self.computed_tokens = counter("computed_tokens", "Prompt tokens computed")
+        self.generated_tokens = counter("generated_tokens", "Tokens of answers")
+        self.hits = counter("prefix_hits", "Answers from an artifact's factors")
+        self.misses = counter("prefix_misses", "Answers without an artifact, or not as far", "reason")
+        self.corrupt = counter("verification_failures", "Artifacts found damaged when they were needed")
+        self.sessions = gauge("sessions", "Requests running and waiting, kept tails", "state")
+        self.resident_bytes = gauge("resident_bytes", "Bytes on the engines' devices", "kind")
+        self.resident_prefixes = gauge("resident_prefixes", "Artifacts on the engines' devices")
+        self.engines = gauge("engines", "Engines that answered")
+        self._states: Sequence[EngineState] = ()
+        registry.register(self)
+
+    def exposition(self, states: Sequence[EngineState]) -> bytes:
+        """The text that Prometheus reads, with what the engines say now."""
+        self._states = states
+        for name, values in (
+            ("running", [state.running for state in states]),
+            ("waiting", [state.waiting for state in states]),
+            ("kept", [state.kept_tails for state in states]),
+        ):
+            self.sessions.labels(name).set(sum(values))
+        self.resident_bytes.labels("prefixes").set(sum(state.prefix_bytes for state in states))
+        self.resident_bytes.labels("tails").set(sum(state.tail_bytes for state in states))
+        self.resident_prefixes.set(len({name for state in states for name in state.prefixes}))
+        self.engines.set(len(states))
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """The engines' own counters, added up."""
+        names = sorted({name for state in self._states for name in state.counters})
+        for name in names:
+            total = sum(state.counters.get(name, 0.0) for state in self._states)
+            text = f"Engines' counter {name}"
+            yield CounterMetricFamily(f"xkv_engine_{_NAME.sub('_', name)}", text, value=total)

@@ -1,0 +1,235 @@
+"""/v1/prefixes: have prefixes compressed, list, keep and delete them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+
+from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixRecord, PrefixService, PrefixStatus
+from xkv_service.api.errors import APIError
+from xkv_service.api.keys import Key
+from xkv_service.api.requests import Body, Message, Text
+from xkv_service.api.server import BEARER, ERRORS, Server, key_of
+from xkv_service.errors import InvalidPrompt
+
+LONGEST_TTL_S = 10 * 365 * 86_400
+MOST_RATIO = 256
+
+
+Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
+
+
+class PrefixBody(Body):
+    """A prefix to compress: exactly one of `document`, `messages` and `text`."""
+
+    document: Text | None = Field(None, description="Opens the first user message of every chat about it.")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+        None, description="The beginning of every chat that is to be served from it, a system prompt say."
+    )
+    text: Text | None = Field(None, description="The beginning of prompts of /v1/completions.")
+    system_prompt: Text | None = Field(None, description="Of the chats about `document`.")
+    name: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(None, description="For people.")
+    ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
+        None, description="Bytes of the exact cache / bytes stored."
+    )
+    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted.")
+    pin: bool = Field(False, description="Keep it whatever happens.")
+    namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
+
+
+class PrefixPatch(Body):
+    """What to change; what is left out stays. A `ttl_s` of null takes the end away."""
+
+    ttl_s: Ttl | None = None
+    pin: bool | None = None
+
+
+class PrefixObject(BaseModel):
+    """A stored prefix, or one that is being made."""
+
+    id: str
+    object: Literal["prefix"]
+    status: PrefixStatus
+    namespace: str
+    model: str
+    name: str
+    tokens: int
+    created_at: int
+    bytes: int | None
+    ratio: float | None
+    fidelity: float | None = Field(description="Top-1 agreement with the exact cache, 0 to 1.")
+    expires_at: int | None
+    pinned: bool
+    error: str | None
+
+    @classmethod
+    def of(cls, record: PrefixRecord) -> PrefixObject:
+        """As the service knows it."""
+        return cls(
+            id=record.id,
+            object="prefix",
+            status=record.status,
+            namespace=record.namespace,
+            model=record.model,
+            name=record.name,
+            tokens=record.tokens,
+            created_at=int(record.created),
+            bytes=record.bytes,
+            ratio=record.ratio,
+            fidelity=record.fidelity,
+            expires_at=None if record.expires is None else int(record.expires),
+            pinned=record.pinned,
+            error=record.error,
+        )
+
+
+class PrefixList(BaseModel):
+    """A page of prefixes; `next_cursor` is null on the last one."""
+
+    object: Literal["list"]
+    data: list[PrefixObject]
+    next_cursor: str | None
+
+
+class DeletedPrefix(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: Literal["prefix"]
+    deleted: bool
+
+
+def prefix_routes(server: Server) -> APIRouter:
+    """The routes of prefixes."""
+    router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], dependencies=BEARER, responses=ERRORS)
+    public = server.settings.public_namespace
+
+    def readable(key: Key) -> list[str]:
+        return list(dict.fromkeys((key.namespace, public)))
+
+    def writable(key: Key) -> list[str]:
+        return readable(key) if key.write_public else [key.namespace]
+
+    async def refuse_unwritable(key: Key, prefix_id: str) -> APIError:
+        """A public prefix that this key may only read, or none at all."""
+        if not key.write_public and await _service(server).get([public], prefix_id):
+            return APIError(403, f"this key may not change prefixes of namespace {public!r}")
+        return _no_prefix(prefix_id)
+
+    @router.post("", status_code=202)
+    async def create_prefix(body: PrefixBody, request: Request) -> PrefixObject:
+        """Have a prefix compressed and stored. Returns at once; ask for it until its status is "ready"."""
+        key, service = key_of(request), _service(server)
+        namespace = body.namespace or key.namespace
+        if namespace not in writable(key):
+            raise APIError(403, f"this key may not write to namespace {namespace[:64]!r}", param="namespace")
+        slot = server.admission.enter(key)
+        try:
+            new = await asyncio.to_thread(_rendered, server, body, namespace)
+            slot.add_prompt(len(new.token_ids))
+            return PrefixObject.of(await service.create(new))
+        finally:
+            slot.release()
+
+    @router.get("")
+    async def list_prefixes(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        cursor: Annotated[str | None, Query(max_length=256)] = None,
+        namespace: Annotated[str | None, Query(max_length=64)] = None,
+    ) -> PrefixList:
+        """Prefixes of the key's namespace, or of the public one: those being made, then last used first."""
+        key = key_of(request)
+        wanted = namespace or key.namespace
+        if wanted not in readable(key):
+            raise APIError(403, f"this key may not read namespace {wanted!r}", param="namespace")
+        page = await _service(server).page(wanted, cursor, limit)
+        data = [PrefixObject.of(record) for record in page.records]
+        return PrefixList(object="list", data=data, next_cursor=page.cursor)
+
+    @router.get("/{prefix_id}")
+    async def retrieve_prefix(prefix_id: str, request: Request) -> PrefixObject:
+        """One prefix."""
+        record = await _service(server).get(readable(key_of(request)), prefix_id)
+        if record is None:
+            raise _no_prefix(prefix_id)
+        return PrefixObject.of(record)
+
+    @router.patch("/{prefix_id}")
+    async def update_prefix(prefix_id: str, body: PrefixPatch, request: Request) -> PrefixObject:
+        """Change how long a prefix is kept."""
+        key = key_of(request)
+        endless = "ttl_s" in body.model_fields_set and body.ttl_s is None
+        changes = PrefixChanges(0 if endless else body.ttl_s, body.pin)
+        record = await _service(server).change(writable(key), prefix_id, changes)
+        if record is None:
+            raise await refuse_unwritable(key, prefix_id)
+        return PrefixObject.of(record)
+
+    @router.delete("/{prefix_id}")
+    async def delete_prefix(prefix_id: str, request: Request) -> DeletedPrefix:
+        """Delete a prefix. Answers that it serves now come to their end."""
+        key = key_of(request)
+        if not await _service(server).delete(writable(key), prefix_id):
+            raise await refuse_unwritable(key, prefix_id)
+        return DeletedPrefix(id=prefix_id, object="prefix", deleted=True)
+
+    return router
+
+
+def _service(server: Server) -> PrefixService:
+    if server.prefixes is None:
+        raise APIError(501, "this server keeps no prefixes", code="not_supported")
+    return server.prefixes
+
+
+def _no_prefix(prefix_id: str) -> APIError:
+    return APIError(404, f"no prefix {prefix_id[:64]!r}", param="prefix_id", code="prefix_not_found")
+
+
+def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
+    """The tokens of a prefix, and what it is called."""
+    kind, source, render = _source(server, body)
+    try:
+        ids = render()
+    except InvalidPrompt as error:
+        raise APIError(400, error.message, param=kind, code="invalid_prompt") from None
+    window = server.model.window
+    if window is not None and len(ids) >= window:
+        message = f"the prefix has {len(ids):,} tokens, and the window of {window:,} must hold a chat as well"
+        raise APIError(400, message, param=kind, code="context_length_exceeded")
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    return NewPrefix(
+        namespace=namespace,
+        token_ids=ids,
+        name=body.name or f"{kind}-{digest[:12]}",
+        sha256=digest,
+        ratio=body.ratio,
+        ttl_s=body.ttl_s,
+        pinned=body.pin,
+    )
+
+
+def _source(server: Server, body: PrefixBody) -> tuple[str, str, Callable[[], Any]]:
+    """Which of the sources it is, the source as text, and how to render it."""
+    given = [name for name in ("document", "messages", "text") if getattr(body, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise APIError(400, f"give exactly one of document, messages and text; there is {found}")
+    if body.system_prompt is not None and given != ["document"]:
+        raise APIError(400, "system_prompt goes with document", param="system_prompt")
+    renderer = server.renderer
+    if body.document is not None:
+        document, system_prompt = body.document, body.system_prompt
+        return "document", document, lambda: renderer.document(document, system_prompt)
+    if body.messages is not None:
+        messages = [message.plain() for message in body.messages]
+        return "messages", json.dumps(messages), lambda: renderer.conversation(messages)
+    text = body.text or ""
+    return "text", text, lambda: renderer.text(text)

@@ -1,0 +1,99 @@
+"""`RequestLog`: a request id for everybody, one line of log per request, and an answer to every exception."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from xkv_service.api.errors import APIError
+from xkv_service.api.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+REQUEST_ID: ContextVar[str | None] = ContextVar("xkv_request_id", default=None)
+"""The id of the request that is being answered."""
+
+CLIENT_LEFT = 499
+"""The status that log and metrics give a request whose client went away (nginx's number for it)."""
+
+
+class RequestLog:
+    """ASGI middleware, the outermost one.
+
+    Args:
+        app: what it watches. metrics: count requests by route and status.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        state["request_id"] = name
+        status = CLIENT_LEFT
+        token, started = REQUEST_ID.set(name), time.perf_counter()
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except Exception:  # noqa: BLE001 - whatever it was: logged with the request's id, and answered
+            _log.exception("the request failed")
+            if status == CLIENT_LEFT:
+                await APIError(500, "internal error", code="internal_error").response()(scope, receive, named)
+        finally:
+            status = state.get("outcome", status)
+            self._record(scope, status, time.perf_counter() - started)
+            REQUEST_ID.reset(token)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")  # the pattern: addresses are without number
+        self._metrics.requests.labels(route, str(status)).inc()
+        key = scope["state"].get("key")
+        fields = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 6),
+            "key": None if key is None else key.name,
+            **scope["state"].get("answer", {}),
+        }
+        _log.info("request", extra={"fields": fields})
+
+
+class JSONFormatter(logging.Formatter):
+    """A log record as one line of JSON, with the id of the request it belongs to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": REQUEST_ID.get(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

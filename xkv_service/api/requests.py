@@ -1,0 +1,232 @@
+"""What clients may send to /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from xkv_service.api.errors import APIError
+from xkv_service.sessions.settings import GenerationSettings
+
+MOST_STOPS = 4
+MOST_TOP_LOGPROBS = 20
+MOST_COMPLETION_LOGPROBS = 5
+
+_IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "reasoning_effort"),
+        *("verbosity", "moderation"),
+    }
+)
+"""Change no answer here: labels, and requests about how a provider runs its own models."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+}
+"""Parameters that are not supported, and the values that ask for nothing."""
+
+
+def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("this is not Unicode text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""A text without lone surrogates, which JSON can write and no tokenizer reads."""
+
+
+class Body(BaseModel):
+    """What is sent. A parameter that is unknown is refused: left out, it would silently change the answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(Body):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _text_content(content: Any) -> Any:
+    """Refuse contents that are not text in words of the API."""
+    if content is None:
+        raise ValueError("a message needs content; calls of tools are not supported")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise ValueError(f"parts of type {kind!r} are not supported: use text")
+    return content
+
+
+class Message(Body):
+    """One message of a conversation; `developer` is another word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text | list[TextPart], BeforeValidator(_text_content)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_labels(cls, message: Any) -> Any:
+        """Leave out names, and what answers had that a client sends back."""
+        if not isinstance(message, Mapping):
+            return message
+        if message.get("role") in ("tool", "function") or message.get("tool_calls"):
+            text = "calls of tools are not supported"
+            raise APIError(400, text, param="messages", code="unsupported_value")
+        unused = ("name", "refusal", "annotations", "tool_calls", "function_call", "audio")
+        return {name: value for name, value in message.items() if name not in unused}
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates take it."""
+        parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+
+
+class StreamOptions(Body):
+    """What a stream tells besides its text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+def _list_of_stops(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Stops = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=256)]],
+    Field(max_length=MOST_STOPS),
+    BeforeValidator(_list_of_stops, json_schema_input_type=str | list[str]),
+]
+
+
+class GenerationBody(Body):
+    """What both endpoints take. A parameter that is null counts as left out."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: Stops = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    prefix_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="A stored prefix that the prompt begins with; it is an error if it does not."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, body: Any) -> Any:
+        """Leave out what asks for nothing, and refuse what this server cannot do."""
+        if not isinstance(body, Mapping):
+            return body
+        given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+        for name, neutral in _NEUTRAL.items():
+            if name in given and (value := given.pop(name)) not in neutral:
+                raise _unsupported(name, value, neutral)
+        return given
+
+    @property
+    def top_count(self) -> int | None:
+        """Likeliest tokens to tell beside each one; None: no log probabilities."""
+        raise NotImplementedError
+
+    def settings(self, max_new_tokens: int) -> GenerationSettings:
+        """How to decode."""
+        seed = None if self.seed is None else self.seed % 2**63
+        return GenerationSettings(
+            max_new_tokens, float(self.temperature), float(self.top_p), tuple(self.stop), seed
+        )
+
+
+class ChatBody(GenerationBody):
+    """A request to /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _needs_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return self
+
+    @property
+    def top_count(self) -> int | None:
+        """As `GenerationBody.top_count`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The longest answer that is asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+Prompt = Text | list[int] | list[Text] | list[list[int]]
+
+
+class CompletionBody(GenerationBody):
+    """A request to /v1/completions. A prompt is a text or token ids, or a list of one such."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None = None
+
+    @property
+    def top_count(self) -> int | None:
+        """As `GenerationBody.top_count`."""
+        return self.logprobs
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The longest answer that is asked for."""
+        return self.max_tokens
+
+    @property
+    def one_prompt(self) -> str | list[int]:
+        """The prompt.
+
+        Raises:
+            APIError: there are several.
+        """
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
+            if len(prompt) != 1:
+                message = f"{len(prompt)} prompts in one request are not supported"
+                raise APIError(400, message, param="prompt")
+            prompt = prompt[0]
+        only: str | list[int] = prompt
+        return only
+
+
+def _unsupported(name: str, value: Any, neutral: Sequence[Any]) -> APIError:
+    use = f"use {neutral[0]!r} or leave it out" if neutral else "leave it out"
+    shown = repr(value) if len(repr(value)) <= 40 else "this value"
+    return APIError(400, f"{name}={shown} is not supported: {use}", param=name, code="unsupported_parameter")

@@ -1,0 +1,91 @@
+"""`Server`: the parts that the routes of one app share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request, Security
+from fastapi.security import HTTPBearer
+
+from xkv_service.api.admission import Admission
+from xkv_service.api.backend import Backend, PrefixService
+from xkv_service.api.errors import APIError, ErrorBody
+from xkv_service.api.keys import Key, KeyRing
+from xkv_service.api.matching import Found, PrefixFinder
+from xkv_service.api.metrics import Metrics
+from xkv_service.api.model import ServedModel
+from xkv_service.api.prompts import PromptRenderer
+from xkv_service.api.settings import APISettings
+from xkv_service.api.traffic import Traffic
+from xkv_service.engine.messages import Miss
+
+BEARER = [Security(HTTPBearer(auto_error=False))]
+"""For the OpenAPI document; the doorkeeper has looked at the key already."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused."},
+    "5XX": {"model": ErrorBody, "description": "It may succeed later; see Retry-After."},
+}
+
+
+@dataclass
+class Server:
+    """What one app serves from.
+
+    Args:
+        finder: looks prompts up; None: no stored prefixes are used. prefixes: makes and keeps them.
+    """
+
+    model: ServedModel
+    backend: Backend
+    finder: PrefixFinder | None
+    prefixes: PrefixService | None
+    keys: KeyRing
+    settings: APISettings
+    metrics: Metrics
+    traffic: Traffic
+    admission: Admission = field(default_factory=Admission)
+
+    @property
+    def renderer(self) -> PromptRenderer:
+        """Renders prompts for the model."""
+        return PromptRenderer(self.model)
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            APIError: 404.
+        """
+        if name not in self.model.names:
+            names = ", ".join(self.model.names)
+            raise APIError(
+                404, f"no model {name[:200]!r}; there is {names}", param="model", code="model_not_found"
+            )
+
+    async def match(self, prompt: tuple[int, ...], namespace: str, prefix_id: str | None) -> Found:
+        """The stored prefix of a prompt: the named one if there is any, else the longest.
+
+        Raises:
+            APIError: the prompt does not begin with the named one.
+        """
+        if self.finder is None:
+            return None, Miss("no_artifact", "this server keeps no prefixes")
+        if prefix_id is None:
+            return await self._timed(self.finder.find(prompt, namespace))
+        match, miss = await self._timed(self.finder.named(prefix_id, prompt, namespace))
+        if match is None:
+            match, _ = await self._timed(self.finder.find(prompt, namespace))
+        return match, miss
+
+    async def _timed(self, found: Any) -> Found:
+        with self.metrics.lookup.time():
+            result: Found = await found
+        return result
+
+
+def key_of(request: Request) -> Key:
+    """Whose request it is."""
+    key: Key = request.state.key
+    return key

@@ -1,0 +1,97 @@
+"""A full-attention layer whose keys and values grow in place, into room that is made ahead.
+
+Transformers' own layer makes new tensors at every token, which copies all that is held.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+_LEAST_ROOM = 64
+_GROWTH = 1.25
+
+
+class _Room:
+    """Tensors [rows, kv_heads, capacity, D] that several forks of a layer may look at.
+
+    Each looks at its own first tokens. Who appends behind the last token that anybody wrote may write there;
+    others copy.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
+        self.keys, self.values = _with_room(keys, tokens), _with_room(values, tokens)
+        self._filled = keys.shape[-2]
+        self._lock = threading.Lock()
+
+    def claim(self, held: torch.Tensor, new: int) -> bool:
+        """Whether `new` tokens may be written behind `held`, a view of the room."""
+        mine = held.data_ptr() == self.keys.data_ptr() and held.shape[0] == self.keys.shape[0]
+        writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        with self._lock:
+            free = held.shape[-2] == self._filled and self._filled + new <= self.keys.shape[-2]
+            if not (mine and free and writable):
+                return False
+            self._filled += new
+            return True
+
+    def write(
+        self, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new tokens at `start`; returns all up to and with them."""
+        end = start + keys.shape[-2]
+        self.keys[..., start:end, :], self.values[..., start:end, :] = keys, values
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """As `DynamicLayer`. Copies share what they hold until they part: nothing is copied before.
+
+    Attributes:
+        keys, values: [rows, kv_heads, n, D], or None.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: _Room | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the room ahead included."""
+        if self.keys is None or self.keys.ndim == 1:
+            return 0
+        if self._room is not None and self.keys.data_ptr() == self._room.keys.data_ptr():
+            return self._room.keys.nbytes + self._room.values.nbytes
+        return int(self.keys.nbytes + self.values.nbytes)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append t tokens [rows, kv_heads, t, D]; returns all n + t."""
+        if key_states.requires_grad or value_states.requires_grad:  # gradients need what was there before
+            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            return result
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = int(DynamicLayer.get_seq_length(self))
+        if held == 0:
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        room, new = self._room, key_states.shape[-2]
+        if room is None or not room.claim(self.keys, new):
+            room = self._room = _Room(self.keys, self.values, held + new)
+            room.claim(room.keys[..., :held, :], new)
+        self.keys, self.values = room.write(held, key_states, value_states)
+        return self.keys, self.values
+
+
+def _with_room(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    capacity = max(_LEAST_ROOM, int(tokens * _GROWTH))
+    room = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
+    room[..., : states.shape[-2], :] = states
+    return room

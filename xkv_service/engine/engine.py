@@ -1,0 +1,387 @@
+"""`Engine`: one model that continues many prompts at once.
+
+Sequences join and leave the batch at every step. A thread of the engine owns the model; everybody else talks
+to it through an inbox, and is told what happens by a callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.xkv_attention import enable_xkv
+from xkv_service.engine.kept_tails import KeptTails, usable_tokens
+from xkv_service.engine.load_failure import LoadFailure
+from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss
+from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.runners import Runner, make_runner
+from xkv_service.engine.sequence import OnEvent, Sequence
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.engine.step_plan import Part, plan_step
+from xkv_service.modeling.models import LoadedModel
+from xkv_service.modeling.tokens import end_tokens
+from xkv_service.sessions.context import Context
+from xkv_service.sessions.exact import empty_context
+from xkv_service.sessions.text_stream import TextStream
+
+_log = logging.getLogger(__name__)
+_IDLE_S = 0.5
+_STOPPING = Failed("overloaded", "the server is stopping", retry_after_s=5.0)
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class _Cancelled:
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    sequence: Sequence
+    answer: Prefix | LoadFailure
+
+
+class Engine:
+    """Runs requests on one model, by its own thread, until it is closed. A context manager.
+
+    Args:
+        loaded: the model; nobody else changes its attention meanwhile.
+        settings: limits.
+        prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
+        on_corrupt: told on the engine's thread of a request whose artifact is damaged; it must be quick.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: EngineSettings | None = None,
+        prefixes: PrefixPool | None = None,
+        on_corrupt: Callable[[GenerationRequest], None] | None = None,
+    ) -> None:
+        self.loaded, self.settings = loaded, settings or EngineSettings()
+        self._prefixes, self._on_corrupt = prefixes, on_corrupt
+        self._ends = end_tokens(loaded.model, loaded.tokenizer)
+        self._inbox: queue.SimpleQueue[_Submitted | _Cancelled | _Loaded | None] = queue.SimpleQueue()
+        self._waiting: deque[Sequence] = deque()
+        self._loading: dict[int, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._tails = KeptTails(self.settings.tail_bytes, loaded.identity.fingerprint, self._release)
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._open = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> Callable[[], None]:
+        """Continue a prompt.
+
+        Args:
+            on_event: told on the engine's thread what comes of it (`messages.Event`); it must be quick, and
+                must not raise. It is always told an end: `Finished` or `Failed`.
+
+        Returns:
+            Call it to cancel: the request leaves the batch before the next step.
+        """
+        room = self._room(request)
+        stops = (*request.settings.stop, *request.stops)
+        sequence = Sequence(
+            request,
+            on_event,
+            TextStream(self._decode, stops),
+            most=min(request.settings.max_new_tokens, room),
+            ends=self._ends,
+        )
+        refusal = self._refusal(request) or self._enqueue(sequence)
+        if refusal is not None:
+            sequence.fail(refusal)
+        return lambda: self._inbox.put(_Cancelled(sequence))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
+    def state(self) -> EngineState:
+        """What it holds and does now."""
+        pool = self._prefixes.state() if self._prefixes is not None else None
+        counters = dict(self._counters)
+        if pool is not None:
+            counters |= {f"prefixes_{name}": value for name, value in pool.counters.items()}
+        return EngineState(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._loading),
+            kept_tails=len(self._tails),
+            prefix_bytes=pool.nbytes if pool is not None else 0,
+            tail_bytes=self._tails.nbytes,
+            prefixes=pool.prefixes if pool is not None else (),
+            counters=counters,
+        )
+
+    def close(self) -> None:
+        """Stop; requests that are not done fail."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _refusal(self, request: GenerationRequest) -> Failed | None:
+        if not request.token_ids:
+            return Failed("invalid", "the prompt is empty", hint="give at least one token")
+        vocabulary = self.loaded.model.get_input_embeddings().num_embeddings
+        if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
+            return Failed("invalid", f"the prompt has token ids outside of 0 to {vocabulary - 1}")
+        if self._room(request) < 1:
+            window = self.loaded.context_window
+            return Failed(
+                "invalid",
+                f"the prompt has {len(request.token_ids)} tokens, and the model's context window {window}",
+                hint="shorten it",
+            )
+        return None
+
+    def _enqueue(self, sequence: Sequence) -> Failed | None:
+        most = self.settings.max_running + self.settings.max_waiting
+        with self._lock:
+            if self._closed:
+                return _STOPPING
+            if self._open >= most:
+                return Failed("overloaded", f"{most} requests are being served or wait", retry_after_s=1.0)
+            self._open += 1
+            self._inbox.put(_Submitted(sequence))
+        return None
+
+    def _room(self, request: GenerationRequest) -> int:
+        window = self.loaded.context_window
+        return 2**62 if window is None else window - len(request.token_ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self.loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    # What follows runs on the engine's thread alone.
+
+    def _live(self) -> None:
+        try:
+            with torch.no_grad(), enable_xkv(self.loaded.model):
+                runner = make_runner(self.loaded.model)
+                while self._receive():
+                    self._end_late()
+                    self._admit()
+                    self._step(runner)
+        except Exception:
+            _log.exception("the engine died")
+            raise
+        finally:
+            with self._lock:
+                self._closed = True
+            self._abandon()
+
+    def _receive(self) -> bool:
+        """Take what came in; wait for it where there is nothing else to do. False: it is time to stop."""
+        idle = not self._running and not self._waiting
+        with suppress(queue.Empty):
+            message = self._inbox.get(timeout=_IDLE_S) if idle else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    return False
+                self._heed(message)
+                message = self._inbox.get_nowait()
+        return True
+
+    def _heed(self, message: _Submitted | _Cancelled | _Loaded) -> None:
+        if isinstance(message, _Submitted):
+            self._waiting.append(message.sequence)
+        elif isinstance(message, _Cancelled):
+            self._cancel(message.sequence)
+        else:
+            self._take_loaded(message.sequence, message.answer)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if not sequence.done:
+            sequence.cancel()
+            self._leave(sequence, "cancelled")
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self._waiting, *self._loading.values(), *self._running]:
+            if now > sequence.deadline:
+                took = f"the answer was not done after {sequence.request.timeout_s:g} s"
+                sequence.fail(Failed("timeout", took))
+                self._leave(sequence, "timeout")
+
+    def _leave(self, sequence: Sequence, reason: str) -> None:
+        """A sequence is done: whoever it waited for, its place is free, and what it holds is kept."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._loading.pop(id(sequence), None)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        if sequence.context is not None:
+            if sequence.failed:
+                self._release(sequence.artifact_id)
+            else:
+                self._tails.keep(sequence.context, sequence.request.namespace, sequence.artifact_id)
+            sequence.context = None
+        self._counters[f"ended_{reason}"] += 1
+        with self._lock:
+            self._open -= 1
+
+    def _admit(self) -> None:
+        """Begin what waits, as far as there is room in the batch."""
+        while self._waiting and len(self._running) + len(self._loading) < self.settings.max_running:
+            sequence = self._waiting[0]
+            try:
+                self._begin(sequence)
+                self._waiting.popleft()
+            except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+                self._fail(sequence, error)
+        if self._loading and self._prefixes is not None:
+            # Conversations between turns hold their prefixes; those who wait come first.
+            while self._prefixes.state().parked and self._tails.free_a_prefix():
+                pass
+
+    def _begin(self, sequence: Sequence) -> None:
+        request, match = sequence.request, sequence.request.match
+        kept = self._tails.take(request.token_ids, request.namespace)
+        reach = match.tokens if match is not None else 0
+        if kept is not None and usable_tokens(kept.context, request.token_ids) >= reach:
+            if kept.artifact_id is not None and self._prefixes is not None:
+                self._prefixes.hold(kept.artifact_id)
+            self._start(sequence, kept.context, kept.artifact_id)
+            return
+        if match is None or self._prefixes is None:
+            self._start(sequence, empty_context(self.loaded.model), None)
+            return
+        prefix = self._prefixes.take(match.artifact_id, match.tokens)
+        if prefix is not None:
+            self._start(sequence, self._context(prefix), match.artifact_id)
+        elif self._prefixes.rates.decide(match.tokens) == "prefill":
+            sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")
+            self._prefixes.prefetch(match.artifact_id)
+            self._start(sequence, empty_context(self.loaded.model), None)
+        else:
+            sequence.load_began = time.monotonic()
+            self._loading[id(sequence)] = sequence
+            self._prefixes.request(
+                match.artifact_id,
+                match.tokens,
+                lambda answer: self._inbox.put(_Loaded(sequence, answer)),
+            )
+
+    def _take_loaded(self, sequence: Sequence, answer: Prefix | LoadFailure) -> None:
+        match = sequence.request.match
+        assert match is not None
+        if self._loading.pop(id(sequence), None) is None:  # it was cancelled, or took too long
+            if isinstance(answer, Prefix):
+                self._release(match.artifact_id)
+            return
+        if isinstance(answer, Prefix):
+            self._start(sequence, self._context(answer), match.artifact_id)
+            return
+        sequence.miss = Miss(answer.reason, answer.detail)
+        if answer.reason == "corrupt" and self._on_corrupt is not None:
+            self._on_corrupt(sequence.request)
+        self._start(sequence, empty_context(self.loaded.model), None)
+
+    def _start(self, sequence: Sequence, context: Context, artifact_id: str | None) -> None:
+        sequence.begin(context, artifact_id)
+        self._running.append(sequence)
+        held, prompt = len(context.ids), len(sequence.request.token_ids)
+        self._count(prompt_tokens=prompt, cached_tokens=held)
+        self._counters["from_artifact" if artifact_id is not None else "without_artifact"] += 1
+        if sequence.miss is not None:
+            self._counters[f"miss_{sequence.miss.reason}"] += 1
+
+    def _context(self, prefix: Prefix) -> Context:
+        return Context(
+            self.loaded.model, XKVCache(prefix, self.settings.selection), prefix.token_ids.tolist()
+        )
+
+    def _step(self, runner: Runner) -> None:
+        parts = plan_step(self._running, self.settings)
+        if not parts:
+            return
+        began = time.perf_counter()
+        logits = self._run(runner, parts)
+        self._note(parts, time.perf_counter() - began)
+        for part, row in zip(parts, logits, strict=True):
+            if row is not None:
+                self._advance(part, row)
+
+    def _run(self, runner: Runner, parts: list[Part]) -> list[torch.Tensor | None]:
+        """Logits of each part; None of one that failed, alone, and was told so."""
+        work = [(_context_of(part.sequence), part.ids) for part in parts]
+        try:
+            return list(runner.run(work))
+        except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
+            if len(parts) > 1:
+                return [self._run(runner, [part])[0] for part in parts]
+            self._fail(parts[0].sequence, error)
+            return [None]
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        _log.error("request %s failed", sequence.request.id, exc_info=error)
+        sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
+        self._leave(sequence, "failed")
+
+    def _advance(self, part: Part, logits: torch.Tensor) -> None:
+        sequence = part.sequence
+        del sequence.todo[: part.count]
+        if sequence.todo:
+            return
+        sequence.accept(logits)
+        self._counters["generated_tokens"] += 1
+        if sequence.done:
+            self._leave(sequence, "finished")
+
+    def _note(self, parts: list[Part], seconds: float) -> None:
+        self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
+        exact = [part for part in parts if part.sequence.artifact_id is None]
+        if self._prefixes is not None and len(parts) == 1 and exact:
+            start = len(_context_of(exact[0].sequence).ids) - exact[0].count
+            self._prefixes.rates.prefilled(start, exact[0].count, seconds)
+
+    def _count(self, **more: float) -> None:
+        for name, value in more.items():
+            self._counters[name] += value
+
+    def _release(self, artifact_id: str | None) -> None:
+        if artifact_id is not None and self._prefixes is not None:
+            self._prefixes.release(artifact_id)
+
+    def _abandon(self) -> None:
+        """The end: nobody may wait for ever."""
+        with suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if message is not None:
+                    self._heed(message)
+        for sequence in [*self._waiting, *self._loading.values(), *self._running]:
+            sequence.fail(_STOPPING)
+            self._leave(sequence, "abandoned")
+        self._tails.clear()
+
+
+def _context_of(sequence: Sequence) -> Context:
+    assert sequence.context is not None
+    return sequence.context

@@ -1,0 +1,158 @@
+"""Conversations between their turns: found again by the tokens they hold, without an id from the client."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers.cache_utils import LinearAttentionLayer
+
+from xkv_artifacts.keys import DIGEST_BYTES, joined_block_hashes, token_bytes
+from xkv_service.decoding.growing_layer import GrowingLayer
+from xkv_service.sessions.answer import common_tokens
+from xkv_service.sessions.context import Context
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTail:
+    """What one conversation holds: a context, and the artifact its prefix comes from (None: it is exact)."""
+
+    context: Context
+    artifact_id: str | None
+    namespace: str
+    digests: tuple[bytes, ...]
+    nbytes: int
+
+
+class KeptTails:
+    """Contexts under a budget of bytes; the least recently kept or taken go first.
+
+    Contexts are found by a chain of digests over blocks of 64 tokens, then compared token by token: a wrong
+    digest can cost time, never a wrong token. Not for several threads.
+
+    Args:
+        budget_bytes: of all tails together, the prefixes behind them not counted.
+        fingerprint: of the model.
+        on_drop: told the artifact of each tail that is dropped, if it has one: its prefix is held no longer.
+    """
+
+    def __init__(
+        self, budget_bytes: int, fingerprint: str, on_drop: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.budget_bytes, self.nbytes, self._fingerprint = budget_bytes, 0, fingerprint
+        self._on_drop = on_drop
+        self._kept: OrderedDict[int, KeptTail] = OrderedDict()
+        self._places: dict[bytes, list[int]] = {}
+        self._names = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, context: Context, namespace: str, artifact_id: str | None) -> None:
+        """Keep a context and the hold on its prefix; what it continues is dropped.
+
+        One shorter than a block or larger than the budget is dropped at once.
+        """
+        digests, size = self._digests(namespace, context.ids), held_bytes(context)
+        if not digests or size > self.budget_bytes:
+            self._told(artifact_id)
+            return
+        for name in self._sharing(digests):
+            older = self._kept[name]
+            if context.ids[: len(older.context.ids)] == older.context.ids:
+                self._drop(name)
+        name = next(self._names)
+        self._kept[name] = KeptTail(context, artifact_id, namespace, digests, size)
+        self.nbytes += size
+        for digest in digests:
+            self._places.setdefault(digest, []).append(name)
+        while self.nbytes > self.budget_bytes:
+            self._drop(next(iter(self._kept)))
+
+    def take(self, prompt: Sequence[int], namespace: str) -> KeptTail | None:
+        """The context that holds most of a prompt, as a fork that holds nothing else; None: none helps.
+
+        At least the prompt's last token is left to compute.
+        """
+        ids = list(prompt)
+        best, most = None, 0
+        for name in self._sharing(self._digests(namespace, ids)):
+            held = usable_tokens(self._kept[name].context, ids)
+            if held > most:
+                best, most = name, held
+        if best is None:
+            return None
+        self._kept.move_to_end(best)
+        found = self._kept[best]
+        context = found.context.fork()
+        context.rewind(most)
+        return KeptTail(context, found.artifact_id, namespace, (), 0)
+
+    def free_a_prefix(self) -> bool:
+        """Drop the tails behind the prefix that was used least recently; False where none has one."""
+        last_used: dict[str, int] = {}
+        for name, kept in self._kept.items():
+            if kept.artifact_id is not None:
+                last_used.pop(kept.artifact_id, None)
+                last_used[kept.artifact_id] = name
+        if not last_used:
+            return False
+        oldest = next(iter(last_used))
+        for name in [name for name, kept in self._kept.items() if kept.artifact_id == oldest]:
+            self._drop(name)
+        return True
+
+    def clear(self) -> None:
+        """Drop all."""
+        for name in list(self._kept):
+            self._drop(name)
+
+    def _sharing(self, digests: Sequence[bytes]) -> list[int]:
+        """Names of contexts that share the most blocks."""
+        for digest in reversed(digests):
+            if found := self._places.get(digest):
+                return list(found)
+        return []
+
+    def _digests(self, namespace: str, ids: Sequence[int]) -> tuple[bytes, ...]:
+        return tuple(_pieces(joined_block_hashes(self._fingerprint, namespace, token_bytes(ids))))
+
+    def _drop(self, name: int) -> None:
+        gone = self._kept.pop(name)
+        self.nbytes -= gone.nbytes
+        for digest in gone.digests:
+            places = self._places[digest]
+            places.remove(name)
+            if not places:
+                del self._places[digest]
+        self._told(gone.artifact_id)
+
+    def _told(self, artifact_id: str | None) -> None:
+        if artifact_id is not None:
+            self._on_drop(artifact_id)
+
+
+def usable_tokens(context: Context, prompt: Sequence[int]) -> int:
+    """Tokens of the prompt that the context holds and can go back to; 0 where only a prefix is left."""
+    common = min(common_tokens(context.ids, list(prompt)), len(prompt) - 1)
+    if common == len(context.ids):
+        return common
+    return common if context.can_crop and common > context.fixed_tokens else 0
+
+
+def held_bytes(context: Context) -> int:
+    """Bytes of a context behind its prefix, the room that its tails grow into included."""
+    return context.tail_bytes + sum(_ahead(layer) for layer in context.cache.layers)
+
+
+def _ahead(layer: object) -> int:
+    if not isinstance(layer, GrowingLayer) or isinstance(layer, LinearAttentionLayer) or layer.keys is None:
+        return 0
+    return max(0, layer.nbytes - int(layer.keys.nbytes + layer.values.nbytes))
+
+
+def _pieces(joined: bytes) -> Iterator[bytes]:
+    for start in range(0, len(joined), DIGEST_BYTES):
+        yield joined[start : start + DIGEST_BYTES]

@@ -1,0 +1,107 @@
+"""What loading and prefilling cost on this machine now, and so which of the two a prefix gets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from statistics import median
+from typing import Literal
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from xkv_service.engine.robust_line import RobustLine
+
+Way = Literal["load", "prefill"]
+
+_START_FIXED_S = 0.02
+_START_BYTES_PER_S = 200e6
+"""Before anything was loaded: hopeful, since a load that is waited for in vain costs no more than its
+deadline, and one that is never tried teaches nothing."""
+_WARM_UP_TOKENS = 128
+_LEAST_CHUNK = 32
+"""Shorter chunks of a prefill say what a forward costs, not what a token costs."""
+
+
+class LoadingRates:
+    """Moving figures of both ways, robust against odd ones; safe to use from any thread.
+
+    Prefill: seconds per token grow in a straight line with the position. Loading: fixed seconds and seconds
+    per byte, from the first byte read to the prefix being bound.
+
+    Args:
+        seconds_per_token: of a short prefill, to start with.
+    """
+
+    def __init__(self, seconds_per_token: float) -> None:
+        self._lock = threading.Lock()
+        self._prefill = RobustLine([(_WARM_UP_TOKENS / 2, seconds_per_token)])
+        ends = (0.0, 64e6)
+        self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
+        self._density: deque[float] = deque(maxlen=32)
+
+    @classmethod
+    def measured(cls, model: PreTrainedModel) -> LoadingRates:
+        """Rates that start with what a short prefill takes now, the second of two."""
+        ids = torch.ones(1, _WARM_UP_TOKENS, dtype=torch.int64, device=model.device)
+        taken = 0.0
+        for _ in range(2):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                cache = DynamicCache(config=model.config)
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.cpu()
+            taken = time.perf_counter() - begin
+        return cls(taken / _WARM_UP_TOKENS)
+
+    def prefilled(self, start: int, tokens: int, seconds: float) -> None:
+        """Note a chunk of `tokens` tokens, the first at position `start`, that took `seconds`."""
+        if tokens >= _LEAST_CHUNK:
+            with self._lock:
+                self._prefill.observe(start + tokens / 2, seconds / tokens)
+
+    def loaded(self, nbytes: int, tokens: int, seconds: float) -> None:
+        """Note the load of an artifact of `tokens` tokens, `nbytes` of them read, that took `seconds`."""
+        with self._lock:
+            self._load.observe(nbytes, seconds)
+            self._density.append(nbytes / tokens)
+
+    def prefill_s(self, tokens: int, start: int = 0) -> float:
+        """Seconds that prefilling `tokens` tokens from position `start` on takes."""
+        with self._lock:
+            return tokens * self._prefill(start + tokens / 2)
+
+    def load_s(self, nbytes: int) -> float:
+        """Seconds that reading and binding an artifact of `nbytes` takes."""
+        with self._lock:
+            return self._load(nbytes)
+
+    def deadline_s(self, tokens: int) -> float:
+        """How long a load of `tokens` tokens may be waited for: what prefilling them takes."""
+        return self.prefill_s(tokens)
+
+    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+        """The faster way to `tokens` tokens of a stored prefix.
+
+        Args:
+            nbytes: of the artifact; by default as many as those loaded before had for so many tokens. Where
+                nothing was loaded yet, loading is tried.
+        """
+        if nbytes is None:
+            with self._lock:
+                if not self._density:
+                    return "load"
+                nbytes = round(tokens * median(self._density))
+        return "load" if self.load_s(nbytes) <= self.prefill_s(tokens) else "prefill"
+
+    def figures(self) -> dict[str, float]:
+        """Prefill tokens/s at position 0 and at 8,192, load bytes/s and fixed seconds per load."""
+        with self._lock:
+            fixed, per_byte = self._load.fit
+            near, far = self._prefill(0), self._prefill(8192)
+        return {
+            "prefill_tokens_per_s": 1 / near if near else 0.0,
+            "prefill_tokens_per_s_at_8k": 1 / far if far else 0.0,
+            "load_bytes_per_s": 1 / per_byte if per_byte else 0.0,
+            "load_fixed_s": fixed,
+        }

@@ -1,0 +1,175 @@
+"""One forward over the new tokens of many sequences, laid one after the other in a single row.
+
+Projections and MLPs do not care whose token is whose, so they run once over all. Attention does: each
+sequence's new tokens meet that sequence's own cache. Single tokens of sequences that share a compressed
+prefix go through attention together, and the tokens they choose are rebuilt once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from xkv_service.decoding.attention_call import AttentionCall
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.xkv_attention import attend_next
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The new tokens of one sequence.
+
+    Args:
+        cache: the sequence's own, of one row. held: tokens in it before. start, count: of its new tokens in
+            the row.
+    """
+
+    cache: Cache
+    held: int
+    start: int
+    count: int
+
+    @property
+    def columns(self) -> slice:
+        """Its new tokens in the row."""
+        return slice(self.start, self.start + self.count)
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """The caches of many sequences as one, for one forward.
+
+    Args:
+        segments: in the order of their tokens in the row. modules: attention modules by layer index.
+    """
+
+    def __init__(self, segments: Sequence[Segment], modules: dict[int, nn.Module]) -> None:
+        self.segments, self._modules = list(segments), modules
+        count = len(segments[0].cache.layers)
+        super().__init__(layers=[PackedLayer(index, self.segments) for index in range(count)])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to every sequence's layer its part of the row [1, kv_heads, N, D]; returns it unchanged."""
+        layer = self.layers[layer_idx]
+        attend_next(layer, self._modules[layer_idx])
+        layer.append(key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing stands before the row: every token brings its own position."""
+        return 0
+
+
+class PackedLayer:
+    """One layer of a `PackedCache`.
+
+    Args:
+        index: layer index in the model. segments: the sequences.
+    """
+
+    def __init__(self, index: int, segments: list[Segment]) -> None:
+        self.index, self._segments = index, segments
+        self._layers: list[Any] = [segment.cache.layers[index] for segment in segments]
+        self._offsets: list[int] = []
+        self._tails: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+        for segment in self._segments:
+            if isinstance(segment.cache, XKVCache):
+                segment.cache.follow(self.index)
+        self._offsets = [layer.get_mask_sizes(0)[1] for layer in self._layers]
+        self._tails = [
+            layer.update(keys[:, :, segment.columns], values[:, :, segment.columns])
+            for layer, segment in zip(self._layers, self._segments, strict=True)
+        ]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
+        parts: list[torch.Tensor | None] = [None] * len(self._segments)
+        for places in self._groups():
+            together = self._attend_together(call, places) if len(places) > 1 else None
+            for number, place in enumerate(places):
+                parts[place] = (
+                    self._attend_alone(call, place) if together is None else together[number : number + 1]
+                )
+        return torch.cat([part for part in parts if part is not None], 1)
+
+    def _groups(self) -> list[list[int]]:
+        """Places of sequences that attend together: of single tokens behind one prefix, else one each."""
+        groups: dict[Any, list[int]] = {}
+        for place, (layer, segment) in enumerate(zip(self._layers, self._segments, strict=True)):
+            shared = isinstance(layer, PrefixLayer) and segment.count == 1
+            name = (id(layer.selection.prefix), layer.selection.spec) if shared else place
+            groups.setdefault(name, []).append(place)
+        return list(groups.values())
+
+    def _attend_alone(self, call: AttentionCall, place: int) -> torch.Tensor:
+        layer, segment = self._layers[place], self._segments[place]
+        query = call.query[:, :, segment.columns]
+        keys, values = self._tails[place]
+        mask = _seen(segment, keys.shape[2], self._offsets[place], layer, query.device)
+        if isinstance(layer, PrefixLayer):
+            return layer.attend(replace(call, query=query, keys=keys, values=values, mask=mask))
+        bias = None if mask is None else _bias(mask, query.dtype)
+        result: torch.Tensor = call.plain(query, keys, values, bias)[0]
+        return result
+
+    def _attend_together(self, call: AttentionCall, places: list[int]) -> torch.Tensor:
+        first: PrefixLayer = self._layers[places[0]]
+        where = torch.tensor([self._segments[place].start for place in places], device=call.query.device)
+        query = call.query[0].index_select(1, where).transpose(0, 1)[:, :, None]
+        tails = [self._tails[place] for place in places]
+        lengths = torch.tensor([keys.shape[2] for keys, _ in tails], device=query.device)
+        mask = _rows_seen(first.prefix_tokens, lengths)
+        keys, values = (_stacked(states) for states in zip(*tails, strict=True))
+        out = first.attend(replace(call, query=query, keys=keys, values=values, mask=mask))
+        for place in places:
+            self._layers[place].rebuilt = first.rebuilt
+        return out
+
+
+def _seen(
+    segment: Segment, columns: int, offset: int, layer: Any, device: torch.device
+) -> torch.Tensor | None:
+    """What a sequence's new tokens see: bool [1, 1, t, all], or None where one token sees everything."""
+    window = layer.sliding_window if layer.is_sliding else None
+    if isinstance(layer, PrefixLayer):
+        columns += layer.prefix_tokens
+    if segment.count == 1 and (window is None or columns <= window):
+        return None
+    queries = segment.held + torch.arange(segment.count, device=device)[:, None]
+    keys = offset + torch.arange(columns, device=device)
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys > queries - window
+    return seen[None, None]
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as numbers that are added to scores: every attention function takes those."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
+
+
+def _rows_seen(prefix: int, lengths: torch.Tensor) -> torch.Tensor:
+    """bool [rows, 1, 1, prefix + longest]: row i sees the prefix and the first lengths[i] of its tail."""
+    columns = torch.arange(int(lengths.max()) + prefix, device=lengths.device)
+    return (columns < lengths[:, None] + prefix)[:, None, None]
+
+
+def _stacked(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1, kv_heads, n_i, D] each -> [rows, kv_heads, longest, D], zeros behind the shorter ones."""
+    longest = max(one.shape[2] for one in states)
+    rows = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
+    for row, one in zip(rows, states, strict=True):
+        row[:, : one.shape[2]] = one[0]
+    return rows

@@ -1,0 +1,29 @@
+"""What a `PrefixPool` holds and does, for /metrics and the status page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """A pool at one moment.
+
+    Args:
+        nbytes: resident, calibrations included. reserved: for loads that run. budget: of both. In bytes.
+        prefixes: resident artifacts, least recently used first. holds: by artifact, how often it is in use.
+        pins: pinned artifacts, resident or not.
+        loading: loads that run or wait for a thread. parked: loads that wait for room.
+        counters: since the start: hits, loads, load_seconds, loaded_bytes, evictions, and failed_ with each
+            reason, once for each request that was told of it; failed loads that nobody waited for count once.
+    """
+
+    nbytes: int
+    reserved: int
+    budget: int
+    prefixes: tuple[str, ...]
+    holds: dict[str, int]
+    pins: frozenset[str]
+    loading: int
+    parked: int
+    counters: dict[str, float] = field(default_factory=dict)

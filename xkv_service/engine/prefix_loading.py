@@ -1,0 +1,118 @@
+"""`PrefixLoading`: from an artifact's id to a prefix bound to the model, in two steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.decoding.loading import load_factors, needed_calibration
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.select import Selection
+from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
+from xkv_service.errors import ModelMismatch
+from xkv_service.manifest_checks import checked_spec
+from xkv_service.selection.spec import SelectionSpec
+from xkv_service.spec import CompressionSpec
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What an artifact's header promises.
+
+    Args:
+        tokens: of the prefix. stored_bytes: to read. resident_bytes: that the bound prefix holds, besides
+            the calibration whose bases it shares.
+        spec: it was compressed with. fingerprint: of its model.
+    """
+
+    artifact_id: str
+    tokens: int
+    stored_bytes: int
+    resident_bytes: int
+    spec: CompressionSpec
+    fingerprint: str
+
+    @property
+    def calibration(self) -> str | None:
+        """The id of the calibration whose bases the prefix shares, or None."""
+        return self.spec.calibration if self.spec.basis == "calibrated" else None
+
+
+class PrefixLoading:
+    """Reads artifacts for one model.
+
+    Args:
+        model, store: whose prefixes, from where.
+        selection: what the prefixes will be used with.
+        fingerprint: of the model; None where it did not come from files. What the model makes of the
+            artifact's first tokens is compared in any case.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: ArtifactStore,
+        selection: SelectionSpec,
+        fingerprint: str | None,
+    ) -> None:
+        self._model, self._store, self._selection = model, store, selection
+        self._fingerprint = fingerprint
+
+    def announce(self, artifact_id: str) -> Announced:
+        """Read an artifact's header.
+
+        Raises:
+            ArtifactNotFound, CorruptArtifact, UnsupportedFormat, StoreError
+            ModelMismatch: it was made with other files.
+        """
+        manifest = self._store.manifest(artifact_id)
+        if self._fingerprint not in (None, manifest.model.fingerprint):
+            raise ModelMismatch(
+                f"artifact {artifact_id[:12]} was made with other files: {manifest.model.name}",
+                hint="serve the model that it was precomputed with",
+            )
+        spec = checked_spec(manifest, len(manifest.tensors))
+        held = prefix_bytes(self._model, manifest, spec)
+        stored = artifact_bytes(manifest, spec)
+        return Announced(artifact_id, manifest.tokens, stored, held, spec, manifest.model.fingerprint)
+
+    def calibration(self, announced: Announced) -> Calibration:
+        """Read the calibration whose bases an artifact shares.
+
+        Raises:
+            CorruptArtifact: it is damaged or gone: the artifact is there, and is of no use.
+            UnsupportedFormat, StoreError, ModelMismatch
+        """
+        try:
+            found = needed_calibration(self._store, announced.spec, announced.fingerprint)
+        except ArtifactNotFound as error:
+            raise CorruptArtifact(error.message, hint=error.hint) from None
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def bind(self, artifact_id: str, calibration: Calibration | None) -> Prefix:
+        """Read an artifact, every byte checked, and make the prefix ready on the model's device.
+
+        While it runs, the host holds the blob's bytes once or twice more.
+
+        Args:
+            calibration: whose bases it shares, or None.
+
+        Raises:
+            as `announce`; InvalidSpec: it has no index of the kind that the selection names.
+        """
+        device = self._model.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            factors = load_factors(self._store, artifact_id, calibration_of=lambda *_: calibration)
+            prefix = Prefix.of(self._model, factors)
+            Selection(next(iter(prefix.layers.values())), self._selection)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        return prefix

@@ -1,0 +1,418 @@
+"""`PrefixPool`: compressed prefixes in memory under a budget, loaded by threads, once for all who ask.
+
+A request never waits longer than it says, and always gets one answer: the prefix, held for it, or the reason
+why there is none. A load that nobody waits for any more goes on, and the next request finds its prefix.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.engine.alarm import Alarm
+from xkv_service.engine.bound_prefix import BoundPrefix
+from xkv_service.engine.footprint import calibration_bytes
+from xkv_service.engine.load_failure import LoadFailure, failure_of
+from xkv_service.engine.loader_threads import Job, LoaderThreads
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.pool_state import PoolState
+from xkv_service.engine.prefix_loading import Announced, PrefixLoading
+from xkv_service.engine.residents import Residents
+from xkv_service.engine.storages import held_bytes
+from xkv_service.errors import InvalidSpec
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.selection.spec import SelectionSpec
+
+_log = logging.getLogger(__name__)
+
+Answer = Prefix | LoadFailure
+OnDone = Callable[[Answer], None]
+OnCorrupt = Callable[[str, LoadFailure], None]
+
+_SPARE_THREADS = 6
+"""Threads that may be stuck in reads that hang before loads wait for them."""
+_TOUCH_EVERY_S = 10.0
+_CALIBRATION = "calibration "
+"""Before the ids of calibrations, which are kept among the prefixes that share their bases."""
+
+
+@dataclass(eq=False)
+class _Waiter:
+    tokens: int
+    on_done: OnDone
+
+
+@dataclass(eq=False)
+class _Load:
+    artifact_id: str
+    waiters: list[_Waiter] = field(default_factory=list)
+    job: Job | None = None
+    began: float | None = None  # when its thread took it
+    announced: Announced | None = None
+    shared_bytes: int = 0  # of a calibration that had to be read for it
+    overdue: bool = False
+
+    @property
+    def needed_bytes(self) -> int:
+        """As far as that is known."""
+        return self.shared_bytes + (self.announced.resident_bytes if self.announced else 0)
+
+
+class _NoRoom(Exception):
+    """Prefixes in use leave no room for a load now."""
+
+
+class PrefixPool:
+    """Prefixes of one model's artifacts. Every method may be called from any thread, and returns at once.
+
+    Args:
+        model: on the device where prefixes shall be. store: where artifacts are.
+        selection: what the prefixes will be used with.
+        budget_bytes: on the device, for everything that stays: token factors, bases, index, exact tokens,
+            cos and sin; on a CPU calibrations too.
+        threads: loads at a time.
+        fingerprint: of the model, as in `PrefixLoading`.
+        rates: by default measured now, by a short prefill.
+        on_corrupt: told on a loader's thread, once for each load that found damage.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: ArtifactStore,
+        selection: SelectionSpec | None = None,
+        budget_bytes: int = 1 << 30,
+        threads: int = 2,
+        *,
+        fingerprint: str | None = None,
+        rates: LoadingRates | None = None,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> None:
+        inspect_loaded(model)  # found now: later it would run beside the sequences
+        self.rates = rates or LoadingRates.measured(model)
+        self._model, self._store, self._on_corrupt = model, store, on_corrupt
+        self._lock = threading.RLock()
+        self._residents = Residents(budget_bytes)
+        self._loads: dict[str, _Load] = {}
+        self._parked: list[_Load] = []
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._used: set[str] = set()
+        self._closed = False
+        self._loading = PrefixLoading(model, store, selection or SelectionSpec(), fingerprint)
+        self._threads = LoaderThreads(threads, threads + _SPARE_THREADS)
+        self._alarm = Alarm("prefix-pool-deadlines")
+        self._alarm.after(_TOUCH_EVERY_S, self._touch_later)
+
+    def take(self, artifact_id: str, tokens: int) -> Prefix | None:
+        """The prefix of an artifact's first `tokens` tokens if it is resident, held once more; else None."""
+        with self._lock:
+            found = self._take(artifact_id, tokens)
+            return found if isinstance(found, Prefix) else None
+
+    def request(
+        self, artifact_id: str, tokens: int, on_done: OnDone, *, deadline_s: float | None = None
+    ) -> None:
+        """Have the prefix of an artifact's first `tokens` tokens loaded.
+
+        Args:
+            on_done: called once, on a thread of the pool, with the prefix, held once for the caller, or with
+                what went wrong. It must be quick.
+            deadline_s: when to be told "slow_load" (or "no_room") at the latest; by default after the time
+                that prefilling the tokens takes. The load goes on.
+        """
+        waiter = _Waiter(tokens, on_done)
+        wait_s = self.rates.deadline_s(tokens) if deadline_s is None else deadline_s
+        with self._lock:
+            answer = self._at_once(artifact_id, tokens)
+            if answer is None:
+                load = self._loads.get(artifact_id) or self._begin(artifact_id)
+                load.waiters.append(waiter)
+        if answer is None:
+            self._alarm.after(wait_s, lambda: self._expire(load, waiter))
+        else:
+            self._later_tell(waiter, answer)
+
+    def prefetch(self, artifact_id: str) -> None:
+        """Load an artifact that nobody waits for yet; nothing happens where there is no room."""
+        with self._lock:
+            if not self._closed and artifact_id not in self._residents and artifact_id not in self._loads:
+                self._begin(artifact_id)
+
+    def hold(self, artifact_id: str) -> None:
+        """One more user of a resident prefix: it is not evicted before all have released it.
+
+        Raises:
+            KeyError: it is not resident.
+        """
+        with self._lock:
+            self._residents.hold(artifact_id)
+
+    def release(self, artifact_id: str) -> None:
+        """Undo one hold, those of `take` and `request` included.
+
+        Raises:
+            KeyError: nobody holds it.
+        """
+        with self._lock:
+            self._residents.release(artifact_id)
+            self._unpark()
+
+    def pin(self, artifact_id: str) -> None:
+        """Never evict an artifact once it is resident."""
+        with self._lock:
+            self._residents.pin(artifact_id)
+
+    def unpin(self, artifact_id: str) -> None:
+        """Let it be evicted again."""
+        with self._lock:
+            self._residents.unpin(artifact_id)
+            self._unpark()
+
+    @property
+    def bytes(self) -> int:
+        """Resident bytes, calibrations included."""
+        with self._lock:
+            return self._residents.nbytes
+
+    def state(self) -> PoolState:
+        """What the pool holds and does now."""
+        with self._lock:
+            residents = self._residents
+            counters = {**self._counters, "evictions": residents.evictions}
+            return PoolState(
+                residents.nbytes,
+                residents.reserved,
+                residents.budget,
+                tuple(key for key in residents.values if not key.startswith(_CALIBRATION)),
+                {key: count for key, count in residents.holds.items() if not key.startswith(_CALIBRATION)},
+                residents.pins,
+                len(self._loads) - len(self._parked),
+                len(self._parked),
+                counters,
+            )
+
+    def close(self) -> None:
+        """Stop; those who still wait are told "unavailable"."""
+        with self._lock:
+            self._closed = True
+            waiters = [waiter for load in self._loads.values() for waiter in load.waiters]
+            for load in self._loads.values():
+                load.waiters = []
+        self._alarm.close()
+        self._threads.close()
+        self._tell((waiter, LoadFailure("unavailable", "the server is stopping")) for waiter in waiters)
+
+    # Below, methods without a lock of their own are called with it.
+
+    def _at_once(self, artifact_id: str, tokens: int) -> Answer | None:
+        """The answer that is known already."""
+        if self._closed:
+            return LoadFailure("unavailable", "the server is stopping")
+        load = self._loads.get(artifact_id)
+        if load is not None and load.overdue:
+            # Others have stopped waiting for it; whoever comes now would wait in vain as well.
+            return LoadFailure("slow_load", f"artifact {artifact_id[:12]} is taking longer than a prefill")
+        return self._take(artifact_id, tokens)
+
+    def _take(self, artifact_id: str, tokens: int) -> Answer | None:
+        bound = self._residents.get(artifact_id)
+        if bound is None:
+            return None
+        try:
+            prefix: Prefix = bound.first(tokens)
+        except InvalidSpec as error:
+            return LoadFailure("diverges", error.message)
+        self._residents.hold(artifact_id)
+        self._used.add(artifact_id)
+        self._count(hits=1)
+        return prefix
+
+    def _begin(self, artifact_id: str) -> _Load:
+        load = self._loads[artifact_id] = _Load(artifact_id)
+        self._submit(load)
+        return load
+
+    def _submit(self, load: _Load) -> None:
+        load.began = None
+        load.job = self._threads.submit(lambda: self._run(load))
+
+    def _run(self, load: _Load) -> None:
+        """On a loader's thread: one load from its header to the answers."""
+        with self._lock:
+            if self._closed:
+                return
+            load.began = time.perf_counter()
+        bound = failure = None
+        try:
+            bound = self._loaded(load)
+        except _NoRoom:
+            if self._park(load):
+                return
+            failure = self._no_room(load)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, those who wait must hear of it
+            failure = failure_of(error)
+            if failure.reason == "unavailable":
+                _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.detail)
+        self._finish(load, bound, failure)
+
+    def _loaded(self, load: _Load) -> BoundPrefix:
+        """Read and bind, within the room reserved for it."""
+        load.announced = announced = self._loading.announce(load.artifact_id)
+        with ExitStack() as stack:
+            # Before room is made, which must not cost the calibration that the prefix needs.
+            shared = self._resident_calibration(announced, stack)
+            with self._lock:
+                if not self._residents.reserve(load.artifact_id, announced.resident_bytes):
+                    raise _NoRoom
+            if shared is None and announced.calibration is not None:
+                shared = self._read_calibration(load, stack)
+            return self._bound(announced, shared)
+
+    def _bound(self, announced: Announced, shared: Calibration | None) -> BoundPrefix:
+        """Read and bind what there is room for, measure it, and keep it."""
+        begin = time.perf_counter()
+        bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared))
+        seconds = time.perf_counter() - begin
+        self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
+        held = held_bytes(bound.whole, device=self._model.device, besides=shared)
+        needs = None if announced.calibration is None else _CALIBRATION + announced.calibration
+        with self._lock:
+            if not self._residents.put(announced.artifact_id, bound, held, needs):
+                raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
+            self._count(loads=1, load_seconds=seconds, loaded_bytes=announced.stored_bytes)
+        return bound
+
+    def _resident_calibration(self, announced: Announced, stack: ExitStack) -> Calibration | None:
+        """The calibration that an artifact needs, if it is in memory, held until the stack closes."""
+        if announced.calibration is None:
+            return None
+        with self._lock:
+            found: Calibration | None = self._residents.get(_CALIBRATION + announced.calibration)
+            if found is not None:
+                self._hold_for(stack, _CALIBRATION + announced.calibration)
+            return found
+
+    def _read_calibration(self, load: _Load, stack: ExitStack) -> Calibration:
+        """Read the calibration that an artifact needs, keep it, and hold it until the stack closes."""
+        assert load.announced is not None
+        found = self._loading.calibration(load.announced)
+        name, load.shared_bytes = _CALIBRATION + found.id, calibration_bytes(self._model, found)
+        with self._lock:
+            if name in self._residents:
+                found = self._residents.get(name)  # another load was faster
+            elif not self._residents.put(name, found, load.shared_bytes):
+                raise _NoRoom
+            self._hold_for(stack, name)
+        return found
+
+    def _hold_for(self, stack: ExitStack, name: str) -> None:
+        self._residents.hold(name)
+        stack.callback(self.release, name)
+
+    def _no_room(self, load: _Load) -> LoadFailure:
+        return LoadFailure(
+            "no_room",
+            f"artifact {load.artifact_id[:12]} needs {load.needed_bytes} bytes of the "
+            f"{self._residents.budget} for prefixes",
+        )
+
+    def _finish(self, load: _Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
+        answers: list[tuple[_Waiter, Answer]] = []
+        with self._lock:
+            self._loads.pop(load.artifact_id, None)
+            if failure is not None:
+                self._residents.cancel(load.artifact_id)
+                self._count_failure(failure, max(1, len(load.waiters)))
+            for waiter in load.waiters:
+                answer = failure or self._take(load.artifact_id, waiter.tokens)
+                assert answer is not None, "a prefix that was put in under this lock is there"
+                answers.append((waiter, answer))
+            load.waiters = []
+            self._unpark()
+        self._tell(answers)
+        if failure is not None and failure.reason == "corrupt" and self._on_corrupt is not None:
+            self._on_corrupt(load.artifact_id, failure)
+
+    def _park(self, load: _Load) -> bool:
+        """Let a load wait for room; False where it could never have it, or nobody waits for it."""
+        with self._lock:
+            self._residents.cancel(load.artifact_id)
+            if not load.waiters or load.needed_bytes > self._residents.budget:
+                return False
+            self._parked.append(load)
+            return True
+
+    def _unpark(self) -> None:
+        """Start the loads that have room now."""
+        for load in list(self._parked):
+            shared = load.announced.calibration if load.announced else None
+            there = shared is not None and _CALIBRATION + shared in self._residents
+            needed = load.needed_bytes - (load.shared_bytes if there else 0)
+            if self._residents.reserve(load.artifact_id, needed):
+                self._parked.remove(load)
+                self._submit(load)
+
+    def _expire(self, load: _Load, waiter: _Waiter) -> None:
+        """On the alarm's thread: a waiter's time is up."""
+        with self._lock:
+            if waiter not in load.waiters:
+                return
+            load.waiters.remove(waiter)
+            failure = LoadFailure("slow_load", f"prefilling {waiter.tokens} tokens is faster")
+            if load in self._parked:
+                failure = self._no_room(load)
+                if not load.waiters:
+                    self._parked.remove(load)
+                    del self._loads[load.artifact_id]
+            elif load.began is not None and load.job is not None:
+                load.overdue = True
+                self._threads.give_up(load.job)
+            self._count_failure(failure, 1)
+        self._tell([(waiter, failure)])
+
+    def _later_tell(self, waiter: _Waiter, answer: Answer) -> None:
+        """Tell on a thread of the pool, never on the caller's, which may hold a lock."""
+
+        def tell() -> None:
+            self._tell([(waiter, answer)])
+
+        if not self._alarm.after(0, tell):
+            threading.Thread(target=tell, daemon=True).start()
+
+    def _tell(self, answers: Iterable[tuple[_Waiter, Answer]]) -> None:
+        for waiter, answer in answers:
+            try:
+                waiter.on_done(answer)
+            except Exception:  # noqa: BLE001 - the others wait for their answers
+                _log.exception("a caller failed when it was told of its prefix")
+
+    def _count(self, **more: float) -> None:
+        for name, amount in more.items():
+            self._counters[name] += amount
+
+    def _count_failure(self, failure: LoadFailure, requests: int) -> None:
+        self._counters[f"failed_{failure.reason}"] += requests
+
+    def _touch_later(self) -> None:
+        """Now and then, tell the catalog what was used: prefixes in memory must not look idle to it."""
+        with self._lock:
+            used, self._used = self._used, set()
+        if used:
+            self._threads.submit(lambda: self._touch(used))
+        self._alarm.after(_TOUCH_EVERY_S, self._touch_later)
+
+    def _touch(self, used: set[str]) -> None:
+        with suppress(CatalogUnavailable, CatalogError):
+            for artifact_id in used:
+                self._store.catalog.touch(artifact_id)

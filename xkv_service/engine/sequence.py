@@ -1,0 +1,148 @@
+"""`Sequence`: one request on its way through the engine, from its prompt to its last token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from xkv_service.engine.messages import (
+    Delta,
+    Event,
+    Failed,
+    Finish,
+    Finished,
+    GenerationRequest,
+    Started,
+    TokenLogprob,
+)
+from xkv_service.sessions.context import Context
+from xkv_service.sessions.sampling import Sampler
+from xkv_service.sessions.text_stream import TextStream
+
+OnEvent = Callable[[Event], None]
+
+
+class Sequence:
+    """One request in the making.
+
+    Args:
+        request: what was asked. on_event: told what comes of it. text: turns tokens into text.
+        most: tokens of the longest answer that fits the settings and the context window.
+        ends: tokens that end an answer.
+
+    Attributes:
+        context: what is held of it, once it has begun. artifact_id: whose factors its prefix is, or None.
+        todo: ids to run next: the prompt's rest, then each token chosen.
+        miss: why it is not, or not further, served from factors.
+        done: whether it got its last event. failed: whether that was a failure.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        on_event: OnEvent,
+        text: TextStream,
+        *,
+        most: int,
+        ends: frozenset[int],
+    ) -> None:
+        self.request, self.miss = request, request.miss
+        self.context: Context | None = None
+        self.artifact_id: str | None = None
+        self.todo: list[int] = []
+        self.done = self.failed = False
+        self.arrived = time.monotonic()
+        self.load_began: float | None = None
+        self._tell, self._text, self._most, self._ends = on_event, text, most, ends
+        self._sample = Sampler(request.settings)
+        self._cached = self._prefix_tokens = 0
+        self._chosen: list[int] = []
+        self._begun = self._loaded = 0.0
+        self._unsent: list[TokenLogprob] = []
+        self._unsent_tokens = 0
+
+    @property
+    def deadline(self) -> float:
+        """When it has taken too long, on `time.monotonic`."""
+        return self.arrived + self.request.timeout_s
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its prompt is done and it runs a token at a time."""
+        return bool(self._chosen)
+
+    def begin(self, context: Context, artifact_id: str | None) -> None:
+        """Go on from a context that holds the beginning of the prompt, and leaves a token of it."""
+        self.context, self.artifact_id = context, artifact_id
+        self._cached = len(context.ids)
+        self._prefix_tokens = context.prefix_tokens if artifact_id is not None else 0
+        self.todo = list(self.request.token_ids[self._cached :])
+        self._begun = time.monotonic()
+        if self.load_began is not None:
+            self._loaded = self._begun - self.load_began
+
+    def accept(self, logits: torch.Tensor) -> None:
+        """Choose the next token from float32 logits [vocabulary], and tell what is certain of it."""
+        if not self._chosen:
+            self._tell(self._started())
+        token = self._sample(logits)
+        self._chosen.append(token)
+        if token in self._ends:
+            self._chosen.pop()
+            self._finish("stop")
+            return
+        self._unsent_tokens += 1
+        if self.request.top_logprobs is not None:
+            self._unsent.append(_logprob(logits, token, self.request.top_logprobs))
+        self._send(self._text.push(token))
+        if self._text.stopped:
+            self._finish("stop")
+        elif len(self._chosen) >= self._most:
+            self._finish("length")
+        else:
+            self.todo = [token]
+
+    def cancel(self) -> None:
+        """End it where it is."""
+        if not self.done:
+            self._end(Finished("cancelled", len(self._chosen), tuple(self._chosen)))
+
+    def fail(self, failed: Failed) -> None:
+        """End it without (the rest of) an answer."""
+        if not self.done:
+            self.failed = True
+            self._end(failed)
+
+    def _finish(self, finish: Finish) -> None:
+        self._send(self._text.flush(), last=True)
+        self._end(Finished(finish, len(self._chosen), tuple(self._chosen)))
+
+    def _send(self, text: str, *, last: bool = False) -> None:
+        if text or (last and self._unsent_tokens):
+            self._tell(Delta(text, self._unsent_tokens, tuple(self._unsent)))
+            self._unsent, self._unsent_tokens = [], 0
+
+    def _end(self, event: Event) -> None:
+        self.done, self.todo = True, []
+        self._tell(event)
+
+    def _started(self) -> Started:
+        return Started(
+            prompt_tokens=len(self.request.token_ids),
+            cached_tokens=self._cached,
+            prefix_tokens=self._prefix_tokens,
+            tail_tokens=self._cached - self._prefix_tokens,
+            artifact_id=self.artifact_id,
+            miss=self.miss,
+            queued_seconds=self._begun - self.arrived - self._loaded,
+            load_seconds=self._loaded,
+        )
+
+
+def _logprob(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    found = logits.log_softmax(-1)
+    best = found.topk(top) if top else None
+    pairs = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(found[token]), pairs)
