@@ -193,8 +193,7 @@ class ArtifactStore:
             entry = entry or self._listing.list_blob(artifact_id)
         except (CorruptArtifact, ArtifactNotFound):
             return None
-        ends = not entry.pinned and entry.expires
-        return None if ends and ends <= self.catalog.now() else entry
+        return next(iter(self._not_ended([entry])), None)
 
     def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
         """All entries, most recently used first; damaged ones are left out and told to `on_fault`."""
@@ -210,15 +209,15 @@ class ArtifactStore:
         """Up to `limit` entries of a namespace, most recently used first, and the cursor of the next page, if
         there is one.
 
-        No other namespace's entries are read. An artifact that is used between two pages moves to the front,
-        and may be missed.
+        No other namespace's entries are read, and what has ended is left out. An artifact that is used between
+        two pages moves to the front, and may be missed.
 
         Raises:
             InvalidNamespace, InvalidCursor, CatalogUnavailable, CatalogError
         """
         found, following = self.catalog.namespaces.page(check_namespace(namespace), cursor, limit)
         entries = self.catalog.entries(on_fault, [artifact_id for artifact_id, _ in found])
-        return [entry for entry in entries if entry.namespace == namespace], following
+        return self._not_ended([entry for entry in entries if entry.namespace == namespace]), following
 
     def usage(self, namespace: str) -> Usage:
         """Bytes and number of a namespace's artifacts, and how much of that is pinned, counted now.
@@ -397,6 +396,14 @@ class ArtifactStore:
         calibrations, more_faults = self.calibrations.list_all()
         self.catalog.set_built()
         return Rebuild(artifacts, (*faults, *more_faults), calibrations)
+
+    def _not_ended(self, entries: list[Entry]) -> list[Entry]:
+        if not any(entry.expires is not None for entry in entries):
+            return entries
+        now = self.catalog.now()
+        return [
+            entry for entry in entries if not Retention(pinned=entry.pinned, expires=entry.expires).over(now)
+        ]
 
     def _retain(self, artifact_id: str, change: Change) -> Retention:
         if self.get(artifact_id) is None:
