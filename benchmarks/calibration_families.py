@@ -61,9 +61,9 @@ def main() -> None:
         "calibration_families", " ".join(["python", *sys.argv]), "recipe: groups of 4, int8, sketch"
     )
     settings = CalibrationSettings(ratios=(8.0, 20.0, 32.0), ratio=20.0, selection=SelectionSpec("dense"))
-    sample = [_document(number, arguments.tokens) for number in range(arguments.documents)]
+    sample = [family_document(number, arguments.tokens) for number in range(arguments.documents)]
     for family in FAMILIES:
-        found = calibrate(_model(family), sample, settings)
+        found = calibrate(family_model(family), sample, settings)
         for row in found.figures["validation"]:
             kept = ("kl", "agreement", "key_error", "value_error", "ratio", "reason")
             report.add(
@@ -76,10 +76,10 @@ def main() -> None:
     report.write(arguments.out, documents=arguments.documents, tokens=arguments.tokens)
 
 
-def _model(family: str) -> PreTrainedModel:
+def family_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Random weights; queries and keys larger than they start out, so that attention has something to see."""
     make, config = FAMILIES[family]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     window = {"sliding_window": 64} if "sliding" in family else {}
     model = make._from_config(config(**SHAPE, **SPECIAL, **window), dtype=torch.float32).eval()
     with torch.no_grad():
@@ -89,13 +89,18 @@ def _model(family: str) -> PreTrainedModel:
     return model
 
 
-def _document(number: int, tokens: int) -> ProbedPrefix:
+def family_document(number: int, tokens: int) -> ProbedPrefix:
+    """Phrases as a document that is judged by its own end."""
+    return ProbedPrefix.of_text(f"document {number}", phrases(number, tokens))
+
+
+def phrases(number: int, tokens: int) -> list[int]:
     """Phrases of 8 tokens drawn again and again, some oftener than others."""
     generator = torch.Generator().manual_seed(number)
-    phrases = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
+    known = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
     often = 1 / torch.arange(1, 201)
     drawn = torch.multinomial(often, tokens // 8, replacement=True, generator=generator)
-    return ProbedPrefix.of_text(f"document {number}", phrases[drawn].flatten().tolist())
+    return known[drawn].flatten().tolist()
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from random import Random
 
 import torch
 
 from xkv_service.calibration.calibrate import calibrate
-from xkv_service.calibration.probes import Probe, ProbedPrefix
+from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import calibration_manifest, write_calibration_file
 from xkv_service.demo import demo_model_path
-from xkv_service.evaluation.rendering import Renderer
-from xkv_service.evaluation.tasks.base import Room
-from xkv_service.evaluation.tasks.registry import find_tasks
+from xkv_service.evaluation.probed import probed_document
 from xkv_service.modeling.models import LoadedModel, load_model
 
 TASKS = ("demo_documents", "demo_documents", "demo_documents", "demo_niah_multikey_1")
@@ -50,20 +47,10 @@ def main() -> None:
 
 
 def _document(loaded: LoadedModel, number: int, arguments: argparse.Namespace) -> ProbedPrefix:
-    def measure(text: str) -> int:
-        return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
-
-    name = TASKS[number % len(TASKS)]
-    room = Room(arguments.tokens, measure, lambda text, question: measure(text))
-    sample = find_tasks([name])[0].make(Random(f"calibration {number}"), room, arguments.questions)
-    renderer = Renderer(loaded.tokenizer)
-    prefix = renderer.prefix(sample.document)
-    probes = []
-    for question in sample.questions:
-        prompt = renderer.prompt(sample.document, [], question.text)
-        reply = renderer.reply(question.expected[0])
-        probes.append(Probe(tuple(prompt[len(prefix) :] + reply), len(reply) + 1))
-    return ProbedPrefix(f"{name} {number}", tuple(prefix), tuple(probes))
+    task = TASKS[number % len(TASKS)]
+    return probed_document(
+        loaded.tokenizer, task, f"calibration {number}", arguments.tokens, arguments.questions
+    )
 
 
 if __name__ == "__main__":

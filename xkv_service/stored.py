@@ -73,6 +73,11 @@ def runs_of(spec: CompressionSpec, rank: int, columns: Runs) -> Runs:
     return ((8 * DTYPES[spec.factor_dtype].itemsize, rank),)
 
 
+def base_dtype(spec: CompressionSpec) -> torch.dtype:
+    """The dtype that a document's own bases are stored in."""
+    return DTYPES[spec.base_dtype or spec.dtype]
+
+
 def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
     """Planes a sketch keeps of a head of `head_dim` dimensions."""
     return min(spec.sketch_planes, head_dim // 2)
@@ -84,8 +89,8 @@ def _factors(name: str, spec: CompressionSpec, tokens: int, runs: Runs, width: i
         columns = packed_width(bits, stop - start) if bits < 8 else stop - start
         yield f"{name}.factors.{block}", StoredTensor((tokens, columns), dtype)
         if spec.basis == "document":
-            yield f"{name}.bases.{block}", StoredTensor((stop - start, width), DTYPES[spec.dtype])
-    if runs and spec.basis == "calibrated":
+            yield f"{name}.bases.{block}", StoredTensor((stop - start, width), base_dtype(spec))
+    if runs and (spec.basis == "calibrated" or spec.base_dtype is not None):
         yield f"{name}.scales", StoredTensor((rank_of(runs),), torch.float32)
 
 

@@ -5,7 +5,7 @@ It is laid out and covered by checksums as a prefix is. torch is imported only w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT: Final = "xkv-calibration"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
+"""2 is 1 with statistics."""
+STATISTICS: Final = "statistics."
+"""What names of tensors begin with that only a later calibration reads."""
 
 
 def _plain(value: Any) -> Any:
@@ -50,6 +53,7 @@ class CalibrationManifest(BaseModel):
 
     Args:
         id: `identified` fills it in: a hash over model, sample, settings, groups and tensors.
+        version: `identified` fills it in: 2 with statistics, 1 without.
         model: whose layers it is about. Only its fingerprint decides whether the calibration fits.
         sample: the text it was made from. settings: how, plain JSON values.
         groups: layer indices of each group of layers that share bases.
@@ -60,7 +64,7 @@ class CalibrationManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["xkv-calibration"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = 1
     id: Sha256 = _NO_ID
     model: ModelIdentity
     sample: CalibrationSample
@@ -72,13 +76,25 @@ class CalibrationManifest(BaseModel):
 
 
 def identified(manifest: CalibrationManifest, tensors: Mapping[str, torch.Tensor]) -> CalibrationManifest:
-    """The manifest with the id of this content.
+    """The manifest with the id and the version of this content.
 
     Raises:
         CorruptArtifact: a tensor or a manifest that cannot be stored.
     """
-    header = lay_out(manifest, tensors).header
-    return manifest.model_copy(update={"id": _id(_parse(header), header)})
+    version = 2 if any(map(is_statistic, tensors)) else 1
+    versioned = manifest.model_copy(update={"version": version})
+    header = lay_out(versioned, tensors).header
+    return versioned.model_copy(update={"id": _id(_parse(header), header)})
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is one of the statistics."""
+    return name.startswith(STATISTICS)
+
+
+def is_no_statistic(name: str) -> bool:
+    """Whether a tensor is one that prefixes are compressed with."""
+    return not is_statistic(name)
 
 
 def write_calibration(
@@ -112,11 +128,17 @@ def read_manifest(file: BinaryIO) -> CalibrationManifest:
     return _checked(open_header(file))
 
 
-def read_calibration(file: BinaryIO) -> tuple[CalibrationManifest, dict[str, torch.Tensor]]:
-    """Read a calibration, every byte checked. Raises as `read_manifest`."""
+def read_calibration(
+    file: BinaryIO, wanted: Callable[[str], bool] = is_no_statistic
+) -> tuple[CalibrationManifest, dict[str, torch.Tensor]]:
+    """Read a calibration, every byte that is read checked. Raises as `read_manifest`.
+
+    Args:
+        wanted: whether a tensor of this name is read; by default statistics, most of the file, are not.
+    """
     header = open_header(file)
     manifest = _checked(header)
-    return manifest, read_tensors(file, header, manifest.tensors)
+    return manifest, read_tensors(file, header, manifest.tensors, wanted)
 
 
 def verify(file: BinaryIO) -> CalibrationManifest:
@@ -137,7 +159,9 @@ def _checked(header: Header) -> CalibrationManifest:
 
 
 def _parse(header: Header) -> CalibrationManifest:
-    manifest = parse_manifest(header, CalibrationManifest, FORMAT, VERSION)
+    manifest = parse_manifest(header, CalibrationManifest, FORMAT, *VERSIONS)
+    if (manifest.version == 2) != any(map(is_statistic, header.tensors)):
+        raise CorruptArtifact(f"manifest field version: {manifest.version}, with statistics it is 2, else 1")
     layers = [layer for group in manifest.groups for layer in group]
     if len(set(layers)) < len(layers):
         raise CorruptArtifact("manifest field groups: a layer is named twice")

@@ -67,8 +67,13 @@ class CalibrationShelf:
         self._list(written)
         return written
 
-    def load(self, calibration_id: str) -> tuple[CalibrationManifest, dict[str, torch.Tensor]]:
+    def load(
+        self, calibration_id: str, wanted: Callable[[str], bool] = calibration_format.is_no_statistic
+    ) -> tuple[CalibrationManifest, dict[str, torch.Tensor]]:
         """Read a calibration's tensors, every byte of them checked.
+
+        Args:
+            wanted: whether a tensor of this name is read; by default statistics are not.
 
         Raises:
             ArtifactNotFound: there is no such blob.
@@ -78,7 +83,7 @@ class CalibrationShelf:
         """
 
         def read(file: BinaryIO) -> tuple[CalibrationManifest, dict[str, torch.Tensor]]:
-            manifest, tensors = calibration_format.read_calibration(file)
+            manifest, tensors = calibration_format.read_calibration(file, wanted)
             return of_id(calibration_id, manifest), tensors
 
         return self._checked.read(calibration_id, read)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -98,17 +98,18 @@ def open_header(file: BinaryIO) -> Header:
     return parse_header(prefix, raw, file_bytes)
 
 
-def parse_manifest(header: Header, kind: type[Kind], name: str, version: int) -> Kind:
-    """The manifest in a checked header, of the format called `name`.
+def parse_manifest(header: Header, kind: type[Kind], name: str, *versions: int) -> Kind:
+    """The manifest in a checked header, of the format called `name` in one of these versions.
 
     Raises:
         UnsupportedFormat: another format or version.
         CorruptArtifact: a field is missing, unknown or wrong, or the tensors are not those in the header.
     """
     found = header.manifest.get("format"), header.manifest.get("version")
-    if found != (name, version):
+    if found not in [(name, version) for version in versions]:
+        known = " or ".join(map(str, versions))
         raise UnsupportedFormat(
-            f"format {str(found[0])[:40]!r} version {str(found[1])[:40]} is not {name!r} version {version}",
+            f"format {str(found[0])[:40]!r} version {str(found[1])[:40]} is not {name!r} version {known}",
             hint="read it with the version of xkv-service that wrote it, or compute it again",
         )
     try:
@@ -162,13 +163,19 @@ def read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
     return buffer
 
 
-def read_tensors(file: BinaryIO, header: Header, digests: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """All tensors of a checked header, each checked against its checksum.
+def read_tensors(
+    file: BinaryIO, header: Header, digests: Mapping[str, str], wanted: Callable[[str], bool] | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a checked header, each checked against its checksum.
+
+    Args:
+        wanted: whether a tensor of this name is read; by default all are.
 
     Raises:
         CorruptArtifact: names the first one that is not what was written.
     """
-    ordered = sorted(header.tensors.values(), key=lambda info: info.start)
+    chosen = [info for info in header.tensors.values() if wanted is None or wanted(info.name)]
+    ordered = sorted(chosen, key=lambda info: info.start)
     return {info.name: as_tensor(info, read_checked(file, info, digests[info.name])) for info in ordered}
 
 

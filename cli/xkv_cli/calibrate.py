@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xkv_cli.new_file import NewFile, writing
+from xkv_cli.calibration_pages import check_pages, page_options, write_pages
 from xkv_cli.options import ManyValues, corpus_options, json_option, store_options, wrong_usage
 
 
@@ -35,10 +35,15 @@ from xkv_cli.options import ManyValues, corpus_options, json_option, store_optio
     help="Most adjacent layers that share token factors. Default: 4.",
 )
 @click.option(
-    "--report", type=NewFile(".html"), metavar="FILE.html", help="Write what was measured as a page."
+    "--from",
+    "earlier",
+    metavar="ID",
+    help="Add the documents to what this calibration in the store was made from; its own documents are not"
+    " needed. It may be shortened to its first digits (4 or more).",
 )
+@page_options
 @json_option
-def calibrate(as_json: bool, report: Path | None, **options: Any) -> int:
+def calibrate(as_json: bool, report: Path | None, plots: Path | None, **options: Any) -> int:
     """Measure once what a model's layers share, so that documents are compressed further.
 
     Runs the model over documents like those that will be compressed, makes bases of layers' keys and values
@@ -52,7 +57,8 @@ def calibrate(as_json: bool, report: Path | None, **options: Any) -> int:
     Examples:
       xkv calibrate --docs handbook/ --model ./llama
       xkv calibrate --docs examples/corpus --questions examples/questions
-      xkv calibrate --docs corpus/ --ratio 32 --report calibration.html --json
+      xkv calibrate --docs more/ --from 3fa9c1
+      xkv calibrate --docs corpus/ --ratio 32 --report calibration.html --plots pictures --json
 
     \b
     With --json, one object:
@@ -73,12 +79,9 @@ def calibrate(as_json: bool, report: Path | None, **options: Any) -> int:
         request = CalibrationRequest.create(**options)
     except InvalidSpec as error:
         raise wrong_usage(error) from None
+    check_pages(plots)
     with watch(sys.stderr) as observer:
         result = run(request, observer)
     render.as_json(result.as_dict()) if as_json else calibration_render.report(result)
-    if report is not None:
-        from xkv_service.calibration.report_page import write_report
-
-        with writing(report):
-            write_report(result.figures, report)
+    write_pages(result.figures, report, plots)
     return 1 if result.errors else 0

@@ -47,9 +47,10 @@ def description(found: CalibrationDescription) -> None:
             ("sample", f"{sample.documents:,} documents, {sample.tokens:,} tokens"),
             ("sample sha256", sample.sha256),
             ("stored", size(found.bytes)),
-            ("groups", ", ".join(_layers(group) for group in manifest.groups)),
+            ("groups", _partition(manifest.groups)),
             ("settings", ", ".join(f"{k}={v}" for k, v in manifest.settings.items() if v is not None)),
             *((name.replace("_", " "), str(value)) for name, value in found.figures.items()),
+            *certainty(manifest.figures),
         ],
     )
 
@@ -59,11 +60,19 @@ def _layers(group: tuple[int, ...]) -> str:
     return f"{group[0]}-{group[-1]}" if adjacent and len(group) > 1 else " ".join(map(str, group))
 
 
+def certainty(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How sure the plan is, as lines; nothing of a calibration whose sample was not drawn again."""
+    from xkv_service.calibration.report.stability import certainty_lines
+
+    return [(name.lower(), text.replace("\u00a0", " ")) for name, text in certainty_lines(figures)]
+
+
+def _partition(groups: Sequence[Sequence[int]]) -> str:
+    return ", ".join(_layers(tuple(group)) for group in groups)
+
+
 def report(result: CalibrationReport) -> None:
     """The summary of a run of `xkv calibrate`."""
-    from xkv_service.calibration.stability import ENOUGH
-
-    stable = result.figures["stability"]
     rows(
         "",
         [
@@ -73,18 +82,15 @@ def report(result: CalibrationReport) -> None:
             ("failed", f"{len(result.errors):,}"),
             ("tokens", f"{result.tokens:,}"),
             ("metric", str(result.figures["weighting"])),
-            ("groups", ", ".join(_layers(tuple(group)) for group in result.figures["groups"])),
-            ("stability", percent(stable)),
+            ("groups", _partition(result.figures["groups"])),
+            *certainty(result.figures),
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
     validation = result.figures["validation"]
     table(("asked", "step", "KL", "agreement"), [_step(row) for row in validation], right=("KL", "agreement"))
-    if stable is None or stable < ENOUGH:
-        warn(
-            f"the sample is small: bases of one half of it keep {percent(stable)} of the other half's energy,"
-            f" {percent(ENOUGH)} is enough. Give more documents"
-        )
+    for text in result.figures["warnings"]:
+        warn(text)
     errors(result.errors)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from xkv_cli.calibration_pages import check_pages, page_options, write_pages
 from xkv_cli.options import json_option, store_options
 
 
@@ -50,25 +53,36 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
 @calibrations.command()
 @click.argument("calibration", metavar="ID")
 @store_options
+@page_options
 @json_option
-def show(calibration: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
+def show(
+    calibration: str,
+    store_url: str,
+    redis_url: str | None,
+    as_json: bool,
+    report: Path | None,
+    plots: Path | None,
+) -> int:
     """Show one calibration: model, sample, settings, groups, figures.
 
     ID may be shortened to its first digits (4 or more) as long as they are unique. Of the figures, lists and
-    tables are left out.
+    tables are left out; --report and --plots show them.
 
     \b
     Examples:
       xkv calibrations show 3fa9c1
+      xkv calibrations show 3fa9c1 --report calibration.html --plots pictures
       xkv calibrations show 3fa9c1 --json
     """
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import calibration_render, render
     from xkv_workers.inventory import describe_calibration, resolve_calibration
 
+    check_pages(plots)
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         found = describe_calibration(store, resolve_calibration(store, calibration))
     render.as_json(found.as_dict()) if as_json else calibration_render.description(found)
+    write_pages(found.manifest.figures, report, plots)
     return 0
 
 

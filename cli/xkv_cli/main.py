@@ -21,10 +21,14 @@ _COMMANDS = {
     "precompute": ("xkv_cli.precompute", "precompute"),
     "chat": ("xkv_cli.chat", "chat"),
     "ask": ("xkv_cli.ask", "ask"),
+    "serve": ("xkv_cli.serve", "serve"),
     "ls": ("xkv_cli.artifacts", "ls"),
     "show": ("xkv_cli.artifacts", "show"),
     "verify": ("xkv_cli.artifacts", "verify"),
     "rm": ("xkv_cli.artifacts", "rm"),
+    "pin": ("xkv_cli.retention", "pin"),
+    "unpin": ("xkv_cli.retention", "unpin"),
+    "ttl": ("xkv_cli.retention", "ttl"),
     "calibrate": ("xkv_cli.calibrate", "calibrate"),
     "calibrations": ("xkv_cli.calibrations", "calibrations"),
     "index": ("xkv_cli.store", "index"),
@@ -60,6 +64,7 @@ def xkv() -> None:
     Start here:
       xkv precompute --docs my-documents/     compress a folder with the bundled model
       xkv chat --doc handbook.md              talk about a document
+      xkv serve                               answer OpenAI's API at http://127.0.0.1:8000
       xkv ls                                  what is in the store
       xkv verify                              re-read every byte of it
       xkv doctor                              check this machine

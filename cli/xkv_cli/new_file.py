@@ -1,4 +1,4 @@
-"""Files that a command is asked to write: tried before hours of work, and named when they fail."""
+"""Files and folders that a command is asked to write: tried before hours of work, named when they fail."""
 
 from __future__ import annotations
 
@@ -38,6 +38,24 @@ class NewFile(click.Path):
         return path
 
 
+class NewFolder(click.Path):
+    """A folder for files to be written: there, or to be made in one that is."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, after a try; a folder that is made for it is removed again."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            if not path.exists():
+                path.mkdir()
+                path.rmdir()
+        except OSError as error:
+            self.fail(f"{str(path)!r} cannot be made: {error.strerror or error}", param, ctx)
+        return path
+
+
 def _try(path: Path) -> None:
     """Make the file and remove it again, when it is not there yet."""
     if not path.exists():
@@ -56,5 +74,5 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise XKVError(
-            f"cannot write {path}: {error.strerror or error}", hint="make room, or give another file"
+            f"cannot write {path}: {error.strerror or error}", hint="make room, or give another place"
         ) from None

@@ -36,6 +36,33 @@ def store_options(command: Command) -> Command:
     return store(redis(command))
 
 
+_MODEL = click.option(
+    "--model",
+    metavar="NAME_OR_PATH",
+    help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled model.",
+)
+_REVISION = click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
+_DEVICE = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs. auto: GPUs when there are any.",
+)
+_RAY_ADDRESS = click.option(
+    "--ray-address",
+    metavar="A",
+    help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the end.',
+)
+
+
+def place_options(command: Command) -> Command:
+    """Which model, and where it runs."""
+    for option in (_RAY_ADDRESS, _DEVICE, _REVISION, _MODEL):
+        command = option(command)
+    return command
+
+
 _CORPUS_OPTIONS = (
     click.option(
         "--docs",
@@ -47,13 +74,8 @@ _CORPUS_OPTIONS = (
         help="Documents: files and folders, several after one flag or one flag each. Folders are read"
         " recursively, hidden files left out.",
     ),
-    click.option(
-        "--model",
-        metavar="NAME_OR_PATH",
-        help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled"
-        " model.",
-    ),
-    click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
+    _MODEL,
+    _REVISION,
     click.option(
         "--system-prompt",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -75,19 +97,8 @@ _CORPUS_OPTIONS = (
         help="Worker processes. Default: one per GPU; on CPUs one per machine, of a small model one per"
         " core.",
     ),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where the model runs. auto: GPUs when there are any.",
-    ),
-    click.option(
-        "--ray-address",
-        metavar="A",
-        help='Ray cluster to use: "host:port" or "auto". Default: Ray is started here and stopped at the'
-        " end.",
-    ),
+    _DEVICE,
+    _RAY_ADDRESS,
 )
 
 

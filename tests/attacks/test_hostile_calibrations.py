@@ -75,6 +75,7 @@ CORRUPT: dict[str, tuple[Change, str]] = {
     "a moment without a zone": (_field("created", "2026-11-26T08:00:00"), "created"),
     "an unknown field": (_field("exec", "rm"), "exec"),
     "a missing field": (lambda h, m: m.pop("model"), "model"),
+    "statistics that are not there": (_field("version", 2), "manifest field version: 2"),
     "no checksums": (lambda h, m: m.pop("tensors"), "does not know it"),
     "a tensor in another shape": (lambda h, m: h["layer.0.planes"].update(shape=[2, 1, 2]), "is not that"),
     "a tensor of another type": (
@@ -99,10 +100,10 @@ def test_it_is_refused_with_the_reason(name: str) -> None:
         assert "\n" not in caught.value.message and len(caught.value.message) < 1000
 
 
-@pytest.mark.parametrize("change", [_field("version", 2), _field("format", "xkv-prefix")])
+@pytest.mark.parametrize("change", [_field("version", 3), _field("format", "xkv-prefix")])
 def test_other_formats_and_versions_are_told_apart_from_damage(change: Change) -> None:
     for read in READERS:
-        with pytest.raises(UnsupportedFormat, match="is not 'xkv-calibration' version 1"):
+        with pytest.raises(UnsupportedFormat, match="is not 'xkv-calibration' version 1 or 2"):
             read(io.BytesIO(_rebuilt(change)))
 
 

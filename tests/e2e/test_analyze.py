@@ -80,6 +80,6 @@ def test_plot_without_matplotlib_is_one_line(
     done = xkv("analyze", "--docs", tmp_path / "a.txt", "--plot", tmp_path / "a.png")
     assert done.code == 1
     assert done.err.splitlines() == [
-        "error: --plot needs matplotlib, which is not installed",
+        "error: pictures need matplotlib, which is not installed",
         "hint: pip install 'xkv-service[plot]'",
     ]

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from command_runs import Xkv, words
 
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.storage import known_documents
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCUMENTS = (
     "report-mendoza-grey-hill-company.md",
@@ -47,7 +50,7 @@ def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
         "id", "model", "documents", "held_out", "tokens", "errors", "seconds", "figures"
     ]  # fmt: skip
     assert (result["documents"], result["held_out"], result["errors"]) == (4, 1, [])
-    assert 0.9 < result["figures"]["stability"] <= 1
+    assert 0.9 < result["figures"]["stability"]["kept"]["mean"] <= 1
     assert {row["asked"] for row in result["figures"]["validation"]} == {8, 20, 32, 48}
     assert list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
 
@@ -70,12 +73,16 @@ def test_what_fails_is_reported_and_the_others_go_on(
     (corpus / "copy.txt").write_text((corpus / "a.txt").read_text())
     (corpus / "empty.txt").write_bytes(b"")
     (corpus / "long.txt").write_text(words(3000))
-    done = xkv(*command, "--docs", corpus)
+    done = xkv(*command, "--docs", corpus, "--plots", tmp_path / "plots")
     assert done.code == 1, done
+    assert (tmp_path / "plots" / "plan-2.png").exists()
     assert "failed corpus/empty.txt: empty" in done.err and "failed corpus/long.txt: too long" in done.err
-    assert "documents    3, 1 of them only to check it on" in done.out and "2x" in done.out
+    shown = " ".join(done.out.split())
+    assert "documents 3, 1 of them only to check it on" in shown and "2x" in shown
     listed = xkv("calibrations", "ls", "--store", tmp_path / "store", "--json").json["calibrations"]
     assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
+
+    assert "drawn again 20 times, from 2 parts of 2 documents" in shown
 
     few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
     assert few.code == 1 and "usable documents: 1; a calibration needs two" in few.err
@@ -99,7 +106,7 @@ def test_a_killed_calibration_goes_on_where_it_stopped(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list(tmp_path.glob("store/calibrating/*/*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
@@ -110,3 +117,37 @@ def test_a_killed_calibration_goes_on_where_it_stopped(
     assert "of 4 documents were observed before" in done.err
     assert (done.json["documents"], done.json["held_out"]) == (5, 1)
     assert list(tmp_path.glob("store/calibrating/*/*")) == []
+
+
+def test_documents_are_added_to_an_earlier_calibration(
+    xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The sums of both samples are those of all documents observed at once; their text is not needed."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        for document in range(3):
+            (folder / f"{document}.txt").write_text(words(400, seed=10 * number + document))
+    command = ["calibrate", "--store", tmp_path / "store", "--ratio", "2", "--model", tiny_model]
+    command += ["--ray-address", ray_address, "--workers", "1", "--json"]
+    first = xkv(*command, "--docs", folders[0]).json
+    made = xkv(*command, "--docs", folders[1], "--from", first["id"][:8])
+    assert made.code == 0, made.err
+    second = made.json
+    assert f"2 documents observed, 2 more by calibration {first['id'][:12]}" in made.err
+    assert second["id"] != first["id"] and second["held_out"] == 1
+    sample = second["figures"]["sample"]
+    assert (sample["documents"], sample["known"]) == (4, 2)
+    assert sample["tokens"] > first["figures"]["sample"]["tokens"]
+    assert second["figures"]["settings"]["earlier"] == first["id"]
+    assert second["figures"]["stability"]["documents"] == 2
+    shown = xkv("calibrations", "show", second["id"][:8], "--store", tmp_path / "store")
+    assert "drawn again" in shown.out and "2 parts of 2 documents" in shown.out
+
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        known = known_documents(store, second["id"])
+        assert len(known) == 4 and known > known_documents(store, first["id"])
+
+    seen = xkv(*command, "--docs", folders[1] / "0.txt", folders[1] / "1.txt", "--from", second["id"])
+    assert seen.code == 1 and "every document of the sample is in the earlier calibration" in seen.err
+    assert xkv(*command, "--docs", folders[1], "--from", "0000").code == 1

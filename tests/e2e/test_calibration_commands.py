@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+from calibration_figures import calibration_figures
 from calibration_samples import FINGERPRINT, SETTINGS, calibration
 from command_runs import Xkv
 
@@ -37,6 +39,41 @@ def test_one_is_shown_by_its_first_digits(xkv: Xkv, two: tuple[Path, str, str]) 
     assert "tensors" not in shown and shown["bytes"] > 1000
     out = xkv("calibrations", "show", new[:10], "--store", store).out
     assert "2 documents, 80 tokens" in out and "0-1, 2-3" in out and "ridge=0.5" in out and "1.5" in out
+
+
+def test_one_is_drawn_as_a_page_and_as_pictures(xkv: Xkv, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    manifest, tensors = calibration()
+    measured = manifest.model_copy(update={"figures": calibration_figures()})
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = store.calibrations.publish(measured, tensors).id
+    page, plots = tmp_path / "page.html", tmp_path / "plots"
+    show = ["calibrations", "show", made[:10], "--store", tmp_path / "store"]
+    done = xkv(*show, "--report", page, "--plots", plots)
+    assert done.code == 0 and made in done.out, done
+    assert "What each decision gained" in page.read_text() and "At 20x compression" in page.read_text()
+    pictures = sorted(plots.iterdir())
+    assert {one.suffix for one in pictures} == {".png"} and "likeness-key.png" in [
+        one.name for one in pictures
+    ]
+    assert all(one.read_bytes().startswith(b"\x89PNG") for one in pictures)
+
+
+@pytest.mark.parametrize("plots", ["/proc/plots", "no/such/folder", __file__])
+def test_pictures_that_cannot_be_written_are_one_line(
+    xkv: Xkv, two: tuple[Path, str, str], plots: str
+) -> None:
+    done = xkv("calibrations", "show", two[1], "--store", two[0], "--plots", plots)
+    assert done.code == 2 and plots in done.err and "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_pictures_without_matplotlib_are_refused_before_anything_is_done(
+    xkv: Xkv, two: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = xkv("calibrations", "show", two[1], "--store", two[0], "--plots", tmp_path / "plots")
+    assert done.code == 1 and done.out == "" and "xkv-service[plot]" in done.err
 
 
 def test_one_is_removed(xkv: Xkv, two: tuple[Path, str, str]) -> None:

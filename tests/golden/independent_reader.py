@@ -30,7 +30,9 @@ def read_session(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
 
 def read_calibration(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
     """A calibration, as `read`."""
-    manifest, tensors = _read(blob, "xkv-calibration")
+    manifest, tensors = _read(blob, "xkv-calibration", 1, 2)
+    kept = any(name.startswith("statistics.") for name in tensors)
+    assert manifest["version"] == (2 if kept else 1)
     content = {
         "groups": manifest["groups"],
         "tensors": {
@@ -49,7 +51,7 @@ def read_calibration(blob: bytes) -> tuple[dict[str, Any], _Tensors]:
     return manifest, tensors
 
 
-def _read(blob: bytes, kind: str) -> tuple[dict[str, Any], _Tensors]:
+def _read(blob: bytes, kind: str, *versions: int) -> tuple[dict[str, Any], _Tensors]:
     (length,) = struct.unpack("<Q", blob[:8])
     header = blob[8 : 8 + length]
     start = len(OPENING)
@@ -58,7 +60,7 @@ def _read(blob: bytes, kind: str) -> tuple[dict[str, Any], _Tensors]:
     assert hashlib.sha256(blob[:8] + blanked).hexdigest().encode() == header[start : start + 64]
     entries = json.loads(header)
     manifest = json.loads(entries.pop("__metadata__")["xkv"])
-    assert (manifest["format"], manifest["version"]) == (kind, 1)
+    assert manifest["format"] == kind and manifest["version"] in (versions or (1,))
     tensors, end = {}, 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = (8 + length + offset for offset in entry["data_offsets"])

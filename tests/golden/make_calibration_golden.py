@@ -69,9 +69,30 @@ def shared_calibration_manifest() -> CalibrationManifest:
     return identified(manifest, shared_calibration_tensors())
 
 
+def kept_calibration_tensors() -> dict[str, torch.Tensor]:
+    """With statistics: of each layer the products with the next one, none of the last."""
+    tensors = golden_calibration_tensors()
+    layers = [layer for group in GROUPS for layer in group]
+    tensors["statistics.counts"] = torch.tensor([40, 9])
+    tensors["statistics.documents"] = torch.arange(64, dtype=torch.uint8).reshape(2, 32)
+    for layer in layers:
+        for kind in ("key", "value"):
+            name = f"statistics.layer.{layer}.{kind}"
+            tensors[f"{name}.moments"] = ramp(torch.float32, 10)
+            tensors[f"{name}.cross"] = ramp(torch.float32, 4, 4 if layer != layers[-1] else 0)
+            tensors[f"{name}.mean"] = ramp(torch.float32, 4)
+        tensors[f"statistics.layer.{layer}.queries"] = ramp(torch.float32, 2, 10)
+    return tensors
+
+
+def kept_calibration_manifest() -> CalibrationManifest:
+    return identified(golden_calibration_manifest(), kept_calibration_tensors())
+
+
 GOLDEN = {
     "calibration-v1.safetensors": (golden_calibration_manifest, golden_calibration_tensors),
     "calibration-v1-shared.safetensors": (shared_calibration_manifest, shared_calibration_tensors),
+    "calibration-v2.safetensors": (kept_calibration_manifest, kept_calibration_tensors),
 }
 
 

@@ -13,10 +13,14 @@ from xkv_service.calibration.calibrate import split
 from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.calibration.statistics import document_digest
+from xkv_service.calibration.storage import known_documents
 from xkv_service.evaluation.rendering import Renderer
+from xkv_workers.calibration_choice import check_model
 from xkv_workers.calibration_crew import CalibrationCrew
 from xkv_workers.corpus import Rejected
 from xkv_workers.errors import CorpusError
+from xkv_workers.inventory import resolve_calibration
 from xkv_workers.observer import Observer, Progress, Silent
 from xkv_workers.partial_sums import PartialSums
 from xkv_workers.precompute import Prepared, prepared
@@ -34,15 +38,23 @@ class CalibrationRequest:
     Args:
         corpus: documents, model, store and workers, as for precompute.
         questions: a folder of questions about the documents, see `Sampling`.
+        earlier: first digits of a stored calibration whose sums the documents are added to.
     """
 
     corpus: Request
     settings: CalibrationSettings
     questions: Path | None = None
+    earlier: str | None = None
 
     @classmethod
     def create(
-        cls, *, questions: Path | None, ratio: float | None, group_size: int | None, **corpus: Any
+        cls,
+        *,
+        questions: Path | None,
+        ratio: float | None,
+        group_size: int | None,
+        earlier: str | None = None,
+        **corpus: Any,
     ) -> CalibrationRequest:
         """From the options as given.
 
@@ -53,7 +65,7 @@ class CalibrationRequest:
         if ratio is not None:
             settings |= {"ratio": ratio, "ratios": tuple(sorted({*CalibrationSettings.ratios, ratio}))}
         request = Request.create(calibration="none", **corpus)
-        return cls(request, CalibrationSettings(**settings), questions)
+        return cls(request, CalibrationSettings(**settings), questions, earlier)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ def calibrate(request: CalibrationRequest, observer: Observer | None = None) -> 
 
     Raises:
         CorpusError: fewer than two documents can be used.
+        ArtifactNotFound, ModelMismatch, InvalidSpec: the earlier calibration cannot be gone on from.
         XKVError: nothing can be done at all: no model, store, Redis or Ray, or latent attention.
     """
     with prepared(request.corpus) as job:
@@ -104,21 +117,34 @@ class _Calibrating:
         self._errors: list[DocumentError] = []
 
     def run(self) -> CalibrationReport:
-        used, held = split(self._sample(), self._settings)
+        earlier, known = self._earlier()
+        used, held = split(self._sample(), self._settings, known)
+        seen = [one for one in used if document_digest(one) in known]
+        new = [one for one in used if document_digest(one) not in known]
         model = self._job.model
-        sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*used, *held], self._settings)
+        sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*new, *held], self._settings)
         if sums.done:
-            self._observer.note(f"going on: {len(sums.done)} of {len(used)} documents were observed before")
+            self._observer.note(f"going on: {len(sums.done)} of {len(new)} documents were observed before")
         threads, crew = self._crew()
-        self._observe(crew, sums, used)
-        self._refuse_few([used[position] for position in sorted(sums.done)], 1)
+        self._observe(crew, sums, new)
+        done = [*seen, *(new[position] for position in sorted(sums.done))]
+        self._refuse_few(done, 1)
+        before = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
         self._observer.note(
-            f"{len(sums.done)} documents observed: choosing metric and groups, and validating"
+            f"{len(sums.done)} documents observed{before}: choosing metric and groups, and validating"
         )
-        done = [used[position] for position in sorted(sums.done)]
-        manifest = crew.decide(sums.halves, done, held, threads)
+        manifest = crew.decide(sums.parts, done, held, threads, earlier)
         sums.remove()
         return self._report(manifest, len(held))
+
+    def _earlier(self) -> tuple[str | None, frozenset[str]]:
+        """The calibration to go on from, and the documents in it."""
+        if self._request.earlier is None:
+            return None, frozenset()
+        store = self._job.store
+        earlier = resolve_calibration(store, self._request.earlier)
+        check_model(store.calibrations.manifest(earlier), self._job.model.files.identity)
+        return earlier, known_documents(store, earlier)
 
     def _sample(self) -> list[ProbedPrefix]:
         """Documents that can be used, each text once."""

@@ -29,11 +29,16 @@ def choose_calibration(
         found = store.calibrations.newest(model.fingerprint) or _bundled(store, model.fingerprint)
         return None if found is None else load_calibration(store, found.id)
     wanted = resolve_calibration(store, options.calibration)
-    _check_model(store.calibrations.manifest(wanted), model)
+    check_model(store.calibrations.manifest(wanted), model)
     return load_calibration(store, wanted)
 
 
-def _check_model(manifest: CalibrationManifest, model: ModelIdentity) -> None:
+def check_model(manifest: CalibrationManifest, model: ModelIdentity) -> None:
+    """See that a calibration is this model's.
+
+    Raises:
+        ModelMismatch: it is another's.
+    """
     made = manifest.model
     if made.fingerprint != model.fingerprint:
         raise ModelMismatch(

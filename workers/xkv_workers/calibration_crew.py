@@ -71,12 +71,16 @@ class CalibrationCrew:
 
     def decide(
         self,
-        halves: tuple[Tensors, Tensors],
+        parts: Sequence[Tensors],
         used: Sequence[ProbedPrefix],
         held: Sequence[ProbedPrefix],
         threads: int,
+        earlier: str | None,
     ) -> CalibrationManifest:
         """The published calibration, made by one worker with so many threads; the others leave.
+
+        Args:
+            parts: sums over parts of the documents. earlier: id of a calibration whose sums are added.
 
         Raises:
             XKVError: it cannot be made.
@@ -84,7 +88,7 @@ class CalibrationCrew:
         decider, *others = self._workers
         for worker in others:
             self._ray.kill(worker)
-        made = self._result(decider.decide.remote(halves, used, held, self._settings, threads))
+        made = self._result(decider.decide.remote(parts, used, held, self._settings, threads, earlier))
         if isinstance(made, str):
             raise WorkerFailed(f"no calibration was made: {made}", hint="is there enough memory?")
         manifest: CalibrationManifest = made

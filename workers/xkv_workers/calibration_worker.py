@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xkv_artifacts.calibration_format import CalibrationManifest
     from xkv_service.calibration.probes import ProbedPrefix
     from xkv_service.calibration.settings import CalibrationSettings
+    from xkv_service.calibration.statistics import Statistics
     from xkv_service.modeling.models import LoadedModel
 
     Tensors = dict[str, torch.Tensor]
@@ -63,13 +64,17 @@ class CalibrationWorker:
 
     def decide(
         self,
-        halves: tuple[Tensors, Tensors],
+        parts: Sequence[Tensors],
         used: Sequence[ProbedPrefix],
         held: Sequence[ProbedPrefix],
         settings: CalibrationSettings,
         threads: int,
+        earlier: str | None,
     ) -> CalibrationManifest:
-        """Make the calibration of the sums of two halves of the documents, and publish it.
+        """Make the calibration of sums over parts of the documents, and publish it.
+
+        Args:
+            earlier: id of a calibration whose sums are added.
 
         Raises:
             XKVError: the held-out documents cannot be run, or it cannot be stored.
@@ -78,16 +83,33 @@ class CalibrationWorker:
         import torch
 
         from xkv_service.calibration.calibrate import decide
-        from xkv_service.calibration.observed_tensors import observed_of, total_of
-        from xkv_service.calibration.stability import stability
+        from xkv_service.calibration.folds import Folds
+        from xkv_service.calibration.observed_tensors import observed_of
+        from xkv_service.calibration.statistics import Statistics, document_digest
         from xkv_service.calibration.storage import save_calibration
         from xkv_service.modeling.inspect import inspect_loaded
 
         torch.set_num_threads(threads)
         model = loaded.model
         layout = inspect_loaded(model).layout
-        found = [observed_of(half, layout, settings, model.device) for half in halves if half]
-        made = decide(model, total_of(found), used, held, settings)
-        stable = stability([one.moments for one in found], made, settings.ratio)
-        made = replace(made, figures={**made.figures, "stability": stable})
-        return save_calibration(store, made, loaded.identity, [*used, *held])
+        found = [observed_of(part, layout, settings, model.device) for part in parts]
+        known = None if earlier is None else self._statistics(earlier, settings)
+        before = frozenset[str]() if known is None else known.documents
+        digests = frozenset(document_digest(one) for one in used)
+        folds = Folds(found, len(digests - before), known.observed if known else None, len(before))
+        made = decide(model, folds, used, held, settings)
+        if earlier is not None:
+            how = {**made.figures["settings"], "earlier": earlier}
+            made = replace(made, figures={**made.figures, "settings": how})
+        statistics = Statistics(folds.total(), digests | before)
+        return save_calibration(store, made, loaded.identity, [*used, *held], statistics)
+
+    def _statistics(self, earlier: str, settings: CalibrationSettings) -> Statistics:
+        loaded, store = self.load()
+        from xkv_service.calibration.observed import calibrated_layers, reach_of
+        from xkv_service.calibration.storage import load_statistics
+        from xkv_service.modeling.inspect import inspect_loaded
+
+        layout = inspect_loaded(loaded.model).layout
+        layers, reach = calibrated_layers(layout), reach_of(layout, settings)
+        return load_statistics(store, earlier, layers, reach, loaded.model.device)

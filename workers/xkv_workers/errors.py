@@ -29,6 +29,10 @@ class CalibrationNeeded(XKVError):
     """A calibration that artifacts in the store cannot be used without."""
 
 
+class ServerFailed(XKVError):
+    """The server does not come up."""
+
+
 def one_line(error: BaseException) -> str:
     """The type and message of an error that somebody else's code raised."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -40,6 +44,7 @@ __all__ = [
     "CorpusError",
     "FidelityTooLow",
     "RayUnavailable",
+    "ServerFailed",
     "WorkerFailed",
     "XKVError",
     "one_line",

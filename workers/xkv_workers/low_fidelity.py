@@ -18,7 +18,7 @@ OnLow = Literal["retry", "keep", "fail"]
 def retry_spec(spec: CompressionSpec) -> CompressionSpec:
     """Half the ratio, and the document's own bases. The spec has a ratio."""
     assert spec.ratio is not None
-    return replace(spec, ratio=max(1.0, spec.ratio / 2), basis="document")
+    return replace(spec.over("document"), ratio=max(1.0, spec.ratio / 2))
 
 
 def is_low(

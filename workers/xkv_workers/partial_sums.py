@@ -18,6 +18,7 @@ from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedF
 from xkv_artifacts.keys import calibration_id, sample_sha256
 from xkv_artifacts.manifest import Sha256
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.folds import fold_count
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.observed_tensors import observed_of, observed_tensors
 from xkv_service.calibration.probes import ProbedPrefix
@@ -26,6 +27,7 @@ from xkv_service.modeling.layout import ModelLayout
 
 FOLDER = "calibrating"
 FORMAT: Final = "xkv-calibration-sums"
+VERSION: Final = 2
 _PAUSE = 10
 """Seconds between two writes for each second that a write takes."""
 
@@ -38,13 +40,13 @@ class _SumsManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["xkv-calibration-sums"] = FORMAT
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     done: tuple[int, ...]
     tensors: dict[str, Sha256] = {}
 
 
 class PartialSums:
-    """Sums over the documents with even positions in the sample, and over those with odd ones.
+    """Sums over the documents of a sample in a few parts (`folds.fold_count`), by their positions.
 
     The file's name is a hash over model, documents, probes and settings: nothing else is ever gone on with.
     """
@@ -67,9 +69,14 @@ class PartialSums:
         )
         self._write_at = 0.0
         self.done: set[int] = set()
-        self.halves: tuple[Tensors, Tensors] = ({}, {})
+        self._parts: list[Tensors] = [{} for _ in range(fold_count(layout, settings))]
         with suppress(ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
             self._read()
+
+    @property
+    def parts(self) -> list[Tensors]:
+        """Those that hold a document or more, as `observed_tensors` names their sums."""
+        return [part for part in self._parts if part]
 
     def add(self, position: int, tensors: Tensors) -> None:
         """Add what was observed of one document (`observed_tensors`), and write it down.
@@ -77,12 +84,12 @@ class PartialSums:
         Raises:
             StoreError
         """
-        half = self.halves[position % 2]
-        if half:
-            total = self._observed(half)
+        part = self._parts[position % len(self._parts)]
+        if part:
+            total = self._observed(part)
             total.add(self._observed(tensors))
             tensors = observed_tensors(total)
-        half.update(tensors)
+        part.update(tensors)
         self.done.add(position)
         if time.monotonic() >= self._write_at:
             started = time.monotonic()
@@ -98,7 +105,7 @@ class PartialSums:
 
     def _write(self) -> None:
         named = {
-            f"{number}.{name}": one for number, half in enumerate(self.halves) for name, one in half.items()
+            f"{number}.{name}": one for number, part in enumerate(self._parts) for name, one in part.items()
         }
         ready = lay_out(_SumsManifest(done=tuple(sorted(self.done))), named)
         self._blobs.put(self._key, ready.write)
@@ -106,10 +113,12 @@ class PartialSums:
     def _read(self) -> None:
         with self._blobs.open(self._key) as file:
             header = open_header(file)
-            manifest = parse_manifest(header, _SumsManifest, FORMAT, 1)
+            manifest = parse_manifest(header, _SumsManifest, FORMAT, VERSION)
             named = read_tensors(file, header, manifest.tensors)
+        known = {str(number): part for number, part in enumerate(self._parts)}
         for name, tensor in named.items():
-            self.halves[name.startswith("1.")][name[2:]] = tensor
+            number, _, own = name.partition(".")
+            known[number][own] = tensor
         self.done = set(manifest.done)
 
 

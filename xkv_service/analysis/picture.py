@@ -28,7 +28,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise MissingExtra("--plot needs matplotlib, which is not installed", extra="plot") from None
+        raise MissingExtra("pictures need matplotlib, which is not installed", extra="plot") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

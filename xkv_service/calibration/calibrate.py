@@ -8,27 +8,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from xkv_service.calibration.bootstrap import Groups, bootstrap, chosen_again, too_small
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.certificates import fidelity_thresholds
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import plans, spectra
+from xkv_service.calibration.folds import Folds, fold_count
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.calibration.statistics import document_digest
 from xkv_service.calibration.steps import STEPS
 from xkv_service.calibration.tolerance import SHARES, Tolerances, measure, no_tolerances
-from xkv_service.calibration.validation import Candidate, validate
+from xkv_service.calibration.validation import Candidate, Outcome, validate
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.prefilling.prefill import prefill
@@ -39,20 +42,31 @@ _Name = TypeVar("_Name", bound=str)
 
 
 def split(
-    sample: Sequence[ProbedPrefix], settings: CalibrationSettings
+    sample: Sequence[ProbedPrefix], settings: CalibrationSettings, known: Container[str] = ()
 ) -> tuple[list[ProbedPrefix], list[ProbedPrefix]]:
     """(documents that bases are made from, documents that choices are tried on).
 
+    Args:
+        known: `document_digest` of those that bases are made from in any case.
+
     Raises:
-        InvalidSpec: fewer than two documents.
+        InvalidSpec: fewer than two documents, or none that is not known.
     """
     if len(sample) < 2:
         raise InvalidSpec(
             f"a calibration needs 2 documents at least, this sample has {len(sample)}",
             hint="give more documents: one in four is kept to check the result on",
         )
+    fresh = [number for number, one in enumerate(sample) if document_digest(one) not in known]
+    if not fresh:
+        raise InvalidSpec(
+            "every document of the sample is in the earlier calibration",
+            hint="give others: one in four is kept to check the result on",
+        )
     step = max(2, round(1 / settings.held_out))
-    held = set(range(step - 1, len(sample), step)) or {len(sample) - 1}
+    wanted = max(1, len(sample) // step)
+    every = max(1, min(step, len(fresh) // wanted))
+    held = set(fresh[every - 1 :: every][:wanted])
     return (
         [one for number, one in enumerate(sample) if number not in held],
         [one for number, one in enumerate(sample) if number in held],
@@ -79,17 +93,19 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     used, held = split(sample, settings)
-    found = Observed.nothing(model, reach_of(inspect_loaded(model).layout, settings))
-    for number, document in enumerate(used, 1):
-        observer(f"moments {number}/{len(used)}: {document.name}")
-        observe_document(model, document, found)
-    return decide(model, found, used, held, settings, observer)
+    layout = inspect_loaded(model).layout
+    reach, count = reach_of(layout, settings), min(len(used), fold_count(layout, settings))
+    parts = [Observed.nothing(model, reach) for _ in range(count)]
+    for number, document in enumerate(used):
+        observer(f"moments {number + 1}/{len(used)}: {document.name}")
+        observe_document(model, document, parts[number % count])
+    return decide(model, Folds(parts, len(used)), used, held, settings, observer)
 
 
 @torch.no_grad()
 def decide(
     model: PreTrainedModel,
-    found: Observed,
+    folds: Folds,
     used: Sequence[ProbedPrefix],
     held: Sequence[ProbedPrefix],
     settings: CalibrationSettings,
@@ -98,22 +114,32 @@ def decide(
     """Everything after the moments: tolerances, groups, metric, bases, validation.
 
     Args:
-        found: what was observed of `used`, the documents that bases are made from.
+        folds: what was observed of the documents that bases are made from.
+        used: documents that are among those, one at least: tolerances are measured on the first ones.
         held: those that choices are tried on.
 
     Raises:
         RatioUnreachable: no document of `held` is long enough for the settings' ratio.
     """
-    tolerances = _tolerances(model, found.moments, used[: settings.tolerance_documents], observer)
-    candidates = Candidates(model, found, tolerances, settings)
-    best, choices = _choose(model, candidates, held, settings, observer)
+    found = folds.total()
+    tolerances = measured_tolerances(model, found.moments, used[: settings.tolerance_documents], observer)
+
+    def candidates_of(sums: Observed) -> Candidates:
+        return Candidates(model, sums, tolerances, settings)
+
+    candidates = candidates_of(found)
+    best, groups, choices = _choose(model, candidates, held, settings, observer)
+    observer("drawing the sample again")
+    stability = bootstrap(folds, candidates_of, choices["weighting"], groups)
     selection = choose_selection(model, held, best, settings, observer)
     best = replace(best, figures={"selection": selection})
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures: dict[str, Any] = {
         "settings": asdict(settings),
-        "sample": _sample_figures(used, held, found.moments),
+        "sample": _sample_figures(folds, held, found.moments),
         **choices,
+        "stability": stability,
+        "warnings": [text for text in [too_small(stability)] if text],
         "selection": selection,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
@@ -132,27 +158,38 @@ def _choose(
     held: Sequence[ProbedPrefix],
     settings: CalibrationSettings,
     observer: Observe,
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[Calibration, Groups, dict[str, Any]]:
     """The metric that is best in fixed groups, then the better groups in it; and what was measured."""
     observer(f"trying {len(settings.weightings)} metrics on {len(held)} documents")
     fixed = candidates.fixed_groups()
     tried = {one: candidates.calibration(one, fixed) for one in settings.weightings}
-    weighting, metrics = _best(model, held, settings, tried)
-    groups = candidates.best_groups(weighting)
-    observer(f"trying groups {groups} on {len(held)} documents")
-    options = {"fixed": tried[weighting], "chosen": candidates.calibration(weighting, groups)}
-    name, partitions = _best(model, held, settings, options)
-    return options[name], {
-        "weighting": weighting,
-        "groups": [list(group.layers) for group in options[name].groups],
-        "metrics": metrics,
-        "partition": partitions,
-    }
+    metrics = _tried(model, held, settings, tried)
+    weighting = _best(metrics)
+    searched = candidates.best_groups(weighting)
+    observer(f"trying groups {searched} on {len(held)} documents")
+    options = {"fixed": tried[weighting], "chosen": candidates.calibration(weighting, searched)}
+    partitions = _tried(model, held, settings, options)
+    name = _best(partitions)
+    return (
+        options[name],
+        fixed if name == "fixed" else searched,
+        {
+            "weighting": weighting,
+            "groups": [list(group.layers) for group in options[name].groups],
+            "metrics": {one: outcome.as_dict() for one, outcome in metrics.items()},
+            "partition": {one: outcome.as_dict() for one, outcome in partitions.items()},
+            "chosen_again": {"metric": _again(metrics), "groups": _again(partitions)},
+        },
+    )
 
 
-def _tolerances(
-    model: PreTrainedModel, moments: Moments, documents: Sequence[ProbedPrefix], observer: Observe
+def measured_tolerances(
+    model: PreTrainedModel,
+    moments: Moments,
+    documents: Sequence[ProbedPrefix],
+    observer: Observe = lambda message: None,
 ) -> Tolerances:
+    """What error each layer stands, the mean over documents, one at least."""
     tolerances = no_tolerances(moments)
     for number, document in enumerate(documents, 1):
         observer(f"tolerances {number}/{len(documents)}: {document.name}")
@@ -164,13 +201,13 @@ def _tolerances(
     return tolerances
 
 
-def _best(
+def _tried(
     model: PreTrainedModel,
     held: Sequence[ProbedPrefix],
     settings: CalibrationSettings,
-    tried: dict[_Name, Calibration],
-) -> tuple[_Name, dict[str, Any]]:
-    """The name of the calibration of least divergence, the first of equals, and what was measured of all."""
+    tried: Mapping[_Name, Calibration],
+) -> dict[_Name, Outcome]:
+    """What was measured of each calibration at the settings' ratio."""
     ratio = settings.ratio
     ways = [Candidate(name, calibrated_spec(ratio, one), one) for name, one in tried.items()]
     found = validate(model, held, ways, settings.selection)
@@ -179,7 +216,16 @@ def _best(
             f"no document held out can be compressed at {ratio:g}x: {next(iter(found.values())).reason}",
             hint="calibrate on longer documents, or at a lower ratio",
         )
-    return min(tried, key=lambda name: found[name].kl), {name: one.as_dict() for name, one in found.items()}
+    return {name: found[name] for name in tried}
+
+
+def _best(found: Mapping[_Name, Outcome]) -> _Name:
+    """The name of least divergence, the first of equals."""
+    return min(found, key=lambda name: found[name].kl)
+
+
+def _again(found: Mapping[_Name, Outcome]) -> float | None:
+    return chosen_again({name: one.divergence for name, one in found.items()}, _best(found))
 
 
 def _validation(
@@ -199,11 +245,10 @@ def _validation(
     return rows
 
 
-def _sample_figures(
-    used: Sequence[ProbedPrefix], held: Sequence[ProbedPrefix], moments: Moments
-) -> dict[str, int]:
+def _sample_figures(folds: Folds, held: Sequence[ProbedPrefix], moments: Moments) -> dict[str, int]:
     return {
-        "documents": len(used),
+        "documents": folds.documents + folds.known,
+        "known": folds.known,
         "held_out": len(held),
         "tokens": moments.tokens,
         "probes": sum(len(one.probes) for one in held),

@@ -36,6 +36,15 @@ class SharedBasis:
     bases: torch.Tensor
     metric: tuple[torch.Tensor, ...]
     energies: torch.Tensor
+    _placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """`bases` on a device in a dtype: one copy for all prefixes that decode from them there."""
+        if (self.bases.device, self.bases.dtype) == (device, dtype):
+            return self.bases
+        if (device, dtype) not in self._placed:
+            self._placed[device, dtype] = self.bases.to(device, dtype)
+        return self._placed[device, dtype]
 
     def projection(self, rank: int) -> torch.Tensor:
         """P [W, rank], float32: token factors are X P."""

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
 from xkv_service.calibration.calibration import KINDS, Calibration
-from xkv_service.calibration.metrics import Metrics, Weighting
+from xkv_service.calibration.metrics import Metrics, Shape, Weighting
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.partition import partition
+from xkv_service.calibration.query_covariance import covariance_metric
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.tolerance import Tolerances
 from xkv_service.factorization.weights import output_metric, output_projection, query_metric
@@ -36,10 +37,13 @@ class Candidates:
         self.found, self.settings = found, settings
         self.moments = found.moments
         self.layers = found.moments.layers
-        queries = [self._query_metric(place) for place in range(len(self.layers))]
-        modules = inspect_loaded(model).modules
-        outputs = [_output_metric(modules[layer.index], layer) for layer in self.layers]
-        self.metrics = Metrics(self.moments, tolerances, queries, outputs)
+        modules, places = inspect_loaded(model).modules, range(len(self.layers))
+        shapes: dict[Shape, list[torch.Tensor | None]] = {
+            "query": [self._query_metric(place) for place in places],
+            "covariance": [self._covariance_metric(place) for place in places],
+            "output": [_output_metric(modules[layer.index], layer) for layer in self.layers],
+        }
+        self.metrics = Metrics(self.moments, tolerances, shapes)
 
     def fixed_groups(self) -> list[tuple[int, int]]:
         """(first, count) of groups of the same size, as the paper has them."""
@@ -87,7 +91,13 @@ class Candidates:
         return choose_planes(energy, self._query_energy(place), candidates, len(candidates)).cpu()
 
     def _query_energy(self, place: int) -> torch.Tensor:
+        return self._query_covariance(place).diagonal(dim1=-2, dim2=-1)
+
+    def _query_covariance(self, place: int) -> torch.Tensor:
         return self.found.queries[place] / max(1, self.found.query_tokens)
+
+    def _covariance_metric(self, place: int) -> torch.Tensor:
+        return covariance_metric(self._query_covariance(place), self.layers[place].kv_heads)
 
     def _query_metric(self, place: int) -> torch.Tensor:
         energy, planes = self._query_energy(place), self.found.planes[place]

@@ -15,10 +15,11 @@ def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> Co
 
     Layers that the calibration found to need no index have none, where the spec lets them.
     """
-    chosen = {"basis": "calibrated", "factor_dtype": "mixed", "index": "derived", **fields}
+    basis = fields.pop("basis", "calibrated")
+    chosen = {"factor_dtype": "mixed", "index": "derived", **fields}
     if chosen["index"] != "none" and not chosen.get("outlier_chunks"):
         chosen.setdefault("reuse", reuse_of(calibration))
-    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen)
+    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen).over(basis)
 
 
 def reuse_of(calibration: Calibration) -> tuple[int, ...]:

@@ -13,8 +13,28 @@ from xkv_service.calibration.calibration import KINDS, Kind
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.tolerance import Tolerances
 
-Weighting = Literal["plain", "tolerance", "tolerance+output", "tolerance+query", "tolerance+both"]
+Shape = Literal["query", "covariance", "output"]
+Weighting = Literal[
+    "plain",
+    "tolerance",
+    "tolerance+output",
+    "tolerance+query",
+    "tolerance+both",
+    "tolerance+covariance",
+    "tolerance+covariance+output",
+]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
+_SHAPES: Mapping[Weighting, Mapping[Kind, Shape]] = {
+    "plain": {},
+    "tolerance": {},
+    "tolerance+output": {"value": "output"},
+    "tolerance+query": {"key": "query"},
+    "tolerance+both": {"key": "query", "value": "output"},
+    "tolerance+covariance": {"key": "covariance"},
+    "tolerance+covariance+output": {"key": "covariance", "value": "output"},
+}
+"""What says where within a head errors matter; the identity where nothing does."""
 
 _LEAST_ERROR = 1e-6
 """Tolerated at least, as a share of the kind's mean variance: a layer that never varies tolerates nothing."""
@@ -25,19 +45,18 @@ class Metrics:
 
     Args:
         moments: second moments. tolerances: error that each layer stands.
-        queries: by position, float64 [kv_heads, D, D]: energy of the queries that meet its keys, by plane.
-        outputs: by position, float64 [kv_heads, D, D]: W_oᵀ W_o summed over query heads, or None.
+        shapes: by position, float64 [kv_heads, D, D], or None where nothing is known. "query": energy of the
+            queries that meet its keys, by plane. "covariance": their covariance, averaged over positions.
+            "output": W_oᵀ W_o summed over query heads.
     """
 
     def __init__(
         self,
         moments: Moments,
         tolerances: Tolerances,
-        queries: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor | None],
+        shapes: Mapping[Shape, Sequence[torch.Tensor | None]],
     ) -> None:
-        self._moments, self._tolerances = moments, tolerances
-        self._special: Mapping[Kind, Sequence[torch.Tensor | None]] = {"key": queries, "value": outputs}
+        self._moments, self._tolerances, self._shapes = moments, tolerances, shapes
         places = range(len(moments.layers))
         self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in KINDS}
 
@@ -53,10 +72,10 @@ class Metrics:
 
     def _shape(self, place: int, kind: Kind, weighting: Weighting) -> torch.Tensor:
         """Before scaling: the identity, or what the heads' queries or output projections say."""
-        wanted = {"key": ("query", "both"), "value": ("output", "both")}[kind]
-        special = self._special[kind][place]
-        if special is not None and weighting.endswith(wanted):
-            return special
+        name = _SHAPES[weighting].get(kind)
+        known = self._shapes[name][place] if name else None
+        if known is not None:
+            return known
         energy = self._moments.energy(kind, place)
         heads, dim = energy.shape
         return torch.eye(dim, dtype=torch.float64, device=energy.device).expand(heads, dim, dim).contiguous()

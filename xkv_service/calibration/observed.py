@@ -1,7 +1,8 @@
-"""What one pass over a sample leaves: moments of keys and values, and energies of the probes' queries."""
+"""What one pass over a sample leaves: moments of keys and values, and covariances of the probes' queries."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
+from xkv_service.calibration.query_covariance import average_over_positions
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.errors import UnsupportedModel
 from xkv_service.modeling.inspect import inspect_loaded
@@ -29,8 +31,9 @@ class Observed:
 
     Args:
         moments: of keys and values.
-        queries: by position, float64 [query_heads, D], summed squares of the probes' rotated queries.
-        query_tokens: how many. planes: by position, candidate planes int64 [n, 2].
+        queries: by position, float64 [query_heads, D, D]: sums of qᵀq of the probes' queries, averaged over
+            the positions of the document's tokens (`query_covariance`).
+        query_tokens: how many queries. planes: by position, candidate planes int64 [n, 2].
     """
 
     moments: Moments
@@ -47,7 +50,7 @@ class Observed:
         """
         layers = calibrated_layers(inspect_loaded(model).layout)
         queries = [
-            torch.zeros(one.query_heads, one.head_dim, dtype=torch.float64, device=model.device)
+            torch.zeros(one.query_heads, one.head_dim, one.head_dim, dtype=torch.float64, device=model.device)
             for one in layers
         ]
         return cls(Moments.empty(layers, reach, model.device), queries, 0, [])
@@ -99,25 +102,35 @@ def observe_document(model: PreTrainedModel, document: ProbedPrefix, found: Obse
         found.planes = found.planes or [
             candidate_planes(exact.planes(layer.index), layer.head_dim) for layer in found.moments.layers
         ]
-        watcher = _Queries(found)
+        watcher = _Queries(found.moments.layers, found.queries)
         with observe(model, watcher, []):
             predictions(model, exact_cache(exact), document.probes)
+        for place, layer in enumerate(found.moments.layers):
+            angles = exact.cos_sin(layer.index, min(CompressionSpec.sink, exact.tokens - 1))
+            found.queries[place] += average_over_positions(
+                watcher.sums[place], exact.planes(layer.index), *angles
+            )
         found.query_tokens += sum(len(probe.token_ids) for probe in document.probes)
     finally:
         exact.free()
 
 
 class _Queries:
-    """Sums the squares of the queries of the observed layers."""
+    """Sums qᵀq of the rotated queries of the observed layers.
 
-    def __init__(self, found: Observed) -> None:
-        self._place = {layer.index: place for place, layer in enumerate(found.moments.layers)}
-        self._sums = found.queries
+    Args:
+        layers: those observed. like: a tensor of the shape of each one's sums.
+    """
+
+    def __init__(self, layers: Sequence[LayerLayout], like: Sequence[torch.Tensor]) -> None:
+        self._place = {layer.index: place for place, layer in enumerate(layers)}
+        self.sums = [torch.zeros_like(one) for one in like]
 
     def on_query(self, module: nn.Module, query: torch.Tensor) -> None:
         place = self._place.get(int(module.layer_idx))  # type: ignore[arg-type]
         if place is not None:
-            self._sums[place] += query[0].double().square().sum(1)
+            rows = query[0].double()
+            self.sums[place] += rows.mT @ rows
 
     def on_attention_input(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         """Nothing."""

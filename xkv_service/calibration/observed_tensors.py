@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -50,14 +49,6 @@ def observed_of(
     queries = [own[f"queries.{place}"] for place in range(count)]
     planes = [own[f"planes.{place}"] for place in range(count) if f"planes.{place}" in own]
     return Observed(moments, queries, query_tokens, planes)
-
-
-def total_of(parts: Sequence[Observed]) -> Observed:
-    """The sum of one part or more, which stay as they are."""
-    total = copy.deepcopy(parts[0])
-    for part in parts[1:]:
-        total.add(part)
-    return total
 
 
 def _numbered(name: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from xkv_service.calibration.allocation import Offers
 from xkv_service.calibration.calibration import KINDS, Calibration, SharedBasis
 from xkv_service.packed_factors import Runs
 from xkv_service.spec import COLUMN_BITS, CompressionSpec
+from xkv_service.stored import base_dtype
 
-_BASE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 _SCALE_BITS = 32
 
 
@@ -18,7 +18,9 @@ class ColumnPlan:
         own = spec.basis == "document"
         parts = [group.basis(kind) for group in calibration.groups for kind in KINDS]
         width = max(part.bases.shape[1] for part in parts)
-        column_bits = (_BASE_BITS[spec.dtype] * width if own else _SCALE_BITS) / tokens
+        row_bits = _base_bits(spec) * width if own else 0
+        scale_bits = _SCALE_BITS if not own or spec.base_dtype else 0
+        column_bits = (row_bits + scale_bits) / tokens
         energies = [part.energies[: _most(part, tokens, own=own)] for part in parts]
         self._offers = Offers(energies, COLUMN_BITS[spec.factor_dtype], column_bits)
 
@@ -26,6 +28,10 @@ class ColumnPlan:
         """Columns and bits of the keys and of the values of each group, for so many bits in all."""
         found = self._offers.runs(bits_per_token)
         return list(zip(found[0::2], found[1::2], strict=True))
+
+
+def _base_bits(spec: CompressionSpec) -> int:
+    return 8 * base_dtype(spec).itemsize
 
 
 def _most(part: SharedBasis, tokens: int, *, own: bool) -> int:

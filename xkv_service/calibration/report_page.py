@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xkv_service.calibration.report.certainty import certainty, facts, small_print, usual
+from xkv_service.calibration.report.certainty import certainty, small_print, usual
 from xkv_service.calibration.report.charts import Chart, Heat, Lines
 from xkv_service.calibration.report.curves import PLURAL, accuracy_charts, spectra_charts
 from xkv_service.calibration.report.decisions import choices, every_figure, steps_table
@@ -20,6 +20,7 @@ from xkv_service.calibration.report.over_layers import (
     plan_charts,
     tolerance_charts,
 )  # fmt: skip
+from xkv_service.calibration.report.stability import stability
 from xkv_service.calibration.report.style import STYLE
 from xkv_service.calibration.report.svg_layers import draw_heat, draw_stacks, stack_legend
 from xkv_service.calibration.report.svg_lines import draw_lines, legend
@@ -85,7 +86,7 @@ def _sections(figures: Mapping[str, Any], title: str) -> list[Markup]:
         _section("What noise each layer stands", _figures([*tolerance_charts(figures)]), _sensitive(figures)),
         _section("Which layers are alike", _figures([*likeness_charts(figures)])),
         _section("How few directions are needed", _figures([*spectra_charts(figures)])),
-        _section("Stability", facts(figures.get("stability"), "Stability")),
+        _section("If the sample had been another", stability(figures)),
         _section("How sure this is", certainty(figures), usual(figures)),
         _section("Small print", small_print(figures)),
     ]

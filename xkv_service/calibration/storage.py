@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 from xkv_artifacts.blobs import store_errors
 from xkv_artifacts.calibration_format import (
     CalibrationManifest,
     CalibrationSample,
     identified,
+    is_statistic,
     read_calibration,
     write_calibration,
 )
@@ -19,22 +22,30 @@ from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.probes import ProbedPrefix
-from xkv_service.errors import ModelMismatch
+from xkv_service.calibration.statistics import DOCUMENTS, Statistics, documents_of
+from xkv_service.errors import InvalidSpec, ModelMismatch
+from xkv_service.modeling.layout import LayerLayout
 
 
 def save_calibration(
-    store: ArtifactStore, calibration: Calibration, model: ModelIdentity, sample: Sequence[ProbedPrefix]
+    store: ArtifactStore,
+    calibration: Calibration,
+    model: ModelIdentity,
+    sample: Sequence[ProbedPrefix],
+    statistics: Statistics | None = None,
 ) -> CalibrationManifest:
     """Publish a calibration; its id comes from its content.
 
     Args:
         sample: the documents that it was made from and tried on.
+        statistics: kept with it, for later calibrations to go on from.
 
     Raises:
         StoreError, CatalogUnavailable
     """
     manifest = calibration_manifest(calibration, model, sample)
-    return store.calibrations.publish(manifest, calibration.to_tensors())
+    kept = {} if statistics is None else statistics.to_tensors()
+    return store.calibrations.publish(manifest, {**calibration.to_tensors(), **kept})
 
 
 def calibration_manifest(
@@ -98,3 +109,31 @@ def load_calibration(
             hint="compress the document again",
         )
     return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
+
+
+def known_documents(store: ArtifactStore, calibration_id: str) -> frozenset[str]:
+    """`document_digest` of each document that a stored calibration keeps sums of.
+
+    Raises:
+        InvalidSpec: it keeps none. As `load_calibration`.
+    """
+    known = documents_of(store.calibrations.load(calibration_id, DOCUMENTS.__eq__)[1])
+    if not known:
+        raise InvalidSpec(
+            f"calibration {calibration_id[:12]} keeps no sums to go on from",
+            hint="it was made before they were kept, or they were too large: calibrate without --from",
+        )
+    return known
+
+
+def load_statistics(
+    store: ArtifactStore,
+    calibration_id: str,
+    layers: Sequence[LayerLayout],
+    reach: int,
+    device: torch.device,
+) -> Statistics:
+    """What a stored calibration keeps of its sample. Arguments and errors as `Statistics.from_tensors`."""
+    calibration = load_calibration(store, calibration_id)
+    _, tensors = store.calibrations.load(calibration_id, is_statistic)
+    return Statistics.from_tensors(tensors, calibration, layers, reach, device)

@@ -78,7 +78,7 @@ class LatentPrefix:
     ) -> None:
         group, place = factors.locate(layer)
         self.layer, self.tokens, self.dtype, self._expand = layer, factors.tokens, expansion.dtype, expansion
-        self._factors, self._bases = half(group.keys, place, device, self.dtype)
+        self._factors, self._bases, _ = half(group.keys, place, device, self.dtype)
         assert isinstance(
             self._factors, torch.Tensor
         )  # packed columns are a calibration's, latents have none

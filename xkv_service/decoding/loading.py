@@ -30,7 +30,6 @@ def load_factors(
     rank_k: int | None = None,
     rank_v: int | None = None,
     calibration_of: Callable[[CompressionSpec, str], Calibration | None] | None = None,
-    touch: bool = True,
 ) -> PrefixFactors:
     """The factors of an artifact, on the CPU.
 
@@ -41,7 +40,6 @@ def load_factors(
             them are not read.
         calibration_of: gives the calibration that a spec shares bases with, of a model's fingerprint; by
             default it is read from the store, as `needed_calibration` does.
-        touch: as in `ArtifactStore.load`.
 
     Raises:
         ArtifactNotFound, CorruptArtifact: no such artifact, or a damaged one.
@@ -57,14 +55,14 @@ def load_factors(
         calibration_of(spec, fingerprint) if calibration_of else needed_calibration(store, spec, fingerprint)
     )
     if rank_k is None and rank_v is None:
-        return PrefixFactors.from_tensors(manifest, store.load(artifact_id, touch=touch)[1], calibration)
+        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
     cut = manifest.model_copy(update={"groups": groups})
     wanted = stored_tensors(spec, manifest.tokens, groups)
     names = [name for name in manifest.tensors if not _is_block(name) or name in wanted]
     tensors = {
         name: tensor[tuple(slice(size) for size in wanted[name].shape)] if _is_block(name) else tensor
-        for name, tensor in store.load(artifact_id, names, touch=touch)[1].items()
+        for name, tensor in store.load(artifact_id, names)[1].items()
     }
     return PrefixFactors.from_tensors(cut, tensors, calibration)
 

@@ -40,11 +40,12 @@ def project_groups(
 
 
 def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, float]:
-    basis = calibration.group_of(features.layout.layers).basis(features.kind).to(features.exact.device)
+    stored = calibration.group_of(features.layout.layers).basis(features.kind)
+    basis = stored.to(features.exact.device)
     factors = features.project(basis.projection(features.rank))
     packed, scales = quantize_runs(factors, features.runs, span)
-    bases = basis.bases[: features.rank] * scales[:, None]
-    return LowRank(packed, bases, features.widths, scales), _error(features, packed[:], bases, span)
+    pair = LowRank(packed, basis.bases[: features.rank], features.widths, scales, stored)
+    return pair, _error(features, packed[:], pair.bases, span)
 
 
 def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:

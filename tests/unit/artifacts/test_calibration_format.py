@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from xkv_artifacts.calibration_format import (
     CalibrationManifest,
     identified,
+    is_statistic,
     read_calibration,
     read_manifest,
     verify,
@@ -51,6 +52,32 @@ def test_the_method_takes_it() -> None:
     assert read.id == made.id and [group.layers for group in read.groups] == list(GROUPS)
     assert read.figures == FIGURES
     assert all(torch.equal(read.to_tensors()[name], tensor) for name, tensor in loaded.items())
+
+
+def test_statistics_make_it_version_2_and_are_read_when_asked_for() -> None:
+    manifest, tensors = calibration()
+    more = {**tensors, "statistics.counts": torch.tensor([5, 7])}
+    made, file = written(manifest, more)
+    assert (made.version, written(manifest, tensors)[0].version) == (2, 1)
+    assert read_manifest(file) == verify(file) == made
+    assert read_calibration(file)[1].keys() == tensors.keys()
+    assert list(read_calibration(file, is_statistic)[1]) == ["statistics.counts"]
+    assert read_calibration(file, lambda name: True)[1].keys() == more.keys()
+    with pytest.raises(CorruptArtifact, match="manifest field version: 1, with statistics it is 2"):
+        write_calibration(io.BytesIO(), made.model_copy(update={"version": 1}), more)
+
+
+def test_a_damaged_statistic_is_found_by_who_reads_it_and_by_verify() -> None:
+    manifest, tensors = calibration()
+    made, file = written(manifest, {**tensors, "statistics.counts": torch.tensor([5, 7])})
+    content = bytearray(file.getvalue())
+    place = content.index(torch.tensor([5, 7]).numpy().tobytes())
+    content[place] ^= 1
+    damaged = io.BytesIO(content)
+    assert read_calibration(damaged)[0].id == made.id
+    for read in (verify, lambda file: read_calibration(file, is_statistic)):
+        with pytest.raises(CorruptArtifact, match="statistics.counts: the checksum does not match"):
+            read(damaged)
 
 
 def changed(tensors: Tensors, name: str, tensor: torch.Tensor) -> Tensors:

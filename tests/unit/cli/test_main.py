@@ -21,6 +21,9 @@ COMMANDS = [
     "show",
     "verify",
     "rm",
+    "pin",
+    "unpin",
+    "ttl",
     "index rebuild",
     "gc",
     "analyze",
@@ -36,6 +39,8 @@ def test_help_imports_nothing_heavy() -> None:
         ["--help"],
         ["ls", "--help"],
         ["calibrations", "ls", "--help"],
+        ["gc", "--help"],
+        ["ttl", "--help"],
         ["precompute", "--help"],
         ["eval", "--help"],
         ["ask", "--help"],
@@ -77,7 +82,7 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
         ["precompute", "--docs", ".", "--min-fidelity", "2"],
         ["precompute", "--docs", ".", "--workers", "0"],
         ["show"],
-        ["gc"],
+        ["gc", "--orphans", "--budget", "1GB"],
     ],
 )
 def test_wrong_usage_exits_2_with_one_line(arguments: list[str]) -> None:

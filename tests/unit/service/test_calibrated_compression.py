@@ -60,6 +60,14 @@ WAYS = {
         ("document", "int4", "none", 2.5),
         ("document", "int8", "derived", 2.0),
     )
+} | {
+    f"document {dtype}, bases in 8 bits": {
+        "basis": "document",
+        "factor_dtype": dtype,
+        "base_dtype": "int8",
+        "ratio": 3.0,
+    }
+    for dtype in ("mixed", "int8")
 }
 
 
@@ -120,7 +128,8 @@ def test_a_rebuilt_layer_is_its_integers_times_scales_and_bases(
             found = rebuild(factors, layer)[number].double()
             inner = slice(4, -3)
             torch.testing.assert_close(found[inner], expected[inner], atol=1e-4, rtol=1e-4)
-            if pair.scales is not None:
+            if pair.shared is not None:
+                assert pair.scales is not None
                 kind = calibration.group_of(group.layout.layers).basis("value" if number else "key")
                 plain = kind.bases[: pair.rank] * pair.scales[:, None]
                 torch.testing.assert_close(pair.bases, plain)

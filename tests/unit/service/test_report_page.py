@@ -27,7 +27,7 @@ HEADINGS = {
     "tolerances": ("What noise each layer stands",),
     "likeness": ("Which layers are alike",),
     "spectra": ("How few directions are needed",),
-    "stability": ("Stability",),
+    "stability": ("If the sample had been another",), "chosen_again": (),
     "thresholds": ("Fidelity that is usual",),
     "warnings": ("To know before use",),
 }  # fmt: skip
@@ -53,7 +53,10 @@ def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
             assert percent(row["agreement"]) in page and times(row["ratio"]) in page
     assert "ratio=48 cannot be reached" in page and "recipe at 48x" in page
     assert "12\u00a0documents" in page and "48,123\u00a0tokens" in page and "24\u00a0probes" in page
-    assert "Few documents: standard errors are wide." in page and "0.94" in page
+    assert (
+        "Few documents: standard errors are wide." in page
+        and "93.7\u00a0% (92.1\u00a0% to 95.1\u00a0%)" in page
+    )
 
 
 def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def fidelity(agreement: float, kl: float) -> Fidelity:
 def test_another_try_has_half_the_ratio_and_bases_of_its_own() -> None:
     again = retry_spec(SPEC)
     assert (again.ratio, again.basis, again.calibration) == (16, "document", SPEC.calibration)
+    assert again.base_dtype == "int8"
     assert retry_spec(CompressionSpec(ratio=1.5)).ratio == 1
 
 

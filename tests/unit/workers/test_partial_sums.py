@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration import folds
+from xkv_service.calibration.folds import total_of
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
-from xkv_service.calibration.observed_tensors import observed_of, observed_tensors, total_of
+from xkv_service.calibration.observed_tensors import observed_of, observed_tensors
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.inspect import inspect_loaded
@@ -74,10 +76,25 @@ def test_the_next_run_goes_on_from_what_was_written(
         first.add(position, observed_tensors(observed[position]))
     first._write()  # whatever pause it makes between writes
     second = sums(store, loaded)
-    assert second.done == {0, 2} and not second.halves[1]
-    assert same(second.halves[0], observed_tensors(total_of([observed[0], observed[2]])))
+    assert second.done == {0, 2}
+    assert all(
+        same(part, observed_tensors(observed[n])) for part, n in zip(second.parts, (0, 2), strict=True)
+    )
     second.remove()
     assert not sums(store, loaded).done
+
+
+def test_documents_share_parts_where_there_are_few(
+    store: ArtifactStore, loaded: LoadedModel, observed: list[Observed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folds, "_MOST_BYTES", 0)
+    first = sums(store, loaded)
+    for position in (0, 1, 2):
+        first.add(position, observed_tensors(observed[position]))
+    first._write()
+    both = sums(store, loaded).parts
+    assert len(both) == 2 and same(both[1], observed_tensors(observed[1]))
+    assert same(both[0], observed_tensors(total_of([observed[0], observed[2]])))
 
 
 def test_sums_of_another_sample_or_other_settings_are_left_alone(
@@ -98,4 +115,4 @@ def test_a_damaged_file_is_begun_again(
     content[-1] ^= 1
     path.write_bytes(content)
     begun = sums(store, loaded)
-    assert not begun.done and begun.halves == ({}, {})
+    assert not begun.done and begun.parts == []

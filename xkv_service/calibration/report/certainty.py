@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from xkv_service.calibration.report.markup import Markup, element, joined, table
 from xkv_service.calibration.report.numbers import counted, percent, short, times
 from xkv_service.calibration.report.reading import (
@@ -13,9 +11,6 @@ from xkv_service.calibration.report.reading import (
     mapping,
     number,
 )
-
-_MOST_ROWS = 500
-_MOST_DEPTH = 3
 
 _SAMPLE = (
     "All figures are of this sample. Documents unlike it may fare differently.",
@@ -77,7 +72,7 @@ _PARTS = {
     "likeness": "likeness of layers",
     "plans": "bits by group",
     "spectra": "spectra",
-    "stability": "stability over samples",
+    "stability": "draws of the sample",
 }
 
 
@@ -100,45 +95,3 @@ def small_print(figures: Figures) -> Markup:
     selected = _DENSE if selection.get("selector") == "dense" else _SELECTED
     lines = (*_SAMPLE, selected, *_MEASURES)
     return element("ul", *(element("li", one) for one in lines), class_="plain small")
-
-
-def facts(value: object, caption: str, depth: int = 0) -> Markup:
-    """Figures of any form: numbers and words as they are, lists of records as tables."""
-    if isinstance(value, str) or number(value) is not None or isinstance(value, bool):
-        return element("p", _plain(value))
-    if depth >= _MOST_DEPTH:
-        return joined()
-    found = mapping(value)
-    if found:
-        return _record(found, caption, depth)
-    listed = list(islice(items(value), _MOST_ROWS))
-    records = [mapping(one) for one in listed if mapping(one)]
-    if records:
-        heads = list(dict.fromkeys(str(key) for one in records for key in one))
-        rows = [[_plain(one.get(head)) for head in heads] for one in records]
-        return table(caption, [_words(head) for head in heads], rows)
-    return element("p", ", ".join(map(_plain, listed))) if listed else joined()
-
-
-def _record(found: Figures, caption: str, depth: int) -> Markup:
-    """Plain entries as one table, the others beneath it."""
-    nested = {key: one for key, one in found.items() if mapping(one) or any(map(mapping, items(one)))}
-    plain = [[_words(key), _plain(one)] for key, one in found.items() if key not in nested]
-    shown = table(caption, ["Figure", "Value"], plain) if plain else ""
-    return joined(shown, *(facts(one, _words(key), depth + 1) for key, one in nested.items()))
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    known = number(value)
-    if known is not None:
-        return f"{known:,.0f}" if known == int(known) and abs(known) < 1e9 else short(known)
-    if isinstance(value, str):
-        return value
-    return ", ".join(_plain(one) for one in islice(items(value), 20) if not items(one)) or "–"
-
-
-def _words(key: object) -> str:
-    words = str(key).replace("_", " ")
-    return words[:1].upper() + words[1:]

@@ -40,6 +40,7 @@ class XKV:
         index: the selection index: "sketch", "derived" (a sketch made when it is needed, nothing stored),
             "landmark" or "none".
         factors: dtype of the token factors; with a calibration "mixed", "int4" or "int8".
+        bases: dtype of the document's own bases: "int8", with a scale a row, or "bfloat16".
         key_share: share of keys in the ranks.
         key_weights, value_weights: see `CompressionSpec`.
         planes: rotary planes in a key sketch.
@@ -76,6 +77,7 @@ class XKV:
         last: int | None = None,
         calibration: str | None = None,
         basis: Literal["document", "calibrated"] = "document",
+        bases: Literal["int8", "bfloat16"] = "bfloat16",
         reuse: Literal["calibrated", "none"] = "calibrated",
     ) -> None:
         self.calibration = None if calibration is None else read_calibration_file(Path(calibration))
@@ -94,6 +96,7 @@ class XKV:
             value_weights=value_weights,
             calibration=self.calibration.id if self.calibration else None,
             basis=basis,
+            base_dtype=None if bases == "bfloat16" else bases,
             reuse=reuse_of(self.calibration) if self.calibration and reuses else (),
         )
         self.selection = _selection(selector, budget, granularity, last)

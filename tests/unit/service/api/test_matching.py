@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DOCUMENT, SETTINGS, publish
 from families import tiny_model as family_model
 from redis_server import RedisServer
+from rivers import DOCUMENT, SETTINGS, publish
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest

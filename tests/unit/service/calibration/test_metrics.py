@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from xkv_service.calibration.calibration import KINDS
-from xkv_service.calibration.metrics import WEIGHTINGS, Metrics, Weighting
+from xkv_service.calibration.metrics import WEIGHTINGS, Metrics, Shape, Weighting
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.tolerance import LIMIT, Tolerances, no_tolerances
 from xkv_service.factorization.weights import metric_weights
@@ -19,6 +21,12 @@ def definite(seed: int) -> torch.Tensor:
     return roots @ roots.mT + 1e-3 * torch.eye(DIM, dtype=torch.float64)
 
 
+def shapes(output: Sequence[torch.Tensor | None]) -> dict[Shape, Sequence[torch.Tensor | None]]:
+    """Every layer has queries of its own."""
+    queries = [definite(place) for place in range(LAYERS)]
+    return {"query": queries, "covariance": [2 * one + definite(7) for one in queries], "output": output}
+
+
 def measured(moments: Moments) -> Tolerances:
     """Later layers tolerate less."""
     found = no_tolerances(moments)
@@ -29,8 +37,7 @@ def measured(moments: Moments) -> Tolerances:
 
 @pytest.fixture
 def metrics(moments: Moments) -> Metrics:
-    queries = [definite(place) for place in range(LAYERS)]
-    return Metrics(moments, measured(moments), queries, [definite(9), None, definite(8)])
+    return Metrics(moments, measured(moments), shapes([definite(9), None, definite(8)]))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -55,13 +62,16 @@ def test_shapes_are_what_the_weighting_names(metrics: Metrics) -> None:
         return metric / metric[0, 0, 0]
 
     eye, key, value = torch.eye(DIM, dtype=torch.float64).expand(HEADS, -1, -1), definite(0), definite(9)
-    key, value = key / key[0, 0, 0], value / value[0, 0, 0]
+    full = 2 * key + definite(7)
+    key, value, full = key / key[0, 0, 0], value / value[0, 0, 0], full / full[0, 0, 0]
     for weighting, wanted_key, wanted_value in (
         ("plain", eye, eye),
         ("tolerance", eye, eye),
         ("tolerance+query", key, eye),
         ("tolerance+output", eye, value),
         ("tolerance+both", key, value),
+        ("tolerance+covariance", full, eye),
+        ("tolerance+covariance+output", full, value),
     ):
         torch.testing.assert_close(shape(weighting, 0, "key"), wanted_key)  # type: ignore[arg-type]
         torch.testing.assert_close(shape(weighting, 0, "value"), wanted_value)  # type: ignore[arg-type]
@@ -81,8 +91,7 @@ def test_a_layer_that_never_varies_has_a_metric_too(
         held.products[1] = torch.full_like(held.products[1], mean**2 * still.tokens)
         held.sums[1] = torch.full_like(held.sums[1], mean * still.tokens)
     tolerances = no_tolerances(still)
-    queries = [definite(0), definite(1), definite(2)]
-    metrics = Metrics(still, tolerances, queries, queries)
+    metrics = Metrics(still, tolerances, shapes([definite(0), definite(1), definite(2)]))
     for place in range(LAYERS):
         for kind in KINDS:
             metric = metrics.of(weighting)(place, kind)
@@ -92,6 +101,6 @@ def test_a_layer_that_never_varies_has_a_metric_too(
 def test_a_model_of_zeros_has_metrics(moments: Moments) -> None:
     still = Moments.empty(moments.layers, moments.reach, torch.device("cpu"))
     still.tokens = 5
-    metrics = Metrics(still, no_tolerances(still), [definite(0)] * 3, [None] * 3)
+    metrics = Metrics(still, no_tolerances(still), shapes([None] * 3))
     for weighting in WEIGHTINGS:
         assert torch.isfinite(metric_weights(metrics.of(weighting)(0, "key")).inverses).all()

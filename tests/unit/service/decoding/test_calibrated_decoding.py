@@ -243,7 +243,8 @@ def test_leading_ranks_read_fewer_bytes_and_are_the_leading_columns(
     expected = group.keys.factors[where][:, :rank_k].float() @ group.keys.layer_bases(0)[:rank_k]
     unrotated = factors.rotary[0].unrotate(layer.keys(where), where).flatten(1)
     torch.testing.assert_close(unrotated, expected, atol=1e-4, rtol=1e-4)
-    expected = group.values.factors[where][:, :rank_v].float()
+    assert group.values.scales is not None
+    expected = group.values.factors[where][:, :rank_v].float() * group.values.scales[:rank_v]
     assert torch.equal(layer.value_factors(where), expected)
     with pytest.raises(InvalidSpec, match="rank_k=0"):
         XKVCache.from_artifact(model, store, artifact, rank_k=0)

@@ -1,0 +1,137 @@
+"""`xkv serve`: start the server and wait."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xkv_cli.conversation_options import BudgetType
+from xkv_cli.options import place_options, store_options, wrong_usage
+from xkv_cli.sizes import SizeType
+
+
+class ReplicasType(click.ParamType[tuple[int, int]]):
+    """A number of replicas, or from how many to how many."""
+
+    name = "N|N-M"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        least, _, most = str(value).partition("-")
+        if (
+            not least.isdecimal()
+            or not (most or least).isdecimal()
+            or not 1 <= int(least) <= int(most or least)
+        ):
+            self.fail(f"{value!r} is neither a number of replicas (2) nor a range of them (1-4)", param, ctx)
+        return int(least), int(most or least)
+
+
+@click.command()
+@place_options
+@store_options
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen at.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, metavar="P")
+@click.option(
+    "--keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Who may use the server (docs/serving.md). Default: XKV_API_KEYS, else everybody on this machine.",
+)
+@click.option("--open-network", is_flag=True, help="Let other machines in although there are no keys.")
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME",
+    help="Another name that requests may give to the model, such as the one an application has built in.",
+)
+@click.option(
+    "--replicas",
+    type=ReplicasType(),
+    default="1",
+    show_default=True,
+    help="Copies of the model, one per GPU; with a range their number follows the requests.",
+)
+@click.option(
+    "--max-running", type=int, default=16, show_default=True, metavar="N", help="Answers at once per replica."
+)
+@click.option(
+    "--prefix-memory",
+    "prefix_bytes",
+    type=SizeType(),
+    default="1GiB",
+    show_default=True,
+    help="Memory of each replica for compressed prefixes.",
+)
+@click.option(
+    "--tail-memory",
+    "tail_bytes",
+    type=SizeType(),
+    default="1GiB",
+    show_default=True,
+    help="Memory of each replica for conversations between their turns.",
+)
+@click.option(
+    "--budget",
+    type=BudgetType(),
+    help="Tokens of a prefix to rebuild for each new token, or their share of it. Default: a sixteenth.",
+)
+@click.option(
+    "--min-fidelity",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    metavar="F",
+    help="Artifacts that agree less with the exact cache are not used.",
+)
+def serve(**options: Any) -> int:
+    """Answer OpenAI's API from compressed prefixes.
+
+    Chats and completions whose prompts begin like a stored prefix are decoded from its factors; everything
+    else is computed as usual. Answers say which prefix served them, or why none did.
+
+    \b
+    Examples:
+      xkv serve                                        the bundled model at http://127.0.0.1:8000
+      xkv serve --model ./llama --keys keys.json --host 0.0.0.0
+      xkv serve --ray-address auto --redis redis://host:6379/0 --store s3://bucket/kv --replicas 2-8
+
+    \b
+    Then point any OpenAI client at it:
+      OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
+
+    Ctrl-C stops it. Exit status: 0 stopped, 1 it could not start, 2 wrong usage.
+    """
+    from xkv_service.api.settings import APISettings
+    from xkv_service.engine.settings import EngineSettings
+    from xkv_service.errors import InvalidSpec
+    from xkv_service.selection.spec import SelectionSpec
+    from xkv_workers.serving.server import ServeRequest, serving
+
+    budget = options.pop("budget")
+    engine = {"max_running": options.pop("max_running"), "tail_bytes": options.pop("tail_bytes")}
+    api = {"min_fidelity": options.pop("min_fidelity"), "open_network": options.pop("open_network")}
+    try:
+        selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)
+        request = ServeRequest(
+            engine=EngineSettings(selection=selection, **engine), api=APISettings(**api), **options
+        )
+    except InvalidSpec as error:
+        raise wrong_usage(error) from None
+    stop = threading.Event()
+    with serving(request) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets its own when it starts
+            signal.signal(number, lambda *_: stop.set())
+        click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
+        click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
+        stop.wait()
+        click.echo("stopping", err=True)
+    return 0

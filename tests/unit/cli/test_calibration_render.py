@@ -1,0 +1,36 @@
+"""What the commands say of a calibration: how sure it is, and warnings, whatever its figures are."""
+
+from __future__ import annotations
+
+import pytest
+from calibration_figures import calibration_figures
+
+from xkv_cli.calibration_render import certainty, report
+from xkv_workers.calibrate import CalibrationReport
+
+
+def test_the_summary_says_how_sure_the_plan_is_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = calibration_figures()
+    report(CalibrationReport("f" * 64, "tiny", 16, 4, 48123, (), 1.5, figures))
+    shown = capsys.readouterr()
+    lines = {line.split("  ")[0]: " ".join(line.split()) for line in shown.out.splitlines()}
+    assert lines["drawn again"].endswith("20 times, from 8 parts of 12 documents")
+    assert "93.7 % (92.1 % to 95.1 %) of what others' own directions hold" in lines["energy kept"]
+    assert "in 71 % of draws" in lines["same metric"] and "in 99.3 % of draws" in lines["same groups"]
+    assert "0–3 | 4–7 | 8–9 in 85 % of draws" in lines["searched groups"]
+    assert "warning Few documents: standard errors are wide." in shown.err
+
+
+@pytest.mark.parametrize(
+    "stability",
+    [None, 0.93, [], {}, {"parts": "2"}, {"parts": 2, "documents": 3, "resamples": float("nan")}],
+)
+def test_a_calibration_whose_sample_was_not_drawn_again_says_nothing(stability: object) -> None:
+    assert certainty({"stability": stability}) == []
+
+
+def test_figures_that_make_no_sense_are_left_out() -> None:
+    found = {"parts": 2, "documents": 3, "resamples": 4, "kept": {"mean": "all"}, "groups": [3], "bits": 7}
+    assert certainty({"stability": found, "chosen_again": [1]}) == [
+        ("drawn again", "4 times, from 2 parts of 3 documents")
+    ]

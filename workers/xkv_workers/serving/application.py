@@ -1,0 +1,78 @@
+"""The Serve application: which deployments there are, and how they find each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, INGRESS, ServeSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+BOARD = "xkv-state-board"
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_SCALE_DOWN_S = 300.0
+_HEALTH_S = 5.0
+_ENGINE_GPU = 0.9
+"""Of a GPU: one engine on each, and the compressor beside one of them."""
+
+
+def build_application(settings: ServeSettings) -> Any:
+    """The application to give to `serve.run`. Ray is up."""
+    import ray
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+    from xkv_workers.serving.compressor import Compressor
+    from xkv_workers.serving.engine_replica import EngineReplica
+    from xkv_workers.serving.state_board import StateBoard
+
+    board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
+    place = settings.place
+    on_gpu = place.device == "cuda"
+    engine = serve.deployment(
+        EngineReplica,
+        name=ENGINE,
+        max_ongoing_requests=settings.ongoing,
+        max_queued_requests=4 * settings.ongoing * settings.max_replicas,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.engine.max_running,
+            downscale_delay_s=_SCALE_DOWN_S,
+        ),
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+        ray_actor_options={"num_gpus": _ENGINE_GPU} if on_gpu else {"num_cpus": place.threads},
+        health_check_period_s=_HEALTH_S,
+    )
+    compressor = serve.deployment(
+        Compressor,
+        name=COMPRESSOR,
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_gpus": 1 - _ENGINE_GPU} if on_gpu else {"num_cpus": 0},
+        health_check_period_s=_HEALTH_S,
+    )
+    # An app that is built on each replica: nothing of it has to be pickled but this function.
+    ingress = serve.deployment(
+        serve.ingress(_app_builder(settings))(),
+        name=INGRESS,
+        num_replicas=settings.ingresses,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+    )
+    making = compressor.bind(settings)
+    return ingress.bind(engine.bind(settings, board, making), making)
+
+
+def _app_builder(settings: ServeSettings) -> Callable[[], FastAPI]:
+    def build() -> FastAPI:
+        from xkv_workers.serving.ingress import make_app
+
+        return make_app(settings)
+
+    return build
+
+
+__all__ = ["APP", "BOARD", "build_application"]

@@ -1,0 +1,98 @@
+"""`EngineReplica`: one model, its resident prefixes and its engine, as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from xkv_artifacts.keys import token_bytes
+from xkv_service.api.backend import NewPrefix
+from xkv_service.api.local import EngineBackend
+from xkv_service.engine.engine import Engine
+from xkv_service.engine.messages import EngineState, Event, GenerationRequest
+from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_workers.errors import WorkerFailed
+from xkv_workers.place import open_place
+from xkv_workers.serving.settings import ServeSettings
+
+_REPORT_S = 1.0
+
+
+class EngineReplica:
+    """Loads the model once, and serves until Serve ends it.
+
+    Args:
+        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes damaged prefixes anew.
+    """
+
+    def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
+        self._loaded, self._store = open_place(settings.place)
+        self._pool = PrefixPool(
+            self._loaded.model,
+            self._store,
+            settings.engine.selection,
+            settings.prefix_bytes,
+            fingerprint=self._loaded.identity.fingerprint,
+        )
+        self._compressor = compressor
+        self._engine = Engine(self._loaded, settings.engine, self._pool, self._make_anew)
+        self._backend = EngineBackend(self._engine)
+        self._board, self._name = board, _replica_name()
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        """The events of one request. Cancelling the call takes it out of the batch."""
+        self._report_from_now_on()
+        events = self._backend.generate(request)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def state(self) -> EngineState:
+        """What the engine holds and does now."""
+        return self._engine.state()
+
+    async def check_health(self) -> None:
+        """Asked by Serve again and again; a replica that raises is replaced.
+
+        Raises:
+            WorkerFailed: the engine died.
+        """
+        self._report_from_now_on()
+        if not self._engine.alive:
+            raise WorkerFailed("the engine died", hint="its log says why")
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it did not come up
+            self._engine.close()
+            self._pool.close()
+            self._store.close()
+
+    def _make_anew(self, request: GenerationRequest) -> None:
+        """Have the part of the prompt that a damaged artifact held compressed again."""
+        assert request.match is not None
+        ids = request.token_ids[: request.match.tokens]
+        digest = hashlib.sha256(token_bytes(ids)).hexdigest()
+        new = NewPrefix(request.namespace, ids, f"again-{request.match.artifact_id[:12]}", digest)
+        self._compressor.call.remote("create", new)
+
+    def _report_from_now_on(self) -> None:
+        """Tell the board every second, on the loop that Serve calls this replica on."""
+        if self._reporting is None or self._reporting.done():
+            self._reporting = asyncio.get_running_loop().create_task(self._report())
+
+    async def _report(self) -> None:
+        while self._engine.alive:
+            self._board.put.remote(self._name, self._engine.state())
+            await asyncio.sleep(_REPORT_S)
+
+
+def _replica_name() -> str:
+    from ray import serve
+
+    return str(serve.get_replica_context().replica_id.unique_id)

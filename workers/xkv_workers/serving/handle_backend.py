@@ -1,0 +1,88 @@
+"""`HandleBackend`: engine replicas behind the API, reached through a Serve handle."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from xkv_service.engine.messages import Delta, EngineState, Event, Failed, Finished, GenerationRequest
+
+_log = logging.getLogger(__name__)
+_ROUTED_TOKENS = 256
+_TRIES = 3
+
+
+class HandleBackend:
+    """A `Backend` over replicas. Requests of one prefix, or one conversation, go to one replica.
+
+    Args:
+        engine: the handle of the engine deployment. board: of the `StateBoard`.
+    """
+
+    def __init__(self, engine: Any, board: Any) -> None:
+        self._engine, self._board = engine, board
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """The events of one request; closing the iterator cancels it on its replica.
+
+        A replica that dies before it has said anything of the answer is replaced by another one; later, the
+        request fails.
+        """
+        for left in reversed(range(_TRIES)):
+            told = False
+            events = self._events(request)
+            try:
+                async for event in events:
+                    told = told or isinstance(event, Delta)
+                    yield event
+                return
+            except Exception as error:  # noqa: BLE001 - Ray's own, of many kinds, and whatever the replica raised
+                failed, again = _failure_of(error)
+                if told or not left or not again:
+                    yield failed
+                    return
+                _log.warning("request %s starts again: %s", request.id, error)
+            finally:
+                await events.aclose()
+
+    async def states(self) -> list[EngineState]:
+        """What each replica held and did a second ago."""
+        found: list[EngineState] = await self._board.all.remote()
+        return found
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        handle = self._engine.options(stream=True, session_id=routing_key(request))
+        response = handle.generate.remote(request)
+        ended = False
+        try:
+            async for event in response:
+                ended = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            if not ended:
+                response.cancel()
+
+
+def routing_key(request: GenerationRequest) -> str:
+    """What decides the replica: the artifact, else how the prompt begins, in its namespace."""
+    if request.match is not None:
+        return request.match.artifact_id
+    beginning = f"{request.namespace} {request.token_ids[:_ROUTED_TOKENS]}"
+    return hashlib.sha256(beginning.encode()).hexdigest()
+
+
+def _failure_of(error: Exception) -> tuple[Failed, bool]:
+    """What a client is told, and whether another replica may do better."""
+    from ray.exceptions import RayActorError, RaySystemError
+    from ray.serve.exceptions import BackPressureError, RayServeException
+
+    if isinstance(error, BackPressureError):
+        return Failed("overloaded", "all replicas are busy", retry_after_s=2.0), False
+    if isinstance(error, RayActorError | RaySystemError):
+        return Failed("overloaded", "the replica that answered died", retry_after_s=1.0), True
+    if isinstance(error, RayServeException):
+        return Failed("overloaded", "no replica can answer now", retry_after_s=2.0), True
+    _log.error("a replica failed", exc_info=error)
+    return Failed("internal", f"the replica failed: {type(error).__name__}"), False

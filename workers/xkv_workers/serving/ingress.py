@@ -1,0 +1,38 @@
+"""The HTTP side of a server: the API over replicas. It holds no model, and nothing that another does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.app import create_app
+from xkv_service.api.matching import PrefixFinder
+from xkv_service.api.model import ServedModel
+from xkv_service.modeling.model_files import find_model
+from xkv_workers.serving.handle_backend import HandleBackend
+from xkv_workers.serving.remote_prefixes import RemotePrefixes
+from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def make_app(settings: ServeSettings) -> FastAPI:
+    """The app of one ingress replica."""
+    import ray
+    from ray import serve
+
+    from xkv_workers.serving.application import BOARD
+
+    place = settings.place
+    files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
+    store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
+    backend = HandleBackend(serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD))
+    return create_app(
+        ServedModel.of(files, settings.aliases),
+        backend,
+        finder=PrefixFinder(store, place.fingerprint, settings.api),
+        prefixes=RemotePrefixes(serve.get_deployment_handle(COMPRESSOR, APP)),
+        keys=settings.keys,
+        settings=settings.api,
+    )

@@ -1,0 +1,183 @@
+"""Start the server, say where it is, and take it down again."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.keys import KeyRing
+from xkv_service.api.settings import APISettings
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.errors import InvalidSpec
+from xkv_workers.cluster import Room, cluster, plan_crew
+from xkv_workers.errors import RayUnavailable, ServerFailed
+from xkv_workers.messages import ModelPlace
+from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
+from xkv_workers.serving.settings import APP, ServeSettings
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What to serve, and where. The fields are the options of `xkv serve`.
+
+    Args:
+        model: None is the bundled one. redis_url: None is the embedded one.
+        ray_address: None starts a Ray here.
+        keys: a file; None: `KEYS_VARIABLE`, else nobody needs a key.
+        replicas: engine replicas at least, and at most: between them their number follows the requests.
+    """
+
+    store_url: str
+    redis_url: str | None = None
+    ray_address: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    aliases: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Path | None = None
+    replicas: tuple[int, int] = (1, 1)
+    prefix_bytes: int = 2**30
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    api: APISettings = field(default_factory=APISettings)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that answers.
+
+    Args:
+        url: where. model: its name. store_url: of the prefixes. replicas: started.
+        logs: the folder with the logs of its processes, on this machine.
+        open: whether nobody needs a key.
+    """
+
+    url: str
+    model: str
+    store_url: str
+    replicas: int
+    logs: str
+    open: bool
+
+
+@contextmanager
+def serving(request: ServeRequest) -> Iterator[Serving]:
+    """The server, while the block runs. Everything that can be wrong is found before Ray is started.
+
+    Raises:
+        XKVError: a model, store, keys file or address that cannot be used, or Ray does not start.
+    """
+    keys = KeyRing.read(request.keys)
+    _check_address(request, keys)
+    with ExitStack() as stack:
+        store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
+        room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
+        model = choose_model(request.model, request.revision, choose_device(request.device, room))
+        if room is not None and room.nodes > 1 and store.redis_url.startswith("unix:"):
+            raise RayUnavailable(
+                f"{room.nodes} machines cannot share the embedded Redis of this one",
+                hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
+            )
+        room = room or stack.enter_context(cluster())
+        settings = _settings(request, model, store, room, keys)
+        stack.enter_context(_application(request, settings))
+        yield Serving(
+            url=f"http://{_shown(request.host)}:{request.port}",
+            model=model.files.identity.name,
+            store_url=store.blobs.url,
+            replicas=settings.min_replicas,
+            logs=_logs(),
+            open=keys.is_open,
+        )
+
+
+def _check_address(request: ServeRequest, keys: KeyRing) -> None:
+    if (
+        keys.is_open
+        and request.host not in ("127.0.0.1", "::1", "localhost")
+        and not request.api.open_network
+    ):
+        raise InvalidSpec(
+            f"--host {request.host} lets other machines in, and there are no keys",
+            hint="give --keys, or --open-network if the network may use it",
+        )
+    family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((request.host, request.port))
+        except OSError as error:
+            raise InvalidSpec(
+                f"{request.host}:{request.port} cannot be used: {error.strerror or error}",
+                hint="give another --host or --port",
+            ) from None
+
+
+def _settings(
+    request: ServeRequest, model: ChosenModel, store: ArtifactStore, room: Room, keys: KeyRing
+) -> ServeSettings:
+    least, most = request.replicas
+    crew = plan_crew(room, model.device, least)
+    place = ModelPlace(
+        model=model.place,
+        revision=request.revision,
+        dtype=model.dtype,
+        fingerprint=model.fingerprint,
+        device=model.device,
+        threads=crew.threads,
+        store_url=store.blobs.url,
+        redis_url=store.redis_url,
+    )
+    return ServeSettings(
+        place,
+        aliases=request.aliases,
+        engine=request.engine,
+        api=request.api,
+        prefix_bytes=request.prefix_bytes,
+        min_replicas=least,
+        max_replicas=most,
+        keys=keys,
+    )
+
+
+@contextmanager
+def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[None]:
+    """The deployments, up and answering."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.exceptions import RayServeException
+
+    from xkv_workers.serving.application import build_application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(http_options=HTTPOptions(host=request.host, port=request.port))
+        serve.run(build_application(settings), name=APP, route_prefix="/")
+    except (RuntimeError, RayServeException) as error:
+        serve.shutdown()
+        raise ServerFailed(
+            f"the server did not come up: {' '.join(str(error).split())[:300]}",
+            hint=f"its logs are in {_logs()}",
+        ) from None
+    try:
+        yield
+    finally:
+        serve.delete(APP) if request.ray_address else serve.shutdown()
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _logs() -> str:
+    import ray
+
+    node = getattr(ray._private.worker, "_global_node", None)
+    return str(Path(node.get_session_dir_path()) / "logs" / "serve") if node else "the session folder of Ray"

@@ -1,0 +1,63 @@
+"""`ServeSettings`: a server as its processes need to know it. Plain values that cross to Ray's workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xkv_service.api.keys import KeyRing
+from xkv_service.api.settings import APISettings
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.errors import InvalidSpec
+from xkv_service.numeric import is_integer
+from xkv_service.spec import DEFAULT_RATIO
+from xkv_workers.messages import ModelPlace
+
+APP = "xkv"
+ENGINE = "engine"
+INGRESS = "ingress"
+COMPRESSOR = "compressor"
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What is served, and how much of it.
+
+    Args:
+        place: the model and the store. aliases: names of the model besides its own.
+        engine, api: limits of each replica's engine and of the HTTP side.
+        ratio: of prefixes that are made here and ask for none.
+        prefix_bytes: budget of each replica for resident prefixes.
+        min_replicas, max_replicas: engine replicas; between them their number follows the requests.
+        ingresses: HTTP replicas.
+        keys: who may enter.
+
+    Raises:
+        InvalidSpec: a number out of range.
+    """
+
+    place: ModelPlace
+    aliases: tuple[str, ...] = ()
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    api: APISettings = field(default_factory=APISettings)
+    ratio: float = DEFAULT_RATIO
+    prefix_bytes: int = 2**30
+    min_replicas: int = 1
+    max_replicas: int = 1
+    ingresses: int = 1
+    keys: KeyRing = field(default_factory=KeyRing)
+
+    def __post_init__(self) -> None:
+        for name in ("prefix_bytes", "min_replicas", "max_replicas", "ingresses"):
+            value = getattr(self, name)
+            if not is_integer(value) or value < 1:
+                raise InvalidSpec(f"{name}={value!r} is out of range", hint="use an integer from 1")
+        if self.max_replicas < self.min_replicas:
+            raise InvalidSpec(
+                f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}",
+                hint="give at least as many",
+            )
+
+    @property
+    def ongoing(self) -> int:
+        """Requests that a replica takes before others spill over to the next one."""
+        return 2 * self.engine.max_running
