@@ -14,7 +14,7 @@ import torch
 from xkv_service.calibration.probes import ProbedPrefix, predictions
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.layer_prefix import ReadablePrefix
+from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.decoding.select import Selected, Selection
@@ -76,7 +76,7 @@ class RecallMeter:
 def measure_recall(
     prefix: Prefix, exact: Prefill, document: ProbedPrefix, choices: Mapping[Any, SelectionSpec]
 ) -> Recall:
-    """Recall of every compressed layer on a document's probes, each layer attending to every token.
+    """Recall of every full-attention layer on a document's probes, each layer attending to every token.
 
     Args:
         prefix: the document's factors, whose indexes choose. exact: its prefill, whose keys say what counts.
@@ -85,8 +85,8 @@ def measure_recall(
     cache = XKVCache(prefix, SelectionSpec("dense"))
     meters: dict[int, Any] = {}
     for layer in cache.layers:
-        if isinstance(layer, PrefixLayer):
-            mine = prefix.layers[layer.index]
+        mine = prefix.layers.get(getattr(layer, "index", -1))
+        if isinstance(layer, PrefixLayer) and isinstance(mine, LayerPrefix):
             selections = {name: Selection(mine, spec) for name, spec in choices.items()}
             meters[layer.index] = RecallMeter(mine, exact.rotated_keys(layer.index), selections)
             layer.selection = meters[layer.index]
