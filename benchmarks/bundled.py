@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from random import Random
 
@@ -19,9 +19,9 @@ from xkv_service.modeling.models import LoadedModel, load_model
 from xkv_service.modeling.prompts import render_prefix
 
 
-def load() -> LoadedModel:
-    """The bundled model on the CPU."""
-    return load_model(demo_model_path(), device="cpu")
+def load(model: str | None = None) -> LoadedModel:
+    """The bundled model, or the one in a folder, on the CPU."""
+    return load_model(model or demo_model_path(), device="cpu")
 
 
 def document_ids(loaded: LoadedModel, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -39,6 +39,13 @@ def measure_of(loaded: LoadedModel) -> Callable[[str], int]:
 
 def file_bytes(loaded: LoadedModel, factors: PrefixFactors) -> int:
     """Bytes of the artifact's file, header included."""
+    return len(artifact_bytes(loaded, factors))
+
+
+def artifact_bytes(
+    loaded: LoadedModel, factors: PrefixFactors, tensors: Mapping[str, torch.Tensor] | None = None
+) -> bytes:
+    """The artifact's file; its tensors, or others in their place."""
     fields = factors.manifest_fields()
     manifest = PrefixManifest(
         id=artifact_id(loaded.identity.fingerprint, "benchmark", factors.token_ids.tolist(), fields["spec"]),
@@ -49,5 +56,5 @@ def file_bytes(loaded: LoadedModel, factors: PrefixFactors) -> int:
         **fields,
     )
     file = io.BytesIO()
-    write_prefix(file, manifest, factors.to_tensors())
-    return file.tell()
+    write_prefix(file, manifest, factors.to_tensors() if tensors is None else tensors)
+    return file.getvalue()

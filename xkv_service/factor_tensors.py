@@ -8,7 +8,7 @@ import torch
 
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
-from xkv_service.calibration.calibration import Calibration, Kind
+from xkv_service.calibration.calibration import Calibration, Kind, SharedBasis
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
 from xkv_service.manifest_checks import checked_spec
@@ -77,7 +77,7 @@ def from_tensors(
     _check(table, tensors)
     layers = [layer for group in manifest.groups for layer in group.layers]
     latent = {layer for group in manifest.groups if group.latent for layer in group.layers}
-    indexed = [layer for layer in layers if layer not in latent]
+    indexed = [layer for layer in layers if layer not in latent and layer not in spec.reuse]
     return PrefixFactors(
         spec=spec,
         bytes_full=manifest.bytes_full,
@@ -115,8 +115,8 @@ def _blocks(name: str, pair: LowRank, runs: Runs) -> dict[str, torch.Tensor]:
         zip(column_blocks(runs, RANK_BLOCK), _factor_blocks(pair.factors), strict=True)
     ):
         tensors[f"{name}.factors.{block}"] = columns
-        if pair.scales is None:
-            tensors[f"{name}.bases.{block}"] = pair.bases[start:stop]
+        if pair.shared is None:
+            tensors[f"{name}.bases.{block}"] = pair.directions[start:stop]
     if pair.scales is not None:
         tensors[f"{name}.scales"] = pair.scales
     return tensors
@@ -165,15 +165,22 @@ def _group(
         factors = _factors(name, runs, tensors, packed=bool(columns))
         if shared is None:
             blocks = range(len(column_blocks(runs, RANK_BLOCK)))
-            return LowRank(factors, torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks]), widths)
-        scales = tensors[f"{name}.scales"]
-        if not bool(torch.isfinite(scales).all()):
-            raise CorruptArtifact(f"tensor {name}.scales is not finite")
-        return LowRank(factors, _shared_bases(shared, layout, kind, scales), widths, scales)
+            directions = torch.cat([tensors[f"{name}.bases.{block}"] for block in blocks])
+            return LowRank(factors, directions, widths, _scales(name, tensors) if spec.base_dtype else None)
+        scales = _scales(name, tensors)
+        basis = _shared_basis(shared, layout, kind, len(scales))
+        return LowRank(factors, basis.bases[: len(scales)], widths, scales, basis)
 
     values = None if layout.latent else pair("value", layout.rank_v, layout.columns_v, layout.value_widths)
     keys = pair("key", layout.rank_k, layout.columns_k, layout.key_widths)
     return GroupFactors(layout, keys, values)
+
+
+def _scales(name: str, tensors: Tensors) -> torch.Tensor:
+    scales = tensors[f"{name}.scales"]
+    if not bool(torch.isfinite(scales).all()):
+        raise CorruptArtifact(f"tensor {name}.scales is not finite")
+    return scales
 
 
 def _factors(name: str, runs: Runs, tensors: Tensors, *, packed: bool) -> torch.Tensor | PackedFactors:
@@ -184,17 +191,15 @@ def _factors(name: str, runs: Runs, tensors: Tensors, *, packed: bool) -> torch.
     return PackedFactors(runs, pieces) if packed else pieces[0]
 
 
-def _shared_bases(
-    calibration: Calibration, layout: GroupLayout, kind: Kind, scales: torch.Tensor
-) -> torch.Tensor:
+def _shared_basis(calibration: Calibration, layout: GroupLayout, kind: Kind, rank: int) -> SharedBasis:
     try:
-        bases = calibration.group_of(layout.layers).basis(kind).bases
+        basis = calibration.group_of(layout.layers).basis(kind)
     except KeyError:
         raise CorruptArtifact(f"layers {layout.layers} are no group of the calibration") from None
     widths = layout.key_widths if kind == "key" else layout.value_widths
-    if len(scales) > bases.shape[0] or bases.shape[1] != sum(widths):
+    if rank > basis.bases.shape[0] or basis.bases.shape[1] != sum(widths):
         raise CorruptArtifact(f"layers {layout.layers}: ranks or widths are not those of the calibration")
-    return bases[: len(scales)] * scales[:, None]
+    return basis
 
 
 def _state(state: StateLayout, tensors: Tensors) -> LayerState:

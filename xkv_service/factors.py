@@ -17,7 +17,7 @@ from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from xkv_service.calibration.calibration import Calibration
+    from xkv_service.calibration.calibration import Calibration, SharedBasis
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,43 @@ class LowRank:
     Args:
         factors: token factors A [T, r], columns in singular order; row t belongs to token t alone.
             Integer factors have the scales of their columns in `bases`.
-        bases: layer bases side by side [r, W], W the sum of `widths`.
+        directions: [r, W], W the sum of `widths`: the bases; int8 ones and a calibration's, which many
+            prefixes share, are to be multiplied by `scales`, row by row.
         widths: features of each layer, kv_heads x dimensions per head.
-        scales: float32 [r], where the bases are a calibration's times these; None where they are its own.
+        scales: float32 [r], with int8 bases or a calibration's; else None.
+        shared: what `directions` are the first of, where they are a calibration's.
     """
 
     factors: torch.Tensor | PackedFactors
-    bases: torch.Tensor
+    directions: torch.Tensor
     widths: tuple[int, ...]
     scales: torch.Tensor | None = None
+    shared: SharedBasis | None = None
+
+    @property
+    def bases(self) -> torch.Tensor:
+        """Layer bases side by side [r, W]; new memory where they are a calibration's."""
+        return self.directions if self.scales is None else self.directions * self.scales[:, None]
 
     @property
     def rank(self) -> int:
         """r, columns of the token factors."""
         return self.factors.shape[1]
 
+    @property
+    def has_integer_bases(self) -> bool:
+        """Whether the bases are int8, with scales."""
+        return self.directions.dtype == torch.int8
+
     def layer_bases(self, position: int) -> torch.Tensor:
-        """B_l [r, W_l] of the group's layer number `position`, a view."""
+        """B_l [r, W_l] of the group's layer number `position`: a view, or float32 where there are scales."""
+        mine = self.directions[:, self.columns(position)]
+        return mine if self.scales is None else mine * self.scales[:, None]
+
+    def columns(self, position: int) -> slice:
+        """Which columns of the bases belong to the group's layer number `position`."""
         start = sum(self.widths[:position])
-        return self.bases[:, start : start + self.widths[position]]
+        return slice(start, start + self.widths[position])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_service.errors import InvalidSpec
 from xkv_service.packed_factors import rank_of
+from xkv_service.selection.reuse import following, refuse_reuse
 from xkv_service.spec import COLUMN_BITS, CompressionSpec
 from xkv_service.stored import RANK_BLOCK
 
@@ -41,16 +42,23 @@ def _check_layout(manifest: PrefixManifest, spec: CompressionSpec, tensors: int)
                 f"group {number} in the header has more ranks than the file has tensors for"
             )
     layers = [layer for group in manifest.groups for layer in group.layers]
+    _check_reuse(layers, manifest.groups, spec)
     layers += [window.layer for window in manifest.windows]
     layers += [state.layer for state in manifest.states]
     if not manifest.groups or len(set(layers)) != len(layers) or min(layers) < 0:
         raise CorruptArtifact("the header names a layer twice, or none")
 
 
+def _check_reuse(layers: list[int], groups: tuple[GroupLayout, ...], spec: CompressionSpec) -> None:
+    heads = [() if group.latent else (heads,) for group in groups for heads in group.kv_heads]
+    try:
+        refuse_reuse(spec.reuse, following(layers, heads))
+    except InvalidSpec as error:
+        raise CorruptArtifact(f"the compression spec in the header: {error.message}") from None
+
+
 def _check_columns(number: int, group: GroupLayout, spec: CompressionSpec) -> None:
     """With a calibration, columns of the bits that the spec allows, most first, as many as the ranks."""
-    if spec.calibration is not None and group.latent:
-        raise CorruptArtifact(f"group {number} in the header: latent attention has no calibration")
     allowed = COLUMN_BITS[spec.factor_dtype] if spec.calibration is not None else ()
     for rank, columns in ((group.rank_k, group.columns_k), (group.rank_v, group.columns_v)):
         bits = [bits for bits, _ in columns]

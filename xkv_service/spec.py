@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from xkv_service.errors import InvalidSpec
@@ -11,6 +11,7 @@ from xkv_service.numeric import is_integer, is_number
 Rank = int | Literal["full"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 FactorDtype = Literal["mixed", "int4", "int8", "bfloat16", "float16", "float32"]
+Basis = Literal["document", "calibrated"]
 IndexKind = Literal["derived", "sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
@@ -44,6 +45,9 @@ class CompressionSpec:
         calibration: id of the calibration that groups, weights, bits and planes come from, instead of
             `group_size`, `key_share` and the weights above.
         basis: whose layer bases: the "document"'s own, or the "calibrated" ones that all documents share.
+        base_dtype: of a document's own layer bases: "int8" has one scale a row; None is `dtype`.
+        reuse: ascending indices of layers without a selection index: they attend to the tokens that the
+            full-attention layer before them chose (`selection.reuse`).
 
     Raises:
         InvalidSpec: a field is out of range.
@@ -65,7 +69,9 @@ class CompressionSpec:
     key_weights: Literal["none", "query"] = "none"
     value_weights: Literal["none", "output"] = "none"
     calibration: str | None = None
-    basis: Literal["document", "calibrated"] = "document"
+    basis: Basis = "document"
+    base_dtype: Literal["int8"] | None = None
+    reuse: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
@@ -74,6 +80,7 @@ class CompressionSpec:
         self._check_counts()
         self._check_choices()
         self._check_calibration()
+        self._check_reuse()
 
     def _check_target(self) -> None:
         if (self.rank_k is None) != (self.rank_v is None):
@@ -116,13 +123,20 @@ class CompressionSpec:
             ("key_weights", ("none", "query")),
             ("value_weights", ("none", "output")),
             ("basis", ("document", "calibrated")),
+            ("base_dtype", (None, "int8")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidSpec(
-                    f"{name}={getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(allowed)}"
+                    f"{name}={getattr(self, name)!r} is unknown",
+                    hint=f"use one of {', '.join(map(str, allowed))}",
                 )
 
     def _check_calibration(self) -> None:
+        if self.basis == "calibrated" and self.base_dtype is not None:
+            raise InvalidSpec(
+                f"base_dtype={self.base_dtype!r}: a calibration's bases are not stored with the document",
+                hint="leave it out, or use basis='document'",
+            )
         if self.calibration is None:
             if self.basis == "calibrated" or self.factor_dtype in ("mixed", "int4"):
                 raise InvalidSpec(
@@ -138,6 +152,24 @@ class CompressionSpec:
                 hint="give a ratio, no ranks, and factor_dtype mixed, int4 or int8",
             )
 
+    def over(self, basis: Basis) -> CompressionSpec:
+        """The same over the document's own bases, which have 8 bits then, or over the calibration's."""
+        return replace(self, basis=basis, base_dtype="int8" if basis == "document" else None)
+
+    def _check_reuse(self) -> None:
+        layers = self.reuse
+        if not isinstance(layers, list | tuple) or not all(is_integer(one) and one >= 0 for one in layers):
+            raise InvalidSpec(f"reuse={layers!r} is out of range", hint="use layer indices, ascending")
+        if list(layers) != sorted(set(layers)):
+            raise InvalidSpec(f"reuse={layers!r} is not in order", hint="use layer indices, ascending")
+        if layers and (self.index == "none" or self.outlier_chunks):
+            raise InvalidSpec(
+                f"reuse={layers!r} with index={self.index!r} and outlier_chunks={self.outlier_chunks}: "
+                "layers share a choice where there is an index and all keep the same tokens exact",
+                hint="leave reuse out",
+            )
+        object.__setattr__(self, "reuse", tuple(layers))
+
     def canonical(self) -> dict[str, Any]:
         """The spec as plain JSON values: what artifact ids are made from.
 
@@ -146,7 +178,10 @@ class CompressionSpec:
         fields = asdict(self)
         if self.calibration is None:
             del fields["calibration"], fields["basis"]
-        return fields
+        if self.base_dtype is None:
+            del fields["base_dtype"]
+        del fields["reuse"]
+        return {**fields, "reuse": list(self.reuse)} if self.reuse else fields
 
     @classmethod
     def from_canonical(cls, fields: dict[str, Any]) -> CompressionSpec:

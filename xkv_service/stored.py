@@ -73,6 +73,11 @@ def runs_of(spec: CompressionSpec, rank: int, columns: Runs) -> Runs:
     return ((8 * DTYPES[spec.factor_dtype].itemsize, rank),)
 
 
+def base_dtype(spec: CompressionSpec) -> torch.dtype:
+    """The dtype that a document's own bases are stored in."""
+    return DTYPES[spec.base_dtype or spec.dtype]
+
+
 def sketch_planes(spec: CompressionSpec, head_dim: int) -> int:
     """Planes a sketch keeps of a head of `head_dim` dimensions."""
     return min(spec.sketch_planes, head_dim // 2)
@@ -84,8 +89,8 @@ def _factors(name: str, spec: CompressionSpec, tokens: int, runs: Runs, width: i
         columns = packed_width(bits, stop - start) if bits < 8 else stop - start
         yield f"{name}.factors.{block}", StoredTensor((tokens, columns), dtype)
         if spec.basis == "document":
-            yield f"{name}.bases.{block}", StoredTensor((stop - start, width), DTYPES[spec.dtype])
-    if runs and spec.basis == "calibrated":
+            yield f"{name}.bases.{block}", StoredTensor((stop - start, width), base_dtype(spec))
+    if runs and (spec.basis == "calibrated" or spec.base_dtype is not None):
         yield f"{name}.scales", StoredTensor((rank_of(runs),), torch.float32)
 
 
@@ -93,6 +98,15 @@ def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int
     heads = group.kv_heads[position]
     dim, value_dim = group.key_widths[position] // heads, group.value_widths[position] // heads
     name, dtype = f"layer.{group.layers[position]}", DTYPES[spec.dtype]
+    if group.layers[position] not in spec.reuse:
+        yield from _index(name, spec, tokens, heads, dim)
+    if count := exact_count(tokens, spec):
+        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
+        yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
+        yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+
+
+def _index(name: str, spec: CompressionSpec, tokens: int, heads: int, dim: int) -> Table:
     planes = sketch_planes(spec, dim)
     if spec.index in ("sketch", "derived"):
         yield f"{name}.sketch.planes", StoredTensor((heads, planes, 2), torch.int16)
@@ -101,11 +115,7 @@ def _layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int
         yield f"{name}.sketch.scales", StoredTensor((tokens, heads), torch.float16)
     if spec.index == "landmark":
         chunks = -(-tokens // spec.landmark_chunk)
-        yield f"{name}.landmarks", StoredTensor((chunks, heads, dim), dtype)
-    if count := exact_count(tokens, spec):
-        yield f"{name}.exact.positions", StoredTensor((count,), torch.int32)
-        yield f"{name}.exact.keys", StoredTensor((count, heads, dim), dtype)
-        yield f"{name}.exact.values", StoredTensor((count, heads, value_dim), dtype)
+        yield f"{name}.landmarks", StoredTensor((chunks, heads, dim), DTYPES[spec.dtype])
 
 
 def _latent_layer(spec: CompressionSpec, tokens: int, group: GroupLayout, position: int) -> Table:

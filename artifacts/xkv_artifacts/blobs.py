@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 SUFFIX = ".safetensors"
 PREFIXES = "prefixes"
 CALIBRATIONS = "calibrations"
+CALIBRATING = "calibrating"
 QUARANTINE = "quarantine"
 STORE_FILE = "xkv-store.json"
 _STORE_FORMAT = {"format": "xkv-store", "version": 1}
@@ -33,11 +34,12 @@ class BlobStore(ABC):
 
     url: str
     folder: str = PREFIXES
+    suffix: str = SUFFIX
 
-    def of(self, folder: str) -> BlobStore:
-        """The blobs of another folder of this store."""
+    def of(self, folder: str, suffix: str = SUFFIX) -> BlobStore:
+        """The blobs of another folder of this store, whose names end in `suffix`."""
         other = copy(self)
-        other.folder = folder
+        other.folder, other.suffix = folder, suffix
         return other
 
     @abstractmethod
@@ -69,12 +71,28 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
+    def age(self, artifact_id: str) -> float:
+        """Seconds since the blob was written.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
     def ids(self) -> Iterator[str]:
         """The ids of all blobs, in order."""
 
     @abstractmethod
-    def remove(self, artifact_id: str) -> bool:
-        """Delete a blob; False when there was none."""
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each blob, in any order: what the folder takes, whatever a catalog says of it."""
+
+    @abstractmethod
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
+        """Delete a blob; False when there was none.
+
+        Args:
+            durably: it stays deleted through a power cut. Waiting for the disk takes most of the time.
+        """
 
     @abstractmethod
     def quarantine(self, artifact_id: str) -> str:
@@ -95,6 +113,10 @@ class BlobStore(ABC):
     @abstractmethod
     def free_bytes(self) -> int | None:
         """Bytes free for new blobs, None where there is no such number."""
+
+    @abstractmethod
+    def root_file(self, name: str) -> bytes | None:
+        """A small file at the store's root, or None when it is not there."""
 
     @abstractmethod
     def store_id(self) -> str:
@@ -136,7 +158,7 @@ def local_path(url: str) -> Path | None:
     return None
 
 
-def blob_name(artifact_id: str, folder: str = PREFIXES) -> str:
+def blob_name(artifact_id: str, folder: str = PREFIXES, suffix: str = SUFFIX) -> str:
     """A blob's place in the store, relative to its root.
 
     Raises:
@@ -144,13 +166,13 @@ def blob_name(artifact_id: str, folder: str = PREFIXES) -> str:
     """
     if not is_artifact_id(artifact_id):
         raise ArtifactNotFound(f"{artifact_id[:80]!r} is not an artifact id", hint="ids are 64 hex digits")
-    return f"{folder}/{artifact_id[:2]}/{artifact_id}{SUFFIX}"
+    return f"{folder}/{artifact_id[:2]}/{artifact_id}{suffix}"
 
 
-def id_of_name(name: str, folder: str = PREFIXES) -> str | None:
+def id_of_name(name: str, folder: str = PREFIXES, suffix: str = SUFFIX) -> str | None:
     """The artifact id of a blob's place, or None when no blob of ours is called that."""
-    artifact_id = name.rsplit("/", 1)[-1].removesuffix(SUFFIX)
-    known = is_artifact_id(artifact_id) and name == blob_name(artifact_id, folder)
+    artifact_id = name.rsplit("/", 1)[-1].removesuffix(suffix)
+    known = is_artifact_id(artifact_id) and name == blob_name(artifact_id, folder, suffix)
     return artifact_id if known else None
 
 

@@ -5,52 +5,50 @@ Nothing Redis says is trusted: entries are parsed, and a match counts as far as 
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from xkv_artifacts import prefix_index
+from xkv_artifacts import entry_scripts
 from xkv_artifacts.calibration_entry import CALIBRATION_KEY, CALIBRATIONS_KEY, CalibrationEntry
-from xkv_artifacts.entry import REBUILD_HINT, Entry
-from xkv_artifacts.errors import CatalogError
-from xkv_artifacts.keys import (
-    BLOCK_TOKENS,
-    DIGEST_BYTES,
-    check_namespace,
-    is_artifact_id,
-    joined_block_hashes,
-)
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.lease import Lease
+from xkv_artifacts.limits import UNLIMITED, Quota
 from xkv_artifacts.listing import STORE_KEYS, Listing
-from xkv_artifacts.prefix_index import big_endian, member
+from xkv_artifacts.namespace_index import INDEXED_KEY, NAMESPACE_KEY, PAGE, SUMS_KEY, NamespaceIndex
+from xkv_artifacts.prefix_index import member
+from xkv_artifacts.prefix_search import BLOCK_BYTES, LONGEST_KEY, PREFIXES_KEY, PrefixSearch
 from xkv_artifacts.redis_link import RedisLink
+from xkv_artifacts.retention import Retention
 
 if TYPE_CHECKING:
     import redis
 
 ENTRY_KEY = STORE_KEYS + "entry:{id}"  # hash: see Entry
 RECENCY_KEY = STORE_KEYS + "recency"  # sorted set: every artifact id, by the second it was last used
-PREFIXES_KEY = STORE_KEYS + "prefixes:{fingerprint}:{namespace}"  # sorted set: see prefix_index
-LONGEST_KEY = STORE_KEYS + "longest:{fingerprint}:{namespace}"  # string: no artifact has more full blocks
 LEASE_KEY = STORE_KEYS + "lease:{id}"  # string: the owner, with an expiry
+EXPIRY_KEY = STORE_KEYS + "expiry"  # sorted set: unpinned artifact ids that end, by the second they do
+READERS_KEY = STORE_KEYS + "readers:{id}"  # sorted set: who reads the blob now, by when the mark runs out
+CHANGING_KEY = STORE_KEYS + "changing:{id}"  # string: who changes its pin or time to live now
 RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
 BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
 
-# KEYS: entry, recency, prefixes, longest. ARGV: id, member, its full blocks, last used, then the entry's
-# fields and values. Where an index is there and `longest` is not, nobody knows it, and it stays missing.
-_PUBLISH = """
-local used = redis.call('ZSCORE', KEYS[2], ARGV[1])
-local longest = tonumber(redis.call('GET', KEYS[4]) or redis.call('EXISTS', KEYS[3]) == 0 and -1)
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-redis.call('ZADD', KEYS[2], math.max(tonumber(ARGV[4]), tonumber(used or 0)), ARGV[1])
-if longest and longest < tonumber(ARGV[3]) then redis.call('SET', KEYS[4], ARGV[3]) end
-redis.call('ZADD', KEYS[3], 0, ARGV[2])
-return 1
-"""
-_PAGE = 500
-_BLOCK_BYTES = 4 * BLOCK_TOKENS
+COLLECTING_S: Final = 60.0
+"""A collector's lease on an artifact that it deletes: one file, however slow its disk."""
+Reason = Literal["expired", "quota", "budget"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a namespace (of "quota") or the whole catalog (of "budget") is to be brought down to."""
+
+    namespace: str = ""
+    bytes: int | None = None
+    artifacts: int | None = None
 
 
 class Catalog:
@@ -68,21 +66,31 @@ class Catalog:
         self.store_id = store_id
         self._listing = Listing(link, Entry, self._key(ENTRY_KEY, id=""), self._key(RECENCY_KEY))
         calibrations = self._key(CALIBRATION_KEY, id=""), self._key(CALIBRATIONS_KEY)
+        self.namespaces = NamespaceIndex(link, store_id, self._listing.entry_key(""), self._key(RECENCY_KEY))
         self.calibrations = Listing(link, CalibrationEntry, *calibrations)
-        self._longest: dict[tuple[str, str], int] = {}  # as Redis said last, by fingerprint and namespace
+        self.prefixes = PrefixSearch(link, store_id, self._listing.entry_key(""), self._key(EXPIRY_KEY))
+        self.candidates = self.prefixes.candidates
 
-    def publish(self, entry: Entry, tokens: bytes) -> None:
+    def publish(self, entry: Entry, tokens: bytes, quota: Quota = UNLIMITED) -> bool:
         """Add or replace an entry and its place in the prefix index, in one step.
 
         Args:
             tokens: token ids as little-endian int32 bytes.
+            quota: what the entry's namespace may hold with it.
+
+        Returns:
+            False when that is more than the quota; nothing is changed then.
         """
-        index = self._index_keys(entry.fingerprint, entry.namespace)
-        keys = [self._listing.entry_key(entry.id), self._key(RECENCY_KEY), *index]
+        prefixes = self.prefixes.keys(entry.fingerprint, entry.namespace)
         place = member(entry.fingerprint, entry.namespace, tokens, entry.id)
-        fields = [text for pair in entry.to_hash().items() for text in pair]
-        blocks = str(len(tokens) // _BLOCK_BYTES)
-        self._script(_PUBLISH, keys, [entry.id, place, blocks, repr(entry.last_used), *fields])
+        texts: list[str | bytes] = [
+            *(place, str(len(tokens) // BLOCK_BYTES), repr(entry.last_used), entry.namespace),
+            *(str(entry.bytes), _text(entry.expires), str(entry.pinned)),
+            *(_text(quota.bytes), _text(quota.artifacts)),
+            *(text for pair in entry.to_hash().items() for text in pair),
+        ]
+        more_keys = [*prefixes, self.namespaces.indexed_key]
+        return bool(self._change(entry_scripts.PUBLISH, entry.id, texts, more_keys=more_keys))
 
     def get(self, artifact_id: str) -> Entry | None:
         """The entry of an artifact, or None.
@@ -92,85 +100,123 @@ class Catalog:
         """
         return self._listing.get(artifact_id)
 
-    def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
-        """All entries, most recently used first.
+    def entries(
+        self, on_fault: Callable[[CatalogError], None] | None = None, ids: Sequence[str] | None = None
+    ) -> list[Entry]:
+        """All entries, most recently used first, or those of `ids` in their order.
 
         Args:
             on_fault: told of each damaged entry; such entries are left out.
         """
-        return self._listing.entries(on_fault)
+        return self._listing.entries(on_fault, ids)
 
     def ids(self) -> list[str]:
         """All artifact ids, most recently used first (and whatever else somebody put there)."""
         return self._listing.ids()
 
-    def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
-        """The few artifacts that can share the longest prefix with a prompt.
-
-        One round trip, or two where the prompt goes on for more than `prefix_index.SENT_BLOCKS` blocks after
-        what it shares; one more where it shares all blocks that the longest artifact had at the last lookup,
-        and there are longer ones now. At most four prefixes, each with up to `prefix_index.MOST_SPECS`
-        artifacts of it.
-
-        Args:
-            tokens: the prompt's token ids as little-endian int32 bytes.
-
-        Raises:
-            CatalogError: the answer holds something else than ids.
-        """
-        owner = (fingerprint, check_namespace(namespace))
-        whole = len(tokens) // _BLOCK_BYTES
-        blocks = min(whole, self._longest.get(owner, prefix_index.FIRST_BLOCKS))
-        shared, longest, found = self._search(owner, tokens, blocks)
-        if longest > 0:  # else namespaces that hold nothing would fill the memory
-            self._longest[owner] = longest
-        if shared == blocks < min(whole, longest):
-            found = self._search(owner, tokens, min(whole, longest))[2]
-        return list(dict.fromkeys(found))
-
-    def _search(self, owner: tuple[str, str], tokens: bytes, blocks: int) -> tuple[int, int, list[str]]:
-        """What `_nearest` says of a prompt's first blocks and the partial one that follows them."""
-        tokens = tokens[: (blocks + 1) * _BLOCK_BYTES - 4]
-        digests = joined_block_hashes(*owner, tokens)
-        keys = self._index_keys(*owner)
-        sent = max(0, blocks - prefix_index.SENT_BLOCKS)
-        shared, longest, found = self._nearest(keys, digests, tokens, sent)
-        if shared < sent:
-            found += self._nearest(keys, digests[: shared * DIGEST_BYTES], tokens, shared)[2]
-        return shared, longest, found
-
-    def _nearest(
-        self, keys: list[str], digests: bytes, tokens: bytes, sent: int
-    ) -> tuple[int, int, list[str]]:
-        """Blocks that the nearest artifacts share with the digests, the most that any has, and the ids.
-
-        Args:
-            sent: the block from which on tokens are sent.
-        """
-        end = (len(digests) // DIGEST_BYTES + 1) * _BLOCK_BYTES
-        part = big_endian(tokens[sent * _BLOCK_BYTES : end])
-        answer = self._script(
-            prefix_index.LOOKUP, keys, [digests, part, str(sent), self._listing.entry_key("")]
-        )
-        match answer:
-            case [int(shared), longest, [*found]]:
-                return shared, _upper_bound(longest), [_artifact_id(raw) for raw in found]
-        raise CatalogError("the prefix index gave no list of ids", hint=REBUILD_HINT)
-
     def drop(self, artifact_id: str, *, patience_s: float | None = None) -> bool:
-        """Forget an artifact, as `Listing.drop`; False when it was not known."""
+        """Forget an artifact; False when it was not known.
+
+        Args:
+            patience_s: how long to wait for a Redis that does not answer; None: as the link does.
+        """
         # The prefix index drops members without an entry later.
-        return self._listing.drop(artifact_id, patience_s=patience_s)
+        return bool(self._change(entry_scripts.DROP, artifact_id, patience_s=patience_s))
 
     def touch(self, artifact_id: str) -> None:
         """Note that an artifact was used now; tried once, since nothing waits for it."""
-        recency = self._key(RECENCY_KEY)
-        self.link.call(lambda client: client.zadd(recency, {artifact_id: time.time()}, xx=True), patience_s=0)
+        self._change(entry_scripts.TOUCH, artifact_id, patience_s=0)
+
+    def retain(self, artifact_id: str, retention: Retention) -> bool:
+        """Repeat what an artifact's retention file says (or will say); False where it has no entry."""
+        texts = [str(retention.pinned), _text(retention.expires)]
+        return bool(self._change(entry_scripts.RETAIN, artifact_id, texts))
+
+    def mark_read(self, artifact_id: str, reader: str, ttl_s: float) -> bool:
+        """Note that `reader` reads the blob for the next seconds, and that it was used now; tried once.
+
+        Returns:
+            False where the artifact's time is over.
+        """
+        texts = [reader, repr(ttl_s)]
+        return bool(self._change(entry_scripts.READ, artifact_id, texts, patience_s=0))
+
+    def unmark_read(self, artifact_id: str, reader: str) -> None:
+        """Take a mark back; tried once."""
+        key = self._key(READERS_KEY, id=artifact_id)
+        self.link.call(lambda client: client.zrem(key, reader), patience_s=0)
+
+    def renew_reads(self, marks: Mapping[str, str], ttl_s: float) -> None:
+        """Let marks (artifact by reader) last for the next seconds again; tried once."""
+        texts = [text for reader, artifact_id in marks.items() for text in (artifact_id, reader)]
+        arguments = [self._key(READERS_KEY, id=""), repr(ttl_s), *texts]
+        self.link.script(entry_scripts.RENEW_READS, [], arguments, patience_s=0)
+
+    def collect(self, artifact_id: str, reason: Reason, seen: float, collector: str, bound: Bound) -> str:
+        """Drop an entry because of a reason, if that still holds and nobody reads or computes the artifact.
+        The lease on it is `collector`'s then, for COLLECTING_S.
+
+        Args:
+            seen: its last use as the collector saw it; used since, it stays (but for "expired").
+            bound: of the reasons "quota" and "budget".
+
+        Returns:
+            "dropped", or why not: "gone", "kept" (its time is not over), "used", "pinned", "enough" (no more
+            than the bound is stored), "read", "leased".
+        """
+        bounds = [bound.namespace, _text(bound.bytes), _text(bound.artifacts)]
+        texts = [reason, collector, str(int(1000 * COLLECTING_S)), repr(seen), *bounds]
+        answer = self._change(entry_scripts.COLLECT, artifact_id, texts)
+        return answer.decode("ascii", "replace") if isinstance(answer, bytes) else str(answer)
+
+    def release(self, artifact_id: str, owner: str) -> None:
+        """Give a lease back that `collect` took; where that fails, it runs out by itself."""
+        with suppress(CatalogUnavailable, CatalogError):
+            Lease(self.link, self._key(LEASE_KEY, id=artifact_id), owner, COLLECTING_S).release(patience_s=0)
+
+    @contextmanager
+    def changing(self, artifact_id: str) -> Iterator[None]:
+        """Be the only one to change what is promised of an artifact while the block runs.
+
+        Raises:
+            CatalogError: somebody else has been at it for 10 s.
+        """
+        lease = Lease(self.link, self._key(CHANGING_KEY, id=artifact_id), uuid.uuid4().hex, 10.0)
+        deadline = time.monotonic() + 10.0
+        while not lease.acquire():
+            if time.monotonic() > deadline:
+                raise CatalogError(
+                    f"artifact {artifact_id} is being changed by somebody else", hint="try again"
+                )
+            time.sleep(0.02)
+        with lease:
+            yield
+
+    def expired(self, now: float, start: int = 0) -> list[str]:
+        """A page of ids whose time is over, longest first, from rank `start` on.
+
+        (And whatever else somebody put there.)
+        """
+        key = self._key(EXPIRY_KEY)
+        raw: Any = self.link.call(lambda client: client.zrangebyscore(key, "-inf", now, start, PAGE))
+        return [item.decode("utf-8", "replace") for item in raw]
+
+    def oldest(self, start: int, namespace: str | None = None) -> list[tuple[str, float]]:
+        """A page of ids with the second of their last use, longest unused first, from rank `start` on."""
+        key = self._key(RECENCY_KEY) if namespace is None else self.namespaces.key(namespace)
+        raw: Any = self.link.call(lambda client: client.zrange(key, start, start + PAGE - 1, withscores=True))
+        return [(identity.decode("utf-8", "replace"), float(used)) for identity, used in raw]
+
+    def now(self) -> float:
+        """Seconds since the epoch by the clock of Redis, the one that all machines share."""
+        seconds, microseconds = self.link.call(lambda client: client.time())
+        return float(seconds) + microseconds / 1e6
 
     def clear(self) -> None:
         """Forget all entries, calibrations and the prefix index (leases and rates stay)."""
         entries = (ENTRY_KEY, RECENCY_KEY, CALIBRATION_KEY, CALIBRATIONS_KEY)
-        for pattern in (*entries, PREFIXES_KEY, LONGEST_KEY, BUILT_KEY):
+        index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, BUILT_KEY)
+        for pattern in (*entries, *index, INDEXED_KEY):  # that one last: without it the others are made again
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 
     def is_built(self) -> bool:
@@ -211,19 +257,30 @@ class Catalog:
     def _key(self, pattern: str, **parts: str) -> str:
         return pattern.format(store=self.store_id, **parts)
 
-    def _index_keys(self, fingerprint: str, namespace: str) -> list[str]:
-        names = {"fingerprint": fingerprint, "namespace": namespace}
-        return [self._key(PREFIXES_KEY, **names), self._key(LONGEST_KEY, **names)]
-
-    def _script(self, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
-        return self.link.script(text, keys, arguments)
+    def _change(
+        self,
+        script: str,
+        artifact_id: str,
+        texts: Sequence[str | bytes] = (),
+        *,
+        more_keys: Sequence[str] = (),
+        patience_s: float | None = None,
+    ) -> Any:
+        """Run one of `entry_scripts` on an entry."""
+        keys = [
+            *(self._listing.entry_key(artifact_id), self._key(RECENCY_KEY), self._key(EXPIRY_KEY)),
+            *(self.namespaces.sums_key, self._key(LEASE_KEY, id=artifact_id)),
+            *(self._key(READERS_KEY, id=artifact_id), *more_keys),
+        ]
+        arguments = [artifact_id, self.namespaces.prefix, *texts]
+        return self.link.script(script, keys, arguments, patience_s=patience_s)
 
     def _delete(self, pattern: str) -> None:
         def command(client: redis.Redis) -> None:
             page = []
-            for key in client.scan_iter(match=pattern, count=_PAGE):
+            for key in client.scan_iter(match=pattern, count=PAGE):
                 page.append(key)
-                if len(page) == _PAGE:
+                if len(page) == PAGE:
                     client.unlink(*page)
                     page.clear()
             if page:
@@ -232,13 +289,6 @@ class Catalog:
         self.link.call(command)
 
 
-def _artifact_id(raw: Any) -> str:
-    text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else str(raw)
-    if not is_artifact_id(text):
-        raise CatalogError(f"the prefix index holds {text[:80]!r}, which is no id", hint=REBUILD_HINT)
-    return text
-
-
-def _upper_bound(raw: Any) -> int:
-    """A number of blocks; what is missing or no number bounds nothing."""
-    return int(raw) if isinstance(raw, bytes) and raw.isdigit() and len(raw) < 10 else sys.maxsize
+def _text(value: float | None) -> str:
+    """A number for a script; "" for none."""
+    return "" if value is None else repr(value)

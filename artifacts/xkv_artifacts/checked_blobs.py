@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, Protocol, TypeVar
 
-from xkv_artifacts.blobs import BlobStore, store_errors
+from xkv_artifacts.blobs import BlobStore, not_found, store_errors
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError, UnsupportedFormat
 
 
@@ -53,7 +53,10 @@ class CheckedBlobs:
         """
         try:
             with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
-                return read(file)
+                try:
+                    return read(file)
+                except FileNotFoundError:  # an object store's blob that was deleted while it is read
+                    raise not_found(artifact_id, self._blobs) from None
         except CorruptArtifact as error:
             raise self._quarantined(artifact_id, error.message) from None
         except UnsupportedFormat as error:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.errors import CatalogError
 from xkv_artifacts.manifest import Name, PrefixManifest, Sha256
+from xkv_artifacts.retention import NO_PROMISE, Retention, Seconds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,8 +29,8 @@ class HashEntry(BaseModel):
     id: Sha256
 
     def to_hash(self) -> dict[str, str]:
-        """The fields as the Redis hash holds them."""
-        fields = self.model_dump(exclude={"id", self.score})
+        """The fields as the Redis hash holds them; what is None has none."""
+        fields = self.model_dump(exclude={"id", self.score}, exclude_none=True)
         return {
             name: repr(value) if isinstance(value, float) else str(value) for name, value in fields.items()
         }
@@ -64,6 +65,7 @@ class Entry(HashEntry):
         fidelity: top-1 agreement with the exact cache, 0 to 1.
         ratio: bytes_full / bytes.
         created, last_used: seconds since the epoch.
+        pinned, expires: as the artifact's retention file says; see `retention`.
     """
 
     score: ClassVar[str] = "last_used"
@@ -82,9 +84,13 @@ class Entry(HashEntry):
     ratio: float = Field(ge=0)
     created: float
     last_used: float
+    pinned: bool = False
+    expires: Seconds | None = None
 
     @classmethod
-    def of_manifest(cls, manifest: PrefixManifest, *, size: int, last_used: float) -> Entry:
+    def of_manifest(
+        cls, manifest: PrefixManifest, *, size: int, last_used: float, retention: Retention = NO_PROMISE
+    ) -> Entry:
         """The entry of a blob of `size` bytes."""
         return cls(
             id=manifest.id,
@@ -101,6 +107,8 @@ class Entry(HashEntry):
             ratio=manifest.bytes_full / size,
             created=manifest.created.timestamp(),
             last_used=last_used,
+            pinned=retention.pinned,
+            expires=retention.expires,
         )
 
 

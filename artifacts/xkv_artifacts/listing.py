@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xkv_artifacts.entry import HashEntry, bad_entry
@@ -57,14 +57,16 @@ class Listing(Generic[Kept]):
         """
         return self._parse(artifact_id, *self._fetch([artifact_id])[0])
 
-    def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Kept]:
-        """All entries, highest score first.
+    def entries(
+        self, on_fault: Callable[[CatalogError], None] | None = None, ids: Sequence[str] | None = None
+    ) -> list[Kept]:
+        """All entries, highest score first, or those of `ids` in their order.
 
         Args:
             on_fault: told of each damaged entry; such entries are left out.
         """
         found = []
-        for artifact_id, answer in self._fetch_all():
+        for artifact_id, answer in self._fetch_all(self.ids() if ids is None else ids):
             try:
                 entry = self._parse(artifact_id, *answer)
             except CatalogError as error:
@@ -102,13 +104,12 @@ class Listing(Generic[Kept]):
         keys = [self.entry_key(artifact_id), self.order_key]
         return bool(self._link.script(_DROP, keys, [artifact_id], patience_s=patience_s))
 
-    def _fetch_all(self) -> Iterator[tuple[str, _Answer]]:
-        ids = self.ids()
+    def _fetch_all(self, ids: Sequence[str]) -> Iterator[tuple[str, _Answer]]:
         for start in range(0, len(ids), _PAGE):
             page = ids[start : start + _PAGE]
             yield from zip(page, self._fetch(page), strict=True)
 
-    def _fetch(self, ids: list[str]) -> list[_Answer]:
+    def _fetch(self, ids: Sequence[str]) -> list[_Answer]:
         """Hash and score of each id, or the error that Redis answered."""
 
         def command(client: redis.Redis) -> list[Any]:

@@ -18,7 +18,6 @@ from xkv_artifacts.blobs import (
     PREFIXES,
     QUARANTINE,
     STORE_FILE,
-    SUFFIX,
     BlobStore,
     Result,
     blob_name,
@@ -82,26 +81,40 @@ class LocalBlobStore(BlobStore):
             except (FileNotFoundError, NotADirectoryError):
                 raise not_found(artifact_id, self) from None
 
+    def age(self, artifact_id: str) -> float:
+        with store_errors(f"read artifact {artifact_id} in", self.url):
+            try:
+                return time.time() - self._blob(artifact_id).stat().st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                raise not_found(artifact_id, self) from None
+
     def ids(self) -> Iterator[str]:
         with store_errors("list", self.url):
-            found = sorted((self.root / self.folder).glob(f"??/*{SUFFIX}"))
+            found = sorted((self.root / self.folder).glob(f"??/*{self.suffix}"))
         for path in found:
-            artifact_id = id_of_name(path.relative_to(self.root).as_posix(), self.folder)
+            artifact_id = id_of_name(path.relative_to(self.root).as_posix(), self.folder, self.suffix)
             if artifact_id is not None:
                 yield artifact_id
 
-    def remove(self, artifact_id: str) -> bool:
+    def sizes(self) -> Iterator[int]:
+        with store_errors("list", self.url):
+            for part in (self.root / self.folder).glob("??"):
+                with suppress(FileNotFoundError, NotADirectoryError), os.scandir(part) as found:
+                    yield from (size for entry in found if (size := self._size(entry)) is not None)
+
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
         path = self._blob(artifact_id)
         with store_errors(f"remove artifact {artifact_id} from", self.url):
             try:
                 path.unlink()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            sync_folder(path.parent)
+            if durably:
+                sync_folder(path.parent)
         return True
 
     def quarantine(self, artifact_id: str) -> str:
-        target = self.root / QUARANTINE / f"{artifact_id}{SUFFIX}"
+        target = self.root / QUARANTINE / f"{artifact_id}{self.suffix}"
         with store_errors(f"quarantine artifact {artifact_id} in", self.url):
             _make_folder(target.parent)
             try:
@@ -124,6 +137,14 @@ class LocalBlobStore(BlobStore):
         with store_errors("look into", self.url):
             return shutil.disk_usage(self.root).free
 
+    def root_file(self, name: str) -> bytes | None:
+        path = self.root / name
+        with store_errors("read", str(path)):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
     def store_id(self) -> str:
         path = self.root / STORE_FILE
         with store_errors("read", str(path)):
@@ -138,7 +159,14 @@ class LocalBlobStore(BlobStore):
         return parse_store_file(path.read_bytes(), str(path))
 
     def _blob(self, artifact_id: str) -> Path:
-        return self.root / blob_name(artifact_id, self.folder)
+        return self.root / blob_name(artifact_id, self.folder, self.suffix)
+
+    def _size(self, entry: os.DirEntry[str]) -> int | None:
+        if not entry.name.endswith(self.suffix):
+            return None
+        with suppress(FileNotFoundError):  # removed since the folder was read
+            return entry.stat().st_size
+        return None
 
     def _write_store_file(self, path: Path) -> None:
         with store_errors("write", str(path)):

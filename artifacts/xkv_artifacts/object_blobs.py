@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -9,7 +10,6 @@ from typing import Any, BinaryIO
 from xkv_artifacts.blobs import (
     QUARANTINE,
     STORE_FILE,
-    SUFFIX,
     BlobStore,
     Result,
     blob_name,
@@ -64,6 +64,13 @@ class ObjectBlobStore(BlobStore):
             except FileNotFoundError:
                 raise not_found(artifact_id, self) from None
 
+    def age(self, artifact_id: str) -> float:
+        with self._errors(f"read artifact {artifact_id} in"):
+            try:
+                return time.time() - float(self._fs.modified(self._blob(artifact_id)).timestamp())
+            except FileNotFoundError:
+                raise not_found(artifact_id, self) from None
+
     def ids(self) -> Iterator[str]:
         with self._errors("list"):
             try:
@@ -71,11 +78,19 @@ class ObjectBlobStore(BlobStore):
             except FileNotFoundError:
                 paths = []
         for path in paths:
-            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"), self.folder)
+            artifact_id = id_of_name(path[len(self._root) :].lstrip("/"), self.folder, self.suffix)
             if artifact_id is not None:
                 yield artifact_id
 
-    def remove(self, artifact_id: str) -> bool:
+    def sizes(self) -> Iterator[int]:
+        with self._errors("list"):
+            try:
+                found = self._fs.find(self._path(self.folder), detail=True)
+            except FileNotFoundError:
+                found = {}
+        yield from (int(item["size"]) for path, item in found.items() if path.endswith(self.suffix))
+
+    def remove(self, artifact_id: str, *, durably: bool = True) -> bool:
         path = self._blob(artifact_id)
         with self._errors(f"remove artifact {artifact_id} from"):
             if not self._fs.exists(path):
@@ -84,14 +99,14 @@ class ObjectBlobStore(BlobStore):
         return True
 
     def quarantine(self, artifact_id: str) -> str:
-        source, target = self._blob(artifact_id), self._path(f"{QUARANTINE}/{artifact_id}{SUFFIX}")
+        source, target = self._blob(artifact_id), self._path(f"{QUARANTINE}/{artifact_id}{self.suffix}")
         with self._errors(f"quarantine artifact {artifact_id} in"):
             try:
                 self._fs.copy(source, target)
                 self._fs.rm_file(source)
             except FileNotFoundError:
                 raise not_found(artifact_id, self) from None
-        return f"{self.url}/{QUARANTINE}/{artifact_id}{SUFFIX}"
+        return f"{self.url}/{QUARANTINE}/{artifact_id}{self.suffix}"
 
     def remove_temporary(self) -> tuple[int, int]:
         """Nothing to do: an upload that was not completed has no name. A bucket rule drops its parts."""
@@ -99,6 +114,13 @@ class ObjectBlobStore(BlobStore):
 
     def free_bytes(self) -> int | None:
         return None
+
+    def root_file(self, name: str) -> bytes | None:
+        with self._errors("read"):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
 
     def store_id(self) -> str:
         path = self._path(STORE_FILE)
@@ -109,7 +131,7 @@ class ObjectBlobStore(BlobStore):
             return parse_store_file(self._fs.cat_file(path), f"{self.url}/{STORE_FILE}")
 
     def _blob(self, artifact_id: str) -> str:
-        return self._path(blob_name(artifact_id, self.folder))
+        return self._path(blob_name(artifact_id, self.folder, self.suffix))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

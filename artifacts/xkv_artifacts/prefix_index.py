@@ -35,10 +35,11 @@ FIRST_BLOCKS = 128
 MOST_SPECS = 8
 """Artifacts of the same tokens that one lookup tells apart."""
 
-# KEYS: the sorted set, the most blocks of any artifact. ARGV: digests, tokens (4 bytes each, most
-# significant first), the block that the tokens begin at, prefix of entry keys. Answers how many blocks the
-# nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and the ids.
-# Members whose artifact has no entry any more are removed on the way, so they never hide another.
+# KEYS: the sorted set, the most blocks of any artifact, when artifacts end. ARGV: digests, tokens (4 bytes
+# each, most significant first), the block that the tokens begin at, prefix of entry keys. Answers how many
+# blocks the nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and ids.
+# Members whose artifact has no entry any more, or whose time is over, are removed on the way, so they never
+# hide another.
 LOOKUP = f"""
 local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local longest = redis.call('GET', KEYS[2]) or redis.call('EXISTS', key) == 0 and '0'
@@ -46,6 +47,14 @@ local found, seen = {{}}, {{}}
 
 local function place(member)
   return string.sub(member, 1, -{ID_BYTES + 1})
+end
+
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+
+local function is_there(id)
+  local ends = redis.call('ZSCORE', KEYS[3], id)
+  return redis.call('EXISTS', entry .. id) == 1 and not (ends and tonumber(ends) <= now)
 end
 
 local function live(command, from, to)
@@ -56,7 +65,7 @@ local function live(command, from, to)
     local id = string.gsub(string.sub(member, -{ID_BYTES}), '.', function(c)
       return string.format('%02x', string.byte(c))
     end)
-    if redis.call('EXISTS', entry .. id) == 1 then
+    if is_there(id) then
       if not seen[id] then
         seen[id] = true
         found[#found + 1] = id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -73,7 +73,12 @@ class RedisLink:
                 self._revive()
 
     def script(
-        self, text: str, keys: list[str], arguments: list[str | bytes], *, patience_s: float | None = None
+        self,
+        text: str,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes],
+        *,
+        patience_s: float | None = None,
     ) -> Any:
         """Run a Lua script (sent once, then by its hash). Raises as `call`."""
         if text not in self._scripts:

@@ -1,8 +1,9 @@
-"""What the store answers: matches, and what was checked, rebuilt and cleaned up."""
+"""What the store answers: matches, and what was checked, rebuilt, collected and cleaned up."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,59 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class Orphans:
-    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry."""
+    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry, sums of
+    calibrations that nobody goes on with.
+    """
 
     files: int
     bytes: int
     entries_dropped: int
     blobs_listed: int
+    sums: int = 0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """An artifact that was collected, of so many bytes, and why."""
+
+    artifact_id: str
+    namespace: str
+    bytes: int
+    reason: Literal["expired", "quota", "budget"]
+
+
+@dataclass(frozen=True)
+class Excess:
+    """What a collection left beyond a limit, since the rest is pinned or in use.
+
+    Args:
+        namespace: whose quota; None: the store's budget.
+        bytes, artifacts: beyond it. pinned_bytes: of what is there.
+    """
+
+    namespace: str | None
+    bytes: int
+    artifacts: int
+    pinned_bytes: int
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a collection removed (or would remove, in a dry run).
+
+    Args:
+        in_use: artifacts that stayed because they were read or computed at that moment.
+        stored: bytes of all artifacts that are left, as the catalog counts them.
+        excess: limits that are exceeded all the same.
+    """
+
+    removed: tuple[Removal, ...]
+    in_use: int
+    stored: int
+    excess: tuple[Excess, ...]
+    dry_run: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Removed in all."""
+        return sum(removal.bytes for removal in self.removed)

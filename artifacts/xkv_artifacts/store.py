@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from xkv_artifacts.blobs import BlobStore, open_blob_store
+from xkv_artifacts.blobs import CALIBRATING, BlobStore, not_found, open_blob_store
 from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
+from xkv_artifacts.collector import Collector
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import (
@@ -20,16 +21,20 @@ from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
-    UnsupportedFormat,
 )
-from xkv_artifacts.format import TOKENS, write_prefix
-from xkv_artifacts.keys import check_namespace, token_bytes
+from xkv_artifacts.jobs import JobBoard
+from xkv_artifacts.keys import check_namespace, is_artifact_id
+from xkv_artifacts.limits import Limits, limits_of_store
 from xkv_artifacts.manifest import PrefixManifest
-from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.namespace_index import Usage
+from xkv_artifacts.prefix_listing import PrefixListing
+from xkv_artifacts.prefix_lookup import PrefixLookup
+from xkv_artifacts.promises import Change, Promises
+from xkv_artifacts.publishing import Publisher
+from xkv_artifacts.readers import Readers
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
-from xkv_artifacts.relisting import list_all, list_orphans
-from xkv_artifacts.reports import Match, Orphans, Rebuild, Verification
-from xkv_artifacts.token_cache import OwnedTokens, TokenCache
+from xkv_artifacts.reports import Collection, Match, Orphans, Rebuild, Verification
+from xkv_artifacts.retention import Retention, RetentionShelf
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
     from xkv_artifacts.keys import TokenIds
 
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
+SUMS_KEPT_S = 7 * 24 * 3600.0
+"""Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
 _log = logging.getLogger(__name__)
 
 __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
@@ -49,9 +56,16 @@ class ArtifactStore:
         self.blobs = blobs
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
+        self.jobs = JobBoard(catalog.link, catalog.store_id)
         self._embedded = embedded
         self._checked = CheckedPrefixes(blobs, self._forget)
-        self._tokens = TokenCache()
+        self._lookup = PrefixLookup(blobs, catalog, self._checked)
+        self._readers = Readers(catalog)
+        self._retention = RetentionShelf(blobs)
+        self._promises = Promises(blobs, catalog, self._retention)
+        self._listing = PrefixListing(blobs, catalog, self._checked, self._retention)
+        self._collector = Collector(blobs, catalog, self._retention, self._listing.list_blob)
+        self._publisher = Publisher(blobs, catalog, self._collector, self._promises)
 
     @classmethod
     def open(
@@ -109,44 +123,58 @@ class ArtifactStore:
     ) -> None:
         self.close()
 
-    def publish(self, manifest: PrefixManifest, tensors: Mapping[str, torch.Tensor]) -> PrefixManifest:
+    def publish(
+        self,
+        manifest: PrefixManifest,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        pinned: bool = False,
+        ttl_s: float | None = None,
+    ) -> PrefixManifest:
         """Write an artifact's blob, then list it in the catalog.
 
         Tensors go by stored name, of the shapes in docs/format.md; the manifest returned has their checksums.
+        Whoever might publish or collect the same id at the same time takes its lease first.
+
+        Args:
+            pinned, ttl_s: as `pin` and `set_ttl`, from the first moment on. What was promised of this id
+                before stays, unless its time is over.
 
         Raises:
             CorruptArtifact: manifest and tensors do not fit together; nothing is written.
+            QuotaExceeded: its namespace has no room for it, and none could be made; nothing is left behind.
             StoreError: the blob could not be written; nothing is left behind.
             CatalogUnavailable: the blob is there, but not listed; the next `get` lists it.
+            InvalidLimits: the store's limits cannot be read, or `ttl_s` is none.
         """
-        written = self.blobs.put(manifest.id, lambda file: write_prefix(file, manifest, tensors))
-        self._list(written, token_bytes(tensors[TOKENS].tolist()))
-        return written
+        quota = self.limits().quota(manifest.namespace)
+        return self._publisher.publish(manifest, tensors, quota, pinned, ttl_s)
 
     def load(
-        self, artifact_id: str, names: Iterable[str] | None = None, *, touch: bool = True
+        self, artifact_id: str, names: Iterable[str] | None = None
     ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:
         """Read tensors (all, or `names`; shapes in docs/format.md) to the CPU, every byte of them checked.
 
-        Args:
-            touch: note in the catalog that the artifact was used. The blob is read without the catalog, but
-                a Redis that hangs holds this up by seconds.
-
         Raises:
-            ArtifactNotFound: there is no such blob.
+            ArtifactNotFound: there is no such blob (any more), or its time is over.
             CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
             UnsupportedFormat: another version wrote it.
             MissingTensor: a name is not in the blob.
         """
-        loaded = self._checked.read_prefix(artifact_id, names)
-        if touch:
-            with suppress(CatalogUnavailable, CatalogError):
-                self.catalog.touch(artifact_id)
-        return loaded
+        with self.reading(artifact_id):
+            return self._checked.read_prefix(artifact_id, names)
+
+    def reading(self, artifact_id: str) -> AbstractContextManager[None]:
+        """Keep every collector away from an artifact while the block runs, over several `load`s for example.
+
+        Raises:
+            ArtifactNotFound: when the block is entered: its time is over.
+        """
+        return self._readers.hold(artifact_id)
 
     def get(self, artifact_id: str) -> Entry | None:
-        """The artifact's entry, or None when it is not stored. Listing follows the blobs: a blob that is not
-        listed is listed now, an entry without a blob is dropped.
+        """The artifact's entry, or None when it is not stored or its time is over. Listing follows the blobs:
+        a blob that is not listed is listed now, an entry without a blob is dropped.
 
         Raises:
             CatalogUnavailable, StoreError
@@ -160,16 +188,44 @@ class ArtifactStore:
             if entry is not None:
                 self.catalog.drop(artifact_id)
             return None
-        if entry is not None:
-            return entry
         try:
-            return self._list_blob(artifact_id)
+            entry = entry or self._listing.list_blob(artifact_id)
         except (CorruptArtifact, ArtifactNotFound):
             return None
+        ends = not entry.pinned and entry.expires
+        return None if ends and ends <= self.catalog.now() else entry
 
     def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
         """All entries, most recently used first; damaged ones are left out and told to `on_fault`."""
         return self.catalog.entries(on_fault)
+
+    def page(
+        self,
+        namespace: str,
+        cursor: str | None = None,
+        limit: int = 100,
+        on_fault: Callable[[CatalogError], None] | None = None,
+    ) -> tuple[list[Entry], str | None]:
+        """Up to `limit` entries of a namespace, most recently used first, and the cursor of the next page, if
+        there is one.
+
+        No other namespace's entries are read. An artifact that is used between two pages moves to the front,
+        and may be missed.
+
+        Raises:
+            InvalidNamespace, InvalidCursor, CatalogUnavailable, CatalogError
+        """
+        found, following = self.catalog.namespaces.page(check_namespace(namespace), cursor, limit)
+        entries = self.catalog.entries(on_fault, [artifact_id for artifact_id, _ in found])
+        return [entry for entry in entries if entry.namespace == namespace], following
+
+    def usage(self, namespace: str) -> Usage:
+        """Bytes and number of a namespace's artifacts, and how much of that is pinned, counted now.
+
+        Raises:
+            InvalidNamespace, CatalogUnavailable, CatalogError
+        """
+        return self.catalog.namespaces.recount(check_namespace(namespace))
 
     def manifest(self, artifact_id: str) -> PrefixManifest:
         """An artifact's manifest, from the blob's own header. Raises as `load`."""
@@ -186,29 +242,24 @@ class ArtifactStore:
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
         """
-        prompt = token_bytes(token_ids)
-        owner = (fingerprint, check_namespace(namespace))
-        while True:
-            candidates = self.catalog.candidates(*owner, prompt)
-            matches = [self._match(artifact_id, owner, prompt) for artifact_id in candidates]
-            if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
-                break
-        found = [match for match in matches if match is not None and match.tokens > 0]
-        return max(found, key=lambda match: match.rank, default=None)
+        return self._lookup.find(fingerprint, namespace, token_ids)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
-        """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed.
+        """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An
+        artifact that shares the bases of a calibration which is gone or damaged is at fault as well.
 
         Raises:
             CatalogUnavailable, StoreError
         """
-        calibrations = self.calibrations.ids()
+        calibrations, bases = self.calibrations.ids(), dict[str, str | None]()
         if ids is None:
             ids = [*sorted({*self.blobs.ids(), *self.catalog.ids()}), *calibrations]
         for artifact_id in ids:
-            checked = self.calibrations if artifact_id in calibrations else self._checked
-            fault = checked.fault(artifact_id)
-            yield Verification(artifact_id, fault, checked is self.calibrations)
+            if artifact_id in calibrations:
+                yield Verification(artifact_id, self.calibrations.fault(artifact_id), calibration=True)
+            else:
+                fault = self._checked.fault(artifact_id) or self._fault_of_bases(artifact_id, bases)
+                yield Verification(artifact_id, fault)
 
     def remove(self, artifact_id: str) -> bool:
         """Delete an artifact, its entry first; False when there was none.
@@ -217,7 +268,54 @@ class ArtifactStore:
             CatalogUnavailable, StoreError
         """
         listed = self.catalog.drop(artifact_id)
-        return self.blobs.remove(artifact_id) or listed
+        stored = self.blobs.remove(artifact_id)
+        return self._retention.remove(artifact_id) or stored or listed
+
+    def pin(self, artifact_id: str) -> Retention:
+        """Keep an artifact whatever its time to live, and however full the store is, until `remove`.
+
+        Raises:
+            ArtifactNotFound: it is not stored, or its time is over.
+            CatalogUnavailable, CatalogError, StoreError: it may be as it was, or changed; do it again.
+        """
+        return self._retain(artifact_id, lambda old, _: old.model_copy(update={"pinned": True}))
+
+    def unpin(self, artifact_id: str) -> Retention:
+        """Let collectors have an artifact: at once, where its time is over. Raises as `pin`."""
+        return self._retain(artifact_id, lambda old, _: old.model_copy(update={"pinned": False}))
+
+    def set_ttl(self, artifact_id: str, ttl_s: float | None) -> Retention:
+        """Let an artifact end so many seconds from now, however often it is used; None: never.
+
+        Raises:
+            InvalidLimits: not more than 0 s, or more than 100 years.
+            ArtifactNotFound, CatalogUnavailable, CatalogError, StoreError: as `pin`.
+        """
+        return self._retain(artifact_id, lambda old, now: old.with_ttl(ttl_s, now))
+
+    def limits(self) -> Limits:
+        """What the store and its namespaces may hold: its own file `limits.json`, read now.
+
+        Raises:
+            InvalidLimits, StoreError
+        """
+        return limits_of_store(self.blobs)
+
+    def collect(self, limits: Limits | None = None, *, dry_run: bool = False) -> Collection:
+        """Delete what has ended, then what is beyond the limits: of each namespace, then of the whole store,
+        what is longest unused. Nothing that is pinned, read or computed now is deleted.
+
+        Any number of processes may do so at once. Killed in between, it leaves at most a blob without an
+        entry, which `collect_orphans` lists again.
+
+        Args:
+            limits: by default the store's own.
+            dry_run: only say what would be deleted.
+
+        Raises:
+            InvalidLimits, CatalogUnavailable, CatalogError, StoreError
+        """
+        return self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
 
     def rebuild(self) -> Rebuild:
         """Make the catalog again from the blobs alone.
@@ -232,15 +330,37 @@ class ArtifactStore:
         return self._list_all()
 
     def collect_orphans(self) -> Orphans:
-        """Remove what killed processes left behind; no artifact is deleted.
+        """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was
+        broken off go when nobody has gone on with it for `SUMS_KEPT_S`.
 
         Raises:
             CatalogUnavailable, StoreError
         """
         files, size = self.blobs.remove_temporary()
-        dropped, found = list_orphans(self.blobs, self.catalog, self._list_blob)
+        dropped, found = self._listing.list_orphans()
         more_dropped, more_found = self.calibrations.list_orphans()
-        return Orphans(files, size, dropped + more_dropped, found + more_found)
+        self._promises.sweep()
+        return Orphans(files, size, dropped + more_dropped, found + more_found, self._remove_old_sums())
+
+    def _remove_old_sums(self) -> int:
+        sums, removed = self.blobs.of(CALIBRATING), 0
+        for key in list(sums.ids()):
+            with suppress(ArtifactNotFound):
+                if sums.age(key) > SUMS_KEPT_S and self.catalog.lease_owner(key) is None:
+                    removed += sums.remove(key)
+        return removed
+
+    def _fault_of_bases(self, artifact_id: str, known: dict[str, str | None]) -> str | None:
+        """What is wrong with the calibration whose bases a sound artifact shares; `known` keeps it."""
+        manifest = self._checked.read_manifest(artifact_id)
+        needed = str(manifest.spec.get("calibration"))
+        if manifest.spec.get("basis") != "calibrated":
+            return None
+        if needed not in known:
+            present = is_artifact_id(needed) and self.calibrations.blobs.exists(needed)
+            known[needed] = self.calibrations.fault(needed) if present else "it is not in the store"
+        fault = known[needed]
+        return fault and f"it cannot be decoded without calibration {needed[:12]}: {fault}"
 
     def _fill_embedded(self) -> None:
         """An embedded catalog that is new or lost its data lists what the store holds before it is used."""
@@ -253,43 +373,15 @@ class ArtifactStore:
             _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
 
     def _list_all(self) -> Rebuild:
-        artifacts, faults = list_all(self.blobs, self._list_blob)
+        artifacts, faults = self._listing.list_all()
         calibrations, more_faults = self.calibrations.list_all()
         self.catalog.set_built()
         return Rebuild(artifacts, (*faults, *more_faults), calibrations)
 
-    def _list_blob(self, artifact_id: str) -> Entry:
-        """List a blob in the catalog by what it says itself."""
-        return self._list(*self._checked.read_tokens(artifact_id))
-
-    def _list(self, manifest: PrefixManifest, tokens: bytes) -> Entry:
-        size = self.blobs.size(manifest.id)
-        entry = Entry.of_manifest(manifest, size=size, last_used=manifest.created.timestamp())
-        self.catalog.publish(entry, tokens)
-        return entry
-
-    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes) -> Match | None:
-        """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
-        try:
-            item = self._tokens_of(artifact_id)
-        except (ArtifactNotFound, CorruptArtifact):
-            self.catalog.drop(artifact_id)
-            return None
-        except UnsupportedFormat:
-            return Match(artifact_id, 0)
-        if item.owner != owner:
-            return Match(artifact_id, 0)
-        return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size)
-
-    def _tokens_of(self, artifact_id: str) -> OwnedTokens:
-        item = self._tokens.get(artifact_id)
-        if item is None:
-            manifest, tokens = self._checked.read_tokens(artifact_id)
-            owner = (manifest.model.fingerprint, manifest.namespace)
-            size = self.blobs.size(artifact_id)
-            item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
-            self._tokens.put(artifact_id, item)
-        return item
+    def _retain(self, artifact_id: str, change: Change) -> Retention:
+        if self.get(artifact_id) is None:
+            raise not_found(artifact_id, self.blobs)
+        return self._promises.change(artifact_id, change)
 
     def _forget(self, artifact_id: str) -> None:
         """Drop the entry of a blob that is gone; tried once, a reader waits, and `lookup` would notice."""

@@ -165,6 +165,14 @@ def entries(found: Sequence[Entry]) -> None:
     )
 
 
+def retention(pinned: bool, expires: float | None) -> str:
+    """How long an artifact is kept."""
+    ends = "" if expires is None else f"ends {date(expires)}"
+    if not pinned:
+        return ends or "kept until the store is full"
+    return f"pinned; without the pin it {ends}" if ends else "pinned"
+
+
 def description(found: Description) -> None:
     """Everything about one artifact, then its groups."""
     manifest = found.manifest
@@ -179,6 +187,7 @@ def description(found: Description) -> None:
             ("model fingerprint", manifest.model.fingerprint),
             ("namespace", manifest.namespace),
             ("created", date(manifest.created.timestamp())),
+            ("kept", retention(found.entry.pinned, found.entry.expires) if found.entry else "-"),
             ("tokens", f"{manifest.tokens:,}"),
             ("exact cache", size(manifest.bytes_full)),
             ("stored", f"{size(found.bytes)} ({manifest.bytes_full / found.bytes:.2f}x less)"),

@@ -127,9 +127,9 @@ def serve(**options: Any) -> int:
     except InvalidSpec as error:
         raise wrong_usage(error) from None
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     with serving(request) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets its own when it starts
+            signal.signal(number, lambda *_: stop.set())
         click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
         click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
         stop.wait()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from xkv_cli.collection import collect, collection_options
 from xkv_cli.options import json_option, store_options
 
 
@@ -48,23 +51,49 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
 
 
 @click.command()
-@click.option("--orphans", is_flag=True, required=True, help="What killed processes left behind.")
+@click.option("--orphans", is_flag=True, help="Only what killed processes left behind.")
+@collection_options
 @store_options
 @json_option
-def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> int:
-    """Clean up the store. No artifact or calibration is ever deleted by this.
+def gc(
+    orphans: bool,
+    budget: int | None,
+    limits: Path | None,
+    dry_run: bool,
+    store_url: str,
+    redis_url: str | None,
+    as_json: bool,
+) -> int:
+    """Clean up the store: what has ended, what is beyond its limits, what killed processes left behind.
 
-    Deletes temporary files of dead writers, drops catalog entries without a file, and lists files without an
-    entry. Safe while other processes work.
+    Deletes artifacts whose time to live is over, then, while a namespace is beyond its quota or the store
+    beyond its budget, those that were not used for longest. Limits are those in the store's file limits.json,
+    if it has one. Never deletes what is pinned, or read or computed at this moment, nor any calibration.
+
+    With --orphans it deletes no artifact: it deletes temporary files of dead writers and what a broken-off
+    `xkv calibrate` left a week ago or earlier, drops catalog entries without a file, and lists files without
+    an entry. Both are safe while other processes work.
 
     \b
-    Example:
+    Examples:
+      xkv gc
+      xkv gc --budget 100GB --dry-run
       xkv gc --orphans
 
     \b
-    With --json, one object:
-      {"files", "bytes", "entries_dropped", "blobs_listed"}
+    With --json, one object; "excess" are limits that are exceeded all the same:
+      {"dry_run", "removed", "bytes", "in_use", "stored",
+       "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
+       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}]}
+    and with --orphans:
+      {"files", "bytes", "entries_dropped", "blobs_listed", "sums"}
+
+    Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned or in use.
     """
+    if not orphans:
+        return collect(store_url, redis_url, budget, limits, dry_run=dry_run, as_json=as_json)
+    if budget is not None or limits is not None or dry_run:
+        raise click.UsageError("--orphans deletes no artifact: run it without the other options")
     from dataclasses import asdict
 
     from xkv_artifacts.store import ArtifactStore
@@ -77,6 +106,7 @@ def gc(orphans: bool, store_url: str, redis_url: str | None, as_json: bool) -> i
     else:
         click.echo(
             f"{result.files} temporary files deleted ({render.size(result.bytes)}), {result.entries_dropped}"
-            f" entries without a file dropped, {result.blobs_listed} files without an entry listed"
+            f" entries without a file dropped, {result.blobs_listed} files without an entry listed,"
+            f" {result.sums} broken-off calibrations deleted"
         )
     return 0

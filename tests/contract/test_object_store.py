@@ -15,6 +15,7 @@ from redis_server import RedisServer
 from xkv_artifacts import object_blobs
 from xkv_artifacts.blobs import blob_name, open_blob_store
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
+from xkv_artifacts.object_blobs import ObjectBlobStore
 from xkv_artifacts.store import ArtifactStore, Match
 
 ID = "ab" * 32
@@ -41,6 +42,50 @@ def test_publish_list_find_load_verify_remove(s3: Any, bucket: str, redis_server
         assert store.remove(manifest.id) and not store.remove(manifest.id)
         assert store.get(manifest.id) is None
     assert keys(s3, bucket) == ["some/place/xkv-store.json"]
+
+
+def test_pins_limits_and_collecting(s3: Any, bucket: str, redis_server: RedisServer) -> None:
+    with ArtifactStore.open(f"s3://{bucket}/some/place", redis_server.url) as store:
+        pinned, plain = (store.publish(*sample(range(length))).id for length in (10, 20))
+        store.pin(pinned)
+        store.set_ttl(plain, 3600)
+        assert f"some/place/retention/{plain[:2]}/{plain}.json" in keys(s3, bucket)
+        store.catalog.clear()
+        store.rebuild()
+        assert {entry.id: entry.pinned for entry in store.entries()} == {pinned: True, plain: False}
+        size = {artifact_id: store.blobs.size(artifact_id) for artifact_id in (pinned, plain)}
+        assert sorted(store.blobs.sizes()) == sorted(size.values())
+        limits = f'{{"budget": {size[pinned]}, "each": {{"artifacts": 2}}}}'
+        s3.put_object(Bucket=bucket, Key="some/place/limits.json", Body=limits.encode())
+        third = store.publish(*sample(range(30))).id
+        assert [entry.id for entry in store.entries()] == [third, pinned]
+        with store.reading(third):
+            assert store.collect().in_use == 1
+        assert [removal.artifact_id for removal in store.collect().removed] == [third]
+        assert keys(s3, bucket) == [
+            "some/place/limits.json",
+            f"some/place/{blob_name(pinned)}",
+            f"some/place/retention/{pinned[:2]}/{pinned}.json",
+            "some/place/xkv-store.json",
+        ]
+
+
+def test_a_blob_that_goes_while_it_is_read_is_not_found(
+    s3: Any, bucket: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a reader whose mark was lost: an open file survives on a disk, an object does not."""
+    with ArtifactStore.open(f"s3://{bucket}", redis_server.url) as store:
+        artifact_id = store.publish(*sample()).id
+        opened = ObjectBlobStore.open
+
+        def open_and_lose(blobs: ObjectBlobStore, name: str) -> BinaryIO:
+            file = opened(blobs, name)
+            s3.delete_object(Bucket=bucket, Key=blob_name(name))
+            return file
+
+        monkeypatch.setattr(ObjectBlobStore, "open", open_and_lose)
+        with pytest.raises(ArtifactNotFound, match=artifact_id):
+            store.load(artifact_id)
 
 
 def test_a_changed_blob_is_quarantined(s3: Any, bucket: str, redis_server: RedisServer) -> None:

@@ -156,10 +156,12 @@ def digests_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     script = RedisLink.script
 
-    def count(link: RedisLink, text: str, keys: list[str], arguments: list[str | bytes]) -> Any:
+    def count(
+        link: RedisLink, text: str, keys: list[str], arguments: list[str | bytes], **options: Any
+    ) -> Any:
         if text == prefix_index.LOOKUP:
             counts.append(len(arguments[0]) // DIGEST_BYTES)
-        return script(link, text, keys, arguments)
+        return script(link, text, keys, arguments, **options)
 
     monkeypatch.setattr(RedisLink, "script", count)
     return counts
@@ -175,7 +177,7 @@ def test_only_as_much_of_a_prompt_is_asked_for_as_artifacts_can_share(
     prompt = token_bytes(range(30_000))
     assert catalog.candidates(FINGERPRINT, "n", prompt) == []
     assert catalog.candidates(FINGERPRINT, "n", prompt) == []
-    assert catalog._longest == {}
+    assert catalog.prefixes._longest == {}
     short = publish(catalog, list(range(150)))
     for _ in range(2):
         assert catalog.candidates(FINGERPRINT, "n", prompt) == [short]
@@ -195,7 +197,7 @@ def test_an_artifact_that_another_process_publishes_longer_is_found_at_once(
     for length in (191, 192, 1000, 20_000, 29_999, 30_000, 30_001):
         digests_sent.clear()
         longer = publish(writer, [*prompt, 7][:length])
-        known = catalog._longest[FINGERPRINT, "n"]
+        known = catalog.prefixes._longest[FINGERPRINT, "n"]
         assert longer in catalog.candidates(FINGERPRINT, "n", token_bytes(prompt))
         assert digests_sent == sorted({known, length // BLOCK_TOKENS})
     publish(writer, [5] * 40_000)
@@ -214,7 +216,7 @@ def test_a_cleared_catalog_knows_no_longest_artifact(catalog: Catalog, digests_s
     for length in (500, 25_000):
         longest = publish(writer, list(range(length)))
         assert catalog.candidates(FINGERPRINT, "n", prompt)[0] == longest
-        assert catalog._longest[FINGERPRINT, "n"] == length // BLOCK_TOKENS
+        assert catalog.prefixes._longest[FINGERPRINT, "n"] == length // BLOCK_TOKENS
 
 
 def test_in_a_catalog_made_before_the_longest_was_noted_everything_is_found(catalog: Catalog) -> None:

@@ -61,6 +61,21 @@ def packed_tensors() -> Tensors:
     return tensors
 
 
+def integer_tensors() -> Tensors:
+    """The same two layers, their bases as integers with a scale a row."""
+    tensors = packed_tensors()
+    for kind, runs, width in (("key", PACKED_KEYS, 14), ("value", PACKED_VALUES, 7)):
+        for block, (rank, _) in enumerate(_blocks(runs)):
+            tensors[f"group.0.{kind}.bases.{block}"] = steps(8, rank, width)
+        rows = torch.arange(sum(count for _, count in runs))
+        tensors[f"group.0.{kind}.scales"] = 2.0 ** -(rows % 3)
+    return tensors
+
+
+def integer_manifest() -> PrefixManifest:
+    return _manifest(PACKED_SPEC | {"base_dtype": "int8"}, packed_manifest().groups)
+
+
 def _packed_rotary() -> Tensors:
     """Layer 0 is turned by an angle per position, layer 1 by recorded tables, which `scaling` is part of."""
     return {

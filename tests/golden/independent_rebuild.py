@@ -108,7 +108,11 @@ class Prefix:
         name = f"group.{number}.{kind}"
         if self._calibration is None:
             blocks = sum(1 for one in self._tensors if one.startswith(f"{name}.bases."))
-            return [row for block in range(blocks) for row in rows(self._tensors[f"{name}.bases.{block}"])]
+            found = [row for block in range(blocks) for row in rows(self._tensors[f"{name}.bases.{block}"])]
+            if self.manifest["spec"].get("base_dtype") is None:
+                return found
+            scales = numbers(self._tensors[f"{name}.scales"])
+            return [[scale * one for one in row] for scale, row in zip(scales, found, strict=True)]
         manifest, tensors = self._calibration
         theirs = manifest["groups"].index(self.manifest["groups"][number]["layers"])
         scales = numbers(self._tensors[f"{name}.scales"])

@@ -10,7 +10,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from calibrated_prefixes import packed_manifest, packed_tensors, shared_manifest, shared_tensors
+from calibrated_prefixes import (
+    integer_manifest,
+    integer_tensors,
+    packed_manifest,
+    packed_tensors,
+    shared_manifest,
+    shared_tensors,
+)
 from golden_numbers import FINGERPRINT, TOKEN_IDS, ramp
 
 from xkv_artifacts.format import write_prefix
@@ -162,6 +169,7 @@ GOLDEN = {
     "prefix-v1-latent.safetensors": (latent_manifest, latent_tensors),
     "prefix-v1-packed.safetensors": (packed_manifest, packed_tensors),
     "prefix-v1-shared.safetensors": (shared_manifest, shared_tensors),
+    "prefix-v1-integers.safetensors": (integer_manifest, integer_tensors),
 }
 
 

@@ -18,6 +18,7 @@ SHA256 = {
     "prefix-v1-latent.safetensors": "91c49c00c0c2ac0221fbcc18db77f990b6085c8dc47ca3c9f449056c46c5fd81",
     "prefix-v1-packed.safetensors": "a2cca20e91304d8ec83c2ab75e1ea6145203daa93a22af94ed2364a259aa26f9",
     "prefix-v1-shared.safetensors": "203d9363cd421020ed8af98e1bd02111610383dff266b7d7f86bbbc97a4bdf02",
+    "prefix-v1-integers.safetensors": "87a7cce6a3365ebb4dc2838fc1e5aceececa0dac74a455490b890d8d8f52e9bc",
 }
 
 

@@ -12,6 +12,7 @@ from make_prefix_golden import GOLDEN
 
 from xkv_artifacts.format import read_prefix
 from xkv_service.calibration.storage import read_calibration_file
+from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
 from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
@@ -70,7 +71,8 @@ def test_both_derive_the_same_sketch(layer: int) -> None:
     factors, cpu = loaded(name), torch.device("cpu")
     group, place = factors.locate(layer)
     turns = Turns(factors.rotary[group.layout.rotary[place]], factors.tokens, cpu)
-    prefix = LayerPrefix(factors, layer, factors.tokens, turns, cpu, torch.float32)
+    prefix = LayerPrefix(factors, layer, turns, cpu, torch.float32)
+    derived = derived_sketches(group.keys.factors, [prefix], factors.planes)[layer]
     codes, scales = read_independently(name).derived_sketch(layer)
     shape = factors.tokens, prefix.kv_heads
     sketch = KeySketch(
@@ -79,8 +81,7 @@ def test_both_derive_the_same_sketch(layer: int) -> None:
         torch.tensor(scales, dtype=torch.float16).reshape(shape),
     )
     queries = torch.eye(prefix.head_dim).expand(prefix.kv_heads, -1, -1)
-    assert prefix.index is not None
-    assert torch.equal(prefix.index(queries), SketchScorer(sketch)(queries))
+    assert torch.equal(SketchScorer(derived)(queries), SketchScorer(sketch)(queries))
 
 
 def test_shared_bases_need_the_calibration_of_that_id() -> None:

@@ -66,7 +66,7 @@ class CompressionOptions:
 
         best = best_spec(DEFAULT_RATIO if self.ratio is None else self.ratio, calibration)
         factor_dtype = _FACTOR_DTYPES[self.bits] if self.bits else best.factor_dtype
-        return replace(best, basis=self.basis or best.basis, factor_dtype=factor_dtype)
+        return replace(best.over(self.basis or best.basis), factor_dtype=factor_dtype)
 
     @property
     def _by_hand(self) -> str:
@@ -75,9 +75,10 @@ class CompressionOptions:
 
     def _plain(self) -> CompressionSpec:
         group_size = CompressionSpec.group_size if self.group_size is None else self.group_size
-        return CompressionSpec(
+        spec = CompressionSpec(
             group_size=group_size, ratio=self.ratio, rank_k=self.rank_k, rank_v=self.rank_v
         )
+        return spec.over("document")
 
     def _refuse_calibrated(self, why: str) -> None:
         wanted = [f"basis {self.basis}"] if self.basis == "calibrated" else []

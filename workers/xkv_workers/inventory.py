@@ -32,6 +32,8 @@ class Description:
         fields["bytes"] = self.bytes
         fields["ratio"] = round(self.manifest.bytes_full / self.bytes, 4)
         fields["last_used"] = self.entry.last_used if self.entry else None
+        fields["pinned"] = self.entry.pinned if self.entry else None
+        fields["expires"] = self.entry.expires if self.entry else None
         return fields
 
 

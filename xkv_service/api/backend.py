@@ -47,7 +47,7 @@ class PrefixRecord:
     """A stored prefix, or one that is being made.
 
     Args:
-        id: its artifact's, known before it is made. tokens: of the prefix.
+        id: its artifact's, known before it is made. model: the name of its model. tokens: of the prefix.
         created: seconds since the epoch, when it was asked for or, once it is ready, made.
         bytes: stored. ratio: bytes of the exact cache / bytes stored. fidelity: top-1 agreement with it.
         expires: seconds since the epoch, or None. error: why it failed.
@@ -56,6 +56,7 @@ class PrefixRecord:
     id: str
     namespace: str
     status: PrefixStatus
+    model: str
     tokens: int
     name: str
     created: float

@@ -52,8 +52,9 @@ class Outcome:
         if isinstance(event, Started):
             self.started, self.first_token_s, self._last = event, now - self.submitted, now
         elif isinstance(event, Delta):
-            if self.generated and event.tokens:
-                self.gaps_s += [(now - self._last) / event.tokens] * event.tokens
+            later = event.tokens if self.generated else event.tokens - 1  # than the first one of all
+            if later > 0:
+                self.gaps_s += [(now - self._last) / later] * later
             self.generated += event.tokens
             self._last = now
         elif isinstance(event, Finished):

@@ -37,5 +37,5 @@ class EngineBackend:
                 cancel()
 
     async def states(self) -> list[EngineState]:
-        """What the engine holds and does now."""
-        return [self._engine.state()]
+        """What the engine holds and does now; nothing once its thread has ended."""
+        return [self._engine.state()] if self._engine.alive else []

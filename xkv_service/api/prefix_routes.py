@@ -57,6 +57,7 @@ class PrefixObject(BaseModel):
     object: Literal["prefix"]
     status: PrefixStatus
     namespace: str
+    model: str
     name: str
     tokens: int
     created_at: int
@@ -75,6 +76,7 @@ class PrefixObject(BaseModel):
             object="prefix",
             status=record.status,
             namespace=record.namespace,
+            model=record.model,
             name=record.name,
             tokens=record.tokens,
             created_at=int(record.created),

@@ -25,11 +25,13 @@ header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; }
-td.name { max-width: 16rem; overflow-wrap: anywhere; }
-code { font-size: .85em; }
+td.name { min-width: 7rem; max-width: 16rem; overflow-wrap: anywhere; }
+td.n { white-space: nowrap; }
+caption { text-align: left; color: var(--soft); }
 form { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: .5rem; }
 input { flex: 1 1 12rem; min-width: 0; font: inherit; padding: .35rem .5rem; } button { font: inherit; }
-#state::before { content: "\\25cf "; color: var(--bad); } #state.live::before { color: var(--good); }
+#state::before { content: "\\25cf"; margin-right: .4em; color: var(--bad); }
+#state.live::before { color: var(--good); }
 [hidden] { display: none !important; }
 </style>
 <header><h1>xKV service</h1><p id="state">connecting</p><p id="model"></p></header>
@@ -66,6 +68,7 @@ function tile(label, text) {
 function table(into, head, rows) {
   const lines = [head.map(([text, style]) => cell("th", text, style)),
     ...rows.map(row => row.map((text, at) => cell("td", text, head[at][1])))];
+  if (!rows.length) return into.replaceChildren(cell("caption", "none"));
   into.replaceChildren(...lines.map(cells => {
     const line = document.createElement("tr");
     line.append(...cells);

@@ -3,6 +3,7 @@
 1. Moments of every document's keys and values (they add up; documents stream by).
 2. What error each layer stands (`tolerance`), on a few documents.
 3. Groups, metric and bases; each choice is tried on documents that the bases were not made from.
+4. Which layers need a selection index, likewise.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.folds import Folds, fold_count
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.observed import Observed, observe_document, reach_of
+from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
 from xkv_service.calibration.steps import STEPS
@@ -80,18 +82,18 @@ def calibrate(
     """Calibrate one model in this process.
 
     Args:
-        model: a supported model whose layers have full attention (or windows and states beside it).
+        model: a supported model of full or of latent attention (or windows and states beside it).
         sample: documents like those that will be compressed, with probes.
         observer: told what is being done.
 
     Raises:
         InvalidSpec: too few documents.
         RatioUnreachable: no document held out is long enough for the settings' ratio.
-        UnsupportedModel: latent attention, or a model whose cache cannot be compressed.
+        UnsupportedModel: full and latent attention in one model, or one whose cache cannot be compressed.
     """
-    settings = settings or CalibrationSettings()
-    used, held = split(sample, settings)
     layout = inspect_loaded(model).layout
+    settings = settings or CalibrationSettings.of(calibrated_layers(layout))
+    used, held = split(sample, settings)
     reach, count = reach_of(layout, settings), min(len(used), fold_count(layout, settings))
     parts = [Observed.nothing(model, reach) for _ in range(count)]
     for number, document in enumerate(used):
@@ -129,6 +131,8 @@ def decide(
     best, groups, choices = _choose(model, candidates, held, settings, observer)
     observer("drawing the sample again")
     stability = bootstrap(folds, candidates_of, choices["weighting"], groups)
+    selection = choose_selection(model, held, best, settings, observer)
+    best = replace(best, figures={"selection": selection})
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures: dict[str, Any] = {
         "settings": asdict(settings),
@@ -136,10 +140,11 @@ def decide(
         **choices,
         "stability": stability,
         "warnings": [text for text in [too_small(stability)] if text],
+        "selection": selection,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
-        "plans": plans(best, settings.ratios, candidates.bits_full),
+        "plans": plans(best, settings.ratios, candidates.layers),
         "spectra": spectra(found.moments),
     }
     measured = replace(best, figures=figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from xkv_service.calibration.calibration import Calibration
@@ -10,9 +11,22 @@ from xkv_service.spec import CompressionSpec
 
 
 def calibrated_spec(ratio: float, calibration: Calibration, **fields: Any) -> CompressionSpec:
-    """The spec of a prefix compressed with a calibration: shared bases, mixed bits, or as `fields` say."""
-    chosen = {"basis": "calibrated", "factor_dtype": "mixed", "index": "derived", **fields}
-    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen)
+    """The spec of a prefix compressed with a calibration: shared bases, mixed bits, or as `fields` say.
+
+    Layers that the calibration found to need no index have none, where the spec lets them.
+    """
+    basis = fields.pop("basis", "calibrated")
+    chosen = {"factor_dtype": "mixed", "index": "derived", **fields}
+    if chosen["index"] != "none" and not chosen.get("outlier_chunks"):
+        chosen.setdefault("reuse", reuse_of(calibration))
+    return CompressionSpec(ratio=ratio, calibration=calibration.id, **chosen).over(basis)
+
+
+def reuse_of(calibration: Calibration) -> tuple[int, ...]:
+    """Layers that attend to what the layer before them chose; none where that was not measured."""
+    selection = calibration.figures.get("selection")
+    found = selection.get("reuse") if isinstance(selection, Mapping) else None
+    return tuple(found) if isinstance(found, list | tuple) else ()
 
 
 def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:

@@ -50,8 +50,8 @@ class XKVCache(Cache):  # type: ignore[misc]
     def __init__(self, prefix: Prefix, selection: SelectionSpec | None = None) -> None:
         self.prefix, self.selection = prefix, selection or SelectionSpec()
         layers = list(DynamicCache(config=prefix.model.config).layers)
-        for index, layer in prefix.layers.items():
-            layers[index] = PrefixLayer(index, Selection(layer, self.selection))
+        for index in prefix.layers:
+            layers[index] = self._prefix_layer(index)
         for index, (keys, values) in prefix.windows.items():
             layers[index] = WindowLayer(layers[index].sliding_window, keys, values, prefix.tokens)
         for index, state in prefix.states.items():
@@ -134,6 +134,7 @@ class XKVCache(Cache):  # type: ignore[misc]
                     "the model's attention cannot read this cache: it would answer without the prefix",
                     hint="call it inside `with enable_xkv(model):`",
                 )
+            self.follow(layer_idx)
             attend_next(layer, self.prefix.modules[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -180,6 +181,12 @@ class XKVCache(Cache):  # type: ignore[misc]
                 layer.serve(given.shape[0])
         self.tail_ids = self.tail_ids.extended(int(self.get_seq_length()) - self.prefix.tokens, given)
 
+    def follow(self, layer_idx: int) -> None:
+        """Before a layer attends: show it the layer whose choice it takes, if it takes one."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PrefixLayer) and layer.selection.reuses:
+            layer.leader = self.layers[self.prefix.leaders[layer_idx]]
+
     def fork(self) -> XKVCache:
         """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""
         other = copy.copy(self)
@@ -194,11 +201,16 @@ class XKVCache(Cache):  # type: ignore[misc]
         """Forget the tail, folded tokens included."""
         for index, layer in enumerate(DynamicCache(config=self.prefix.model.config).layers):
             if isinstance(self.layers[index], PrefixLayer):
-                self.layers[index] = PrefixLayer(index, Selection(self.prefix.layers[index], self.selection))
+                self.layers[index] = self._prefix_layer(index)
             elif isinstance(self.layers[index], _Kept):
                 self.layers[index].reset()
             else:
                 self.layers[index] = layer
+
+    def _prefix_layer(self, index: int) -> PrefixLayer:
+        leaders = self.prefix.leaders if self.selection.by_index else {}
+        selection = Selection(self.prefix.layers[index], self.selection, reuses=index in leaders)
+        return PrefixLayer(index, selection, followed=index in leaders.values())
 
     @property
     def tail_tokens(self) -> int:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from xkv_service.decoding.attend import attend
 from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.growing_layer import GrowingLayer
-from xkv_service.decoding.select import Selection
+from xkv_service.decoding.select import Choosing, Recorded, Repeated, Selected, Selection
 from xkv_service.errors import CacheMisuse
 
 
@@ -22,15 +22,47 @@ class PrefixLayer(GrowingLayer):
 
     Args:
         index: layer index in the model. selection: chooses tokens of the layer's prefix.
+        followed: whether the next layer takes what this one chooses.
 
     Attributes:
         keys, values: the tail [batch, kv_heads, n, D], or None.
         rebuilt: prefix tokens rebuilt at the last call of attention.
+        leader: during a call, the layer of the same cache whose choice this one takes.
     """
 
-    def __init__(self, index: int, selection: Selection) -> None:
+    def __init__(self, index: int, selection: Selection, *, followed: bool = False) -> None:
         super().__init__()
         self.index, self.selection, self.rebuilt = index, selection, 0
+        self.leader: PrefixLayer | None = None
+        self._followed = followed
+        self._chosen: list[Selected] | None = None
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention over the prefix and the tail.
+
+        Raises:
+            CacheMisuse: the layer that this one follows did not run before it in this call.
+        """
+        choosing: Choosing = self.selection
+        if self.selection.reuses:
+            choosing = Repeated(self.selection.prefix, self._leaders_choice())
+        if self._followed:
+            choosing = recorded = Recorded(choosing)
+            self._chosen = recorded.made
+        out, self.rebuilt = attend(call.query, call.keys, call.values, call.mask, choosing, call.scoring)
+        return out
+
+    def _leaders_choice(self) -> list[Selected]:
+        """Taken once, so that no call sees the choice of another."""
+        leader, self.leader = self.leader, None
+        chosen = None if leader is None else leader._chosen
+        if leader is None or chosen is None or leader.tail_tokens != self.tail_tokens:
+            raise CacheMisuse(
+                f"layer {self.index} attends to what the layer before it chose, and that one did not run",
+                hint="run the model's layers in order, all of them",
+            )
+        leader._chosen = None
+        return chosen
 
     @property
     def prefix_tokens(self) -> int:
@@ -41,13 +73,6 @@ class PrefixLayer(GrowingLayer):
     def tail_tokens(self) -> int:
         """n, tokens of the tail."""
         return int(super().get_seq_length())
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention over the prefix and the tail."""
-        out, self.rebuilt = attend(
-            call.query, call.keys, call.values, call.mask, self.selection, call.scoring
-        )
-        return out
 
     def get_seq_length(self) -> int:
         """p + n."""

@@ -151,7 +151,7 @@ class _Open:
         if id(old) not in turns:
             turns[id(old)] = Turns(old.table, self.start + self.count, self.base.positions.device)
         folded = FoldedPrefix(self.base, (*self.parts, part), turns[id(old)])
-        self.layer.selection = Selection(folded, spec)
+        self.layer.selection = Selection(folded, spec, reuses=self.layer.selection.reuses)
         self.layer.drop_first(self.count)
 
 
@@ -160,6 +160,10 @@ def _fold_group(open_layers: list[_Open], spec: SelectionSpec, error: float, tur
     values = torch.cat([one.values().flatten(1) for one in open_layers], 1)
     bases_k = torch.cat([one.base.key_bases for one in open_layers], 1)
     bases_v = torch.cat([one.base.value_bases.transpose(0, 1).flatten(1) for one in open_layers], 1)
+    first = open_layers[0].base
+    # Folded rows are coordinates over the bases as a file describes them, scales included.
+    bases_k = bases_k if first.key_scales is None else bases_k * first.key_scales[:, None]
+    bases_v = bases_v if first.value_scales is None else bases_v * first.value_scales[:, None]
     rows_k, rows_v = fold_rows(keys, bases_k, error), fold_rows(values, bases_v, error)
     start_k = start_v = 0
     for one in open_layers:

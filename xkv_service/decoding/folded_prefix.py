@@ -85,7 +85,7 @@ class FoldedPrefix:
         rows[shared] = base.key_rows(positions[shared])
         for part, start, mine in self._split(positions):
             extra = part.keys.extra_bases[:, part.columns_k].to(self.dtype)
-            own = part.keys.rows(positions[mine] - start, self.dtype)
+            own = _over(base.key_scales, part.keys.rows(positions[mine] - start, self.dtype))
             rows[mine] = own @ torch.cat([base.key_bases, extra])
         heads = rows.reshape(len(rows), base.kv_heads, base.head_dim)
         return self._turns.rotate(heads, positions).to(self.dtype)
@@ -101,6 +101,7 @@ class FoldedPrefix:
         column = rank
         for part, start, mine in self._split(positions):
             rows, extra = part.values.rows(positions[mine] - start, self.dtype), len(part.values.extra_bases)
+            rows = _over(base.value_scales, rows)
             out[mine, :rank] = rows[:, :rank]
             out[mine, column : column + extra] = rows[:, rank:]
             column += extra
@@ -132,3 +133,10 @@ def folded_bytes(prefixes: Iterable[object]) -> int:
             if part.sketch is not None:
                 total += part.sketch.codes.nbytes + part.sketch.scales.nbytes
     return total + sum(one.nbytes for one in rows.values())
+
+
+def _over(scales: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Coordinates [k, r + e] over bases as `LayerPrefix` holds them, without their scales [r]."""
+    if scales is None:
+        return rows
+    return torch.cat([rows[:, : len(scales)] * scales, rows[:, len(scales) :]], 1)

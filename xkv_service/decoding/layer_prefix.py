@@ -11,10 +11,7 @@ from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
-from xkv_service.selection.sketch import KeySketch, encode
-
-_PIECE = 16384
-"""Tokens whose keys are rebuilt at once for a derived index."""
+from xkv_service.selection.sketch import KeySketch
 
 
 class ReadablePrefix(Protocol):
@@ -49,16 +46,19 @@ class Turns:
 
     Args:
         table: the rotary table. tokens: positions 0 .. tokens - 1. device: where the layers are.
+
+    Attributes:
+        cos, sin: [tokens, P], rounded as the model rounds them.
     """
 
     def __init__(self, table: RotaryTable, tokens: int, device: torch.device) -> None:
         self.table = table
         cos, sin = table.to(device).cos_sin(torch.arange(tokens, device=device))
-        self._cos, self._sin = cos.to(table.rounding), sin.to(table.rounding)
+        self.cos, self.sin = cos.to(table.rounding), sin.to(table.rounding)
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys before RoPE [k, kv_heads, D] of positions [k] -> float32, rotated."""
-        return rotate_planes(keys, self.table.planes, self._cos[positions], self._sin[positions])
+        return rotate_planes(keys, self.table.planes, self.cos[positions], self.sin[positions])
 
 
 class LayerPrefix:
@@ -69,7 +69,10 @@ class LayerPrefix:
         device, dtype: where attention runs, and the dtype of its matrix products.
 
     Attributes:
-        key_bases: [r_k, kv_heads D].
+        key_bases: [r_k, kv_heads D]. key_scales, value_scales: [r_k], [r_v], which the rows of `key_bases`
+            and `value_bases` are still to be multiplied with, or None: bases of a calibration are shared by
+            all its prefixes, scales are each prefix's own.
+        index: the one that is stored, or None; a derived one is put here.
     """
 
     def __init__(
@@ -85,15 +88,13 @@ class LayerPrefix:
         self.layer, self.tokens, self.dtype = layer, factors.tokens, dtype
         self.kv_heads = group.layout.kv_heads[place]
         self.turns = turns
-        self._key_factors, self.key_bases = half(group.keys, place, device, dtype)
-        self._value_factors, value_bases = half(group.values, place, device, dtype)
-        rank = value_bases.shape[0]
-        self.value_bases = value_bases.reshape(rank, self.kv_heads, -1).transpose(0, 1).contiguous()
+        self._key_factors, self.key_bases, self.key_scales = half(group.keys, place, device, dtype)
+        self._value_factors, value_bases, self.value_scales = half(group.values, place, device, dtype)
+        value_bases = value_bases.view(len(value_bases), self.kv_heads, -1).transpose(0, 1)
+        self.value_bases = value_bases.contiguous() if self.value_scales is None else value_bases
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
         self.index: Scorer | None = _scorer(factors, layer, device)
-        if layer in factors.planes:
-            self.index = SketchScorer(self._derived_sketch(factors.planes[layer].to(device)))
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
         where = torch.empty(0, dtype=torch.int64, device=device)
@@ -121,17 +122,10 @@ class LayerPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes this layer alone adds to its group's token factors."""
-        kept = (self.key_bases, self.value_bases, self.exact_keys, self.exact_values, self.positions)
+        kept = [self.exact_keys, self.exact_values, self.positions]
+        for bases, scales in ((self.key_bases, self.key_scales), (self.value_bases, self.value_scales)):
+            kept.append(bases if scales is None else scales)
         return sum(tensor.nbytes for tensor in kept)
-
-    def _derived_sketch(self, planes: torch.Tensor) -> KeySketch:
-        """A sketch of the keys as the factors give them, made in pieces."""
-        parts = [
-            encode(self.keys(positions), planes)
-            for positions in torch.split(torch.arange(self.tokens, device=planes.device), _PIECE)
-        ]
-        codes, scales = zip(*parts, strict=True)
-        return KeySketch(planes, torch.cat(codes), torch.cat(scales))
 
     def keys(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt and rotated keys [k, kv_heads, D] of positions int64 [k]: RoPE(A_k[positions] B_k)."""
@@ -140,11 +134,15 @@ class LayerPrefix:
 
     def key_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """Rebuilt keys before RoPE, heads side by side: [k, kv_heads D]."""
-        return self._key_factors[positions].to(self.dtype) @ self.key_bases
+        return self._scaled(self._key_factors[positions], self.key_scales) @ self.key_bases
 
     def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
         """A_v[positions], [k, r_v]: values are never rebuilt, (p A_v) B_v costs less (section 3.3)."""
-        return self._value_factors[positions].to(self.dtype)
+        return self._scaled(self._value_factors[positions], self.value_scales)
+
+    def _scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        rows = rows.to(self.dtype)
+        return rows if scales is None else rows * scales
 
 
 def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -170,9 +168,15 @@ def first_rows(factors: torch.Tensor | PackedFactors, tokens: int) -> torch.Tens
 
 def half(
     pair: LowRank, place: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor | PackedFactors, torch.Tensor]:
-    """Token factors [T, r] as stored, and a layer's bases [r, kv_heads D] in `dtype`."""
-    return pair.factors.to(device), pair.layer_bases(place).to(device, dtype)
+) -> tuple[torch.Tensor | PackedFactors, torch.Tensor, torch.Tensor | None]:
+    """Token factors [T, r] as stored, a layer's bases [r, kv_heads D] in `dtype`, and [r] or None: what their
+    rows are still to be multiplied with.
+    """
+    factors = pair.factors.to(device)
+    if pair.shared is None or pair.scales is None:
+        return factors, pair.layer_bases(place).to(device, dtype), None
+    bases = pair.shared.placed(device, dtype)[: pair.rank, pair.columns(place)]
+    return factors, bases, pair.scales.to(device, dtype)
 
 
 def _scorer(factors: PrefixFactors, layer: int, device: torch.device) -> Scorer | None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
-from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
-from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
+from xkv_service.errors import InvalidSpec, ModelMismatch
 from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
-from xkv_service.modeling.model_files import find_model
+from xkv_service.modeling.model_files import fingerprint_of
 from xkv_service.numeric import is_integer
 from xkv_service.packed_factors import leading_runs
 from xkv_service.spec import CompressionSpec
@@ -30,7 +30,6 @@ def load_factors(
     rank_k: int | None = None,
     rank_v: int | None = None,
     calibration_of: Callable[[CompressionSpec, str], Calibration | None] | None = None,
-    touch: bool = True,
 ) -> PrefixFactors:
     """The factors of an artifact, on the CPU.
 
@@ -41,7 +40,6 @@ def load_factors(
             them are not read.
         calibration_of: gives the calibration that a spec shares bases with, of a model's fingerprint; by
             default it is read from the store, as `needed_calibration` does.
-        touch: as in `ArtifactStore.load`.
 
     Raises:
         ArtifactNotFound, CorruptArtifact: no such artifact, or a damaged one.
@@ -57,29 +55,23 @@ def load_factors(
         calibration_of(spec, fingerprint) if calibration_of else needed_calibration(store, spec, fingerprint)
     )
     if rank_k is None and rank_v is None:
-        return PrefixFactors.from_tensors(manifest, store.load(artifact_id, touch=touch)[1], calibration)
+        return PrefixFactors.from_tensors(manifest, store.load(artifact_id)[1], calibration)
     groups = tuple(_leading(group, rank_k, rank_v) for group in manifest.groups)
     cut = manifest.model_copy(update={"groups": groups})
     wanted = stored_tensors(spec, manifest.tokens, groups)
     names = [name for name in manifest.tensors if not _is_block(name) or name in wanted]
     tensors = {
         name: tensor[tuple(slice(size) for size in wanted[name].shape)] if _is_block(name) else tensor
-        for name, tensor in store.load(artifact_id, names, touch=touch)[1].items()
+        for name, tensor in store.load(artifact_id, names)[1].items()
     }
     return PrefixFactors.from_tensors(cut, tensors, calibration)
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:
-    name = getattr(model, "name_or_path", "")
-    if not name:
-        return
-    try:
-        files = find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
-    except ModelNotFound:
-        return
-    if fingerprint_files(files.path, dtype=manifest.model.dtype) != manifest.model.fingerprint:
+    found = fingerprint_of(model, manifest.model.dtype)
+    if found not in (None, manifest.model.fingerprint):
         raise ModelMismatch(
-            f"artifact {manifest.id[:12]} was made with other files than {files.name}'s: "
+            f"artifact {manifest.id[:12]} was made with other files than {Path(model.name_or_path).name}'s: "
             f"{manifest.model.name} ({manifest.model.architecture})",
             hint="load the model and revision that it was precomputed with, or precompute again",
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xkv_service.factors import PrefixFactors
+from xkv_service.factors import LowRank, PrefixFactors
 
 _ON_THE_HOST = ("token_ids", "rotary", "states", "windows", "fidelity", "spec")
 """Read on the CPU, or brought to the device by who uses them."""
@@ -49,6 +49,8 @@ def _each(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The value with `move` of every tensor in it."""
     if isinstance(value, torch.Tensor):
         return move(value)
+    if isinstance(value, LowRank) and value.shared is not None:
+        return replace(value, factors=_each(value.factors, move))  # the others are shared: see `LayerPrefix`
     if isinstance(value, tuple):
         return tuple(_each(one, move) for one in value)
     if isinstance(value, dict):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.latent import Expansion, LatentPrefix
 from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.matching import check_model
 from xkv_service.decoding.placing import on_device
+from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.linear_state import LayerState
 from xkv_service.numeric import is_integer
 from xkv_service.reconstruct import as_cached
+from xkv_service.selection.reuse import followers, refuse_reuse
 
 # A model object, where and in which dtype it is, and tokens of the prefix.
 _Place = tuple[int, torch.device, torch.dtype, int]
@@ -36,6 +40,7 @@ class Prefix:
         groups: layer indices of those that share token factors.
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
         states: by layer index, of linear-attention layers.
+        reuse: layers that attend to what the compressed layer before them chose.
     """
 
     model: PreTrainedModel
@@ -45,6 +50,13 @@ class Prefix:
     groups: tuple[tuple[int, ...], ...]
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
     states: Mapping[int, LayerState]
+    reuse: frozenset[int] = frozenset()
+
+    @cached_property
+    def leaders(self) -> dict[int, int]:
+        """By layer of `reuse`, the one whose choice it takes."""
+        order = sorted(self.layers)
+        return {mine: before for before, mine in zip(order, order[1:], strict=False) if mine in self.reuse}
 
     @property
     def tokens(self) -> int:
@@ -58,7 +70,7 @@ class Prefix:
         Raises:
             ModelMismatch: the factors were made with another model.
             UnsupportedModel: the model's cache cannot be compressed.
-            InvalidSpec: `tokens` is out of range.
+            InvalidSpec: `tokens` is out of range, or a layer is to reuse the choice of one of other heads.
         """
         count = factors.tokens if tokens is None else tokens
         _check_tokens(count, factors.tokens, factors.windows, factors.states)
@@ -99,7 +111,9 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
     device, dtype = model.device, product_dtype(model)
     factors = on_device(factors, device)
     turns = [Turns(table, factors.tokens, device) for table in factors.rotary]
-    modules = inspect_loaded(model).modules
+    support = inspect_loaded(model)
+    refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
+    modules = support.modules
     layers: dict[int, LayerPrefix | LatentPrefix] = {}
     for group in factors.groups:
         for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
@@ -108,13 +122,31 @@ def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
                 layers[layer] = LatentPrefix(factors, layer, expansion, device)
             else:
                 layers[layer] = LayerPrefix(factors, layer, turns[table], device, dtype)
+    _derive_indexes(layers, factors)
     _share_positions(layers.values())
     windows = {
         layer: (as_cached(window.keys, model), as_cached(window.values, model))
         for layer, window in factors.windows.items()
     }
     groups = tuple(group.layout.layers for group in factors.groups)
-    return Prefix(model, factors.token_ids.long(), layers, modules, groups, windows, factors.states)
+    return Prefix(
+        model=model,
+        token_ids=factors.token_ids.long(),
+        layers=layers,
+        modules=modules,
+        groups=groups,
+        windows=windows,
+        states=factors.states,
+        reuse=frozenset(factors.spec.reuse),
+    )
+
+
+def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: PrefixFactors) -> None:
+    for group in factors.groups:
+        mine = [layers[index] for index in group.layout.layers if index in factors.planes]
+        owners = [layer for layer in mine if isinstance(layer, LayerPrefix)]
+        for index, sketch in derived_sketches(group.keys.factors, owners, factors.planes).items():
+            layers[index].index = SketchScorer(sketch)
 
 
 def _share_positions(layers: Iterable[ReadablePrefix]) -> None:

@@ -6,6 +6,7 @@ together, and gives [kv_heads, rows, units], where a unit is one token or one ch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,7 +71,9 @@ class SketchScorer:
 
     def first(self, tokens: int) -> SketchScorer:
         """The same of the first tokens: views."""
-        return SketchScorer(KeySketch(self.planes, self._codes[:tokens], self._scales[:tokens]))
+        other = copy.copy(self)
+        other._codes, other._scales = self._codes[:tokens], self._scales[:tokens]
+        return other
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         index = self._dims[:, None].expand(-1, queries.shape[1], -1)

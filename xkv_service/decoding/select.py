@@ -7,13 +7,15 @@ claims nothing of the prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from xkv_service.decoding.layer_prefix import ReadablePrefix
 from xkv_service.decoding.scoring import JoinedSketches, LandmarkScorer, Scorer, Scoring, SketchScorer
-from xkv_service.errors import InvalidSpec
+from xkv_service.errors import CacheMisuse, InvalidSpec
 from xkv_service.selection.spec import SelectionSpec
 
 _KINDS: dict[str, tuple[type[Scorer], ...]] = {
@@ -35,15 +37,26 @@ class Selected:
     member: torch.Tensor | None = None
 
 
+class Choosing(Protocol):
+    """What attention asks for the tokens of a prefix, once for each piece of its queries."""
+
+    prefix: ReadablePrefix
+
+    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
+        """As `Selection`."""
+
+
 class Selection:
     """The selection of one layer.
 
     Args:
         prefix: the layer's prefix. spec: how to choose.
+        reuses: whether the layer takes what the one before it chose: it cannot choose by itself then.
     """
 
-    def __init__(self, prefix: ReadablePrefix, spec: SelectionSpec) -> None:
+    def __init__(self, prefix: ReadablePrefix, spec: SelectionSpec, *, reuses: bool = False) -> None:
         self.prefix, self.spec = prefix, spec
+        self.reuses = reuses
         self._scorer = self._choose_scorer()
         self._always = self._always_selected()
         self._open = torch.zeros(prefix.tokens, dtype=torch.bool, device=prefix.positions.device)
@@ -62,6 +75,11 @@ class Selection:
                 scores of all that is attended to besides the prefix's factors.
             scoring: what makes scores of products.
         """
+        if self.reuses:
+            raise CacheMisuse(
+                "this layer has no selection index: it attends to what the layer before it chose",
+                hint="pass attention `Repeated` choices, as `PrefixLayer.attend` does",
+            )
         if self.dense:
             return Selected(self.prefix.positions)
         assert self._scorer is not None
@@ -70,7 +88,8 @@ class Selection:
         scores = scoring(self._scorer(rows)).reshape(heads, batch, group, count, -1).transpose(0, 1)
         total = torch.logaddexp(scores.logsumexp(-1), others)
         scores -= total[..., None]
-        shares = scores.amax((1, 2))[:, None] if self.spec.granularity == "layer" else scores.amax(2)
+        shares = scores.amax(2)  # one dimension at a time: over two at once it is 30 times slower on a CPU
+        shares = shares.amax(1, keepdim=True) if self.spec.granularity == "layer" else shares
         return self._best(shares)
 
     def _best(self, shares: torch.Tensor) -> Selected:
@@ -107,7 +126,7 @@ class Selection:
             InvalidSpec: the artifact has no such index.
         """
         index, wanted = self.prefix.index, self.spec.selector
-        if wanted == "dense" or (wanted == "auto" and index is None):
+        if self.reuses or wanted == "dense" or (wanted == "auto" and index is None):
             return None
         if wanted == "exact":
             return _ExactScorer(self.prefix)
@@ -125,6 +144,38 @@ class Selection:
         unit = self._scorer.unit if self._scorer else 1
         last = min(tokens - self.spec.recent, tokens // unit * unit)
         return positions[(positions < self.spec.sink) | (positions >= last)]
+
+
+class Recorded:
+    """A selection whose choices are kept for the next layer.
+
+    Attributes:
+        made: what was chosen, piece by piece.
+    """
+
+    def __init__(self, choosing: Choosing) -> None:
+        self.prefix, self._choosing = choosing.prefix, choosing
+        self.made: list[Selected] = []
+
+    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
+        """As `Selection`."""
+        self.made.append(self._choosing(queries, others, scoring))
+        return self.made[-1]
+
+
+class Repeated:
+    """The choices that another layer made in this very call, for the same queries in the same pieces.
+
+    Args:
+        prefix: of the layer that takes them; the same tokens are exact in it. made: as `Recorded.made`.
+    """
+
+    def __init__(self, prefix: ReadablePrefix, made: Sequence[Selected]) -> None:
+        self.prefix, self._left = prefix, iter(made)
+
+    def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
+        """The next piece's."""
+        return next(self._left)
 
 
 class _ExactScorer:

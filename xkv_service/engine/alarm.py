@@ -23,11 +23,14 @@ class Alarm:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call `call` in `seconds`; never, where the alarm closes before that."""
+    def after(self, seconds: float, call: Callable[[], None]) -> bool:
+        """Call `call` in `seconds`, or never where the alarm closes before; False: it is closed already."""
         with self._changed:
+            if self._closed:
+                return False
             heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), call))
             self._changed.notify()
+            return True
 
     def close(self) -> None:
         """Stop, and wait for a call that is running, unless it is the caller."""

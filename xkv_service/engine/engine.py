@@ -62,6 +62,7 @@ class Engine:
         loaded: the model; nobody else changes its attention meanwhile.
         settings: limits.
         prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
+        on_corrupt: told on the engine's thread of a request whose artifact is damaged; it must be quick.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Engine:
         loaded: LoadedModel,
         settings: EngineSettings | None = None,
         prefixes: PrefixPool | None = None,
+        on_corrupt: Callable[[GenerationRequest], None] | None = None,
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
-        self._prefixes = prefixes
+        self._prefixes, self._on_corrupt = prefixes, on_corrupt
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._inbox: queue.SimpleQueue[_Submitted | _Cancelled | _Loaded | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
@@ -297,6 +299,8 @@ class Engine:
             self._start(sequence, self._context(answer), match.artifact_id)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
+        if answer.reason == "corrupt" and self._on_corrupt is not None:
+            self._on_corrupt(sequence.request)
         self._start(sequence, empty_context(self.loaded.model), None)
 
     def _start(self, sequence: Sequence, context: Context, artifact_id: str | None) -> None:

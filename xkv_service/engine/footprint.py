@@ -6,8 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
+from xkv_service.calibration.calibration import KINDS, Calibration
 from xkv_service.decoding.latent import INDEX_RANK, Expansion
 from xkv_service.decoding.prefix import product_dtype
+from xkv_service.engine.storages import held_bytes
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
@@ -23,8 +25,19 @@ def artifact_bytes(manifest: PrefixManifest, spec: CompressionSpec) -> int:
     return sum(tensor.nbytes for tensor in table.values())
 
 
+def calibration_bytes(model: PreTrainedModel, calibration: Calibration) -> int:
+    """Bytes on the model's device of a calibration that prefixes decode from: all of it on a CPU, elsewhere
+    its bases as they are placed there.
+    """
+    if model.device.type == "cpu":
+        return held_bytes(calibration, device=model.device)
+    bases = [group.basis(kind).bases for group in calibration.groups for kind in KINDS]
+    return sum(one.numel() * int(product_dtype(model).itemsize) for one in bases)
+
+
 def prefix_bytes(model: PreTrainedModel, manifest: PrefixManifest, spec: CompressionSpec) -> int:
-    """At most so many bytes the whole prefix holds on the model's device, and hardly fewer.
+    """At most so many bytes the whole prefix holds on the model's device, and hardly fewer; a calibration's
+    bases, which it shares with others, left out.
 
     Token factors and a stored index stay as they are stored; bases and exact tokens are in the dtype of
     matrix products; cos and sin of every position, the positions themselves, and a derived index come on top.
@@ -58,13 +71,16 @@ def _held(name: str, tensor: StoredTensor, model: PreTrainedModel) -> int:
 def _group_bytes(group: GroupLayout, tokens: int, spec: CompressionSpec, model: PreTrainedModel) -> int:
     size = product_dtype(model).itemsize
     bases = group.rank_k * sum(group.key_widths) + group.rank_v * sum(group.value_widths)
+    if spec.basis == "calibrated":
+        bases = len(group.layers) * (group.rank_k + group.rank_v)  # scales
     if group.latent:
         own = sum(_expanded(group, place, tokens, spec, model) for place in range(len(group.layers)))
         return size * bases + own
     derived = 0
     if spec.index == "derived":
-        for heads, width in zip(group.kv_heads, group.key_widths, strict=True):
-            derived += tokens * heads * (sketch_planes(spec, width // heads) + torch.float16.itemsize)
+        for layer, heads, width in zip(group.layers, group.kv_heads, group.key_widths, strict=True):
+            if layer not in spec.reuse:
+                derived += tokens * heads * (sketch_planes(spec, width // heads) + torch.float16.itemsize)
     return size * bases + derived
 
 

@@ -8,17 +8,16 @@ prefix go through attention together, and the tokens they choose are rebuilt onc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 
-from xkv_service.decoding.attend import attend
 from xkv_service.decoding.attention_call import AttentionCall
+from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.select import Selection
 from xkv_service.decoding.xkv_attention import attend_next
 
 
@@ -83,6 +82,9 @@ class PackedLayer:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+        for segment in self._segments:
+            if isinstance(segment.cache, XKVCache):
+                segment.cache.follow(self.index)
         self._offsets = [layer.get_mask_sizes(0)[1] for layer in self._layers]
         self._tails = [
             layer.update(keys[:, :, segment.columns], values[:, :, segment.columns])
@@ -115,24 +117,22 @@ class PackedLayer:
         keys, values = self._tails[place]
         mask = _seen(segment, keys.shape[2], self._offsets[place], layer, query.device)
         if isinstance(layer, PrefixLayer):
-            out, layer.rebuilt = attend(query, keys, values, mask, layer.selection, call.scoring)
-            return out
+            return layer.attend(replace(call, query=query, keys=keys, values=values, mask=mask))
         bias = None if mask is None else _bias(mask, query.dtype)
         result: torch.Tensor = call.plain(query, keys, values, bias)[0]
         return result
 
     def _attend_together(self, call: AttentionCall, places: list[int]) -> torch.Tensor:
-        first = self._layers[places[0]]
-        selection: Selection = first.selection
+        first: PrefixLayer = self._layers[places[0]]
         where = torch.tensor([self._segments[place].start for place in places], device=call.query.device)
         query = call.query[0].index_select(1, where).transpose(0, 1)[:, :, None]
         tails = [self._tails[place] for place in places]
         lengths = torch.tensor([keys.shape[2] for keys, _ in tails], device=query.device)
-        mask = _rows_seen(selection.prefix.tokens, lengths)
+        mask = _rows_seen(first.prefix_tokens, lengths)
         keys, values = (_stacked(states) for states in zip(*tails, strict=True))
-        out, rebuilt = attend(query, keys, values, mask, selection, call.scoring)
+        out = first.attend(replace(call, query=query, keys=keys, values=values, mask=mask))
         for place in places:
-            self._layers[place].rebuilt = rebuilt
+            self._layers[place].rebuilt = first.rebuilt
         return out
 
 

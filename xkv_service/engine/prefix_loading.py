@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,12 +23,25 @@ from xkv_service.spec import CompressionSpec
 
 @dataclass(frozen=True)
 class Announced:
-    """What an artifact's header promises: tokens, bytes to read, and bytes that the bound prefix holds."""
+    """What an artifact's header promises.
+
+    Args:
+        tokens: of the prefix. stored_bytes: to read. resident_bytes: that the bound prefix holds, besides
+            the calibration whose bases it shares.
+        spec: it was compressed with. fingerprint: of its model.
+    """
 
     artifact_id: str
     tokens: int
     stored_bytes: int
     resident_bytes: int
+    spec: CompressionSpec
+    fingerprint: str
+
+    @property
+    def calibration(self) -> str | None:
+        """The id of the calibration whose bases the prefix shares, or None."""
+        return self.spec.calibration if self.spec.basis == "calibrated" else None
 
 
 class PrefixLoading:
@@ -40,7 +52,6 @@ class PrefixLoading:
         selection: what the prefixes will be used with.
         fingerprint: of the model; None where it did not come from files. What the model makes of the
             artifact's first tokens is compared in any case.
-        calibration_of: gives a calibration that is in memory, or None. keep_calibration: told of one read.
     """
 
     def __init__(
@@ -49,12 +60,9 @@ class PrefixLoading:
         store: ArtifactStore,
         selection: SelectionSpec,
         fingerprint: str | None,
-        calibration_of: Callable[[str], Calibration | None],
-        keep_calibration: Callable[[Calibration], None],
     ) -> None:
         self._model, self._store, self._selection = model, store, selection
         self._fingerprint = fingerprint
-        self._calibration_of, self._keep_calibration = calibration_of, keep_calibration
 
     def announce(self, artifact_id: str) -> Announced:
         """Read an artifact's header.
@@ -71,39 +79,40 @@ class PrefixLoading:
             )
         spec = checked_spec(manifest, len(manifest.tensors))
         held = prefix_bytes(self._model, manifest, spec)
-        return Announced(artifact_id, manifest.tokens, artifact_bytes(manifest, spec), held)
+        stored = artifact_bytes(manifest, spec)
+        return Announced(artifact_id, manifest.tokens, stored, held, spec, manifest.model.fingerprint)
+
+    def calibration(self, announced: Announced) -> Calibration:
+        """Read the calibration whose bases an artifact shares.
+
+        Raises:
+            CorruptArtifact: it is damaged or gone: the artifact is there, and is of no use.
+            UnsupportedFormat, StoreError, ModelMismatch
+        """
+        try:
+            found = needed_calibration(self._store, announced.spec, announced.fingerprint)
+        except ArtifactNotFound as error:
+            raise CorruptArtifact(error.message, hint=error.hint) from None
+        assert found is not None
+        return found
 
     @torch.no_grad()
-    def bind(self, artifact_id: str) -> Prefix:
+    def bind(self, artifact_id: str, calibration: Calibration | None) -> Prefix:
         """Read an artifact, every byte checked, and make the prefix ready on the model's device.
 
         While it runs, the host holds the blob's bytes once or twice more.
 
+        Args:
+            calibration: whose bases it shares, or None.
+
         Raises:
-            as `announce`; CorruptArtifact also for a calibration that is damaged or gone.
-            InvalidSpec: it has no index of the kind that the selection names.
+            as `announce`; InvalidSpec: it has no index of the kind that the selection names.
         """
         device = self._model.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            factors = load_factors(self._store, artifact_id, calibration_of=self._calibration, touch=False)
+            factors = load_factors(self._store, artifact_id, calibration_of=lambda *_: calibration)
             prefix = Prefix.of(self._model, factors)
             Selection(next(iter(prefix.layers.values())), self._selection)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
         return prefix
-
-    def _calibration(self, spec: CompressionSpec, fingerprint: str) -> Calibration | None:
-        """Kept in memory: many artifacts share one, which is larger than most of them."""
-        if spec.calibration is None or spec.basis == "document":
-            return None
-        kept = self._calibration_of(spec.calibration)
-        if kept is not None:
-            return kept
-        try:
-            read = needed_calibration(self._store, spec, fingerprint)
-        except ArtifactNotFound as error:
-            # The artifact is there, and is of no use.
-            raise CorruptArtifact(error.message, hint=error.hint) from None
-        assert read is not None
-        self._keep_calibration(read)
-        return read

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.alarm import Alarm
 from xkv_service.engine.bound_prefix import BoundPrefix
+from xkv_service.engine.footprint import calibration_bytes
 from xkv_service.engine.load_failure import LoadFailure, failure_of
 from xkv_service.engine.loader_threads import Job, LoaderThreads
 from xkv_service.engine.loading_rates import LoadingRates
@@ -42,6 +43,8 @@ OnCorrupt = Callable[[str, LoadFailure], None]
 _SPARE_THREADS = 6
 """Threads that may be stuck in reads that hang before loads wait for them."""
 _TOUCH_EVERY_S = 10.0
+_CALIBRATION = "calibration "
+"""Before the ids of calibrations, which are kept among the prefixes that share their bases."""
 
 
 @dataclass(eq=False)
@@ -57,7 +60,13 @@ class _Load:
     job: Job | None = None
     began: float | None = None  # when its thread took it
     announced: Announced | None = None
+    shared_bytes: int = 0  # of a calibration that had to be read for it
     overdue: bool = False
+
+    @property
+    def needed_bytes(self) -> int:
+        """As far as that is known."""
+        return self.shared_bytes + (self.announced.resident_bytes if self.announced else 0)
 
 
 class _NoRoom(Exception):
@@ -100,9 +109,7 @@ class PrefixPool:
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._used: set[str] = set()
         self._closed = False
-        self._loading = PrefixLoading(
-            model, store, selection or SelectionSpec(), fingerprint, self._calibration, self._keep_calibration
-        )
+        self._loading = PrefixLoading(model, store, selection or SelectionSpec(), fingerprint)
         self._threads = LoaderThreads(threads, threads + _SPARE_THREADS)
         self._alarm = Alarm("prefix-pool-deadlines")
         self._alarm.after(_TOUCH_EVERY_S, self._touch_later)
@@ -187,8 +194,8 @@ class PrefixPool:
                 residents.nbytes,
                 residents.reserved,
                 residents.budget,
-                tuple(key for key, value in residents.values.items() if isinstance(value, BoundPrefix)),
-                residents.holds,
+                tuple(key for key in residents.values if not key.startswith(_CALIBRATION)),
+                {key: count for key, count in residents.holds.items() if not key.startswith(_CALIBRATION)},
                 residents.pins,
                 len(self._loads) - len(self._parked),
                 len(self._parked),
@@ -249,10 +256,10 @@ class PrefixPool:
         bound = failure = None
         try:
             bound = self._loaded(load)
-        except _NoRoom as error:
+        except _NoRoom:
             if self._park(load):
                 return
-            failure = LoadFailure("no_room", str(error))
+            failure = self._no_room(load)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, those who wait must hear of it
             failure = failure_of(error)
             if failure.reason == "unavailable":
@@ -261,25 +268,63 @@ class PrefixPool:
 
     def _loaded(self, load: _Load) -> BoundPrefix:
         """Read and bind, within the room reserved for it."""
-        announced = load.announced = self._loading.announce(load.artifact_id)
-        with self._lock:
-            if not self._residents.reserve(load.artifact_id, announced.resident_bytes):
-                raise _NoRoom(self._no_room(announced))
+        load.announced = announced = self._loading.announce(load.artifact_id)
+        with ExitStack() as stack:
+            # Before room is made, which must not cost the calibration that the prefix needs.
+            shared = self._resident_calibration(announced, stack)
+            with self._lock:
+                if not self._residents.reserve(load.artifact_id, announced.resident_bytes):
+                    raise _NoRoom
+            if shared is None and announced.calibration is not None:
+                shared = self._read_calibration(load, stack)
+            return self._bound(announced, shared)
+
+    def _bound(self, announced: Announced, shared: Calibration | None) -> BoundPrefix:
+        """Read and bind what there is room for, measure it, and keep it."""
         begin = time.perf_counter()
-        bound = BoundPrefix(self._loading.bind(load.artifact_id))
+        bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared))
         seconds = time.perf_counter() - begin
         self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
-        held = held_bytes(bound.whole, device=self._model.device)
+        held = held_bytes(bound.whole, device=self._model.device, besides=shared)
+        needs = None if announced.calibration is None else _CALIBRATION + announced.calibration
         with self._lock:
-            if not self._residents.put(load.artifact_id, bound, held):
-                raise MemoryError(f"artifact {load.artifact_id[:12]} holds {held} bytes, more than reserved")
+            if not self._residents.put(announced.artifact_id, bound, held, needs):
+                raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
             self._count(loads=1, load_seconds=seconds, loaded_bytes=announced.stored_bytes)
         return bound
 
-    def _no_room(self, announced: Announced) -> str:
-        return (
-            f"artifact {announced.artifact_id[:12]} needs {announced.resident_bytes} bytes of the "
-            f"{self._residents.budget} for prefixes"
+    def _resident_calibration(self, announced: Announced, stack: ExitStack) -> Calibration | None:
+        """The calibration that an artifact needs, if it is in memory, held until the stack closes."""
+        if announced.calibration is None:
+            return None
+        with self._lock:
+            found: Calibration | None = self._residents.get(_CALIBRATION + announced.calibration)
+            if found is not None:
+                self._hold_for(stack, _CALIBRATION + announced.calibration)
+            return found
+
+    def _read_calibration(self, load: _Load, stack: ExitStack) -> Calibration:
+        """Read the calibration that an artifact needs, keep it, and hold it until the stack closes."""
+        assert load.announced is not None
+        found = self._loading.calibration(load.announced)
+        name, load.shared_bytes = _CALIBRATION + found.id, calibration_bytes(self._model, found)
+        with self._lock:
+            if name in self._residents:
+                found = self._residents.get(name)  # another load was faster
+            elif not self._residents.put(name, found, load.shared_bytes):
+                raise _NoRoom
+            self._hold_for(stack, name)
+        return found
+
+    def _hold_for(self, stack: ExitStack, name: str) -> None:
+        self._residents.hold(name)
+        stack.callback(self.release, name)
+
+    def _no_room(self, load: _Load) -> LoadFailure:
+        return LoadFailure(
+            "no_room",
+            f"artifact {load.artifact_id[:12]} needs {load.needed_bytes} bytes of the "
+            f"{self._residents.budget} for prefixes",
         )
 
     def _finish(self, load: _Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
@@ -302,8 +347,8 @@ class PrefixPool:
     def _park(self, load: _Load) -> bool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""
         with self._lock:
-            assert load.announced is not None
-            if not load.waiters or load.announced.resident_bytes > self._residents.budget:
+            self._residents.cancel(load.artifact_id)
+            if not load.waiters or load.needed_bytes > self._residents.budget:
                 return False
             self._parked.append(load)
             return True
@@ -311,8 +356,10 @@ class PrefixPool:
     def _unpark(self) -> None:
         """Start the loads that have room now."""
         for load in list(self._parked):
-            assert load.announced is not None
-            if self._residents.reserve(load.artifact_id, load.announced.resident_bytes):
+            shared = load.announced.calibration if load.announced else None
+            there = shared is not None and _CALIBRATION + shared in self._residents
+            needed = load.needed_bytes - (load.shared_bytes if there else 0)
+            if self._residents.reserve(load.artifact_id, needed):
                 self._parked.remove(load)
                 self._submit(load)
 
@@ -324,8 +371,7 @@ class PrefixPool:
             load.waiters.remove(waiter)
             failure = LoadFailure("slow_load", f"prefilling {waiter.tokens} tokens is faster")
             if load in self._parked:
-                assert load.announced is not None
-                failure = LoadFailure("no_room", self._no_room(load.announced))
+                failure = self._no_room(load)
                 if not load.waiters:
                     self._parked.remove(load)
                     del self._loads[load.artifact_id]
@@ -336,8 +382,13 @@ class PrefixPool:
         self._tell([(waiter, failure)])
 
     def _later_tell(self, waiter: _Waiter, answer: Answer) -> None:
-        """Tell on the pool's thread, never on the caller's, which may hold a lock."""
-        self._alarm.after(0, lambda: self._tell([(waiter, answer)]))
+        """Tell on a thread of the pool, never on the caller's, which may hold a lock."""
+
+        def tell() -> None:
+            self._tell([(waiter, answer)])
+
+        if not self._alarm.after(0, tell):
+            threading.Thread(target=tell, daemon=True).start()
 
     def _tell(self, answers: Iterable[tuple[_Waiter, Answer]]) -> None:
         for waiter, answer in answers:
@@ -352,17 +403,6 @@ class PrefixPool:
 
     def _count_failure(self, failure: LoadFailure, requests: int) -> None:
         self._counters[f"failed_{failure.reason}"] += requests
-
-    def _calibration(self, calibration_id: str) -> Calibration | None:
-        with self._lock:
-            found = self._residents.get(calibration_id)
-            return found if isinstance(found, Calibration) else None
-
-    def _keep_calibration(self, calibration: Calibration) -> None:
-        """Keep it as long as there is room: loads go on without."""
-        nbytes = held_bytes(calibration, device=self._model.device)
-        with self._lock:
-            self._residents.put(calibration.id, calibration, nbytes)
 
     def _touch_later(self) -> None:
         """Now and then, tell the catalog what was used: prefixes in memory must not look idle to it."""

@@ -11,6 +11,7 @@ from typing import Any
 class _Entry:
     value: Any
     nbytes: int
+    needs: str | None
 
 
 class Residents:
@@ -56,12 +57,19 @@ class Residents:
         """Give up a reservation, if there is one."""
         self._reserved.pop(key, None)
 
-    def put(self, key: str, value: Any, nbytes: int) -> bool:
-        """Keep a value in the room reserved for it; False: it is larger than that, and there is no more."""
+    def put(self, key: str, value: Any, nbytes: int, needs: str | None = None) -> bool:
+        """Keep a value in the room reserved for it; False: it is larger than that, and there is no more.
+
+        Args:
+            key: of a value that is not here yet.
+            needs: another value, which must be here, and stays as long as this one does.
+        """
         self._reserved.pop(key, None)
         if not self._make_room(nbytes):
             return False
-        self._entries[key] = _Entry(value, nbytes)
+        if needs is not None:
+            self.hold(needs)
+        self._entries[key] = _Entry(value, nbytes, needs)
         return True
 
     def hold(self, key: str) -> None:
@@ -124,17 +132,33 @@ class Residents:
 
     def _make_room(self, nbytes: int) -> bool:
         """Let idle values leave until `nbytes` are free; none leaves where that is not enough."""
-        short = self.nbytes + self.reserved + nbytes - self.budget
-        leaving = []
-        for key, entry in self._entries.items():
-            if short <= 0:
-                break
-            if key not in self._holds and key not in self._pins and entry.nbytes:
-                leaving.append(key)
-                short -= entry.nbytes
-        if short > 0:
+        leaving = self._leaving(self.nbytes + self.reserved + nbytes - self.budget)
+        if leaving is None:
             return False
         for key in leaving:
-            del self._entries[key]
+            needs = self._entries.pop(key).needs
+            if needs is not None:
+                self.release(needs)
         self.evictions += len(leaving)
         return True
+
+    def _leaving(self, short: int) -> list[str] | None:
+        """Which values leave so that `short` bytes become free, or None where they cannot. What others need
+        may leave when those do.
+        """
+        leaving: list[str] = []
+        holds = Counter(self._holds)
+        found = True
+        while short > 0 and found:
+            found = False
+            for key, entry in self._entries.items():
+                if short <= 0:
+                    break
+                if key in leaving or holds[key] or key in self._pins:
+                    continue
+                leaving.append(key)
+                short -= entry.nbytes
+                found = True
+                if entry.needs is not None:
+                    holds[entry.needs] -= 1
+        return leaving if short <= 0 else None

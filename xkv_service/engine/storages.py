@@ -35,6 +35,11 @@ def held_storages(*roots: Any) -> dict[tuple[torch.device, int], int]:
     return found
 
 
-def held_bytes(*roots: Any, device: torch.device) -> int:
-    """Bytes of the distinct storages on `device` that `roots` reach."""
-    return sum(size for (where, _), size in held_storages(*roots).items() if where.type == device.type)
+def held_bytes(*roots: Any, device: torch.device, besides: Any = None) -> int:
+    """Bytes of the distinct storages on `device` that `roots` reach and `besides` does not."""
+    others = held_storages(besides)
+    return sum(
+        size
+        for place, size in held_storages(*roots).items()
+        if place[0].type == device.type and place not in others
+    )

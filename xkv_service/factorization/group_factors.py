@@ -16,7 +16,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.factorization.factorize import Factorization, factorize
 from xkv_service.factorization.features import Features, features_of
 from xkv_service.factorization.gram import accumulate_gram, gram_dtype
-from xkv_service.factorization.quantize import quantize_columns, quantize_runs
+from xkv_service.factorization.quantize import quantize_columns, quantize_rows, quantize_runs
 from xkv_service.factorization.weights import (
     FeatureWeights,
     metric_weights,
@@ -27,10 +27,11 @@ from xkv_service.factorization.weights import (
 from xkv_service.factors import GroupFactors, LowRank
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.layout import LayerLayout
+from xkv_service.packed_factors import PackedFactors
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.exact import low_rank_span
 from xkv_service.spec import CompressionSpec
-from xkv_service.stored import DTYPES
+from xkv_service.stored import DTYPES, base_dtype
 
 BATCH_CUDA = 16
 
@@ -178,12 +179,17 @@ class _Work:
     def _low_rank(self, part: Features, result: Factorization) -> LowRank:
         """A = X P and B, in the dtypes they are stored in."""
         factors, bases = part.project(result.projection), result.bases
-        dtype, span = DTYPES[self.spec.dtype], slice(*low_rank_span(self.exact.tokens, self.spec))
+        span = slice(*low_rank_span(self.exact.tokens, self.spec))
+        stored: torch.Tensor | PackedFactors
         if part.runs:
-            packed, scales = quantize_runs(factors, part.runs, span)
-            return LowRank(packed, (bases * scales[:, None]).to(dtype), part.widths)
-        factor_dtype = DTYPES[self.spec.factor_dtype]
-        if factor_dtype != torch.int8:
-            return LowRank(factors.to(factor_dtype), bases.to(dtype), part.widths)
-        integers, scales = quantize_columns(factors, span)
-        return LowRank(integers, (bases * scales[:, None]).to(dtype), part.widths)
+            stored, scales = quantize_runs(factors, part.runs, span)
+            bases = bases * scales[:, None]
+        elif self.spec.factor_dtype == "int8":
+            stored, scales = quantize_columns(factors, span)
+            bases = bases * scales[:, None]
+        else:
+            stored = factors.to(DTYPES[self.spec.factor_dtype])
+        if self.spec.base_dtype is None:
+            return LowRank(stored, bases.to(base_dtype(self.spec)), part.widths)
+        integers, scales = quantize_rows(bases)
+        return LowRank(stored, integers, part.widths, scales)

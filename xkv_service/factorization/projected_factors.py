@@ -28,23 +28,26 @@ def project_groups(
         [_project(features, calibration, span) for features in features_of(exact, layout)]
         for layout in layouts
     ]
+    keys = [both[0] for both in made]
+    values = [both[1] if len(both) > 1 else (None, 0.0) for both in made]
     return FactorizedGroups(
         tuple(
-            GroupFactors(layout, keys, values)
-            for layout, ((keys, _), (values, _)) in zip(layouts, made, strict=True)
+            GroupFactors(*one)
+            for one in zip(layouts, [k for k, _ in keys], [v for v, _ in values], strict=True)
         ),
-        tuple(error for (_, error), _ in made),
-        tuple(error for _, (_, error) in made),
+        tuple(error for _, error in keys),
+        tuple(error for _, error in values),
         {},
     )
 
 
 def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, float]:
-    basis = calibration.group_of(features.layout.layers).basis(features.kind).to(features.exact.device)
+    stored = calibration.group_of(features.layout.layers).basis(features.kind)
+    basis = stored.to(features.exact.device)
     factors = features.project(basis.projection(features.rank))
     packed, scales = quantize_runs(factors, features.runs, span)
-    bases = basis.bases[: features.rank] * scales[:, None]
-    return LowRank(packed, bases, features.widths, scales), _error(features, packed[:], bases, span)
+    pair = LowRank(packed, basis.bases[: features.rank], features.widths, scales, stored)
+    return pair, _error(features, packed[:], pair.bases, span)
 
 
 def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:

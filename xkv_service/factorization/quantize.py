@@ -39,8 +39,22 @@ def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tenso
 
 
 def round_plainly(factors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """factors / scales as int8, in PyTorch: the reference of the kernel."""
+    """factors / scales as int8, in PyTorch: for columns the reference of the kernel."""
     return (factors / scales).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+
+
+def quantize_rows(bases: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer bases as integers and a scale a row, which the scale of the column it belongs to goes into.
+
+    Args:
+        bases: any float dtype [r, W].
+
+    Returns:
+        int8 [r, W] in -127 .. 127, and float32 [r] with bases ≈ integers * scales.
+    """
+    peak = torch.linalg.vector_norm(bases, torch.inf, dim=1).float()
+    scales = (peak / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    return round_plainly(bases, scales[:, None]), scales
 
 
 def quantize_runs(factors: torch.Tensor, runs: Runs, counted: slice) -> tuple[PackedFactors, torch.Tensor]:

@@ -11,6 +11,7 @@ from xkv_service.calibration.plan import ColumnPlan
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.packed_factors import Runs, rank_of
+from xkv_service.selection.reuse import followers, refuse_reuse
 from xkv_service.spec import CompressionSpec, Rank
 from xkv_service.stored import StoredTensor, stored_tensors
 
@@ -69,8 +70,10 @@ def size_of(
 
     Raises:
         RatioUnreachable: the target ratio leaves no byte for factors.
-        InvalidSpec: a rank larger than the matrix it is a rank of, or another calibration than the spec's.
+        InvalidSpec: a rank larger than the matrix it is a rank of, another calibration than the spec's, or a
+            layer that cannot reuse another's choice.
     """
+    refuse_reuse(spec.reuse, followers(layout.compressible))
     rotary = rotary or _assumed_rotary(layout)
     windows = _windows(layout, tokens)
     named = _named(spec, calibration)

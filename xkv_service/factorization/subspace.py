@@ -49,7 +49,12 @@ def _exact(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def subspace_iteration(
-    grams: torch.Tensor, rank: int, *, steps: int = FILTER_STEPS, order_steps: int = ORDER_STEPS
+    grams: torch.Tensor,
+    rank: int,
+    start: torch.Tensor | None = None,
+    *,
+    steps: int = FILTER_STEPS,
+    order_steps: int = ORDER_STEPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Filtered orthogonal iteration with oversampling, then the same inside the small space.
 
@@ -63,7 +68,10 @@ def subspace_iteration(
     batch, width, _ = grams.shape
     size = min(width, rank + OVERSAMPLING)
     product = _product(grams)
-    basis = orthonormal(product(_start(batch, width, size, grams)))
+    if start is None:
+        basis = orthonormal(product(_random(batch, width, size, grams)))
+    else:
+        basis = orthonormal(_filled(start, size, grams))
     basis = orthonormal(_filtered(product, basis.to(grams.dtype), steps))
     small = basis.mT @ (grams @ basis.to(grams.dtype)).double()
     eye = torch.eye(size, dtype=torch.float64, device=grams.device).expand(batch, size, size)
@@ -113,7 +121,15 @@ def precise_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _start(batch: int, width: int, size: int, grams: torch.Tensor) -> torch.Tensor:
+def _filled(start: torch.Tensor, size: int, grams: torch.Tensor) -> torch.Tensor:
+    """The first `size` columns of [n, W, m], and random ones where there are fewer."""
+    batch, width, columns = start.shape
+    if columns >= size:
+        return start[..., :size]
+    return torch.cat([start.to(grams.dtype), _random(batch, width, size - columns, grams)], -1)
+
+
+def _random(batch: int, width: int, size: int, grams: torch.Tensor) -> torch.Tensor:
     """The same random block on every machine, whatever the global seed."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(width, size, generator=generator, dtype=torch.float32)

@@ -50,13 +50,14 @@ def index_layers(
             else _sketch_planes(exact, spec, key_energy)
         )
     for layer in exact.layout.compressible:
-        latent = layer.kind == "latent"  # their factors' leading columns are an index already
-        if layer.index in planes and spec.index == "derived":
-            index.planes[layer.index] = planes[layer.index]
-        elif layer.index in planes:
-            index.sketches[layer.index] = _sketch(exact, layer.index, planes[layer.index])
-        if spec.index == "landmark" and not latent:
-            index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
+        # Latent layers' leading columns of factors are an index already.
+        if layer.kind != "latent" and layer.index not in spec.reuse:
+            if spec.index == "landmark":
+                index.landmarks[layer.index] = _landmarks(exact, spec, layer.index).to(DTYPES[spec.dtype])
+            elif spec.index == "derived":
+                index.planes[layer.index] = planes[layer.index]
+            elif spec.index == "sketch":
+                index.sketches[layer.index] = _sketch(exact, layer.index, planes[layer.index])
         kept = _exact(exact, spec, layer)
         if kept.positions.numel():
             index.exact[layer.index] = kept
@@ -93,6 +94,7 @@ def _calibrated_planes(
             exact.device
         )
         for layer in exact.layout.compressible
+        if layer.kind != "latent"
     }
 
 

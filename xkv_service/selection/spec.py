@@ -61,6 +61,11 @@ class SelectionSpec:
             if not is_integer(value) or value < 0:
                 raise InvalidSpec(f"{name}={value!r} is out of range", hint="use an integer from 0")
 
+    @property
+    def by_index(self) -> bool:
+        """Whether an index chooses, where the artifact has one."""
+        return self.selector not in ("exact", "dense")
+
     def tokens(self, prefix_tokens: int) -> int:
         """The budget in tokens for a prefix of `prefix_tokens`."""
         if isinstance(self.budget, float):

@@ -114,7 +114,8 @@ def _fill_group(cache: XKVCache, group: Sequence[int], taken: _Taken, turns: dic
         if id(base.turns) not in turns:
             turns[id(base.turns)] = Turns(base.turns.table, end, base.positions.device)
         folded = FoldedPrefix(base, parts, turns[id(base.turns)])
-        cache.layers[layer].selection = Selection(folded, cache.selection)
+        reuses = cache.layers[layer].selection.reuses
+        cache.layers[layer].selection = Selection(folded, cache.selection, reuses=reuses)
 
 
 def _columns(widths: list[int]) -> list[slice]:

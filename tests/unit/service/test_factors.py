@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from xkv_artifacts.manifest import PrefixManifest
 from xkv_service.compression import compress
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
+from xkv_service.reconstruct import rebuild
 from xkv_service.spec import CompressionSpec
 from xkv_service.stored import stored_tensors
 
@@ -26,6 +28,10 @@ SPECS = {
     "sketch": CompressionSpec(group_size=2, ratio=1.5, sink=2, recent=3, sketch_planes=4),
     "landmark": CompressionSpec(group_size=2, rank_k=20, rank_v=70, index="landmark", outlier_chunks=2),
     "none": CompressionSpec(group_size=2, rank_k=20, rank_v=30, index="none", sink=0, dtype="float16"),
+    "integer bases": CompressionSpec(group_size=2, ratio=1.5, base_dtype="int8"),
+    "integer bases alone": CompressionSpec(
+        group_size=2, rank_k=20, rank_v=70, base_dtype="int8", factor_dtype="bfloat16"
+    ),
 }
 
 # Every kind of layer; kimi_linear has latents, and states of two dtypes.
@@ -163,6 +169,32 @@ def test_a_tensor_that_is_not_what_the_manifest_says_is_refused(name: str, sketc
     BAD_TENSORS[name](tensors)
     with pytest.raises(CorruptArtifact, match=r"tensor|rotary"):
         PrefixFactors.from_tensors(manifest_of(sketched), tensors)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_scales_of_integer_bases_that_are_no_numbers_are_refused(number: float) -> None:
+    made = compress(tiny_model("gemma2", num_key_value_heads=4), random_ids(301), SPECS["integer bases"])
+    tensors = made.to_tensors()
+    tensors["group.0.value.scales"][1] = number
+    with pytest.raises(CorruptArtifact, match=r"group\.0\.value\.scales is not finite"):
+        PrefixFactors.from_tensors(manifest_of(made), tensors)
+
+
+def test_bases_in_8_bits_rebuild_what_bases_in_16_bits_do() -> None:
+    model, ids = tiny_model("gemma2", num_key_value_heads=4), random_ids(301)
+    ranks = CompressionSpec(group_size=2, rank_k=20, rank_v=30, index="none", factor_dtype="float32")
+    plain = compress(model, ids, ranks)
+    rounded = compress(model, ids, replace(ranks, base_dtype="int8"))
+    for layer in plain.layers:
+        for one, other in zip(rebuild(rounded, layer), rebuild(plain, layer), strict=True):
+            assert float((one - other).norm() / other.norm()) < 0.02
+    saved = plain.nbytes - rounded.nbytes
+    rows = sum(group.layout.rank_k + group.layout.rank_v for group in plain.groups)
+    widths = sum(
+        group.keys.bases.numel() + (0 if group.values is None else group.values.bases.numel())
+        for group in plain.groups
+    )
+    assert saved == widths - 4 * rows
 
 
 BAD_GROUPS = {

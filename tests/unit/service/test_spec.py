@@ -56,6 +56,8 @@ def test_ranks_replace_the_ratio() -> None:
         {"calibration": 7},
         {"calibration": ""},
         {"calibration": "a" * 65},
+        {"base_dtype": "int4"},
+        {"base_dtype": "int8", "calibration": "c" * 64, "basis": "calibrated"},
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(fields: dict[str, Any]) -> None:
@@ -84,6 +86,14 @@ def test_a_calibration_comes_with_a_ratio_and_whole_bits() -> None:
             CompressionSpec(calibration="c" * 64, **fields)  # type: ignore[arg-type]
 
 
+def test_bases_of_a_documents_own_have_8_bits_and_shared_ones_none() -> None:
+    spec = CompressionSpec(calibration="c" * 64)
+    assert spec.over("calibrated").basis == "calibrated" and spec.over("calibrated").base_dtype is None
+    own = spec.over("calibrated").over("document")
+    assert (own.basis, own.base_dtype) == ("document", "int8")
+    assert CompressionSpec.from_canonical(json.loads(json.dumps(own.canonical()))) == own
+
+
 def test_ids_of_specs_without_a_calibration_are_what_they_were() -> None:
     """Artifacts made before there were calibrations are still found."""
     golden = "3b4324e34d89f1dbf700cb7344c46b2c203dd9d07847669fe1b88a90b25432c3"
@@ -92,5 +102,6 @@ def test_ids_of_specs_without_a_calibration_are_what_they_were() -> None:
         "group_size", "ratio", "rank_k", "rank_v", "key_share", "dtype", "factor_dtype", "index",
         "sketch_planes", "landmark_chunk", "sink", "recent", "outlier_chunks", "key_weights", "value_weights",
     }  # fmt: skip
+    assert CompressionSpec(base_dtype="int8").canonical()["base_dtype"] == "int8"
     with_one = CompressionSpec(calibration="c" * 64).canonical()
     assert (with_one["calibration"], with_one["basis"]) == ("c" * 64, "document")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ def calibration(*rows: tuple[float, str, float]) -> Calibration:
 
 
 def test_without_a_calibration_the_spec_is_the_plain_one() -> None:
-    assert CompressionOptions().spec(None) == CompressionSpec(ratio=8)
-    assert CompressionOptions(ratio=16.0, calibration="none").spec(None) == CompressionSpec(ratio=16.0)
-    assert CompressionOptions(basis="document", bits="8").spec(None) == CompressionSpec()
+    plain = CompressionSpec(base_dtype="int8")
+    assert CompressionOptions().spec(None) == plain
+    assert CompressionOptions(ratio=16.0, calibration="none").spec(None) == replace(plain, ratio=16.0)
+    assert CompressionOptions(basis="document", bits="8").spec(None) == plain
 
 
 def test_a_calibration_brings_its_bases_mixed_bits_and_no_stored_index() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from xkv_workers.serving.settings import APP, ENGINE, INGRESS, ServeSettings
+from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, INGRESS, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -14,6 +14,8 @@ BOARD = "xkv-state-board"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _SCALE_DOWN_S = 300.0
 _HEALTH_S = 5.0
+_ENGINE_GPU = 0.9
+"""Of a GPU: one engine on each, and the compressor beside one of them."""
 
 
 def build_application(settings: ServeSettings) -> Any:
@@ -22,12 +24,13 @@ def build_application(settings: ServeSettings) -> Any:
     from ray import serve
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+    from xkv_workers.serving.compressor import Compressor
     from xkv_workers.serving.engine_replica import EngineReplica
     from xkv_workers.serving.state_board import StateBoard
 
     board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
     place = settings.place
-    needs = {"num_gpus": 1} if place.device == "cuda" else {"num_cpus": place.threads}
+    on_gpu = place.device == "cuda"
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
@@ -40,7 +43,15 @@ def build_application(settings: ServeSettings) -> Any:
             downscale_delay_s=_SCALE_DOWN_S,
         ),
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
-        ray_actor_options=needs,
+        ray_actor_options={"num_gpus": _ENGINE_GPU} if on_gpu else {"num_cpus": place.threads},
+        health_check_period_s=_HEALTH_S,
+    )
+    compressor = serve.deployment(
+        Compressor,
+        name=COMPRESSOR,
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_gpus": 1 - _ENGINE_GPU} if on_gpu else {"num_cpus": 0},
         health_check_period_s=_HEALTH_S,
     )
     # An app that is built on each replica: nothing of it has to be pickled but this function.
@@ -51,7 +62,8 @@ def build_application(settings: ServeSettings) -> Any:
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(engine.bind(settings, board))
+    making = compressor.bind(settings)
+    return ingress.bind(engine.bind(settings, board, making), making)
 
 
 def _app_builder(settings: ServeSettings) -> Callable[[], FastAPI]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from xkv_artifacts.keys import token_bytes
+from xkv_service.api.backend import NewPrefix
 from xkv_service.api.local import EngineBackend
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
@@ -22,10 +25,10 @@ class EngineReplica:
     """Loads the model once, and serves until Serve ends it.
 
     Args:
-        board: an actor handle of a `StateBoard`.
+        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes damaged prefixes anew.
     """
 
-    def __init__(self, settings: ServeSettings, board: Any) -> None:
+    def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
         self._loaded, self._store = open_place(settings.place)
         self._pool = PrefixPool(
             self._loaded.model,
@@ -34,7 +37,8 @@ class EngineReplica:
             settings.prefix_bytes,
             fingerprint=self._loaded.identity.fingerprint,
         )
-        self._engine = Engine(self._loaded, settings.engine, self._pool)
+        self._compressor = compressor
+        self._engine = Engine(self._loaded, settings.engine, self._pool, self._make_anew)
         self._backend = EngineBackend(self._engine)
         self._board, self._name = board, _replica_name()
         self._reporting: asyncio.Task[None] | None = None
@@ -68,6 +72,14 @@ class EngineReplica:
             self._engine.close()
             self._pool.close()
             self._store.close()
+
+    def _make_anew(self, request: GenerationRequest) -> None:
+        """Have the part of the prompt that a damaged artifact held compressed again."""
+        assert request.match is not None
+        ids = request.token_ids[: request.match.tokens]
+        digest = hashlib.sha256(token_bytes(ids)).hexdigest()
+        new = NewPrefix(request.namespace, ids, f"again-{request.match.artifact_id[:12]}", digest)
+        self._compressor.call.remote("create", new)
 
     def _report_from_now_on(self) -> None:
         """Tell the board every second, on the loop that Serve calls this replica on."""

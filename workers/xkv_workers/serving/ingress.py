@@ -10,7 +10,8 @@ from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.handle_backend import HandleBackend
-from xkv_workers.serving.settings import APP, ENGINE, ServeSettings
+from xkv_workers.serving.remote_prefixes import RemotePrefixes
+from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,6 +32,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         ServedModel.of(files, settings.aliases),
         backend,
         finder=PrefixFinder(store, place.fingerprint, settings.api),
+        prefixes=RemotePrefixes(serve.get_deployment_handle(COMPRESSOR, APP)),
         keys=settings.keys,
         settings=settings.api,
     )

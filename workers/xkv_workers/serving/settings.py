@@ -9,11 +9,13 @@ from xkv_service.api.settings import APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
 from xkv_service.numeric import is_integer
+from xkv_service.spec import DEFAULT_RATIO
 from xkv_workers.messages import ModelPlace
 
 APP = "xkv"
 ENGINE = "engine"
 INGRESS = "ingress"
+COMPRESSOR = "compressor"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ServeSettings:
     Args:
         place: the model and the store. aliases: names of the model besides its own.
         engine, api: limits of each replica's engine and of the HTTP side.
+        ratio: of prefixes that are made here and ask for none.
         prefix_bytes: budget of each replica for resident prefixes.
         min_replicas, max_replicas: engine replicas; between them their number follows the requests.
         ingresses: HTTP replicas.
@@ -36,6 +39,7 @@ class ServeSettings:
     aliases: tuple[str, ...] = ()
     engine: EngineSettings = field(default_factory=EngineSettings)
     api: APISettings = field(default_factory=APISettings)
+    ratio: float = DEFAULT_RATIO
     prefix_bytes: int = 2**30
     min_replicas: int = 1
     max_replicas: int = 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
 from openai import OpenAI
+from starlette.types import ASGIApp
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Served:
 
 
 @contextmanager
-def serve(app: FastAPI, host: str = "127.0.0.1") -> Iterator[Served]:
+def serve(app: ASGIApp, host: str = "127.0.0.1") -> Iterator[Served]:
     """Run the app until the block ends."""
     listener = socket.create_server((host, 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from one_at_a_time import OneAtATime
+from engines import PacedBackend, paced_backend
 from serving import Served, serve
 
 from xkv_artifacts.store import ArtifactStore
@@ -26,6 +26,7 @@ from xkv_service.engine.messages import (
     GenerationRequest,
     Started,
 )
+from xkv_service.engine.settings import EngineSettings
 from xkv_service.modeling.models import LoadedModel
 
 CHAT: dict[str, Any] = {
@@ -44,15 +45,15 @@ def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @pytest.fixture
-def slow(loaded: LoadedModel, store: ArtifactStore) -> OneAtATime:
-    """Takes a while for each token, and never stops by itself."""
-    backend = OneAtATime(loaded, store)
-    backend.step_s = 0.03
-    return backend
+def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
+    """Takes a while for each token, and has room for one sequence and one that waits."""
+    with paced_backend(loaded, store, EngineSettings(max_running=1, max_waiting=1)) as backend:
+        backend.step_s = 0.03
+        yield backend
 
 
 @pytest.fixture
-def running(served_model: ServedModel, slow: OneAtATime) -> Iterator[Served]:
+def running(served_model: ServedModel, slow: PacedBackend) -> Iterator[Served]:
     settings = APISettings(request_timeout_s=2.0, min_fidelity=0.0)
     with serve(create_app(served_model, slow, settings=settings)) as served:
         yield served
@@ -66,34 +67,33 @@ def post(body: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place_within_a_step(
-    running: Served, slow: OneAtATime, stream: bool
+    running: Served, slow: PacedBackend, stream: bool
 ) -> None:
     with running.connect() as client:
         client.sendall(post({**CHAT, "stream": stream}))
         wait_until(lambda: slow.steps >= 3)
-    wait_until(lambda: slow.waiting == 0)
-    left_at = slow.steps
-    wait_until(lambda: slow.running == 0)
-    assert slow.steps - left_at <= 1
-    assert left_at < 100
+        left_at = slow.steps
+    wait_until(lambda: slow.busy == 0)
+    assert slow.steps - left_at <= 3
 
 
-def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: OneAtATime) -> None:
+def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second:
         first.sendall(post({**CHAT, "stream": True}))
         wait_until(lambda: slow.steps >= 1)
         second.sendall(post(CHAT))
-        wait_until(lambda: slow.waiting == 2)
+        wait_until(lambda: slow.busy == 2)
         second.close()
-        wait_until(lambda: slow.waiting == 1)
-    wait_until(lambda: slow.waiting == 0 and slow.running == 0)
+        wait_until(lambda: slow.busy == 1)
+        assert slow.state.running == 1
+    wait_until(lambda: slow.busy == 0)
 
 
-def test_the_openai_client_may_stop_reading(running: Served, slow: OneAtATime) -> None:
+def test_the_openai_client_may_stop_reading(running: Served, slow: PacedBackend) -> None:
     stream = running.client().chat.completions.create(**CHAT, stream=True)
     next(iter(stream))
     stream.close()
-    wait_until(lambda: slow.waiting == 0)
+    wait_until(lambda: slow.busy == 0)
 
 
 class Scripted:
@@ -174,13 +174,16 @@ def test_an_engine_that_hangs_does_not_hang_the_client(
         assert backend.closed == 2
 
 
-def test_a_full_engine_says_when_to_come_back(running: Served, slow: OneAtATime) -> None:
-    slow.most_waiting = 0
-    with running.http() as http:
+def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
+    with running.connect() as first, running.connect() as second, running.http() as http:
+        first.sendall(post(CHAT))
+        wait_until(lambda: slow.busy == 1)
+        second.sendall(post(CHAT))
+        wait_until(lambda: slow.busy == 2)
         answer = http.post("/v1/chat/completions", json=CHAT)
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "3"
-    assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "overloaded"
 
 
 def test_a_client_that_reads_nothing_is_let_go(
@@ -202,3 +205,12 @@ def test_not_ready_without_an_engine(served_model: ServedModel, running: Served)
         assert http.get("/readyz").status_code == 503
     with running.http() as http:
         assert http.get("/readyz").json() == {"status": "ready"}
+
+
+def test_an_engine_that_has_ended_is_not_ready(running: Served, slow: PacedBackend) -> None:
+    slow.engine.close()
+    with running.http() as http:
+        assert http.get("/readyz").status_code == 503
+        answer = http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import SETTINGS
-from one_at_a_time import OneAtATime
+from engines import PacedBackend
+from rivers import SETTINGS
 from serving import Served, serve
 
 from xkv_service.api.app import create_app
@@ -154,7 +154,11 @@ def test_addresses_and_methods_that_do_not_exist(http: httpx.Client) -> None:
 
 def test_a_prompt_longer_than_the_window(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={**CHAT, **messages("word " * 500)})
-    assert error_of(answer, 400)["code"] == "context_length_exceeded"
+    error = error_of(answer, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    answer = http.post("/v1/completions", json={**TEXT, "prompt": [70] * 2048})
+    error = error_of(answer, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
 
 def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
@@ -167,7 +171,7 @@ def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
     assert caught.value.request_id
 
 
-def test_bodies_that_are_too_large_are_not_read(served_model: ServedModel, backend: OneAtATime) -> None:
+def test_bodies_that_are_too_large_are_not_read(served_model: ServedModel, backend: PacedBackend) -> None:
     settings = APISettings(max_body_bytes=10_000, body_timeout_s=1.0)
     with serve(create_app(served_model, backend, settings=settings)) as served:
         with served.http() as http:

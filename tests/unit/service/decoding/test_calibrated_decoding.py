@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enab
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.storage import load_calibration, save_calibration
+from xkv_service.decoding import derived_index
 from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.derived_index import KeptPlanes, derived_plainly, derived_sketches
+from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.models import find_model
 from xkv_service.reconstruct import dense_cache
-from xkv_service.selection.sketch import encode_plainly
+from xkv_service.selection.sketch import candidate_planes, encode_plainly
 
 PREFIX = 300
 TOLERANCE = 1e-4  # of the largest logit
@@ -137,19 +141,53 @@ def test_without_its_calibration_an_artifact_is_of_no_use(
 def test_the_derived_index_is_a_sketch_of_the_rebuilt_keys(
     model: PreTrainedModel, factors: PrefixFactors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xkv_service.decoding import layer_prefix
-
     whole = XKVCache.from_factors(model, factors).prefix.layers
     for layer, prefix in whole.items():
         keys = prefix.keys(torch.arange(PREFIX))
         codes, scales = encode_plainly(keys, factors.planes[layer])
-        assert torch.equal(prefix.index._codes, codes)  # type: ignore[union-attr]
-        assert torch.equal(prefix.index._scales, scales)  # type: ignore[union-attr]
-    monkeypatch.setattr(layer_prefix, "_PIECE", 7)
+        assert_same_sketch(prefix.index, codes, scales)
+    monkeypatch.setattr(derived_index, "_PIECE", 7)
     for tokens in (PREFIX - 1, 5):
         part = XKVCache.from_factors(model, factors, tokens=tokens).prefix.layers
         for layer, prefix in part.items():
-            assert torch.equal(prefix.index._codes, whole[layer].index._codes[:tokens])  # type: ignore[union-attr]
+            index: Any = whole[layer].index
+            assert_same_sketch(prefix.index, index._codes[:tokens], index._scales[:tokens])
+
+
+def assert_same_sketch(index: Any, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """But for numbers on the edge between two codes: products are summed in another order."""
+    torch.testing.assert_close(index._scales, scales, atol=0, rtol=2e-3)
+    assert float((index._codes != codes).float().mean()) < 2e-3
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "smollm3", "qwen3_next", "cohere2"])
+def test_planes_of_every_kind_turn_alone_as_whole_keys_do(family: str) -> None:
+    """Partial rotary, rounded angles, layers without rotary; the planes of different heads differ."""
+    other = tiny_model(family)
+    calibration = calibrated(other)
+    made = compress(other, random_ids(PREFIX), spec_of(calibration, ratio=1.5), calibration)
+    for one in XKVCache.from_factors(other, made).prefix.layers.values():
+        prefix: Any = one
+        pairs = candidate_planes(prefix.turns.table.planes, prefix.head_dim).to(torch.int16)
+        planes = torch.stack([pairs.roll(head, 0) for head in range(prefix.kv_heads)])
+        for kept in (planes, planes[:, :3]):
+            KeptPlanes(kept, prefix)
+            whole = derived_plainly(prefix.keys, kept, PREFIX)
+            found = derived_sketches(prefix._key_factors, [prefix], {prefix.layer: kept})[prefix.layer]
+            assert_same_sketch(SketchScorer(found), whole.codes, whole.scales)
+
+
+def test_dimensions_that_turn_with_others_are_taken_from_whole_keys(
+    model: PreTrainedModel, factors: PrefixFactors
+) -> None:
+    strange = factors.planes[0].clone()
+    strange[0, 0] = torch.tensor([0, 1])
+    made = replace(factors, planes={**factors.planes, 0: strange})
+    prefix: Any = XKVCache.from_factors(model, made).prefix.layers[0]
+    codes, scales = encode_plainly(prefix.keys(torch.arange(PREFIX)), strange)
+    assert torch.equal(prefix.index._codes, codes) and torch.equal(prefix.index._scales, scales)
+    with pytest.raises(KeyError):
+        KeptPlanes(strange, prefix)
 
 
 def test_a_derived_index_chooses_as_a_stored_one_does(
@@ -187,8 +225,8 @@ def test_leading_ranks_read_fewer_bytes_and_are_the_leading_columns(
     read: dict[str, int] = {}
     real = store.load
 
-    def load(name: str, names: Any = None) -> Any:
-        manifest, tensors = real(name, names)
+    def load(name: str, names: Any = None, **options: Any) -> Any:
+        manifest, tensors = real(name, names, **options)
         read.update({one: tensor.nbytes for one, tensor in tensors.items() if one.startswith("group.")})
         return manifest, tensors
 
@@ -205,7 +243,8 @@ def test_leading_ranks_read_fewer_bytes_and_are_the_leading_columns(
     expected = group.keys.factors[where][:, :rank_k].float() @ group.keys.layer_bases(0)[:rank_k]
     unrotated = factors.rotary[0].unrotate(layer.keys(where), where).flatten(1)
     torch.testing.assert_close(unrotated, expected, atol=1e-4, rtol=1e-4)
-    expected = group.values.factors[where][:, :rank_v].float()
+    assert group.values.scales is not None
+    expected = group.values.factors[where][:, :rank_v].float() * group.values.scales[:rank_v]
     assert torch.equal(layer.value_factors(where), expected)
     with pytest.raises(InvalidSpec, match="rank_k=0"):
         XKVCache.from_artifact(model, store, artifact, rank_k=0)

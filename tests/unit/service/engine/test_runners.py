@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.engine.runners import PackedRunner, SeparateRunner, make_runner
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.selection.reuse import followers
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
 
@@ -19,12 +21,11 @@ PACKED = [family for family in FAMILIES if family not in (*LATENT, *HYBRID, *BY_
 SELECTION = SelectionSpec(budget=20, recent=4)
 
 
-def _contexts(model: PreTrainedModel) -> list[Context]:
+def _contexts(model: PreTrainedModel, *, reuse: bool = False) -> list[Context]:
     """Sequences over two compressed prefixes, two of one, and exact ones."""
-    prefixes = [
-        compress(model, random_ids(size, seed=size), CompressionSpec(group_size=2, rank_k=24, rank_v=24))
-        for size in (48, 64)
-    ]
+    layers = sorted(followers(inspect_loaded(model).layout.compressible)) if reuse else []
+    spec = CompressionSpec(group_size=2, rank_k=24, rank_v=24, reuse=tuple(layers))
+    prefixes = [compress(model, random_ids(size, seed=size), spec) for size in (48, 64)]
     contexts = []
     for factors in (prefixes[0], prefixes[1], prefixes[0]):
         cache = XKVCache.from_factors(model, factors, SELECTION)
@@ -32,13 +33,17 @@ def _contexts(model: PreTrainedModel) -> list[Context]:
     return [*contexts, empty_context(model), empty_context(model)]
 
 
-@pytest.mark.parametrize("family", PACKED)
-def test_packed_is_as_each_alone(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "reuse"),
+    [*((family, False) for family in PACKED), ("llama", True), ("gemma2", True), ("gpt_oss", True)],
+)
+def test_packed_is_as_each_alone(family: str, reuse: bool) -> None:
+    """Also where layers take what the layer before them chose."""
     model = tiny_model(family)
     with enable_xkv(model):
         runner = make_runner(model)
         assert isinstance(runner, PackedRunner)
-        together = _contexts(model)
+        together = _contexts(model, reuse=reuse)
         apart = [context.fork() for context in together]
         for step in range(4):
             lengths = [(5, 1, 3, 40, 2), (1, 1, 1, 1, 1), (1, 7, 1, 1, 12)][step % 3]

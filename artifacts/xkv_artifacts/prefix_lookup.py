@@ -1,0 +1,62 @@
+"""The longest stored prefix of a prompt: the catalog proposes, the blobs' own token ids decide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xkv_artifacts.blobs import BlobStore
+from xkv_artifacts.catalog import Catalog
+from xkv_artifacts.checked_prefixes import CheckedPrefixes
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.keys import check_namespace, token_bytes
+from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.reports import Match
+from xkv_artifacts.token_cache import OwnedTokens, TokenCache
+
+if TYPE_CHECKING:
+    from xkv_artifacts.keys import TokenIds
+
+
+class PrefixLookup:
+    """Lookups in one store."""
+
+    def __init__(self, blobs: BlobStore, catalog: Catalog, checked: CheckedPrefixes) -> None:
+        self._blobs = blobs
+        self._catalog = catalog
+        self._checked = checked
+        self._tokens = TokenCache()
+
+    def find(self, fingerprint: str, namespace: str, token_ids: TokenIds) -> Match | None:
+        """See `ArtifactStore.lookup`."""
+        prompt = token_bytes(token_ids)
+        owner = (fingerprint, check_namespace(namespace))
+        while True:
+            candidates = self._catalog.candidates(*owner, prompt)
+            matches = [self._match(artifact_id, owner, prompt) for artifact_id in candidates]
+            if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
+                break
+        found = [match for match in matches if match is not None and match.tokens > 0]
+        return max(found, key=lambda match: match.rank, default=None)
+
+    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes) -> Match | None:
+        """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
+        try:
+            item = self._tokens_of(artifact_id)
+        except (ArtifactNotFound, CorruptArtifact):
+            self._catalog.drop(artifact_id)
+            return None
+        except UnsupportedFormat:
+            return Match(artifact_id, 0)
+        if item.owner != owner:
+            return Match(artifact_id, 0)
+        return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size)
+
+    def _tokens_of(self, artifact_id: str) -> OwnedTokens:
+        item = self._tokens.get(artifact_id)
+        if item is None:
+            manifest, tokens = self._checked.read_tokens(artifact_id)
+            owner = (manifest.model.fingerprint, manifest.namespace)
+            size = self._blobs.size(artifact_id)
+            item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
+            self._tokens.put(artifact_id, item)
+        return item

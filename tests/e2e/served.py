@@ -1,0 +1,54 @@
+"""A server of the test's own: `xkv serve` as a process, on a free port, with a Ray of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+START_SECONDS = 240
+
+
+class Server:
+    """`xkv serve` with some options, until `stop`.
+
+    Args:
+        folder: for its log. options: of the command.
+    """
+
+    def __init__(self, folder: Path, *options: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "serve.log"
+        # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        words = [sys.executable, "-m", "xkv_cli", "serve", "--port", self.port, *options]
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [str(word) for word in words], stdout=output, stderr=output, env=environment
+            )
+        self._wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def _wait(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            except OSError:
+                time.sleep(0.5)
+        self.process.kill()
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()}")

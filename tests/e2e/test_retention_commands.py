@@ -1,0 +1,83 @@
+"""`xkv pin`, `unpin`, `ttl` and `gc` on a real store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from artifact_samples import sample
+from command_runs import Xkv
+
+from xkv_artifacts.store import ArtifactStore
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> list[str]:
+    """A store of three artifacts, two of them in the namespace acme."""
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        names = ("default", "acme", "acme")
+        return [
+            store.publish(*sample(range(100 * number), namespace=name)).id
+            for number, name in enumerate(names, start=1)
+        ]
+
+
+def test_artifacts_are_kept_and_collected_as_told(xkv: Xkv, tmp_path: Path, ids: list[str]) -> None:
+    at = ["--store", tmp_path / "store"]
+    first, second, third = ids
+    assert xkv("pin", first[:8], *at, "--json").json == {"id": first, "pinned": True, "expires": None}
+    assert xkv("ttl", first[:8], "7d", *at).out.startswith(f"{first}: pinned; without the pin it ends 20")
+    ends = xkv("ttl", second, "1.5s", *at, "--json").json["expires"]
+    assert abs(ends - time.time()) < 60
+    shown = xkv("show", first[:8], *at, "--json").json
+    assert shown["pinned"] is True and abs(shown["expires"] - time.time() - 7 * 86_400) < 60
+    listed = xkv("ls", *at, "--json").json["artifacts"]
+    assert {item["id"]: item["pinned"] for item in listed} == {first: True, second: False, third: False}
+    time.sleep(1.6)
+
+    said = xkv("gc", "--budget", "10kB", "--dry-run", *at, "--json")
+    assert said.code == 1 and said.json["dry_run"] is True
+    assert [(item["id"], item["reason"]) for item in said.json["artifacts"]] == [
+        (second, "expired"),
+        (third, "budget"),
+    ]
+    assert "pinned" in xkv("gc", "--budget", "10kB", "--dry-run", *at).err
+    done = xkv("gc", *at)
+    assert done.code == 0 and "1 artifact deleted" in done.out and "had ended" in done.out
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"namespaces": {"acme": {"artifacts": 0}}}))
+    collected = xkv("gc", "--limits", limits, *at, "--json").json
+    assert [(item["id"], item["reason"]) for item in collected["artifacts"]] == [(third, "quota")]
+    assert collected["excess"] == [] and collected["stored"] == collected_size(tmp_path / "store")
+
+    assert xkv("unpin", first, *at, "--json").json["pinned"] is False
+    assert xkv("ttl", first, "none", *at).out == f"{first}: kept until the store is full\n"
+    assert xkv("gc", "--budget", "0", *at, "--json").json["removed"] == 1
+    assert xkv("ls", *at, "--json").json == {"artifacts": []}
+
+
+def collected_size(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.glob("prefixes/*/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["gc", "--budget", "lots"], 2, "'lots' is not a size"),
+        (["gc", "--orphans", "--dry-run"], 2, "--orphans deletes no artifact"),
+        (["gc", "--limits", "/nowhere"], 2, "does not exist"),
+        (["gc", "--limits", __file__], 1, "the file: Invalid JSON"),
+        (["ttl", "0000", "soon"], 2, "'soon' is not a time"),
+        (["ttl", "0" * 64, "5s"], 1, f"artifact {'0' * 64} is not in"),
+        (["pin", "zz"], 1, "'zz' is not an artifact id"),
+        (["unpin", "0" * 64], 1, f"artifact {'0' * 64} is not in"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    xkv: Xkv, tmp_path: Path, arguments: list[str], code: int, expected: str
+) -> None:
+    (tmp_path / "store" / "prefixes").mkdir(parents=True)
+    done = xkv(*arguments, "--store", tmp_path / "store")
+    assert done.code == code and expected in done.err and "Traceback" not in done.err

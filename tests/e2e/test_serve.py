@@ -1,0 +1,207 @@
+"""`xkv serve`: OpenAI's client against a real server on Ray Serve, with the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from command_runs import Xkv
+from openai import APIStatusError, OpenAI
+from served import Server
+
+from xkv_artifacts.store import ArtifactStore
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("bulletin-houston-lucky-dove-society", "register-chicago-broken-wren-council")
+
+
+class Asker:
+    """Asks about an example document, as an application would."""
+
+    def __init__(self, url: str) -> None:
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
+        self.model = self.client.models.list().data[0].id
+
+    def ask(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        settings = {"model": self.model, "max_tokens": 48, "temperature": 0, **options}
+        return self.client.chat.completions.create(messages=messages, **settings)
+
+
+def _document(name: str) -> tuple[str, list[dict[str, str]]]:
+    (path,) = (EXAMPLES / "corpus").glob(f"{name}.*")
+    lines = (EXAMPLES / "questions" / f"{name}.questions.jsonl").read_text().splitlines()
+    return path.read_text().strip(), [json.loads(line) for line in lines]
+
+
+def _first(document: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{document}\n\n{question}"}]
+
+
+@pytest.fixture(scope="module")
+def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("served") / "store")
+
+
+@pytest.fixture(scope="module")
+def server(store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("server"), "--store", store_url)
+    yield started
+    assert started.stop() == 0, started.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def asker(server: Server) -> Asker:
+    return Asker(server.url)
+
+
+@pytest.fixture(scope="module")
+def prefix(server: Server, asker: Asker) -> dict[str, Any]:
+    """The first document, made a prefix of by the server itself."""
+    document, _ = _document(NAMES[0])
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
+    assert made.status_code == 202, made.text
+    url = f"{server.url}/v1/prefixes/{made.json()['id']}"
+    end = time.monotonic() + 120
+    while (found := httpx.get(url, timeout=30).json())["status"] != "ready":
+        assert found["status"] in ("queued", "running") and time.monotonic() < end, found
+        time.sleep(0.2)
+    return dict(found)
+
+
+def test_a_conversation_over_a_prefix_is_answered_right_and_goes_on(
+    asker: Asker, prefix: dict[str, Any]
+) -> None:
+    document, questions = _document(NAMES[0])
+    messages: list[dict[str, str]] = []
+    held = 0
+    for number, item in enumerate(questions[:3]):
+        asked = item["question"]
+        messages += _first(document, asked) if not messages else [{"role": "user", "content": asked}]
+        reply = asker.ask(messages)
+        assert reply.choices[0].message.content == item["answer"]
+        assert reply.xkv["artifact"] == prefix["id"] and reply.xkv["miss"] is None
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        assert cached >= prefix["tokens"] and cached > held
+        held = cached
+        messages.append({"role": "assistant", "content": item["answer"]})
+
+
+def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) -> None:
+    document, questions = _document(NAMES[0])
+    stream = asker.ask(
+        _first(document, questions[3]["question"]), stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == questions[3]["answer"]
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens >= prefix["tokens"]
+
+
+def test_a_document_that_is_not_stored_is_computed_and_said_to_be(asker: Asker, server: Server) -> None:
+    document, questions = _document(NAMES[1])
+    reply = asker.ask(_first(document, questions[0]["question"]))
+    assert reply.choices[0].message.content == questions[0]["answer"]
+    assert reply.xkv["artifact"] is None and reply.xkv["miss"]["reason"] in ("no_artifact", "diverges")
+
+
+def test_many_ask_at_once_and_some_leave(asker: Asker, prefix: dict[str, Any], server: Server) -> None:
+    document, questions = _document(NAMES[0])
+
+    def ask(item: dict[str, str]) -> bool:
+        return bool(
+            asker.ask(_first(document, item["question"])).choices[0].message.content == item["answer"]
+        )
+
+    def leave(item: dict[str, str]) -> None:
+        stream = asker.ask(_first(document, item["question"]), stream=True, max_tokens=400)
+        next(iter(stream))
+        stream.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        gone = [pool.submit(leave, item) for item in questions[:4]]
+        right = list(pool.map(ask, questions[:8]))
+    assert all(right) and all(one.result() is None for one in gone)
+    end = time.monotonic() + 30
+    while 'xkv_sessions{state="running"} 0.0' not in _metrics(server):
+        assert time.monotonic() < end, _metrics(server)
+        time.sleep(0.5)
+
+
+def test_bad_requests_are_refused_in_openais_shape(server: Server) -> None:
+    for body, status in (
+        ({"model": "nobody", "messages": [{"role": "user", "content": "x"}]}, 404),
+        ({"model": "model", "messages": []}, 400),
+        ({"model": "model", "messages": [{"role": "user", "content": "x"}], "n": 3}, 400),
+        ({"model": "model", "messages": [{"role": "user", "content": "word " * 40_000}]}, 400),
+    ):
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["message"]
+
+
+def test_a_corrupt_prefix_is_computed_instead_and_made_again(
+    asker: Asker, server: Server, store_url: str, xkv: Xkv
+) -> None:
+    """Its bytes are damaged before the server ever reads them."""
+    document, questions = _document("rules-nagoya-open-swan-foundation")
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
+    url = f"{server.url}/v1/prefixes/{made.json()['id']}"
+    _until(lambda: httpx.get(url, timeout=30).json().get("status") == "ready")
+    (blob,) = Path(store_url).rglob(f"*{made.json()['id']}*.safetensors")
+    data = bytearray(blob.read_bytes())
+    data[-2000] ^= 0xFF
+    blob.write_bytes(data)
+    first = asker.ask(_first(document, questions[0]["question"]))
+    assert first.choices[0].message.content == questions[0]["answer"]
+    assert first.xkv["artifact"] is None and first.xkv["miss"]["reason"] == "corrupt"
+    with ArtifactStore.open(store_url, create=False) as store:
+        _until(lambda: len(store.entries()) >= 2)
+
+
+def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, Any], server: Server) -> None:
+    document, questions = _document(NAMES[0])
+    victim = next(
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "EngineReplica" in " ".join(process.cmdline()) or "engine" in process.name()
+    )
+    killer = threading.Timer(0.3, lambda: os.kill(victim.pid, signal.SIGKILL))
+    killer.start()
+    ends = []
+    for item in questions[:6]:
+        try:
+            reply = asker.ask(_first(document, item["question"]), timeout=120)
+            ends.append(reply.choices[0].message.content == item["answer"])
+        except APIStatusError as error:
+            assert error.status_code in (500, 503), error
+    assert ends and all(ends)
+    _until(lambda: _answers(asker, document, questions[0]), seconds=120)
+
+
+def _answers(asker: Asker, document: str, item: dict[str, str]) -> bool:
+    try:
+        reply = asker.ask(_first(document, item["question"]), timeout=120)
+    except APIStatusError:
+        return False
+    return bool(reply.choices[0].message.content == item["answer"])
+
+
+def _metrics(server: Server) -> str:
+    return httpx.get(f"{server.url}/metrics", timeout=30).text
+
+
+def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.3)

@@ -1,0 +1,242 @@
+"""/v1/prefixes over a real store and model: made, used, listed, kept and deleted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from engines import paced_backend
+from rivers import DOCUMENT, SETTINGS, key
+from serving import Served, serve
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.app import create_app
+from xkv_service.api.keys import KeyRing
+from xkv_service.api.local_prefixes import LocalPrefixes
+from xkv_service.api.matching import PrefixFinder
+from xkv_service.api.model import ServedModel
+from xkv_service.modeling.models import LoadedModel
+
+KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True)))
+SYSTEM = "You answer questions about rivers, and about nothing else, in one short sentence. " * 2
+Keeping = tuple[Served, LocalPrefixes, ArtifactStore]
+
+
+@pytest.fixture(scope="module")
+def keeping(
+    tmp_path_factory: pytest.TempPathFactory, loaded: LoadedModel, served_model: ServedModel
+) -> Iterator[Keeping]:
+    """A server that keeps prefixes, each key in a namespace of its own."""
+    folder = str(tmp_path_factory.mktemp("kept"))
+    with ArtifactStore.open(folder, patience_s=0) as store:
+        prefixes = LocalPrefixes(store, loaded, ratio=2.0, most_waiting=3)
+        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        try:
+            with paced_backend(loaded, store) as backend:
+                app = create_app(
+                    served_model, backend, finder=finder, prefixes=prefixes, keys=KEYS, settings=SETTINGS
+                )
+                with serve(app) as served:
+                    yield served, prefixes, store
+        finally:
+            prefixes.close()
+
+
+@pytest.fixture
+def alpha(keeping: Keeping) -> Iterator[httpx.Client]:
+    with keeping[0].http("sk-alpha") as client:
+        yield client
+
+
+@pytest.fixture
+def beta(keeping: Keeping) -> Iterator[httpx.Client]:
+    with keeping[0].http("sk-beta") as client:
+        yield client
+
+
+@pytest.fixture
+def editor(keeping: Keeping) -> Iterator[httpx.Client]:
+    with keeping[0].http("sk-editor") as client:
+        yield client
+
+
+def make(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    """Create a prefix and wait until it is made, or failed."""
+    answer = http.post("/v1/prefixes", json=body)
+    assert answer.status_code == 202, answer.text
+    made = answer.json()
+    end = time.monotonic() + 60
+    while made["status"] in ("queued", "running") and time.monotonic() < end:
+        time.sleep(0.05)
+        made = http.get(f"/v1/prefixes/{made['id']}").json()
+    return made
+
+
+def chat(http: httpx.Client, *messages: tuple[str, str], **options: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": [{"role": r, "content": c} for r, c in messages], "max_tokens": 2}
+    return http.post("/v1/chat/completions", json={**body, **options})
+
+
+def test_a_document_is_made_and_serves_chats_about_it(alpha: httpx.Client) -> None:
+    made = make(alpha, document=DOCUMENT, system_prompt="Be brief.", name="rivers", ttl_s=3600, pin=True)
+    assert made["status"] == "ready", made
+    assert (made["object"], made["name"], made["namespace"], made["model"]) == (
+        "prefix",
+        "rivers",
+        "alpha",
+        "tiny",
+    )
+    assert made["pinned"] and abs(made["expires_at"] - time.time() - 3600) < 60
+    assert made["ratio"] > 1 and made["bytes"] > 0 and 0 <= made["fidelity"] <= 1
+    question = (("system", "Be brief."), ("user", f"{DOCUMENT}\n\nWhere does it end?"))
+    for options in ({}, {"prefix_id": made["id"]}):
+        xkv = chat(alpha, *question, **options).json()["xkv"]
+        assert (xkv["artifact"], xkv["prefix_tokens"], xkv["miss"]) == (made["id"], made["tokens"], None)
+    refused = chat(alpha, ("user", "What else?"), prefix_id=made["id"])
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "prefix_mismatch"
+
+
+def test_messages_are_made_and_serve_what_goes_on_from_them(alpha: httpx.Client) -> None:
+    system = {"role": "system", "content": SYSTEM}
+    made = make(alpha, messages=[system])
+    assert made["status"] == "ready", made
+    for question in ("Where?", " 1", "漢"):
+        xkv = chat(alpha, ("system", SYSTEM), ("user", question)).json()["xkv"]
+        assert (xkv["artifact"], xkv["prefix_tokens"]) == (made["id"], made["tokens"])
+    asked = make(alpha, messages=[system, {"role": "user", "content": "What is the longest one of all?"}])
+    xkv = chat(alpha, ("system", SYSTEM), ("user", "What is the longest one of all?")).json()["xkv"]
+    assert xkv["artifact"] == asked["id"]
+    assert xkv["prefix_tokens"] >= asked["tokens"] - 1
+
+
+def test_a_text_is_made_and_serves_completions(alpha: httpx.Client) -> None:
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 2
+    made = make(alpha, text=text)
+    body = {"model": "tiny", "prompt": f"{text} It was", "max_tokens": 2, "prefix_id": made["id"]}
+    xkv = alpha.post("/v1/completions", json=body).json()["xkv"]
+    assert (xkv["artifact"], xkv["prefix_tokens"], xkv["miss"]) == (made["id"], made["tokens"], None)
+
+
+def test_the_same_prefix_is_made_once(alpha: httpx.Client) -> None:
+    first = make(alpha, document=DOCUMENT * 2)
+    again = alpha.post("/v1/prefixes", json={"document": DOCUMENT * 2, "pin": True}).json()
+    assert again["id"] == first["id"]
+    assert again["status"] == "ready" and again["pinned"]
+    assert again["created_at"] == first["created_at"]
+    other = make(alpha, document=DOCUMENT * 2, ratio=3.0)
+    assert other["id"] != first["id"]
+
+
+def test_changes(alpha: httpx.Client, keeping: Keeping) -> None:
+    made = make(alpha, document=DOCUMENT * 3)
+    path = f"/v1/prefixes/{made['id']}"
+    assert made["expires_at"] is None and not made["pinned"]
+    changed = alpha.patch(path, json={"ttl_s": 100, "pin": True}).json()
+    assert changed["pinned"] and abs(changed["expires_at"] - time.time() - 100) < 30
+    assert alpha.patch(path, json={}).json() == changed
+    assert alpha.patch(path, json={"pin": False}).json()["expires_at"] == changed["expires_at"]
+    assert alpha.patch(path, json={"ttl_s": None}).json()["expires_at"] is None
+    for bad in ({"ttl_s": 0}, {"ttl_s": -1}, {"pin": "yes"}, {"namespace": "beta"}):
+        assert alpha.patch(path, json=bad).status_code == 400
+    assert alpha.delete(path).json() == {"id": made["id"], "object": "prefix", "deleted": True}
+    assert alpha.get(path).status_code == alpha.delete(path).status_code == 404
+    assert keeping[2].get(made["id"]) is None
+
+
+def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
+    made = make(alpha, document=DOCUMENT * 4)
+    path = f"/v1/prefixes/{made['id']}"
+    alpha.patch(path, json={"ttl_s": 0.3})
+    time.sleep(0.5)
+    assert alpha.get(path).status_code == 404
+    answer = chat(alpha, ("user", f"{DOCUMENT * 4}\n\nWhere?"), prefix_id=made["id"]).json()
+    assert answer["xkv"]["miss"]["reason"] == "evicted"
+    assert answer["xkv"]["artifact"] != made["id"]
+
+
+def test_pages(beta: httpx.Client) -> None:
+    made = [make(beta, document=f"Number {number}. {DOCUMENT}")["id"] for number in range(5)]
+    seen: list[str] = []
+    cursor = None
+    while True:
+        query = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+        page = beta.get("/v1/prefixes", params=query).json()
+        assert len(page["data"]) <= 2
+        seen += [one["id"] for one in page["data"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert sorted(seen) == sorted(made)
+    for bad in ({"limit": 0}, {"limit": 101}, {"cursor": "what?"}):
+        assert beta.get("/v1/prefixes", params=bad).status_code == 400
+
+
+def test_namespaces_are_closed_to_each_other(alpha: httpx.Client, beta: httpx.Client) -> None:
+    made = make(alpha, document=f"Secret. {DOCUMENT}")
+    path = f"/v1/prefixes/{made['id']}"
+    absent = "/v1/prefixes/" + "0" * 64
+    for method, body in (("GET", None), ("DELETE", None), ("PATCH", {"pin": True})):
+        theirs, none = (beta.request(method, where, json=body) for where in (path, absent))
+        assert theirs.status_code == none.status_code == 404
+        assert theirs.text.replace(made["id"], "") == none.text.replace("0" * 64, "")
+    assert made["id"] not in beta.get("/v1/prefixes").text
+    assert beta.get("/v1/prefixes", params={"namespace": "alpha"}).status_code == 403
+    assert beta.post("/v1/prefixes", json={"document": DOCUMENT, "namespace": "alpha"}).status_code == 403
+    assert made["id"] not in beta.get("/status").text
+    assert made["id"] in alpha.get("/status").text
+    own = make(beta, document=f"Secret. {DOCUMENT}")
+    assert own["id"] != made["id"]  # it is made again, for them alone
+    assert alpha.get(path).json()["id"] == made["id"]
+
+
+def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None:
+    assert alpha.post("/v1/prefixes", json={"document": DOCUMENT, "namespace": "public"}).status_code == 403
+    text = f"For everybody. {DOCUMENT}"
+    made = make(editor, document=text, namespace="public")
+    assert made["namespace"] == "public"
+    path = f"/v1/prefixes/{made['id']}"
+    assert alpha.get(path).json() == made
+    assert [
+        one["id"] for one in alpha.get("/v1/prefixes", params={"namespace": "public"}).json()["data"]
+    ] == [made["id"]]
+    assert chat(alpha, ("user", f"{text}\n\nWhere?")).json()["xkv"]["artifact"] == made["id"]
+    assert alpha.delete(path).status_code == alpha.patch(path, json={"pin": True}).status_code == 403
+    assert editor.delete(path).json()["deleted"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"document": DOCUMENT, "text": DOCUMENT}, None),
+        ({"document": " "}, "document"),
+        ({"document": f"{DOCUMENT}<|end|>"}, "document"),
+        ({"document": "a" * 3000}, "document"),
+        ({"document": "\\ud800"}, None),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "<|end|>"}]}, "messages"),
+        ({"text": ""}, "text"),
+        ({"text": DOCUMENT, "system_prompt": "Be brief."}, "system_prompt"),
+        ({"document": DOCUMENT, "ratio": 0.5}, "ratio"),
+        ({"document": DOCUMENT, "ratio": 200.0}, None),
+        ({"document": DOCUMENT, "ttl_s": 0}, "ttl_s"),
+        ({"document": DOCUMENT, "ttl": 60}, "ttl"),
+        ({"document": DOCUMENT, "name": ""}, "name"),
+        ({"document": 3}, "document"),
+    ],
+)
+def test_what_cannot_be_made(alpha: httpx.Client, body: dict[str, Any], param: str | None) -> None:
+    answer = alpha.post("/v1/prefixes", json=body)
+    if body.get("document") == "\\ud800":
+        answer = alpha.post(
+            "/v1/prefixes",
+            content=b'{"document": "\\ud800"}',
+            headers={"content-type": "application/json"},
+        )
+        param = "document"
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param

@@ -1,0 +1,122 @@
+"""What can be seen of a server: metrics, logs, and the status page's figures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from engines import PacedBackend
+from prometheus_client.parser import text_string_to_metric_families
+from rivers import DOCUMENT
+from serving import Served
+
+from xkv_artifacts.manifest import PrefixManifest
+from xkv_service.api.request_log import JSONFormatter
+
+QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
+CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 5}
+OTHER: dict[str, Any] = {**CHAT, "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served.http() as client:
+        yield client
+
+
+def metrics(http: httpx.Client) -> dict[tuple[str, tuple[str, ...]], float]:
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(answer.text)
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest) -> None:
+    before = metrics(http)
+    hit = http.post("/v1/chat/completions", json=CHAT).json()
+    miss = http.post("/v1/chat/completions", json={**OTHER, "stream": True})
+    assert miss.headers["x-xkv-miss"] == "no_artifact"
+    http.post("/v1/chat/completions", json={**CHAT, "n": 2})
+    http.get("/some/path/nobody/knows")
+    after = metrics(http)
+
+    def grown(name: str, *labels: str) -> float:
+        return after[name, labels] - before.get((name, labels), 0.0)
+
+    chat = "/v1/chat/completions"
+    assert grown("xkv_requests_total", chat, "200") == 2
+    assert grown("xkv_requests_total", chat, "400") == 1
+    assert grown("xkv_requests_total", "other", "404") == 1
+    assert grown("xkv_prefix_hits_total") == 1
+    assert grown("xkv_prefix_misses_total", "no_artifact") == 1
+    assert grown("xkv_cached_tokens_total", "prefix") == stored.tokens
+    prompts = grown("xkv_prompt_tokens_total")
+    cached = sum(grown("xkv_cached_tokens_total", source) for source in ("prefix", "tail"))
+    assert grown("xkv_computed_tokens_total") == prompts - cached > 0
+    assert cached >= hit["usage"]["prompt_tokens_details"]["cached_tokens"]
+    answered = grown("xkv_generated_tokens_total")
+    assert answered >= hit["usage"]["completion_tokens"]
+    assert grown("xkv_time_to_first_token_seconds_count") == 2
+    assert grown("xkv_inter_token_seconds_count") == answered - 2
+    assert grown("xkv_lookup_seconds_count") == 2
+    assert after["xkv_sessions", ("running",)] == 0
+    assert after["xkv_engines", ()] == 1
+    assert after["xkv_resident_prefixes", ()] == 1
+    assert after["xkv_resident_bytes", ("prefixes",)] > 0
+    assert grown("xkv_engine_generated_tokens_total") >= answered
+
+
+def test_one_line_of_json_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "xkv_service.api")
+    headers = {"x-request-id": "mine-1"}
+    http.post("/v1/chat/completions", json=OTHER, headers=headers)
+    http.post("/v1/chat/completions", json={**OTHER, "n": 3}, headers=headers)
+    records = [record for record in caplog.records if record.message == "request"]
+    answered, refused = (json.loads(JSONFormatter().format(record)) for record in records)
+    assert answered["route"] == refused["route"] == "/v1/chat/completions"
+    assert (answered["status"], refused["status"]) == (200, 400)
+    assert answered["key"] == "anybody"
+    assert answered["miss"] == "no_artifact"
+    assert answered["generated_tokens"] <= 5
+    assert answered["finish"] in ("stop", "length")
+    assert 0 < answered["first_token_s"] <= answered["seconds"]
+    assert "Hello" not in json.dumps([answered, refused])  # prompts are nobody's business
+
+
+def test_log_lines_carry_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    from xkv_service.api.request_log import REQUEST_ID
+
+    token = REQUEST_ID.set("req-7")
+    try:
+        record = logging.LogRecord("x", logging.WARNING, "", 0, "told %s", ("so",), None)
+        line = json.loads(JSONFormatter().format(record))
+    finally:
+        REQUEST_ID.reset(token)
+    assert (line["request_id"], line["message"], line["level"]) == ("req-7", "told so", "warning")
+
+
+def test_status(http: httpx.Client, backend: PacedBackend) -> None:
+    http.post("/v1/chat/completions", json=CHAT)
+    status = http.get("/status").json()
+    assert status["model"] == "tiny"
+    assert status["engine"]["running"] == 0
+    assert status["engine"]["prefix_bytes"] > 0
+    traffic = status["traffic"]
+    assert traffic["hits"] >= 1 and traffic["tokens_per_second"] > 0
+    assert traffic["in_flight"] == 0
+
+
+def test_the_page_fetches_nothing_from_elsewhere(http: httpx.Client) -> None:
+    answer = http.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "http://" not in answer.text and "https://" not in answer.text
+    assert "src=" not in answer.text and "href=" not in answer.text

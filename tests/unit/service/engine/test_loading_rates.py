@@ -1,0 +1,66 @@
+"""Figures follow what is measured, odd ones aside, and the faster way is taken."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from families import tiny_model
+
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.robust_line import RobustLine
+
+
+def test_a_line_is_found_among_odd_ones() -> None:
+    line, random = RobustLine([(0.0, 50.0)]), Random(0)
+    for number in range(40):
+        x = random.uniform(1, 100)
+        line.observe(x, 100 * x if number % 5 == 0 else 3 + 2 * x + random.uniform(-0.1, 0.1))
+    assert line(50) == pytest.approx(103, rel=0.02)
+
+
+def test_a_line_says_little_far_from_what_was_seen_and_nothing_below_zero() -> None:
+    line = RobustLine([(1.0, 2.0), (2.0, 3.0)])
+    assert line(4) == pytest.approx(5) == line(1000)
+    falling = RobustLine([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)])
+    assert falling(3) == pytest.approx(2)
+    steep = RobustLine([(1.0, 1.0), (2.0, 4.0), (3.0, 7.0)])  # would meet zero before 0
+    assert steep.fit[0] == 0 and steep.fit[1] > 0
+
+
+def test_a_prefill_slows_down_with_its_position() -> None:
+    rates = LoadingRates(1e-3)
+    for _ in range(4):
+        for start in range(0, 4096, 512):
+            rates.prefilled(start, 512, 512 * (1e-4 + 1e-7 * (start + 256)))
+    assert rates.prefill_s(4096) == pytest.approx(4096 * (1e-4 + 1e-7 * 2048), rel=0.02)
+    assert rates.prefill_s(512, start=3584) == pytest.approx(512 * (1e-4 + 1e-7 * 3840), rel=0.02)
+    assert rates.deadline_s(4096) == rates.prefill_s(4096)
+
+
+def test_short_chunks_say_nothing() -> None:
+    rates = LoadingRates(1e-3)
+    for _ in range(20):
+        rates.prefilled(0, 4, 1.0)
+    assert rates.prefill_s(100) == pytest.approx(0.1)
+
+
+def test_the_faster_way_is_taken() -> None:
+    rates = LoadingRates(1e-4)
+    assert rates.decide(1000) == "load"  # nothing is known of loads: try
+    for _ in range(8):
+        rates.loaded(10_000_000, 1000, 0.05 + 1.0)
+        rates.loaded(20_000_000, 2000, 0.05 + 2.0)
+    assert rates.load_s(10_000_000) == pytest.approx(1.05, rel=0.05)
+    assert rates.decide(1000) == "prefill" == rates.decide(1000, 10_000_000)
+    assert rates.decide(1000, 10_000) == "load"
+    assert rates.decide(100, 10_000) == "prefill"  # a load's fixed time is more than that
+    for _ in range(32):
+        rates.loaded(10_000_000, 1000, 0.01)
+    assert rates.decide(1000) == "load"
+    assert rates.figures()["load_fixed_s"] >= 0
+
+
+def test_it_starts_with_a_measurement() -> None:
+    rates = LoadingRates.measured(tiny_model("llama"))
+    assert 0 < rates.prefill_s(1000) < 10

@@ -1,0 +1,320 @@
+"""A pool gives right prefixes, once loaded for all who ask, and never holds more than its budget."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from compressed import random_ids
+from families import tiny_model
+from measured import calibrated
+from published import FINGERPRINT, SPEC, prompt_logits, publish, publish_some
+from transformers import PreTrainedModel
+
+from xkv_artifacts.store import ArtifactStore
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.storage import load_calibration, save_calibration
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.engine.load_failure import LoadFailure
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.storages import held_bytes
+from xkv_service.modeling.models import find_model
+
+SIZES = (120, 150, 180, 210, 240, 270)
+PATIENT = 60.0
+ROOM = 1 << 26
+
+MakePool = Callable[..., PrefixPool]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactStore]:
+    with ArtifactStore.open(str(tmp_path_factory.mktemp("store"))) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def ids(store: ArtifactStore, model: PreTrainedModel) -> list[str]:
+    return publish_some(store, model, SIZES)
+
+
+@pytest.fixture
+def make_pool(store: ArtifactStore, model: PreTrainedModel) -> Iterator[MakePool]:
+    made: list[PrefixPool] = []
+
+    def make(budget: int = ROOM, **options: Any) -> PrefixPool:
+        made.append(PrefixPool(model, store, budget_bytes=budget, rates=LoadingRates(1e-3), **options))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def ask(pool: PrefixPool, artifact_id: str, tokens: int, deadline_s: float = PATIENT) -> Prefix | LoadFailure:
+    answers: queue.SimpleQueue[Prefix | LoadFailure] = queue.SimpleQueue()
+    pool.request(artifact_id, tokens, answers.put, deadline_s=deadline_s)
+    return answers.get(timeout=2 * PATIENT)
+
+
+def loaded(pool: PrefixPool, artifact_id: str, tokens: int) -> Prefix:
+    found = ask(pool, artifact_id, tokens)
+    assert isinstance(found, Prefix), found
+    return found
+
+
+def test_a_prefix_from_the_pool_answers_as_one_from_its_artifact(
+    make_pool: MakePool, store: ArtifactStore, model: PreTrainedModel, ids: list[str]
+) -> None:
+    pool = make_pool(fingerprint=FINGERPRINT)
+    assert pool.take(ids[0], SIZES[0]) is None
+    prefix = loaded(pool, ids[0], SIZES[0])
+    assert pool.take(ids[0], SIZES[0]) is prefix
+    with enable_xkv(model):
+        for tokens in (SIZES[0], 77):
+            ours = pool.take(ids[0], tokens)
+            assert ours is not None and ours.tokens == tokens
+            theirs = XKVCache.from_artifact(model, store, ids[0], tokens=tokens)
+            assert torch.equal(prompt_logits(model, XKVCache(ours)), prompt_logits(model, theirs))
+
+
+def test_a_shorter_prefix_costs_nothing_and_is_one_object_while_in_use(
+    make_pool: MakePool, ids: list[str]
+) -> None:
+    pool = make_pool()
+    loaded(pool, ids[0], SIZES[0])
+    before = pool.bytes
+    shorter = [pool.take(ids[0], 50) for _ in range(2)]
+    assert shorter[0] is shorter[1] is not None and pool.bytes == before
+    assert held_bytes(pool.take(ids[0], SIZES[0]), *shorter, device=torch.device("cpu")) == before
+
+
+def test_tokens_that_an_artifact_does_not_have_are_no_prefix(make_pool: MakePool, ids: list[str]) -> None:
+    pool = make_pool()
+    for tokens in (0, SIZES[0] + 1):
+        found = ask(pool, ids[0], tokens)
+        assert isinstance(found, LoadFailure) and found.reason == "diverges"
+    assert pool.state().holds == {}
+
+
+def test_a_prefix_that_can_only_be_used_whole(store: ArtifactStore) -> None:
+    model = tiny_model("gemma2")
+    found = publish(store, compress(model, random_ids(80), SPEC))
+    pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+    short = ask(pool, found, 50)
+    assert isinstance(short, LoadFailure) and short.reason == "diverges" and "sliding" in short.detail
+    assert loaded(pool, found, 80).tokens == 80
+    pool.close()
+
+
+def test_hundreds_of_requests_load_each_artifact_once(make_pool: MakePool, ids: list[str]) -> None:
+    pool = make_pool()
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for number in range(300):
+        place = number % len(ids)
+        pool.request(ids[place], SIZES[place], told.put, deadline_s=PATIENT)
+    prefixes = [told.get(timeout=PATIENT) for _ in range(300)]
+    assert told.empty() and all(isinstance(one, Prefix) for one in prefixes)
+    assert len({id(one) for one in prefixes}) == len(ids)
+    state = pool.state()
+    assert state.counters["loads"] == len(ids) and state.loading == 0
+    assert sum(state.holds.values()) == 300
+
+
+def test_under_a_tight_budget_everybody_is_served_and_it_holds(make_pool: MakePool, ids: list[str]) -> None:
+    """Room for about two of six; the bytes are looked at all the time."""
+    wide = make_pool()
+    sizes = {}
+    for one, size in zip(ids, SIZES, strict=True):
+        before = wide.bytes
+        loaded(wide, one, size)
+        sizes[one] = wide.bytes - before
+    budget = int(2.3 * max(sizes.values()))
+    pool = make_pool(budget, threads=3)
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    random, stop, above = Random(0), threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            state = pool.state()
+            if state.nbytes + state.reserved > budget:
+                above.append(state)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(300):
+        place = random.randrange(len(ids))
+        pool.request(
+            ids[place],
+            SIZES[place] - random.randrange(3),
+            lambda found, one=ids[place]: told.put((one, found)),
+            deadline_s=PATIENT,
+        )
+    for _ in range(300):
+        one, found = told.get(timeout=PATIENT)
+        assert isinstance(found, Prefix), found
+        pool.release(one)
+    stop.set()
+    watcher.join()
+    state = pool.state()
+    assert not above and told.empty() and not state.holds and state.parked == state.loading == 0
+    assert state.counters["evictions"] >= len(ids) - 2
+    assert state.nbytes == sum(sizes[one] for one in state.prefixes) <= budget
+
+
+def test_held_and_pinned_prefixes_stay(make_pool: MakePool, ids: list[str]) -> None:
+    size = _size(make_pool, ids[-1])
+    pool = make_pool(int(2.1 * size))
+    loaded(pool, ids[0], SIZES[0])  # held
+    pool.pin(ids[1])
+    loaded(pool, ids[1], SIZES[1])
+    pool.release(ids[1])
+    for place in (2, 3):
+        found = ask(pool, ids[place], SIZES[place], deadline_s=0.2)
+        if isinstance(found, Prefix):
+            pool.release(ids[place])
+    assert {ids[0], ids[1]} <= set(pool.state().prefixes)
+    with pytest.raises(KeyError):
+        pool.release(ids[1])
+    with pytest.raises(KeyError):
+        pool.hold("f" * 64)
+
+
+def test_who_finds_no_room_waits_for_it_and_is_told_why_in_time(make_pool: MakePool, ids: list[str]) -> None:
+    size = _size(make_pool, ids[-1])
+    pool = make_pool(int(1.2 * size))
+    loaded(pool, ids[5], SIZES[5])
+    late = ask(pool, ids[4], SIZES[4], deadline_s=0.2)
+    assert (
+        isinstance(late, LoadFailure) and late.reason == "no_room" and str(pool.state().budget) in late.detail
+    )
+    assert pool.state().parked == 0
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pool.request(ids[4], SIZES[4], told.put, deadline_s=PATIENT)
+    pool.release(ids[5])
+    assert isinstance(told.get(timeout=PATIENT), Prefix)
+    assert pool.state().prefixes == (ids[4],)
+
+
+def test_what_is_larger_than_the_budget_is_refused_at_once(make_pool: MakePool, ids: list[str]) -> None:
+    found = ask(make_pool(1000), ids[0], SIZES[0])
+    assert isinstance(found, LoadFailure) and found.reason == "no_room" and "of the 1000" in found.detail
+
+
+def test_an_evicted_prefix_is_freed(make_pool: MakePool, ids: list[str]) -> None:
+    size = _size(make_pool, ids[-1])
+    pool = make_pool(int(1.2 * size))
+    prefix = loaded(pool, ids[4], SIZES[4])
+    layer = prefix.layers[0]
+    watched = [weakref.ref(prefix), weakref.ref(layer), weakref.ref(layer.positions)]
+    watched += [weakref.ref(layer._key_factors)]
+    del prefix, layer
+    gc.collect()
+    assert all(ref() is not None for ref in watched)
+    pool.release(ids[4])
+    loaded(pool, ids[5], SIZES[5])
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * len(watched)
+
+
+def test_prefetching_makes_the_next_request_immediate(make_pool: MakePool, ids: list[str]) -> None:
+    pool = make_pool()
+    pool.prefetch(ids[0])
+    loaded(pool, ids[0], SIZES[0])
+    pool.release(ids[0])
+    assert pool.take(ids[0], SIZES[0]) is not None
+    assert pool.state().counters["loads"] == 1
+
+
+def test_a_selection_that_the_artifact_has_no_index_for(
+    make_pool: MakePool, model: PreTrainedModel, ids: list[str]
+) -> None:
+    found = ask(make_pool(selection=SelectionSpec("landmark")), ids[0], SIZES[0])
+    assert isinstance(found, LoadFailure) and found.reason == "no_artifact" and "index" in found.detail
+
+
+def test_a_closed_pool_answers_too(make_pool: MakePool, ids: list[str]) -> None:
+    pool = make_pool()
+    loaded(pool, ids[0], SIZES[0])
+    pool.close()
+    found = ask(pool, ids[0], SIZES[0])
+    assert isinstance(found, LoadFailure) and found.reason == "unavailable"
+
+
+def test_a_calibration_is_read_and_counted_once(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "model")
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        ids = [_with_calibration(store, model, tmp_path / "model", size)[0] for size in SIZES[:3]]
+        pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+        prefixes = [loaded(pool, one, size) for one, size in zip(ids, SIZES, strict=False)]
+        # All they reach are its bases; its metric and energies are kept beside.
+        reached = held_bytes(*prefixes, device=torch.device("cpu"))
+        alone = sum(held_bytes(prefix, device=torch.device("cpu")) for prefix in prefixes)
+        assert reached < pool.bytes < alone
+        assert len({prefix.layers[0].key_bases.data_ptr() for prefix in prefixes}) == 1
+        assert pool.state().prefixes == tuple(ids)
+        assert set(pool.state().holds) == set(ids)
+        pool.close()
+
+
+def test_a_calibration_leaves_with_the_last_prefix_that_needs_it(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "model")
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        calibrated_id, saved = _with_calibration(store, model, tmp_path / "model", SIZES[0])
+        plain = publish_some(store, model, SIZES[-1:], CompressionSpec(group_size=3, rank_k=64, rank_v=64))[0]
+        pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+        loaded(pool, calibrated_id, SIZES[0])
+        first = pool.bytes
+        loaded(pool, plain, SIZES[-1])
+        second = pool.bytes - first
+        pool.close()
+        tight = PrefixPool(model, store, budget_bytes=max(first, second), rates=LoadingRates(1e-3))
+        for _ in range(2):
+            loaded(tight, calibrated_id, SIZES[0])
+            assert tight.bytes == first
+            tight.release(calibrated_id)
+            loaded(tight, plain, SIZES[-1])
+            tight.release(plain)
+            assert tight.bytes <= max(first, second)
+        small = PrefixPool(model, store, budget_bytes=first - 1, rates=LoadingRates(1e-3))
+        found = ask(small, calibrated_id, SIZES[0])
+        assert isinstance(found, LoadFailure) and found.reason == "no_room"
+        tight.close()
+        small.close()
+
+
+def _with_calibration(
+    store: ArtifactStore, model: PreTrainedModel, folder: Path, tokens: int
+) -> tuple[str, str]:
+    """A prefix with a calibration's bases in the store: the artifact's id and the calibration's."""
+    identity = find_model(folder, device="cpu").identity
+    sample = [ProbedPrefix.of_text("text", range(80))]
+    saved = save_calibration(store, calibrated(model), identity, sample).id
+    spec = CompressionSpec(
+        calibration=saved, ratio=2.0, basis="calibrated", factor_dtype="mixed", index="derived"
+    )
+    factors = compress(model, random_ids(tokens, seed=tokens), spec, load_calibration(store, saved))
+    return publish(store, factors, identity.fingerprint), saved
+
+
+def _size(make_pool: MakePool, artifact_id: str) -> int:
+    pool = make_pool()
+    loaded(pool, artifact_id, SIZES[-1])
+    return pool.bytes
