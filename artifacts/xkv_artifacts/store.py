@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from xkv_artifacts.blobs import CALIBRATING, BlobStore, not_found, open_blob_store
+from xkv_artifacts.blobs import CALIBRATING, not_found, open_blob_store
 from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
@@ -27,6 +27,7 @@ from xkv_artifacts.keys import check_namespace, is_artifact_id
 from xkv_artifacts.limits import Limits, limits_of_store
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.namespace_index import Usage
+from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.prefix_listing import PrefixListing
 from xkv_artifacts.prefix_lookup import PrefixLookup
 from xkv_artifacts.promises import Change, Promises
@@ -52,7 +53,7 @@ __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
 class ArtifactStore:
     """A store of prefix artifacts and calibrations with its catalog. Made by `open`; a context manager."""
 
-    def __init__(self, blobs: BlobStore, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
+    def __init__(self, blobs: PackableBlobs, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
         self.blobs = blobs
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
@@ -192,8 +193,7 @@ class ArtifactStore:
             entry = entry or self._listing.list_blob(artifact_id)
         except (CorruptArtifact, ArtifactNotFound):
             return None
-        ends = not entry.pinned and entry.expires
-        return None if ends and ends <= self.catalog.now() else entry
+        return next(iter(self._not_ended([entry])), None)
 
     def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
         """All entries, most recently used first; damaged ones are left out and told to `on_fault`."""
@@ -209,15 +209,15 @@ class ArtifactStore:
         """Up to `limit` entries of a namespace, most recently used first, and the cursor of the next page, if
         there is one.
 
-        No other namespace's entries are read. An artifact that is used between two pages moves to the front,
-        and may be missed.
+        No other namespace's entries are read, and what has ended is left out. An artifact that is used between
+        two pages moves to the front, and may be missed.
 
         Raises:
             InvalidNamespace, InvalidCursor, CatalogUnavailable, CatalogError
         """
         found, following = self.catalog.namespaces.page(check_namespace(namespace), cursor, limit)
         entries = self.catalog.entries(on_fault, [artifact_id for artifact_id, _ in found])
-        return [entry for entry in entries if entry.namespace == namespace], following
+        return self._not_ended([entry for entry in entries if entry.namespace == namespace]), following
 
     def usage(self, namespace: str) -> Usage:
         """Bytes and number of a namespace's artifacts, and how much of that is pinned, counted now.
@@ -317,6 +317,25 @@ class ArtifactStore:
         """
         return self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
 
+    def pack(self, artifact_id: str, *, undo: bool = False) -> bool:
+        """Code an artifact's blob without loss for cold storage, or undo that; False where nothing changed.
+
+        Its entry then says what is stored. Readers notice nothing but the time.
+
+        Raises:
+            CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
+            ArtifactNotFound, StoreError, CatalogUnavailable
+        """
+        _, tokens = self._checked.read_tokens(artifact_id)
+        if not (self.blobs.unpack(artifact_id) if undo else self.blobs.pack(artifact_id)):
+            return False
+        entry = self.get(artifact_id)
+        if entry is not None:
+            size = self.blobs.size(artifact_id)
+            now = {"bytes": size, "ratio": entry.bytes_full / size}
+            self.catalog.publish(entry.model_copy(update=now), tokens)
+        return True
+
     def rebuild(self) -> Rebuild:
         """Make the catalog again from the blobs alone.
 
@@ -377,6 +396,14 @@ class ArtifactStore:
         calibrations, more_faults = self.calibrations.list_all()
         self.catalog.set_built()
         return Rebuild(artifacts, (*faults, *more_faults), calibrations)
+
+    def _not_ended(self, entries: list[Entry]) -> list[Entry]:
+        if not any(entry.expires is not None for entry in entries):
+            return entries
+        now = self.catalog.now()
+        return [
+            entry for entry in entries if not Retention(pinned=entry.pinned, expires=entry.expires).over(now)
+        ]
 
     def _retain(self, artifact_id: str, change: Change) -> Retention:
         if self.get(artifact_id) is None:

@@ -26,6 +26,7 @@ COMMANDS = [
     "ttl",
     "index rebuild",
     "gc",
+    "pack",
     "analyze",
     "eval",
     "doctor",
