@@ -84,7 +84,7 @@ def test_a_conversation_over_a_prefix_is_answered_right_and_goes_on(
     document, questions = _document(NAMES[0])
     messages: list[dict[str, str]] = []
     held = 0
-    for number, item in enumerate(questions[:3]):
+    for item in questions[:3]:
         asked = item["question"]
         messages += _first(document, asked) if not messages else [{"role": "user", "content": asked}]
         reply = asker.ask(messages)
