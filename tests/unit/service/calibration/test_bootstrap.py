@@ -17,7 +17,7 @@ from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import MOST_FOLDS, Folds, fold_count, total_of
 from xkv_service.calibration.observed import Observed, observe_document
-from xkv_service.calibration.plan import ColumnPlan
+from xkv_service.calibration.plan import ColumnPlan, factor_bits
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.tolerance import no_tolerances
