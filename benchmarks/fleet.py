@@ -31,7 +31,8 @@ class Fleet:
         rate: requests a second of each replica on average, with exponential gaps.
         answer_s: mean time that a request holds its document, exponential. ongoing: requests that a replica
             takes at once. fallbacks: further replicas that are tried when it is full.
-        budget: bytes of each replica for documents. token_bytes: of a token, stored and in memory.
+        budget: bytes of each replica for documents. token_bytes, stored_bytes: of a token in memory and in
+            the store.
         ttl_s: an artifact that nobody used for so long is gone from the store, and made again at the next
             request; None: never.
     """
@@ -47,6 +48,7 @@ class Fleet:
     fallbacks: int = 2
     budget: int = 64 * 10**9
     token_bytes: int = 16_372
+    stored_bytes: int = 16_372
     ttl_s: float | None = None
 
     def probabilities(self) -> NDArray[np.float64]:
@@ -186,13 +188,13 @@ class Simulation:
             counts.refused += 1
             return
         counts.fallbacks += place > 0
-        nbytes = tokens * self.fleet.token_bytes
         stored = self._is_stored(document)
+        nbytes = tokens * self.fleet.token_bytes
         if self._fleet[ranked[place]].take(key, nbytes, self._now + answer_s):
             counts.hits += 1
         elif stored:
             counts.loads += 1
-            counts.loaded_bytes += nbytes
+            counts.loaded_bytes += tokens * self.fleet.stored_bytes
         else:
             counts.computed += 1
             return

@@ -45,8 +45,8 @@ def scenarios() -> list[Scenario]:
         *((f"skew {skew:g}", replace(fair, skew=skew)) for skew in (0.6, 0.8, 0.9, 1.1, 1.2)),
         *((f"{gb} GB a replica", replace(fair, budget=gb * 10**9)) for gb in (8, 16, 32, 96)),
         *((f"{count} replicas", replace(fair, replicas=count)) for count in (25, 50, 200)),
-        ("exact caches", replace(fair, token_bytes=FULL_BYTES)),
-        ("20x: 11x in memory", replace(fair, token_bytes=FULL_BYTES // 11)),
+        ("exact caches", replace(fair, token_bytes=FULL_BYTES, stored_bytes=FULL_BYTES)),
+        ("20x, 11x in memory", replace(fair, token_bytes=FULL_BYTES // 11, stored_bytes=FULL_BYTES // 20)),
         *((f"{count} fallbacks", replace(TENTH, fallbacks=count)) for count in (0, 2, 4, 8)),
         *((f"TTL {ttl} s", replace(fair, ttl_s=float(ttl))) for ttl in (60, 600)),
     ]
@@ -147,7 +147,7 @@ def row(name: str, fleet: Fleet, counts: Counts, seed: int) -> dict[str, Any]:
         "spilled_%": 100 * counts.fallbacks / counts.served,
         "store_gb_s": per_s / 1e9,
         "replica_mb_s": per_s / fleet.replicas / 1e6,
-        "store_tb": float(tokens.sum()) * fleet.token_bytes / 1e12,
+        "store_tb": float(tokens.sum()) * fleet.stored_bytes / 1e12,
         "gpu_s_saved": spared * float(prefill_s(tokens.astype(float)).mean()),
     }
 
@@ -156,8 +156,8 @@ def simulate(report: Report, options: argparse.Namespace) -> None:
     """Every scenario from empty memory: half of the requests to fill it, the other half counted."""
     chosen = [(name, fleet, options.requests) for name, fleet in scenarios()]
     if not options.tenth:
-        chosen += [("1,000 GPUs, 10 million documents", WHOLE, 10 * options.requests)]
-        chosen += [("the same, 2 fallbacks", replace(WHOLE, fallbacks=2), 10 * options.requests)]
+        chosen += [("1,000 GPUs, 10 million documents", WHOLE, 5 * options.requests)]
+        chosen += [("the same, 2 fallbacks", replace(WHOLE, fallbacks=2), 5 * options.requests)]
     for name, fleet, requests in chosen:
         simulation = Simulation(fleet, options.seed)
         simulation.run(requests)

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 STORE = HERE.parent / ".demo" / "store"
 RATIO = 20
-_START_S = 300.0
+_START_S = 600.0
 
 
 @contextmanager

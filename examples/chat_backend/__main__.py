@@ -33,7 +33,8 @@ def main() -> None:
         if options.ask:
             asyncio.run(_ask(chat, document, options.ask))
         else:
-            print(f"chat at http://{options.host}:{options.port}/ (Ctrl-C stops it)", flush=True)
+            place = f"http://{options.host}:{options.port}/"
+            print(f"chat at {place} over {model} at {base_url} (Ctrl-C stops it)", flush=True)
             uvicorn.run(create_app(chat), host=options.host, port=options.port, log_level="warning")
 
 

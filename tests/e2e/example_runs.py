@@ -71,11 +71,9 @@ def example(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def wait_for_urls(log: Path, backend: subprocess.Popen[bytes]) -> str:
     """The base URL of the server, once the backend says that it is up."""
-    deadline = time.monotonic() + 500
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and backend.poll() is None:
-        if "chat at http" in log.read_text():
-            found = re.search(r"(http://\S+/v1), prefixes", log.read_text())
-            assert found
+        if found := re.search(r"chat at http://\S+ over \S+ at (http://\S+/v1) ", log.read_text()):
             return found[1]
         time.sleep(0.2)
     raise AssertionError(f"the example did not start:\n{log.read_text()}")

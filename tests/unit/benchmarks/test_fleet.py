@@ -37,7 +37,7 @@ def test_memory_that_holds_everything_loads_each_document_once() -> None:
     fleet = replace(SMALL, documents=50, budget=10**12)
     counts = Simulation(fleet).run(5_000)
     assert counts.loads == 50 and lru_hit_rate(fleet) == 1.0
-    assert counts.loaded_bytes == int(fleet.tokens(0).sum()) * fleet.token_bytes
+    assert counts.loaded_bytes == int(fleet.tokens(0).sum()) * fleet.stored_bytes
     assert counts.seconds == pytest.approx(5_000 / 15, rel=0.05)
 
 
