@@ -206,8 +206,8 @@ class ArtifactStore:
         """Up to `limit` entries of a namespace, most recently used first, and the cursor of the next page, if
         there is one.
 
-        No other namespace's entries are read, and what has ended is left out. An artifact that is used between
-        two pages moves to the front, and may be missed.
+        No other namespace's entries are read, and what has ended is left out. An artifact that is used
+        between two pages moves to the front, and may be missed.
 
         Raises:
             InvalidNamespace, InvalidCursor, CatalogUnavailable, CatalogError
