@@ -43,11 +43,12 @@ for i = 3, #ARGV do
 end
 """
 
-# Drops ids that have no entry of this namespace (any more). KEYS: the namespace's set. ARGV: start of entries'
-# keys, namespace, ids.
+# Drops ids that have no entry of this namespace (any more). KEYS: the namespace's set. ARGV: start of
+# entries' keys, namespace, ids.
 _DROP_GONE = """
 for i = 3, #ARGV do
-  if redis.pcall('HGET', ARGV[1] .. ARGV[i], 'namespace') ~= ARGV[2] then redis.call('ZREM', KEYS[1], ARGV[i]) end
+  local namespace = redis.pcall('HGET', ARGV[1] .. ARGV[i], 'namespace')
+  if namespace ~= ARGV[2] then redis.call('ZREM', KEYS[1], ARGV[i]) end
 end
 """
 
