@@ -43,6 +43,15 @@ for i = 3, #ARGV do
 end
 """
 
+# Drops ids that have no entry of this namespace (any more). KEYS: the namespace's set. ARGV: start of
+# entries' keys, namespace, ids.
+_DROP_GONE = """
+for i = 3, #ARGV do
+  local namespace = redis.pcall('HGET', ARGV[1] .. ARGV[i], 'namespace')
+  if namespace ~= ARGV[2] then redis.call('ZREM', KEYS[1], ARGV[i]) end
+end
+"""
+
 # Sets a sum that nobody changed since it was read. KEYS: sums. ARGV: namespace, as read or '', the right one.
 _CORRECT = """
 local is = redis.call('HGET', KEYS[1], ARGV[1])
@@ -218,7 +227,7 @@ class NamespaceIndex:
                 identity for identity, found in zip(page, fields, strict=True) if not _of(found, namespace)
             ]
             if gone:
-                self._link.call(lambda client, gone=gone: client.zrem(key, *gone))  # type: ignore[misc]
+                self._link.script(_DROP_GONE, [key], [self._entry_prefix, namespace, *gone])
             for found in fields:
                 if _of(found, namespace):
                     own = _size(found[1])

@@ -255,6 +255,18 @@ def test_publishing_over_a_quota_collects_in_that_namespace_alone(store: Artifac
     assert publish(store, 20) == fourth and stored(store) == {others, third, fourth}  # takes no more room
 
 
+def test_what_is_replaced_makes_room_for_itself(store: ArtifactStore) -> None:
+    first, second, third = (publish(store, length) for length in (50, 20, 30))
+    store.pin(third)
+    limit(store, each={"bytes": sum(sizes(store, [first, third])) + 50, "artifacts": 3})
+    assert publish(store, 50) == first  # the longest unused, but not for its own sake
+    assert stored(store) == {first, third}
+    assert publish(store, 30) == third and stored(store) == {first, third}
+    limit(store, each={"artifacts": 1})
+    assert publish(store, 30) == third and stored(store) == {third}
+    assert second not in stored(store)
+
+
 def test_what_cannot_fit_is_refused_and_costs_nothing(store: ArtifactStore) -> None:
     pinned, plain = publish(store, 50, pinned=True), publish(store, 20)
     limit(store, namespaces={"default": {"bytes": store.blobs.size(pinned) + 100}})
