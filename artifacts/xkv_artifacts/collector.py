@@ -62,7 +62,7 @@ class Collector:
         if limits.budget is not None:
             run.budget(limits.budget)
         stored = self.catalog.namespaces.total() - (run.bytes if dry_run else 0)
-        return Collection(tuple(run.removed), run.in_use, stored, tuple(run.excess), dry_run)
+        return Collection(tuple(run.removed), len(run.in_use), stored, tuple(run.excess), dry_run)
 
     def make_room(self, namespace: str, quota: Quota, size: int, artifact_id: str) -> None:
         """Collect in a namespace until an artifact of `size` bytes fits into its quota.
@@ -110,7 +110,7 @@ class _Run:
         self.removed: list[Removal] = []
         self._removed_ids: set[str] = set()
         self.excess: list[Excess] = []
-        self.in_use = 0
+        self.in_use: set[str] = set()
 
     @property
     def bytes(self) -> int:
@@ -228,7 +228,8 @@ class _Run:
             answer = self._catalog.collect(entry.id, reason, seen, self._name, bound)
             if answer == "dropped":
                 return self._note(entry, reason, self._delete(entry.id))
-            self.in_use += answer in ("read", "leased")
+            if answer in ("read", "leased"):
+                self.in_use.add(entry.id)
             return answer
         if not self._dry_run:  # the catalog said something else than the store
             with suppress(ArtifactNotFound, CorruptArtifact, UnsupportedFormat):

@@ -7,7 +7,7 @@ right by `entry_scripts`; here they are read, made for a catalog of an earlier v
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -129,6 +129,21 @@ class NamespaceIndex:
         """Some of a namespace's ids with the second of their last use, last used first; see `page_of`."""
         self.ensure()
         return page_of(self._link, self.key(namespace), cursor, limit)
+
+    def holds(self, namespaces: Iterable[str], artifact_id: str) -> bool:
+        """Whether an artifact is of one of these namespaces.
+
+        The same is asked and answered for an artifact of another namespace as for one that does not exist.
+        """
+        self.ensure()
+
+        def command(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for namespace in namespaces:
+                pipeline.zscore(self.key(namespace), artifact_id)
+            return pipeline.execute()
+
+        return any(score is not None for score in self._link.call(command))
 
     def usages(self) -> dict[str, Usage]:
         """What each namespace holds that holds something, as counted, by name."""

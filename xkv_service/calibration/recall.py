@@ -14,7 +14,8 @@ import torch
 from xkv_service.calibration.probes import ProbedPrefix, predictions
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix
+from xkv_service.decoding.latent import LatentPrefix
+from xkv_service.decoding.layer_prefix import ReadablePrefix
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.decoding.select import Selected, Selection
@@ -76,7 +77,7 @@ class RecallMeter:
 def measure_recall(
     prefix: Prefix, exact: Prefill, document: ProbedPrefix, choices: Mapping[Any, SelectionSpec]
 ) -> Recall:
-    """Recall of every full-attention layer on a document's probes, each layer attending to every token.
+    """Recall of every compressed layer on a document's probes, each layer attending to every token.
 
     Args:
         prefix: the document's factors, whose indexes choose. exact: its prefill, whose keys say what counts.
@@ -85,10 +86,10 @@ def measure_recall(
     cache = XKVCache(prefix, SelectionSpec("dense"))
     meters: dict[int, Any] = {}
     for layer in cache.layers:
-        mine = prefix.layers.get(getattr(layer, "index", -1))
-        if isinstance(layer, PrefixLayer) and isinstance(mine, LayerPrefix):
+        if isinstance(layer, PrefixLayer):
+            mine = prefix.layers[layer.index]
             selections = {name: Selection(mine, spec) for name, spec in choices.items()}
-            meters[layer.index] = RecallMeter(mine, exact.rotated_keys(layer.index), selections)
+            meters[layer.index] = RecallMeter(mine, _exact_keys(mine, exact, layer.index), selections)
             layer.selection = meters[layer.index]
     with enable_xkv(prefix.model):
         predictions(prefix.model, cache, document.probes)
@@ -96,3 +97,10 @@ def measure_recall(
         layer: {name: torch.tensor(values) for name, values in meter.found.items()}
         for layer, meter in meters.items()
     }
+
+
+def _exact_keys(prefix: ReadablePrefix, exact: Prefill, layer: int) -> torch.Tensor:
+    """Keys as queries meet them, [T, kv_heads, D]: those of latent attention are expanded first."""
+    if isinstance(prefix, LatentPrefix):
+        return prefix.expanded(exact.keys(layer)[:, 0], exact.values(layer)[:, 0])
+    return exact.rotated_keys(layer)

@@ -89,7 +89,7 @@ def test_what_is_kept_is_measured_on_the_documents_left_out(
         for group, (first, count) in zip(made.groups, GROUPS, strict=True):
             for kind in KINDS:
                 basis = group.basis(kind)
-                bits = candidates_of(parts[mine]).bits_full / SETTINGS.ratio
+                bits = candidates_of(parts[mine])._bits_per_token(SETTINGS.ratio)
                 rank = _rank(made, GROUPS.index((first, count)), kind, bits)
                 gram = parts[other].moments.gram(kind, first, count)
                 weight = torch.block_diag(*[one.double() for m in basis.metric for one in m])

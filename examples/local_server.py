@@ -1,0 +1,75 @@
+"""A server of this machine, for an example that is not told where one is."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE / "corpus"
+STORE = HERE.parent / ".demo" / "store"
+RATIO = 20
+_START_S = 300.0
+
+
+@contextmanager
+def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]:
+    """Compress what is new in a folder, and serve it with the bundled model while the block runs.
+
+    Args:
+        documents: a folder. store: where its artifacts go; what is there already is not computed again.
+
+    Yields:
+        The base URL to give to an OpenAI client.
+
+    Raises:
+        SystemExit: a command failed; it has said why.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the server would stay behind
+    place = ["--store", str(store)]
+    done = subprocess.run(_xkv("precompute", "--docs", str(documents), "--ratio", str(RATIO), *place))
+    if done.returncode:
+        sys.exit(done.returncode)
+    port = free_port()
+    server = subprocess.Popen(_xkv("serve", "--port", str(port), *place))
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(f"{url}/readyz", server)
+        yield f"{url}/v1"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _xkv(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "xkv_cli", *arguments]
+
+
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            sys.exit(server.returncode or 1)
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    sys.exit(f"the server was not ready within {_START_S:g} s")

@@ -1,0 +1,89 @@
+"""Retrieve a document, then answer over its compressed prefix.
+
+python -m examples.rag "Who is the supervisor of Henry Ivanov?"   compress examples/corpus, serve it, answer
+python -m examples.rag --measure                                   all examples/questions: how many are right
+python -m examples.rag --base-url http://host:8000/v1 "..."        use a server that runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from openai import AsyncOpenAI
+
+from examples.connection import add_server_options, connection
+from examples.documents import Documents
+from examples.local_server import HERE
+from examples.rag.measure import known_questions, measure
+from examples.rag.pipeline import Pipeline, Reply
+
+QUESTION = "What is the order reference of project Vivid Mountain?"
+
+
+def main() -> None:
+    """Find or start a server, then answer."""
+    options = _options()
+    with connection(options) as (base_url, key, documents):
+        asyncio.run(_run(options, AsyncOpenAI(base_url=base_url, api_key=key), documents))
+
+
+async def _run(options: argparse.Namespace, client: AsyncOpenAI, documents: Documents) -> None:
+    model = (await client.models.list()).data[0].id
+    pipeline = Pipeline(client, model, documents)
+    if options.measure:
+        await _measure(pipeline)
+    for question in options.questions or ([] if options.measure else [QUESTION]):
+        await _answer(pipeline, question)
+
+
+async def _answer(pipeline: Pipeline, question: str) -> None:
+    """Answer, and show what the stored prefix was worth."""
+    print(f"\n> {question}")
+    found = pipeline.find(question)
+    if found is None:
+        print("no document has a word of this question")
+        return
+    stored = await pipeline.reply(question, found)
+    print(stored.answer.text)
+    print(f"  source: {found.document}: {found.sentence!r}")
+    _show("stored prefix", stored)
+    _show("the same again, its turn kept", await pipeline.reply(question, found))
+    _show("without it", await pipeline.reply_computed(question, found))
+
+
+def _show(kind: str, reply: Reply) -> None:
+    answer = reply.answer
+    source = f"artifact {answer.artifact[:12]}" if answer.artifact else answer.miss
+    print(
+        f"  {kind}: first text after {answer.first_s:.2f} s, {answer.cached_tokens} of "
+        f"{answer.prompt_tokens} prompt tokens cached ({source})"
+    )
+
+
+async def _measure(pipeline: Pipeline) -> None:
+    known = known_questions(HERE / "questions")
+    print(f"{len(known)} questions", flush=True)
+    got = await measure(pipeline, known)
+    print(
+        f"right document: {got.found} of {got.questions}\n"
+        f"right answer:   {got.right} of {got.questions}, {got.right_of_found} of {got.found} over the right "
+        f"document\n"
+        f"cached:         {got.cached:.1%} of the prompt tokens\n"
+        f"first text:     {got.stored_s:.2f} s from a prefix in memory, {got.first_use_s:.2f} s when it is "
+        f"loaded,\n                {got.computed_s:.2f} s without stored prefixes (medians)"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION")
+    parser.add_argument("--measure", action="store_true", help="ask everything in examples/questions")
+    add_server_options(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
