@@ -132,17 +132,17 @@ def _given(arguments: Namespace) -> tuple[PreTrainedModel, Calibration, Sequence
 
 
 def _random(arguments: Namespace) -> tuple[PreTrainedModel, Calibration, Sequence[ProbedPrefix]]:
-    from calibration_families import FAMILIES, family_document, family_model
+    from calibration_families import FAMILIES, _document, _model
 
     from xkv_service.calibration.calibrate import calibrate
     from xkv_service.calibration.settings import CalibrationSettings
 
     family = next(name for name in FAMILIES if name.startswith(arguments.model.removeprefix("random:")))
-    model = family_model(family)
+    model = _model(family)
     settings = CalibrationSettings(
         ratio=arguments.ratio, ratios=(), weightings=("plain",), selection=SelectionSpec("dense")
     )
-    sample = [family_document(number, arguments.tokens) for number in range(8 + arguments.documents)]
+    sample = [_document(number, arguments.tokens) for number in range(8 + arguments.documents)]
     return model, calibrate(model, sample[:8], settings), sample[8:]
 
 

@@ -4,7 +4,7 @@
 
 The exact cache is counted at 16 bits a number. Stored bytes and index are what grows with every document
 at least; resident bytes are all storages that the prefix reaches on the
-device, as this machine holds them (cos and sin of its positions, layer bases in the dtype of products). The
+device, as this machine holds them (cos and sin of its positions among them), but the bases all share. The
 baseline of the seconds rebuilds whole keys of every layer; they are processor time, the least of three.
 """
 
@@ -72,7 +72,7 @@ def _rows(
         factors, _ = factorize_prefill(model, exact, spec, calibration)
         prefix = Prefix.of(model, factors)
         index = _index_bytes(prefix)
-        held = held_bytes(prefix.layers, device=model.device)
+        held = held_bytes(prefix.layers, device=model.device) - _shared_bytes(prefix)
         rows.append(
             {
                 "ratio": ratio,
@@ -109,6 +109,14 @@ def _quickly(factors: PrefixFactors, prefix: Prefix) -> None:
 
 def _index_bytes(prefix: Prefix) -> int:
     return held_bytes([layer.index for layer in prefix.layers.values()], device=prefix.model.device)
+
+
+def _shared_bytes(prefix: Prefix) -> int:
+    """Bases of a calibration, which every prefix of the model reads."""
+    layers = [layer for layer in prefix.layers.values() if isinstance(layer, LayerPrefix)]
+    keys = [layer.key_bases for layer in layers if layer.key_scales is not None]
+    values = [layer.value_bases for layer in layers if layer.value_scales is not None]
+    return held_bytes(keys, values, device=prefix.model.device)
 
 
 def _turn_bytes(prefix: Prefix) -> int:
