@@ -159,12 +159,17 @@ def family_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def family_document(number: int, tokens: int) -> ProbedPrefix:
+    """A document of `phrases`."""
+    return ProbedPrefix.of_text(f"document {number}", phrases(number, tokens))
+
+
+def phrases(number: int, tokens: int) -> list[int]:
     """Phrases of 8 tokens drawn again and again, some oftener than others."""
     generator = torch.Generator().manual_seed(number)
-    phrases = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
+    known = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
     often = 1 / torch.arange(1, 201)
     drawn = torch.multinomial(often, tokens // 8, replacement=True, generator=generator)
-    return ProbedPrefix.of_text(f"document {number}", phrases[drawn].flatten().tolist())
+    return known[drawn].flatten().tolist()
 
 
 if __name__ == "__main__":
