@@ -15,13 +15,14 @@ measure() {  # name, model
 
 ask() {  # name, model
   local at="calibration=$OUT/$1.safetensors,index=derived,selector=auto" ratio own=()
-  for ratio in 8 20 32 48; do own+=("xkv:ratio=$ratio,$at,factors=mixed"); done
+  for ratio in 8 20 32 48; do own+=("xkv:ratio=$ratio,$at,factors=mixed,bases=int8"); done
+  for ratio in 20 32 48; do own+=("xkv:ratio=$ratio,$at,basis=calibrated,factors=mixed,reuse=none"); done
   python3 benchmarks/shards.py --processes "$processes" --out "$OUT/$1_answers.json" -- --model "$2" \
     --dtype float32 --tasks demo_documents --samples 520 --per-document 20 --methods \
     "xkv:ratio=8,factors=bfloat16,index=landmark,selector=landmark" "xkv:ratio=8,$at,basis=calibrated,factors=mixed" \
-    "xkv:ratio=20,index=derived,selector=auto" "xkv:ratio=20,$at,factors=int8" \
+    "xkv:ratio=20,index=derived,selector=auto,bases=int8" "xkv:ratio=20,$at,factors=int8" \
     "xkv:ratio=20,$at,basis=calibrated,factors=int8" "xkv:ratio=20,$at,basis=calibrated,factors=mixed" \
-    "xkv:ratio=32,index=derived,selector=auto" "xkv:ratio=32,$at,basis=calibrated,factors=int8" \
+    "xkv:ratio=32,index=derived,selector=auto,bases=int8" "xkv:ratio=32,$at,basis=calibrated,factors=int8" \
     "xkv:ratio=32,$at,basis=calibrated,factors=int4" "xkv:ratio=32,$at,basis=calibrated,factors=mixed" \
     "xkv:ratio=48,$at,basis=calibrated,factors=int4" "xkv:ratio=48,$at,basis=calibrated,factors=mixed" \
     "xkv:ratio=64,$at,basis=calibrated,factors=mixed" "${own[@]}"
