@@ -88,7 +88,7 @@ def main() -> None:
         "the paper's recipe without its index: groups of 4, bfloat16 factors",
     )
     count = arguments.documents
-    documents = [_document(number, arguments.tokens) for number in range(count + arguments.new)]
+    documents = [family_document(number, arguments.tokens) for number in range(count + arguments.new)]
     for family in arguments.families:
         _measure(report, family, documents[:count], documents[count:])
     report.write(
@@ -99,7 +99,7 @@ def main() -> None:
 def _measure(
     report: Report, family: str, sample: Sequence[ProbedPrefix], new: Sequence[ProbedPrefix]
 ) -> None:
-    model = _model(family)
+    model = family_model(family)
     layers = calibrated_layers(inspect_loaded(model).layout)
     usual = CalibrationSettings.of(layers)
     latent = layers[0].kind == "latent"
@@ -145,10 +145,10 @@ def _row(outcome: Outcome, baseline: float) -> dict[str, object]:
     return {name: row[name] for name in kept if name in row} | better
 
 
-def _model(family: str) -> PreTrainedModel:
+def family_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Random weights; queries and keys larger than they start out, so that attention has something to see."""
     model_type, fields = FAMILIES[family]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**SHAPE, **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -158,13 +158,18 @@ def _model(family: str) -> PreTrainedModel:
     return model
 
 
-def _document(number: int, tokens: int) -> ProbedPrefix:
+def family_document(number: int, tokens: int) -> ProbedPrefix:
+    """A document of `phrases`."""
+    return ProbedPrefix.of_text(f"document {number}", phrases(number, tokens))
+
+
+def phrases(number: int, tokens: int) -> list[int]:
     """Phrases of 8 tokens drawn again and again, some oftener than others."""
     generator = torch.Generator().manual_seed(number)
-    phrases = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
+    known = torch.randint(3, 2048, (200, 8), generator=torch.Generator().manual_seed(99))
     often = 1 / torch.arange(1, 201)
     drawn = torch.multinomial(often, tokens // 8, replacement=True, generator=generator)
-    return ProbedPrefix.of_text(f"document {number}", phrases[drawn].flatten().tolist())
+    return known[drawn].flatten().tolist()
 
 
 if __name__ == "__main__":
