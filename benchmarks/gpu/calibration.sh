@@ -9,7 +9,7 @@ bundled=$(python3 -c 'from xkv_service.demo import demo_model_path as path; prin
 
 measure() {  # name, model
   python3 tools/make_demo_calibration.py --model "$2" --device cuda --documents 16 --out "$OUT/$1.safetensors" \
-    --figures "$OUT/$1_figures.json" >"/tmp/$1.log" 2>&1 || { tail -5 "/tmp/$1.log"; return; }
+    --figures "$OUT/$1_figures.json" >"/tmp/$1.log" 2>&1 || { tail -n 30 "/tmp/$1.log"; return 1; }
   echo "$1 calibrated: $SECONDS s"
 }
 
@@ -30,7 +30,8 @@ ask() {  # name, model
 }
 
 measure bundled "$bundled" &
-if [ -n "${SECOND:-}" ]; then measure second "$SECOND" & fi
-wait
+one=$!
+if [ -n "${SECOND:-}" ]; then measure second "$SECOND" || exit 1; fi
+wait "$one" || exit 1
 ask bundled "$bundled"
 if [ -n "${SECOND:-}" ]; then ask second "$SECOND"; fi
