@@ -3,8 +3,8 @@
     python benchmarks/coding.py --processes 2
     python benchmarks/coding.py --model runs/second/model --calibration second.safetensors --out second.json
 
-Every way gets the bytes of the file that today's way makes at the ratio; what a coding takes or saves besides
-goes into ranks and bits. Rebuilt numbers are what that coding would give, so nothing of it needs to be stored:
+Every way gets the bytes of the file that today's way makes at the ratio; what a coding takes or saves beside
+that goes into ranks and bits. Rebuilt numbers are what that coding would give; nothing of it is stored:
 
 - `turned`: columns of 4 and 2 bits, in blocks of 64, over their deviation and turned by a random orthogonal
   matrix; one scale a column, as today.
@@ -257,10 +257,8 @@ def main() -> None:
         if None in each:
             report.add(recipe=recipe, asked=ratio, coding=coding, reason="the ratio cannot be reached")
             continue
-        gained = [
-            one["right"] - other[recipe, "today", ratio]["right"]
-            for one, other in zip(each, found, strict=True)
-        ]
+        base = [one[recipe, "today", ratio] for one in found]
+        gained = [one["right"] - other["right"] for one, other in zip(each, base, strict=True)]
         report.add(
             recipe=recipe,
             asked=ratio,
@@ -268,8 +266,7 @@ def main() -> None:
             **{name: fmean(one[name] for one in each) for name in each[0]},
             right_against_today=fmean(gained),
             right_against_today_error=stdev(gained) / len(gained) ** 0.5,
-            kl_over_today=fmean(one["kl"] for one in each)
-            / fmean(one[recipe, "today", ratio]["kl"] for one in found),
+            kl_over_today=fmean(one["kl"] for one in each) / fmean(one["kl"] for one in base),
         )
     report.write(
         arguments.out,

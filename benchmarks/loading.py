@@ -2,9 +2,9 @@
 
 python benchmarks/loading.py --out benchmarks/results/loading.json
 
-Baseline: prefilling the same tokens in the same process. Each figure is the median of `--runs`. "dropped" asks
-the kernel to forget the file's pages first (posix_fadvise, which needs no rights; whether the disk below has a
-cache of its own is not known here).
+Baseline: prefilling the same tokens in the same process. Each figure is the median of `--runs`. "dropped"
+asks the kernel to forget the file's pages first (posix_fadvise, which needs no rights; whether the disk below
+has a cache of its own is not known here); `pages_dropped` says which share of them left.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
         with torch.no_grad(), enable_xkv(loaded.model):
             for tokens in map(int, arguments.lengths.split(",")):
                 ids = document_ids(loaded, tokens)
-                exact = _exact(loaded, ids, question, min(3, arguments.runs))
+                exact = _exact(loaded, ids, question, arguments.prefills)
                 for ratio, shared in ((8.0, None), (20.0, calibration)):
                     one = _published(store, loaded, ids, ratio, shared)
                     other = _published(store, loaded, document_ids(loaded, OTHER, seed=1), ratio, shared)
@@ -87,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, default=Path(), help="where the store is made, and removed")
     parser.add_argument("--lengths", default="2048,8192")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--prefills", type=int, default=3, help="as --runs, of the baseline")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -124,8 +125,8 @@ def _exact(loaded: LoadedModel, ids: torch.Tensor, question: torch.Tensor, runs:
     prefill, first = [], []
     for _ in range(runs):
         cache = DynamicCache(config=loaded.model.config)
-        prefill.append(_ms(lambda: loaded.model(ids[None], past_key_values=cache, logits_to_keep=1)))
-        asked = _ms(lambda: loaded.model(question, past_key_values=cache, logits_to_keep=1))
+        prefill.append(_ms(lambda c=cache: loaded.model(ids[None], past_key_values=c, logits_to_keep=1)))
+        asked = _ms(lambda c=cache: loaded.model(question, past_key_values=c, logits_to_keep=1))
         first.append(prefill[-1] + asked)
     return {"prefill_ms": median(prefill), "prefill_first_ms": median(first)}
 
@@ -191,9 +192,7 @@ class _Measured:
         return median(times)
 
     def _read(self) -> PrefixFactors:
-        return load_factors(
-            self._store, self._artifact, calibration_of=lambda *_: self._calibration, touch=False
-        )
+        return load_factors(self._store, self._artifact, calibration_of=lambda *_: self._calibration)
 
     def _bind(self, factors: PrefixFactors) -> Prefix:
         # A copy, since the prefix of the same factors is remembered.

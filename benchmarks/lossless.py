@@ -4,9 +4,9 @@
 
 Documents of `examples/corpus` and drawn ones, compressed as `xkv precompute` does it with the bundled
 calibration at each ratio, and without one at 8x. Every file is coded as it lies on disk (`stored`), and again
-with the bytes of its tensors in another order: `columns` puts the bytes of one column of the token factors next
-to each other, and all first bytes of 16- and 32-bit numbers before the second ones. What a coder that counts
-each column's numbers could take off at best is `entropy`.
+with its bytes in another order: `columns` puts the bytes of one column of the token factors together, and all
+first bytes of 16- and 32-bit numbers before the second ones. What a coder that counts each column's numbers
+could take off at best is `entropy`.
 """
 
 from __future__ import annotations

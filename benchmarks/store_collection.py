@@ -86,10 +86,10 @@ def all_pages(store: ArtifactStore, namespace: str) -> int:
             return count
 
 
-def run(options: argparse.Namespace, url: str, root: Path) -> None:
+def run(options: argparse.Namespace, server: int, url: str, root: Path) -> None:
     report = Report(
         "store_collection",
-        f"python benchmarks/store_collection.py --artifacts {options.artifacts}",
+        f"python benchmarks/store_collection.py{' --realtime' if options.realtime else ''}",
         "reading all entries once",
     )
     count = options.artifacts
@@ -99,6 +99,9 @@ def run(options: argparse.Namespace, url: str, root: Path) -> None:
         opened.catalog.link.close()
         store = ArtifactStore(opened.blobs, type(opened.catalog)(link, opened.catalog.store_id))
         fill(store, root, count)
+        if options.realtime:
+            for process in (0, server):
+                os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(10))
         baseline = 0.0
 
         def measure(what: str, work: Callable[[], int]) -> None:
@@ -134,7 +137,8 @@ def run(options: argparse.Namespace, url: str, root: Path) -> None:
         measure("a tenth is over the budget", lambda: removed(tenth))
         quota = Limits(namespaces={"n1": Quota(artifacts=count // NAMESPACES // 2)})
         measure("half of one namespace is over its quota", lambda: removed(quota))
-        report.write(options.out, store_artifacts=count, load_average=os.getloadavg())
+        extra = {"store_artifacts": count, "realtime": options.realtime}
+        report.write(options.out, **extra, load_average=os.getloadavg())
 
 
 def everything_fits(count: int) -> Limits:
@@ -145,11 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time of collecting in a large store.")
     parser.add_argument("--artifacts", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--realtime", action="store_true", help="measure at real-time priority (needs root)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server, url = start_redis(folder)
         try:
-            run(options, url, Path(folder) / "store")
+            run(options, server.pid, url, Path(folder) / "store")
         finally:
             server.terminate()
             server.wait()

@@ -2,9 +2,9 @@
 
     python benchmarks/warm_start.py --out benchmarks/results/warm_start.json
 
-Bases are made of other documents as `xkv calibrate` makes them (all features alike), then one more document is
-factored from either start with 0 to 4 filter steps. `excess_%` is the error |X - AB| over the least possible at
-the rank, which an eigensolver finds; times are of the iteration alone. Models: the bundled one (768 features in
+Bases are made of other documents as `xkv calibrate` makes them (all features alike), then one more is
+factored from either start with 0 to 4 filter steps. `excess_%` is the error |X - AB| over the least possible
+at the rank, which an eigensolver finds; times are of the iteration. Models: the bundled one (768 features in
 a group of four layers) and a wider one with random weights (4,096), both in float32, documents of the demo's
 generator, and for the wide one drawn phrases.
 """
@@ -29,7 +29,7 @@ from xkv_service.compression import rotary_tables
 from xkv_service.factorization.features import features_of
 from xkv_service.factorization.gram import accumulate_gram, gram_dtype
 from xkv_service.factorization.ranks import size_of
-from xkv_service.factorization.subspace import precise_products, subspace_iteration
+from xkv_service.factorization.subspace import OVERSAMPLING, precise_products, subspace_iteration
 from xkv_service.prefilling.prefill import prefill
 
 WIDE = LlamaConfig(
@@ -115,7 +115,9 @@ def _measure(
                 model=name, kind=kind, rank=rank, start="calibrated, as it is", **_excess(gram, shared, best)
             )
             # As many directions as a calibration may lack: those of `rank` alone, the rest random.
-            starts = {"random": None, "calibrated": calibrated[None], "calibrated, rank only": shared[None]}
+            others = torch.randn(len(gram), OVERSAMPLING, generator=torch.Generator().manual_seed(0))
+            filled = torch.cat([shared, others.to(shared)], 1)
+            starts = {"random": None, "calibrated": calibrated[None], "calibrated, rank only": filled[None]}
             for start_name, start in starts.items():
                 for steps in STEPS:
                     run = partial(subspace_iteration, gram[None], rank, start, steps=steps)

@@ -29,6 +29,7 @@ def calibration_figures(layers: int = 10) -> dict[str, Any]:
         "spectra": {side: {"1": _spectrum(3), "4": _spectrum(6)} for side in ("key", "value")},
         "chosen_again": {"metric": 0.71, "groups": 0.993},
         "stability": _stability(groups),
+        "selection": _selection(sum(groups, [])),
         "thresholds": [{"ratio": 20.0, "worst": 0.0134, "kl": 0.0402}],
         "warnings": ["Few documents: standard errors are wide."],
     }
@@ -59,6 +60,19 @@ def _stability(groups: list[list[int]]) -> dict[str, Any]:
         "documents": 12, "parts": 8, "resamples": 20, "kept": {"mean": 0.937, "low": 0.921, "high": 0.951},
         "captured": {"mean": 0.883, "low": 0.861, "high": 0.902}, "bits": moved,
         "groups": [{"groups": groups, "share": 0.85}, {"groups": [sum(groups, [])], "share": 0.15}],
+    }  # fmt: skip
+
+
+def _selection(indices: list[int]) -> dict[str, Any]:
+    moved = {"kl": 7.4e-5, "kl_worst": 2.5e-4, "agreement_worst": 1.0}
+    shares = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
+    return {
+        "ratio": 48.0, "limit": 0.001, "documents": 4, "reuse": indices[1::2],
+        "own": moved, "reused": {**moved, "kl": 6.4e-5},
+        "alone": [{"layer": layer, **moved} for layer in indices[1:]],
+        "budgets": [{"share": one, **moved} for one in shares],
+        "recall": [{"layer": layer, "median": [0.61, 0.72, 0.834, 0.97],
+                    "enough": {"0.95": 0.25, "0.99": None}} for layer in indices],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,16 @@ class RedisServer:
         arguments = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", *options]
         self._process = subprocess.Popen([server_binary(), *arguments], stdout=subprocess.DEVNULL)
         RedisLink(self.url).call(lambda client: client.ping())
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open, and nothing answers."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -8,12 +8,14 @@ factors = compress(model, input_ids, CompressionSpec(ratio=8))
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.group_factors import factorize_groups
 from xkv_service.factorization.projected_factors import project_groups
 from xkv_service.factorization.ranks import RotaryUse, size_of
@@ -68,6 +70,35 @@ def compress_prefill(
     """
     factors, errors = factorize_prefill(model, exact, spec, calibration)
     return factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
+
+
+def compress_each(
+    model: PreTrainedModel,
+    input_ids: TokenIds,
+    specs: Sequence[CompressionSpec],
+    calibration: Calibration | None = None,
+) -> list[PrefixFactors]:
+    """`compress` with each spec whose ratio can be reached, by one prefill.
+
+    All are factored before the first is measured, which uses up the exact cache; what the exact cache
+    predicts is known from the prefill.
+
+    Raises:
+        UnsupportedModel, InvalidPrompt, InvalidSpec: as `compress`.
+    """
+    ids = id_vector(input_ids)
+    exact = prefill(model, ids, tail=held_back(ids.numel()))
+    try:
+        made = []
+        for spec in specs:
+            with suppress(RatioUnreachable):
+                made.append(factorize_prefill(model, exact, spec, calibration))
+        return [
+            factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
+            for factors, errors in made
+        ]
+    finally:
+        exact.free()
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,6 @@ def _check_reuse(layers: list[int], groups: tuple[GroupLayout, ...], spec: Compr
 
 def _check_columns(number: int, group: GroupLayout, spec: CompressionSpec) -> None:
     """With a calibration, columns of the bits that the spec allows, most first, as many as the ranks."""
-    if spec.calibration is not None and group.latent:
-        raise CorruptArtifact(f"group {number} in the header: latent attention has no calibration")
     allowed = COLUMN_BITS[spec.factor_dtype] if spec.calibration is not None else ()
     for rank, columns in ((group.rank_k, group.columns_k), (group.rank_v, group.columns_v)):
         bits = [bits for bits, _ in columns]

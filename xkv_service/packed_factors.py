@@ -78,6 +78,15 @@ def leading_runs(runs: Runs, rank: int) -> Runs:
     return tuple(kept)
 
 
+def leading_columns(factors: torch.Tensor | PackedFactors, rank: int) -> torch.Tensor | PackedFactors:
+    """The first `rank` columns of token factors [T, r]: views."""
+    if isinstance(factors, torch.Tensor):
+        return factors[:, :rank]
+    runs = leading_runs(factors.runs, rank)
+    kept = zip(factors.pieces, runs, strict=False)
+    return PackedFactors(runs, tuple(piece[:, : packed_width(*run)] for piece, run in kept))
+
+
 def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack columns of one width.
 

@@ -15,6 +15,8 @@ Basis = Literal["document", "calibrated"]
 IndexKind = Literal["derived", "sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
+STORED_INDEX_RATIO = 8.0
+"""Up to here the index is stored where nothing is said about it (docs/defaults.md)."""
 COLUMN_BITS = {"mixed": (2, 4, 8), "int4": (4,), "int8": (8,)}
 """With a calibration: bits that a column of token factors may have, by `factor_dtype`."""
 
@@ -33,7 +35,8 @@ class CompressionSpec:
         factor_dtype: of token factors as stored; "int8" has one scale a column, folded into the layer bases.
             With a calibration: "mixed" gives each column 2, 4 or 8 bits, "int4" and "int8" all the same.
         index: selection index: per-token key "sketch", stored or "derived" from the factors when they are
-            loaded, chunk "landmark" (paper, section 3.3), or "none".
+            loaded, chunk "landmark" (paper, section 3.3), or "none". Left out: a stored sketch up to a ratio
+            of 8, whose bytes cost nothing there, and a derived one above.
             Latent layers (MLA) store none: their factors are one. They have no use for rank_v, key_share
             and weights either.
         sketch_planes: rotary planes (pairs of dimensions) per KV head in a key sketch, 4 bits a dimension.
@@ -60,7 +63,7 @@ class CompressionSpec:
     key_share: float = 0.4
     dtype: StoredDtype = "bfloat16"
     factor_dtype: FactorDtype = "int8"
-    index: IndexKind = "sketch"
+    index: IndexKind | None = None
     sketch_planes: int = 8
     landmark_chunk: int = 8
     sink: int = 4
@@ -77,6 +80,9 @@ class CompressionSpec:
         if self.rank_k is None and self.rank_v is None and self.ratio is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         self._check_target()
+        if self.index is None:
+            stored = self.ratio is None or self.ratio <= STORED_INDEX_RATIO
+            object.__setattr__(self, "index", "sketch" if stored else "derived")
         self._check_counts()
         self._check_choices()
         self._check_calibration()

@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
 from xkv_artifacts.keys import is_artifact_id
 
+if TYPE_CHECKING:
+    from xkv_artifacts.packable_blobs import PackableBlobs
+
 Result = TypeVar("Result")
 
 SUFFIX = ".safetensors"
+PACKED_SUFFIX = ".safetensors.zst"
 PREFIXES = "prefixes"
 CALIBRATIONS = "calibrations"
+CALIBRATING = "calibrating"
 QUARANTINE = "quarantine"
 STORE_FILE = "xkv-store.json"
 _STORE_FORMAT = {"format": "xkv-store", "version": 1}
@@ -64,6 +69,14 @@ class BlobStore(ABC):
     @abstractmethod
     def size(self, artifact_id: str) -> int:
         """Bytes of the blob.
+
+        Raises:
+            ArtifactNotFound, StoreError
+        """
+
+    @abstractmethod
+    def age(self, artifact_id: str) -> float:
+        """Seconds since the blob was written.
 
         Raises:
             ArtifactNotFound, StoreError
@@ -114,7 +127,7 @@ class BlobStore(ABC):
         """32 hex digits that name this store in a catalog shared by several stores."""
 
 
-def open_blob_store(url: str, *, create: bool = True) -> BlobStore:
+def open_blob_store(url: str, *, create: bool = True) -> PackableBlobs:
     """The blob store at a folder path, a file:// URL, or any URL that fsspec knows (s3://bucket/path).
 
     Args:
@@ -126,11 +139,12 @@ def open_blob_store(url: str, *, create: bool = True) -> BlobStore:
     """
     from xkv_artifacts.local_blobs import LocalBlobStore
     from xkv_artifacts.object_blobs import ObjectBlobStore
+    from xkv_artifacts.packable_blobs import PackableBlobs
 
     path = local_path(url)
     if path is not None:
-        return LocalBlobStore(path, create=create)
-    return ObjectBlobStore(url, create=create)
+        return PackableBlobs(LocalBlobStore(path, create=create))
+    return PackableBlobs(ObjectBlobStore(url, create=create))
 
 
 def local_path(url: str) -> Path | None:

@@ -62,7 +62,7 @@ class Collector:
         if limits.budget is not None:
             run.budget(limits.budget)
         stored = self.catalog.namespaces.total() - (run.bytes if dry_run else 0)
-        return Collection(tuple(run.removed), run.in_use, stored, tuple(run.excess), dry_run)
+        return Collection(tuple(run.removed), len(run.in_use), stored, tuple(run.excess), dry_run)
 
     def make_room(self, namespace: str, quota: Quota, size: int, artifact_id: str) -> None:
         """Collect in a namespace until an artifact of `size` bytes fits into its quota.
@@ -71,31 +71,26 @@ class Collector:
             QuotaExceeded: it cannot be made to fit; nothing was deleted if that was certain from the start.
         """
         for attempt in range(_ATTEMPTS):
-            usage = self._others(namespace, artifact_id, self.catalog.namespaces.usage(namespace))
-            if _fits(quota, usage.bytes + size, usage.artifacts + 1):
+            own = self._own(namespace, artifact_id)
+            more, count = size - (own.bytes if own else 0), 0 if own else 1
+            usage = self.catalog.namespaces.usage(namespace)
+            if _fits(quota, usage.bytes + more, usage.artifacts + count):
                 return
-            usage = self._others(namespace, artifact_id, self.catalog.namespaces.recount(namespace))
-            if not _fits(quota, usage.pinned_bytes + size, usage.pinned + 1):
+            usage = self.catalog.namespaces.recount(namespace)
+            again = (own.bytes, 1) if own and own.pinned else (0, 0)
+            if not _fits(quota, usage.pinned_bytes - again[0] + size, usage.pinned - again[1] + 1):
                 break
             run = _Run(self, dry_run=False)
             run.ended(namespace)
-            run.quota(namespace, quota, size, artifact_id)
+            run.quota(namespace, quota, more, count, spare=artifact_id)
             if not run.removed:  # others collect the same, or take what was freed
                 time.sleep(0.01 * attempt)
         raise _no_room(namespace, quota, size, usage)
 
-    def _others(self, namespace: str, artifact_id: str, usage: Usage) -> Usage:
-        """The usage without the artifact itself, which is to be replaced."""
-        for own in self.catalog.entries(ids=[artifact_id]):
-            if own.namespace == namespace:
-                pinned = (own.bytes, 1) if own.pinned and usage.pinned else (0, 0)
-                return Usage(
-                    usage.bytes - own.bytes,
-                    usage.artifacts - 1,
-                    usage.pinned_bytes - pinned[0],
-                    usage.pinned - pinned[1],
-                )
-        return usage
+    def _own(self, namespace: str, artifact_id: str) -> Entry | None:
+        """The entry that an artifact is to replace."""
+        found = self.catalog.entries(ids=[artifact_id])
+        return next((entry for entry in found if entry.namespace == namespace), None)
 
 
 class _Run:
@@ -110,7 +105,7 @@ class _Run:
         self.removed: list[Removal] = []
         self._removed_ids: set[str] = set()
         self.excess: list[Excess] = []
-        self.in_use = 0
+        self.in_use: set[str] = set()
 
     @property
     def bytes(self) -> int:
@@ -127,31 +122,26 @@ class _Run:
                     gone += self._remove(entry, "expired", 0.0, Bound()) == "dropped"
             start += len(page) - (0 if self._dry_run else gone)
 
-    def quota(self, namespace: str, quota: Quota, size: int = 0, artifact_id: str = "") -> None:
+    def quota(self, namespace: str, quota: Quota, size: int = 0, count: int = 0, spare: str = "") -> None:
         """Of a namespace what is longest unused, until it keeps its quota.
 
         Args:
-            size, artifact_id: of an artifact that is to come, and must fit too; "": none.
+            size, count: bytes and artifacts that are to come, and must fit too.
+            spare: an artifact that is not collected: it is about to be replaced.
         """
-        used = self._catalog.namespaces.usage(namespace)
-        count = 1 if artifact_id else 0
-        if quota.unlimited or _fits(quota, used.bytes + size, used.artifacts + count):
-            return
         used = self._catalog.namespaces.recount(namespace)
         earlier = [removal for removal in self.removed if self._dry_run and removal.namespace == namespace]
-        over = 0 if quota.bytes is None else used.bytes + size - quota.bytes
-        over -= sum(removal.bytes for removal in earlier)
-        more = 0 if quota.artifacts is None else used.artifacts + count - quota.artifacts
-        more -= len(earlier)
         bound = Bound(
             namespace,
             None if quota.bytes is None else quota.bytes - size,
             None if quota.artifacts is None else quota.artifacts - count,
         )
+        over = _above(used.bytes, bound.bytes) - sum(removal.bytes for removal in earlier)
+        more = _above(used.artifacts, bound.artifacts) - len(earlier)
         for entry, seen in self._oldest(namespace):
-            if (over <= 0 and more <= 0) or entry.id == artifact_id:
+            if over <= 0 and more <= 0:
                 break
-            answer = self._remove(entry, "quota", seen, bound)
+            answer = self._remove(entry, "quota", seen, bound) if entry.id != spare else "kept"
             if answer == "enough":
                 return
             if answer == "dropped":
@@ -163,14 +153,13 @@ class _Run:
         """Of the whole store what is longest unused, until it keeps its budget."""
         namespaces = self._catalog.namespaces
         fixed = sum(self._blobs.of(CALIBRATIONS).sizes())
-        counted = namespaces.total()
-        if counted + fixed <= budget:
+        if namespaces.total() + fixed <= budget:
             return
         over = sum(self._blobs.sizes()) + fixed - budget - (self.bytes if self._dry_run else 0)
         if over <= 0:
             namespaces.recount_all()
             return
-        bound = Bound(bytes=counted - over)
+        bound = Bound(bytes=budget - fixed)
         for entry, seen in self._oldest(None):
             if over <= 0:
                 return
@@ -228,7 +217,8 @@ class _Run:
             answer = self._catalog.collect(entry.id, reason, seen, self._name, bound)
             if answer == "dropped":
                 return self._note(entry, reason, self._delete(entry.id))
-            self.in_use += answer in ("read", "leased")
+            if answer in ("read", "leased"):
+                self.in_use.add(entry.id)
             return answer
         if not self._dry_run:  # the catalog said something else than the store
             with suppress(ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
@@ -259,6 +249,10 @@ def _fits(quota: Quota, size: int, artifacts: int) -> bool:
     return (quota.bytes is None or size <= quota.bytes) and (
         quota.artifacts is None or artifacts <= quota.artifacts
     )
+
+
+def _above(used: int, most: int | None) -> int:
+    return 0 if most is None else used - most
 
 
 def _no_room(namespace: str, quota: Quota, size: int, usage: Usage) -> QuotaExceeded:

@@ -81,6 +81,13 @@ class LocalBlobStore(BlobStore):
             except (FileNotFoundError, NotADirectoryError):
                 raise not_found(artifact_id, self) from None
 
+    def age(self, artifact_id: str) -> float:
+        with store_errors(f"read artifact {artifact_id} in", self.url):
+            try:
+                return time.time() - self._blob(artifact_id).stat().st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                raise not_found(artifact_id, self) from None
+
     def ids(self) -> Iterator[str]:
         with store_errors("list", self.url):
             found = sorted((self.root / self.folder).glob(f"??/*{self.suffix}"))

@@ -143,9 +143,10 @@ class PrefixManifest(_Extended):
     """A prefix artifact's description. `tensors` holds the SHA-256 of each tensor's bytes.
 
     `instead_of` is the id of the artifact that this one was made instead of, whose fidelity was low.
+    `retried`: the fidelity of this one is low, and compressing it otherwise was no better.
     """
 
-    later_fields = frozenset({"states", "instead_of"})
+    later_fields = frozenset({"states", "instead_of", "retried"})
 
     format: Literal["xkv-prefix"] = FORMAT
     version: Literal[1] = VERSION
@@ -161,5 +162,6 @@ class PrefixManifest(_Extended):
     document: DocumentRef
     fidelity: Fidelity
     instead_of: Sha256 | None = None
+    retried: bool = False
     created: AwareDatetime
     tensors: dict[str, Sha256] = {}

@@ -7,7 +7,7 @@ right by `entry_scripts`; here they are read, made for a catalog of an earlier v
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,6 +40,15 @@ for i = 3, #ARGV do
     redis.call('HINCRBY', KEYS[2], name, bytes)
     redis.call('HINCRBY', KEYS[2], '*', bytes)
   end
+end
+"""
+
+# Drops ids that have no entry of this namespace (any more). KEYS: the namespace's set. ARGV: start of
+# entries' keys, namespace, ids.
+_DROP_GONE = """
+for i = 3, #ARGV do
+  local namespace = redis.pcall('HGET', ARGV[1] .. ARGV[i], 'namespace')
+  if namespace ~= ARGV[2] then redis.call('ZREM', KEYS[1], ARGV[i]) end
 end
 """
 
@@ -130,6 +139,21 @@ class NamespaceIndex:
         self.ensure()
         return page_of(self._link, self.key(namespace), cursor, limit)
 
+    def holds(self, namespaces: Iterable[str], artifact_id: str) -> bool:
+        """Whether an artifact is of one of these namespaces.
+
+        The same is asked and answered for an artifact of another namespace as for one that does not exist.
+        """
+        self.ensure()
+
+        def command(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for namespace in namespaces:
+                pipeline.zscore(self.key(namespace), artifact_id)
+            return pipeline.execute()
+
+        return any(score is not None for score in self._link.call(command))
+
     def usages(self) -> dict[str, Usage]:
         """What each namespace holds that holds something, as counted, by name."""
         self.ensure()
@@ -203,7 +227,7 @@ class NamespaceIndex:
                 identity for identity, found in zip(page, fields, strict=True) if not _of(found, namespace)
             ]
             if gone:
-                self._link.call(lambda client, gone=gone: client.zrem(key, *gone))  # type: ignore[misc]
+                self._link.script(_DROP_GONE, [key], [self._entry_prefix, namespace, *gone])
             for found in fields:
                 if _of(found, namespace):
                     own = _size(found[1])

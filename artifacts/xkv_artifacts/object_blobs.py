@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -60,6 +61,13 @@ class ObjectBlobStore(BlobStore):
         with self._errors(f"read artifact {artifact_id} in"):
             try:
                 return int(self._fs.size(self._blob(artifact_id)))
+            except FileNotFoundError:
+                raise not_found(artifact_id, self) from None
+
+    def age(self, artifact_id: str) -> float:
+        with self._errors(f"read artifact {artifact_id} in"):
+            try:
+                return time.time() - float(self._fs.modified(self._blob(artifact_id)).timestamp())
             except FileNotFoundError:
                 raise not_found(artifact_id, self) from None
 

@@ -45,12 +45,15 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class Orphans:
-    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry."""
+    """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry, sums of
+    calibrations that nobody goes on with.
+    """
 
     files: int
     bytes: int
     entries_dropped: int
     blobs_listed: int
+    sums: int = 0
 
 
 @dataclass(frozen=True)

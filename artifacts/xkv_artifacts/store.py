@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from xkv_artifacts.blobs import BlobStore, not_found, open_blob_store
+from xkv_artifacts.blobs import CALIBRATING, not_found, open_blob_store
 from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
@@ -23,10 +23,11 @@ from xkv_artifacts.errors import (
     CorruptArtifact,
 )
 from xkv_artifacts.jobs import JobBoard
-from xkv_artifacts.keys import check_namespace
+from xkv_artifacts.keys import check_namespace, is_artifact_id
 from xkv_artifacts.limits import Limits, limits_of_store
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.namespace_index import Usage
+from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.prefix_listing import PrefixListing
 from xkv_artifacts.prefix_lookup import PrefixLookup
 from xkv_artifacts.promises import Change, Promises
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from xkv_artifacts.keys import TokenIds
 
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
+SUMS_KEPT_S = 7 * 24 * 3600.0
+"""Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
 _log = logging.getLogger(__name__)
 
 __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
@@ -50,7 +53,7 @@ __all__ = ["ArtifactStore", "Match", "Orphans", "Rebuild", "Verification"]
 class ArtifactStore:
     """A store of prefix artifacts and calibrations with its catalog. Made by `open`; a context manager."""
 
-    def __init__(self, blobs: BlobStore, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
+    def __init__(self, blobs: PackableBlobs, catalog: Catalog, embedded: EmbeddedRedis | None = None) -> None:
         self.blobs = blobs
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
@@ -190,8 +193,7 @@ class ArtifactStore:
             entry = entry or self._listing.list_blob(artifact_id)
         except (CorruptArtifact, ArtifactNotFound):
             return None
-        ends = not entry.pinned and entry.expires
-        return None if ends and ends <= self.catalog.now() else entry
+        return next(iter(self._not_ended([entry])), None)
 
     def entries(self, on_fault: Callable[[CatalogError], None] | None = None) -> list[Entry]:
         """All entries, most recently used first; damaged ones are left out and told to `on_fault`."""
@@ -207,15 +209,15 @@ class ArtifactStore:
         """Up to `limit` entries of a namespace, most recently used first, and the cursor of the next page, if
         there is one.
 
-        No other namespace's entries are read. An artifact that is used between two pages moves to the front,
-        and may be missed.
+        No other namespace's entries are read, and what has ended is left out. An artifact that is used
+        between two pages moves to the front, and may be missed.
 
         Raises:
             InvalidNamespace, InvalidCursor, CatalogUnavailable, CatalogError
         """
         found, following = self.catalog.namespaces.page(check_namespace(namespace), cursor, limit)
         entries = self.catalog.entries(on_fault, [artifact_id for artifact_id, _ in found])
-        return [entry for entry in entries if entry.namespace == namespace], following
+        return self._not_ended([entry for entry in entries if entry.namespace == namespace]), following
 
     def usage(self, namespace: str) -> Usage:
         """Bytes and number of a namespace's artifacts, and how much of that is pinned, counted now.
@@ -243,18 +245,21 @@ class ArtifactStore:
         return self._lookup.find(fingerprint, namespace, token_ids)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
-        """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed.
+        """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An
+        artifact that shares the bases of a calibration which is gone or damaged is at fault as well.
 
         Raises:
             CatalogUnavailable, StoreError
         """
-        calibrations = self.calibrations.ids()
+        calibrations, bases = self.calibrations.ids(), dict[str, str | None]()
         if ids is None:
             ids = [*sorted({*self.blobs.ids(), *self.catalog.ids()}), *calibrations]
         for artifact_id in ids:
-            checked = self.calibrations if artifact_id in calibrations else self._checked
-            fault = checked.fault(artifact_id)
-            yield Verification(artifact_id, fault, checked is self.calibrations)
+            if artifact_id in calibrations:
+                yield Verification(artifact_id, self.calibrations.fault(artifact_id), calibration=True)
+            else:
+                fault = self._checked.fault(artifact_id) or self._fault_of_bases(artifact_id, bases)
+                yield Verification(artifact_id, fault)
 
     def remove(self, artifact_id: str) -> bool:
         """Delete an artifact, its entry first; False when there was none.
@@ -312,6 +317,25 @@ class ArtifactStore:
         """
         return self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
 
+    def pack(self, artifact_id: str, *, undo: bool = False) -> bool:
+        """Code an artifact's blob without loss for cold storage, or undo that; False where nothing changed.
+
+        Its entry then says what is stored. Readers notice nothing but the time.
+
+        Raises:
+            CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
+            ArtifactNotFound, StoreError, CatalogUnavailable
+        """
+        _, tokens = self._checked.read_tokens(artifact_id)
+        if not (self.blobs.unpack(artifact_id) if undo else self.blobs.pack(artifact_id)):
+            return False
+        entry = self.get(artifact_id)
+        if entry is not None:
+            size = self.blobs.size(artifact_id)
+            now = {"bytes": size, "ratio": entry.bytes_full / size}
+            self.catalog.publish(entry.model_copy(update=now), tokens)
+        return True
+
     def rebuild(self) -> Rebuild:
         """Make the catalog again from the blobs alone.
 
@@ -325,7 +349,8 @@ class ArtifactStore:
         return self._list_all()
 
     def collect_orphans(self) -> Orphans:
-        """Remove what killed processes left behind; no artifact is deleted.
+        """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was
+        broken off go when nobody has gone on with it for `SUMS_KEPT_S`.
 
         Raises:
             CatalogUnavailable, StoreError
@@ -334,7 +359,27 @@ class ArtifactStore:
         dropped, found = self._listing.list_orphans()
         more_dropped, more_found = self.calibrations.list_orphans()
         self._promises.sweep()
-        return Orphans(files, size, dropped + more_dropped, found + more_found)
+        return Orphans(files, size, dropped + more_dropped, found + more_found, self._remove_old_sums())
+
+    def _remove_old_sums(self) -> int:
+        sums, removed = self.blobs.of(CALIBRATING), 0
+        for key in list(sums.ids()):
+            with suppress(ArtifactNotFound):
+                if sums.age(key) > SUMS_KEPT_S and self.catalog.lease_owner(key) is None:
+                    removed += sums.remove(key)
+        return removed
+
+    def _fault_of_bases(self, artifact_id: str, known: dict[str, str | None]) -> str | None:
+        """What is wrong with the calibration whose bases a sound artifact shares; `known` keeps it."""
+        manifest = self._checked.read_manifest(artifact_id)
+        needed = str(manifest.spec.get("calibration"))
+        if manifest.spec.get("basis") != "calibrated":
+            return None
+        if needed not in known:
+            present = is_artifact_id(needed) and self.calibrations.blobs.exists(needed)
+            known[needed] = self.calibrations.fault(needed) if present else "it is not in the store"
+        fault = known[needed]
+        return fault and f"it cannot be decoded without calibration {needed[:12]}: {fault}"
 
     def _fill_embedded(self) -> None:
         """An embedded catalog that is new or lost its data lists what the store holds before it is used."""
@@ -351,6 +396,14 @@ class ArtifactStore:
         calibrations, more_faults = self.calibrations.list_all()
         self.catalog.set_built()
         return Rebuild(artifacts, (*faults, *more_faults), calibrations)
+
+    def _not_ended(self, entries: list[Entry]) -> list[Entry]:
+        if not any(entry.expires is not None for entry in entries):
+            return entries
+        now = self.catalog.now()
+        return [
+            entry for entry in entries if not Retention(pinned=entry.pinned, expires=entry.expires).over(now)
+        ]
 
     def _retain(self, artifact_id: str, change: Change) -> Retention:
         if self.get(artifact_id) is None:

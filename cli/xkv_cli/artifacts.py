@@ -67,7 +67,8 @@ def show(artifact: str, store_url: str, redis_url: str | None, as_json: bool) ->
 def verify(artifacts: tuple[str, ...], store_url: str, redis_url: str | None, as_json: bool) -> int:
     """Re-read every byte of all artifacts and calibrations, or of those given, and check it.
 
-    Names each artifact that fails. Nothing is changed: a bad artifact is put aside when it is next loaded, or
+    Names each artifact that fails, also one that cannot be decoded since the calibration whose bases it
+    shares is gone or damaged. Nothing is changed: a bad artifact is put aside when it is next loaded, or
     remove it with `xkv rm` and compute it again.
 
     \b

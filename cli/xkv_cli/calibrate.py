@@ -26,7 +26,8 @@ from xkv_cli.options import ManyValues, corpus_options, json_option, store_optio
     "--ratio",
     type=float,
     metavar="X",
-    help="Bytes of the exact cache for each byte stored at which choices are made. Default: 48.",
+    help="Bytes of the exact cache for each byte stored at which choices are made. Default: 48; with latent"
+    " attention, which keeps a part exact, 48 of the rest.",
 )
 @click.option(
     "--group-size",

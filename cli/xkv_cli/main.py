@@ -33,6 +33,7 @@ _COMMANDS = {
     "calibrations": ("xkv_cli.calibrations", "calibrations"),
     "index": ("xkv_cli.store", "index"),
     "gc": ("xkv_cli.store", "gc"),
+    "pack": ("xkv_cli.store", "pack"),
     "analyze": ("xkv_cli.analyze", "analyze"),
     "eval": ("xkv_cli.evaluate", "evaluate"),
     "doctor": ("xkv_cli.doctor", "doctor"),

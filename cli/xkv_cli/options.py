@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,8 +111,15 @@ def corpus_options(command: Command) -> Command:
 
 
 def wrong_usage(error: XKVError) -> click.UsageError:
-    """An error that is about the options: message and hint, exit status 2."""
-    return click.UsageError(f"{error.message}: {error.hint}" if error.hint else error.message)
+    """An error that is about the options, named as they are typed: message and hint, exit status 2."""
+    text = f"{error.message}: {error.hint}" if error.hint else error.message
+    context = click.get_current_context(silent=True)
+    for parameter in context.command.params if context else ():
+        if parameter.name and (typed := max(parameter.opts, key=len)).startswith("--"):
+            # A name of several words stands nowhere else; a plain word is an option where it has a value.
+            behind = r"\b" if "_" in parameter.name else "(?==)"
+            text = re.sub(rf"(?<![\w-]){parameter.name}{behind}", typed, text)
+    return click.UsageError(text)
 
 
 def json_option(command: Command) -> Command:

@@ -78,9 +78,9 @@ class RankType(click.ParamType[int | str]):
 @click.option(
     "--on-low-fidelity",
     type=click.Choice(["retry", "keep", "fail"]),
-    help="An artifact less faithful than documents of the calibration's sample (without a calibration: below"
-    " --min-fidelity, else 0.9) is compressed again at half the ratio with bases of its own, kept, or not"
-    " published. Default: retry with a calibration, else keep.",
+    help="An artifact, new or stored already, that is less faithful than documents of the calibration's"
+    " sample (without a calibration: below --min-fidelity, else 0.9) is compressed again at half the ratio,"
+    " kept, or refused. Default: retry with a calibration, else keep.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
@@ -108,8 +108,10 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
     With --json, one object:
       {"documents", "computed", "reused", "failed", "errors": [{"document", "reason"}], "tokens",
        "bytes_full", "bytes_stored", "ratio", "seconds", "calibration",
-       "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity", "retried"}]}
-    retried is null, or what a second try brought: {"fidelity", "kl", "kl_now"}, of the first try and now.
+       "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity", "retried",
+                     "low"}]}
+    retried is null, or what a second try brought in this run: {"fidelity", "kl", "kl_now"}, of the first try
+    and now. low: the fidelity is, also after another try.
     With --dry-run --json:
       {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
        "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}],

@@ -146,9 +146,11 @@ def complain(message: str, hint: str = "") -> None:
 
 
 def entries(found: Sequence[Entry]) -> None:
-    """A line for each artifact."""
+    """A line for each artifact, and how long it is kept where that is said of any."""
+    promised = any(entry.pinned or entry.expires is not None for entry in found)
+    head = ("id", "document", "tokens", "stored", "ratio", "fidelity", "created")
     table(
-        ("id", "document", "tokens", "stored", "ratio", "fidelity", "created"),
+        (*head, "kept") if promised else head,
         [
             (
                 entry.id[:12],
@@ -158,11 +160,18 @@ def entries(found: Sequence[Entry]) -> None:
                 f"{entry.ratio:.2f}x",
                 percent(entry.fidelity),
                 date(entry.created)[:10],
+                *([_kept(entry)] if promised else []),
             )
             for entry in found
         ],
         right=("id", "tokens", "stored", "ratio", "fidelity", "created"),
     )
+
+
+def _kept(entry: Entry) -> str:
+    if entry.pinned:
+        return "pinned"
+    return "" if entry.expires is None else f"to {date(entry.expires)}"
 
 
 def retention(pinned: bool, expires: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`xkv index rebuild` and `xkv gc`: the store as a whole."""
+"""`xkv index rebuild`, `xkv gc` and `xkv pack`: the store as a whole."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ def gc(
     beyond its budget, those that were not used for longest. Limits are those in the store's file limits.json,
     if it has one. Never deletes what is pinned, or read or computed at this moment, nor any calibration.
 
-    With --orphans it deletes no artifact: it deletes temporary files of dead writers, drops catalog entries
-    without a file, and lists files without an entry. Both are safe while other processes work.
+    With --orphans it deletes no artifact: it deletes temporary files of dead writers and what a broken-off
+    `xkv calibrate` left a week ago or earlier, drops catalog entries without a file, and lists files without
+    an entry. Both are safe while other processes work.
 
     \b
     Examples:
@@ -85,7 +86,7 @@ def gc(
        "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
        "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}]}
     and with --orphans:
-      {"files", "bytes", "entries_dropped", "blobs_listed"}
+      {"files", "bytes", "entries_dropped", "blobs_listed", "sums"}
 
     Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned or in use.
     """
@@ -105,6 +106,66 @@ def gc(
     else:
         click.echo(
             f"{result.files} temporary files deleted ({render.size(result.bytes)}), {result.entries_dropped}"
-            f" entries without a file dropped, {result.blobs_listed} files without an entry listed"
+            f" entries without a file dropped, {result.blobs_listed} files without an entry listed,"
+            f" {result.sums} broken-off calibrations deleted"
         )
+    return 0
+
+
+@click.command()
+@click.argument("artifacts", metavar="[ID...]", nargs=-1)
+@click.option(
+    "--unused-days",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="N",
+    help="Only artifacts that nobody loaded for N days. Default: 0, all.",
+)
+@click.option("--undo", is_flag=True, help="Make them plain files again.")
+@store_options
+@json_option
+def pack(
+    artifacts: tuple[str, ...],
+    unused_days: float,
+    undo: bool,
+    store_url: str,
+    redis_url: str | None,
+    as_json: bool,
+) -> int:
+    """Code artifacts without loss for cold storage: a tenth to a seventh fewer bytes.
+
+    All artifacts in the store, or those given. They are found, read and checked as before; loading one costs
+    its decoding besides, and always reads the whole file. Needs the package zstandard (the extra "zstd").
+
+    \b
+    Examples:
+      xkv pack --store s3://bucket/cold --redis redis://host:6379/0
+      xkv pack --unused-days 30
+      xkv pack 3fa9c1 --undo
+
+    \b
+    With --json, one object:
+      {"changed", "bytes_before", "bytes_after"}
+    """
+    import time
+
+    from xkv_artifacts.store import ArtifactStore
+    from xkv_cli import render
+    from xkv_workers.inventory import resolve
+
+    with ArtifactStore.open(store_url, redis_url, create=False) as store:
+        wanted = {resolve(store, artifact) for artifact in artifacts}
+        before = {
+            entry.id: entry.bytes
+            for entry in store.entries(on_fault=lambda fault: render.complain(fault.message, fault.hint))
+            if (not wanted or entry.id in wanted) and entry.last_used <= time.time() - unused_days * 86400
+        }
+        changed = [artifact_id for artifact_id in before if store.pack(artifact_id, undo=undo)]
+        after = sum(store.blobs.size(artifact_id) for artifact_id in changed)
+    was = sum(before[artifact_id] for artifact_id in changed)
+    if as_json:
+        render.as_json({"changed": len(changed), "bytes_before": was, "bytes_after": after})
+    else:
+        done = "unpacked" if undo else "packed"
+        click.echo(f"{len(changed)} artifacts {done}: {render.size(was)} before, {render.size(after)} now")
     return 0

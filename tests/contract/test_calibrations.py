@@ -12,6 +12,7 @@ from artifact_samples import sample
 from calibration_samples import DOCUMENTS, FINGERPRINT, calibration
 from redis_server import RedisServer
 
+from xkv_artifacts.blobs import CALIBRATING
 from xkv_artifacts.calibration_entry import CalibrationEntry
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError, UnsupportedFormat
 from xkv_artifacts.store import ArtifactStore
@@ -196,6 +197,49 @@ def test_orphans_are_collected_and_no_calibration_is(store: ArtifactStore) -> No
     report = store.collect_orphans()
     assert (report.entries_dropped, report.blobs_listed) == (1, 1)
     assert {entry.id for entry in store.calibrations.entries()} == {unlisted, stored}
+
+
+def test_artifacts_whose_calibration_is_gone_or_damaged_are_named(store: ArtifactStore) -> None:
+    kept, damaged, gone = publish(store), publish(store, seed=1), publish(store, seed=2)
+    artifacts = {}
+    for number, (needed, basis) in enumerate(
+        [(kept, "calibrated"), (damaged, "calibrated"), (gone, "calibrated"), (gone, "document")]
+    ):
+        spec = {"calibration": needed, "basis": basis}
+        artifacts[needed, basis] = store.publish(*sample(range(number, number + 90), spec=spec)).id
+    no_id = store.publish(*sample(range(50, 99), spec={"calibration": "../x", "basis": "calibrated"})).id
+    damage(store, damaged)
+    store.calibrations.remove(gone)
+    faults = {found.artifact_id: found.fault for found in store.verify() if found.fault is not None}
+    assert set(faults) == {
+        damaged, no_id, artifacts[damaged, "calibrated"], artifacts[gone, "calibrated"]
+    }  # fmt: skip
+    told = faults[artifacts[gone, "calibrated"]]
+    assert f"without calibration {gone[:12]}: it is not in the store" in told
+    assert "checksum" in faults[artifacts[damaged, "calibrated"]]
+    (alone,) = store.verify([artifacts[gone, "calibrated"]])
+    assert alone.fault == told
+    assert store.manifest(artifacts[gone, "calibrated"]), "nothing was moved"
+
+
+def test_sums_that_nobody_goes_on_with_are_removed(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = store.blobs.of(CALIBRATING)
+    old, used = "1" * 64, "2" * 64
+    for key in (old, used):
+        sums.put(key, lambda file: file.write(b"sums"))
+        assert 0 <= sums.age(key) < 60
+    assert store.collect_orphans().sums == 0
+    with pytest.raises(ArtifactNotFound):
+        sums.age("3" * 64)
+    monkeypatch.setattr("xkv_artifacts.store.SUMS_KEPT_S", -1.0)
+    lease = store.catalog.lease(used, "somebody")
+    assert lease is not None
+    with lease:
+        assert store.collect_orphans().sums == 1
+        assert list(sums.ids()) == [used]
+    assert store.collect_orphans().sums == 1 and list(sums.ids()) == []
 
 
 def test_a_writer_that_fails_leaves_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,13 @@ from artifact_samples import sample
 from redis_server import RedisServer
 
 from xkv_artifacts.catalog import ENTRY_KEY, EXPIRY_KEY, RECENCY_KEY
-from xkv_artifacts.errors import ArtifactNotFound, CatalogError, InvalidLimits, QuotaExceeded
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CatalogError,
+    CatalogUnavailable,
+    InvalidLimits,
+    QuotaExceeded,
+)
 from xkv_artifacts.limits import Limits, Quota
 from xkv_artifacts.namespace_index import NAMESPACE_KEY, SUMS_KEY
 from xkv_artifacts.readers import Readers
@@ -211,6 +217,32 @@ def test_readers_and_collectors_at_once(store: ArtifactStore) -> None:
     stored(store)
 
 
+def test_without_redis_nothing_is_deleted_and_all_is_read(tmp_path: Path, own_redis: RedisServer) -> None:
+    own_redis.start()
+    with ArtifactStore.open(str(tmp_path / "s"), own_redis.url, patience_s=0.2) as store:
+        ids = [publish(store, length) for length in (10, 20)]
+        with store.reading(ids[0]):
+            own_redis.kill()
+            with pytest.raises(CatalogUnavailable):
+                store.collect(Limits(budget=0))
+            assert [store.load(artifact_id)[0].tokens for artifact_id in ids] == [10, 20]
+            own_redis.start()
+        store.rebuild()
+        assert len(store.collect(Limits(budget=0)).removed) == 2
+
+
+def test_a_mark_that_redis_lost_is_set_again(tmp_path: Path, own_redis: RedisServer) -> None:
+    own_redis.start()
+    with ArtifactStore.open(str(tmp_path / "s"), own_redis.url) as store:
+        artifact_id = publish(store, 10)
+        with Readers(store.catalog, mark_s=0.6).hold(artifact_id):
+            own_redis.kill()
+            own_redis.start()
+            store.rebuild()
+            time.sleep(0.5)
+            assert store.collect(Limits(budget=0)).in_use == 1
+
+
 def test_publishing_over_a_quota_collects_in_that_namespace_alone(store: ArtifactStore) -> None:
     others = publish(store, 10, "acme")
     ids = [publish(store, length) for length in (50, 60)]
@@ -221,6 +253,18 @@ def test_publishing_over_a_quota_collects_in_that_namespace_alone(store: Artifac
     fourth = publish(store, 20)
     assert stored(store) == {others, third, fourth}
     assert publish(store, 20) == fourth and stored(store) == {others, third, fourth}  # takes no more room
+
+
+def test_what_is_replaced_makes_room_for_itself(store: ArtifactStore) -> None:
+    first, second, third = (publish(store, length) for length in (50, 20, 30))
+    store.pin(third)
+    limit(store, each={"bytes": sum(sizes(store, [first, third])) + 50, "artifacts": 3})
+    assert publish(store, 50) == first  # the longest unused, but not for its own sake
+    assert stored(store) == {first, third}
+    assert publish(store, 30) == third and stored(store) == {first, third}
+    limit(store, each={"artifacts": 1})
+    assert publish(store, 30) == third and stored(store) == {third}
+    assert second not in stored(store)
 
 
 def test_what_cannot_fit_is_refused_and_costs_nothing(store: ArtifactStore) -> None:

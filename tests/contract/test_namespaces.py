@@ -74,6 +74,15 @@ def test_what_is_used_or_dropped_between_pages_moves_no_other(catalog: Catalog) 
     assert sorted(seen) == sorted(ids)
 
 
+def test_which_namespace_an_artifact_is_of(catalog: Catalog) -> None:
+    name = publish(catalog, 1, "a", 5.0)
+    assert catalog.namespaces.holds(["a"], name) and catalog.namespaces.holds(["b", "a"], name)
+    assert not catalog.namespaces.holds(["b"], name) and not catalog.namespaces.holds([], name)
+    assert not catalog.namespaces.holds(["a"], "0" * 64)
+    catalog.drop(name)
+    assert not catalog.namespaces.holds(["a"], name)
+
+
 def test_the_order_is_that_of_last_use(store: ArtifactStore) -> None:
     ids = [store.publish(*sample(range(length), namespace="a")).id for length in (10, 20, 30)]
     store.publish(*sample(range(10), namespace="b"))

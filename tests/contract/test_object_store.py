@@ -13,7 +13,7 @@ from artifact_samples import FINGERPRINT, sample
 from redis_server import RedisServer
 
 from xkv_artifacts import object_blobs
-from xkv_artifacts.blobs import blob_name, open_blob_store
+from xkv_artifacts.blobs import PACKED_SUFFIX, blob_name, open_blob_store
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
 from xkv_artifacts.object_blobs import ObjectBlobStore
 from xkv_artifacts.store import ArtifactStore, Match
@@ -101,6 +101,50 @@ def test_a_changed_blob_is_quarantined(s3: Any, bucket: str, redis_server: Redis
         assert keys(s3, bucket) == [f"quarantine/{manifest.id}.safetensors", "xkv-store.json"]
         with pytest.raises(ArtifactNotFound):
             store.load(manifest.id)
+
+
+def test_a_packed_artifact_is_found_listed_and_loaded(
+    s3: Any, bucket: str, redis_server: RedisServer
+) -> None:
+    manifest, tensors = sample()
+    name = blob_name(manifest.id, suffix=PACKED_SUFFIX)
+    with ArtifactStore.open(f"s3://{bucket}", redis_server.url) as store:
+        store.publish(manifest, tensors)
+        (listed,) = store.entries()
+        assert store.pack(manifest.id) and not store.pack(manifest.id)
+        assert keys(s3, bucket) == [name, "xkv-store.json"]
+        (packed,) = store.entries()
+        stored = s3.head_object(Bucket=bucket, Key=name)["ContentLength"]
+        assert packed.bytes == stored < listed.bytes
+        assert packed.last_used == listed.last_used
+        assert packed.ratio == pytest.approx(packed.bytes_full / stored)
+        store.catalog.clear()
+        assert store.rebuild().artifacts == 1
+        assert store.lookup(FINGERPRINT, "default", range(200)) == Match(manifest.id, 100)
+        _, loaded = store.load(manifest.id)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        some = store.load(manifest.id, ["tokens"])[1]
+        assert torch.equal(some["tokens"], tensors["tokens"])
+        assert [check.fault for check in store.verify()] == [None]
+        assert store.pack(manifest.id, undo=True)
+        assert keys(s3, bucket) == [blob_name(manifest.id), "xkv-store.json"]
+        assert store.entries()[0].bytes == listed.bytes
+
+
+def test_a_damaged_packed_blob_is_quarantined(s3: Any, bucket: str, redis_server: RedisServer) -> None:
+    manifest, tensors = sample()
+    name = blob_name(manifest.id, suffix=PACKED_SUFFIX)
+    with ArtifactStore.open(f"s3://{bucket}", redis_server.url) as store:
+        store.publish(manifest, tensors)
+        store.pack(manifest.id)
+        content = bytearray(s3.get_object(Bucket=bucket, Key=name)["Body"].read())
+        content[len(content) // 2] ^= 4
+        s3.put_object(Bucket=bucket, Key=name, Body=bytes(content))
+        assert [check.fault for check in store.verify()] != [None]
+        with pytest.raises(CorruptArtifact, match=f"s3://{bucket}/quarantine/{manifest.id}"):
+            store.load(manifest.id)
+        assert keys(s3, bucket) == [f"quarantine/{manifest.id}{PACKED_SUFFIX}", "xkv-store.json"]
+        assert store.get(manifest.id) is None
 
 
 def test_the_embedded_catalog_of_a_remote_store_is_the_users(

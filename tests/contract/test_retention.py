@@ -80,6 +80,7 @@ def test_what_has_ended_is_not_found_before_it_is_collected(store: ArtifactStore
     time.sleep(0.5)
     assert store.lookup(FINGERPRINT, "default", range(100)) == Match(short, 50)
     assert store.get(long) is None
+    assert [entry.id for entry in store.page("default")[0]] == [short]
     for action in (store.load, store.pin, store.unpin, lambda ended: store.set_ttl(ended, 60)):
         with pytest.raises(ArtifactNotFound, match=long):
             action(long)

@@ -175,7 +175,8 @@ def test_an_artifact_of_low_fidelity_is_compressed_again(
     assert line["id"] != planned and 2.5 < line["ratio"] < 6
     assert line["retried"]["kl_now"] < line["retried"]["kl"]
     spec = xkv("show", line["id"], "--store", store, "--json").json["spec"]
-    assert (spec["ratio"], spec["basis"], spec["calibration"]) == (3, "document", made)
+    assert (spec["ratio"], spec["calibration"]) == (3, made)
+    assert line["low"], "against a threshold of nothing"
 
     again = xkv(*run, "--json").json
     assert (again["computed"], again["reused"]) == (0, 1)
@@ -186,8 +187,41 @@ def test_an_artifact_of_low_fidelity_is_compressed_again(
     assert xkv(*asked, "--max-tokens", "1", "--json").json["artifact"] == line["id"]
 
     # The same artifact made by wish does not stand in for the one that is asked for.
-    wished = ["--namespace", "wished", "--basis", "document"]
+    wished = ["--namespace", "wished", "--basis", spec["basis"]]
     made_by_wish = xkv(*run[:-2], "--ray-address", ray_address, "--ratio", "3", *wished, "--json").json
     assert made_by_wish["computed"] == 1
     told = xkv(*run, "--namespace", "wished")
     assert "one.txt was compressed again, to 3." in told.err and "KL" in told.err
+
+
+def test_stored_artifacts_of_low_fidelity_are_treated_as_new_ones(
+    xkv: Xkv, tiny_model: Path, document: Path, tmp_path: Path, ray_address: str
+) -> None:
+    store = tmp_path / "kept"
+    made = calibrate_into(store, tiny_model, thresholds=[{"ratio": 8.0, "worst": 0.0, "kl": 0.0}])
+    common = ["--store", store, "--model", tiny_model, "--docs", document, "--ratio", "6"]
+    run = ["precompute", *common, "--workers", "1", "--ray-address", ray_address]
+    kept = xkv(*run, "--on-low-fidelity", "keep", "--json").json["artifacts"][0]
+    assert kept["low"] and kept["retried"] is None
+    again = xkv(*run, "--on-low-fidelity", "keep", "--json").json
+    assert (again["reused"], again["artifacts"]) == (1, [kept])
+    assert "1 of 1 documents have a low fidelity" in xkv(*run, "--on-low-fidelity", "keep").err
+
+    refused = xkv(*run, "--on-low-fidelity", "fail", "--json")
+    assert refused.code == 1 and refused.json["computed"] == 0
+    assert "which is low: lower --ratio" in refused.json["errors"][0]["reason"]
+    foreseen = xkv("precompute", *common, "--on-low-fidelity", "fail", "--dry-run", "--json").json
+    assert foreseen["failed"] == 1
+
+    assert xkv("precompute", *common, "--dry-run", "--json").json["compute"] == 1
+    better = xkv(*run, "--json").json
+    assert better["computed"] == 1 and better["artifacts"][0]["id"] != kept["id"]
+    assert xkv(*run, "--json").json["computed"] == 0
+
+    # What nothing else was better for is not computed for ever: it says so itself.
+    last = [*run, "--ratio", "1", "--namespace", "last", "--json"]
+    first, second = xkv(*last).json, xkv(*last).json
+    assert (first["computed"], second["computed"], second["reused"]) == (1, 0, 1), (first, second)
+    assert first["artifacts"][0]["low"] and first["artifacts"][0]["retried"] is None
+    shown = xkv("show", first["artifacts"][0]["id"], "--store", store, "--json").json
+    assert shown["retried"] and shown["spec"]["calibration"] == made

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_runs import Xkv
+from command_runs import Xkv, words
 from model_folder import save_tiny_model
 
 from xkv_artifacts.store import ArtifactStore
@@ -82,3 +82,37 @@ def test_precompute_show_and_rebuild(
         found = model(suffix, past_key_values=dense_cache(model, factors)).logits[0]
     correlation = torch.corrcoef(torch.stack([exact.flatten(), found.flatten()]))[0, 1]
     assert correlation > 0.9
+
+
+def test_latent_attention_is_calibrated_and_documents_share_its_bases(
+    xkv: Xkv, ray_address: str, tmp_path: Path
+) -> None:
+    model, store, docs = tmp_path / "model", tmp_path / "store", tmp_path / "docs"
+    save_tiny_model(model, model_type="deepseek_v3", **LATENT)
+    docs.mkdir()
+    for number in range(3):
+        (docs / f"{number}.txt").write_text(words(1500, seed=number))
+    common = ["--model", model, "--store", store, "--ray-address", ray_address, "--workers", "1"]
+    beyond = xkv("calibrate", "--docs", docs, "--ratio", "6", *common)
+    assert beyond.code == 1 and "20.0% of the cache are rotated keys, kept exact" in beyond.err
+    report = tmp_path / "report.html"
+    made = xkv("calibrate", "--docs", docs, "--ratio", "2.5", *common, "--json", "--report", report).json
+    assert (made["documents"], made["errors"], report.exists()) == (3, [], True)
+    assert (
+        made["figures"]["settings"]["most_ratio"] == 2.5
+        and made["figures"]["stability"]["kept"]["mean"] > 0.5
+    )
+
+    (tmp_path / "new.txt").write_text(words(1500, seed=9))
+    compress = ["precompute", "--docs", tmp_path / "new.txt", "--ratio", "2.5", "--basis", "calibrated"]
+    compress += ["--bits", "mixed", "--calibration", made["id"][:8], *common, "--json"]
+    first, again = xkv(*compress).json, xkv(*compress).json
+    assert (first["computed"], first["failed"], again["reused"]) == (1, 0, 1), first
+    line = first["artifacts"][0]
+    assert line["ratio"] >= 2.5
+    shown = xkv("show", line["id"], "--store", store)
+    assert "none stored: latents are scored by their own factors" in shown.out
+    assert made["id"] in shown.out
+    asked = ["ask", "--artifact", line["id"], "--model", model, "--store", store, "--max-tokens", "3"]
+    assert xkv(*asked, "Why?", "--json").json["artifact"] == line["id"]
+    assert xkv("verify", "--store", store, "--json").json["failed"] == 0

@@ -35,6 +35,7 @@ def test_artifacts_are_kept_and_collected_as_told(xkv: Xkv, tmp_path: Path, ids:
     assert shown["pinned"] is True and abs(shown["expires"] - time.time() - 7 * 86_400) < 60
     listed = xkv("ls", *at, "--json").json["artifacts"]
     assert {item["id"]: item["pinned"] for item in listed} == {first: True, second: False, third: False}
+    assert "pinned" in xkv("ls", *at).out and "to 20" in xkv("ls", *at).out
     time.sleep(1.6)
 
     said = xkv("gc", "--budget", "10kB", "--dry-run", *at, "--json")

@@ -84,14 +84,14 @@ def test_a_conversation_over_a_prefix_is_answered_right_and_goes_on(
     document, questions = _document(NAMES[0])
     messages: list[dict[str, str]] = []
     held = 0
-    for number, item in enumerate(questions[:3]):
+    for item in questions[:3]:
         asked = item["question"]
         messages += _first(document, asked) if not messages else [{"role": "user", "content": asked}]
         reply = asker.ask(messages)
         assert reply.choices[0].message.content == item["answer"]
         assert reply.xkv["artifact"] == prefix["id"] and reply.xkv["miss"] is None
         cached = reply.usage.prompt_tokens_details.cached_tokens
-        assert cached == prefix["tokens"] if number == 0 else cached > held
+        assert cached >= prefix["tokens"] and cached > held
         held = cached
         messages.append({"role": "assistant", "content": item["answer"]})
 
@@ -104,7 +104,7 @@ def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) 
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == questions[3]["answer"]
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == prefix["tokens"]
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens >= prefix["tokens"]
 
 
 def test_a_document_that_is_not_stored_is_computed_and_said_to_be(asker: Asker, server: Server) -> None:

@@ -39,12 +39,18 @@ class CalibrationRequest:
         corpus: documents, model, store and workers, as for precompute.
         questions: a folder of questions about the documents, see `Sampling`.
         earlier: first digits of a stored calibration whose sums the documents are added to.
+        ratio, group_size: see `CalibrationSettings`; None is the default for the model.
     """
 
     corpus: Request
-    settings: CalibrationSettings
     questions: Path | None = None
     earlier: str | None = None
+    ratio: float | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"ratio": self.ratio, "group_size": self.group_size}
+        CalibrationSettings(**{name: one for name, one in given.items() if one is not None})  # type: ignore[arg-type]
 
     @classmethod
     def create(
@@ -61,11 +67,7 @@ class CalibrationRequest:
         Raises:
             InvalidSpec, CorpusError: a value that no calibration can have.
         """
-        settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
-        if ratio is not None:
-            settings |= {"ratio": ratio, "ratios": tuple(sorted({*CalibrationSettings.ratios, ratio}))}
-        request = Request.create(calibration="none", **corpus)
-        return cls(request, CalibrationSettings(**settings), questions, earlier)
+        return cls(Request.create(calibration="none", **corpus), questions, earlier, ratio, group_size)
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,9 @@ def calibrate(request: CalibrationRequest, observer: Observer | None = None) -> 
     Raises:
         CorpusError: fewer than two documents can be used.
         ArtifactNotFound, ModelMismatch, InvalidSpec: the earlier calibration cannot be gone on from.
-        XKVError: nothing can be done at all: no model, store, Redis or Ray, or latent attention.
+        XKVError: nothing can be done at all: no model, store, Redis or Ray, or a ratio beyond reach.
     """
     with prepared(request.corpus) as job:
-        calibrated_layers(job.model.layout)
         return _Calibrating(request, job, observer or Silent()).run()
 
 
@@ -112,7 +113,8 @@ class _Calibrating:
 
     def __init__(self, request: CalibrationRequest, job: Prepared, observer: Observer) -> None:
         self._request, self._job, self._observer = request, job, observer
-        self._settings = request.settings
+        layers = calibrated_layers(job.model.layout)
+        self._settings = CalibrationSettings.of(layers, request.ratio, request.group_size)
         self._started = time.monotonic()
         self._errors: list[DocumentError] = []
 
@@ -125,16 +127,17 @@ class _Calibrating:
         sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*new, *held], self._settings)
         if sums.done:
             self._observer.note(f"going on: {len(sums.done)} of {len(new)} documents were observed before")
-        threads, crew = self._crew()
-        self._observe(crew, sums, new)
-        done = [*seen, *(new[position] for position in sorted(sums.done))]
-        self._refuse_few(done, 1)
-        before = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
-        self._observer.note(
-            f"{len(sums.done)} documents observed{before}: choosing metric and groups, and validating"
-        )
-        manifest = crew.decide(sums.parts, done, held, threads, earlier)
-        sums.remove()
+        with sums.in_use():
+            threads, crew = self._crew()
+            self._observe(crew, sums, new)
+            done = [*seen, *(new[position] for position in sorted(sums.done))]
+            self._refuse_few(done, 1)
+            before = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
+            self._observer.note(
+                f"{len(sums.done)} documents observed{before}: choosing metric and groups, and validating"
+            )
+            manifest = crew.decide(sums.parts, done, held, threads, earlier)
+            sums.remove()
         return self._report(manifest, len(held))
 
     def _earlier(self) -> tuple[str | None, frozenset[str]]:

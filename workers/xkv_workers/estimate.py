@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from xkv_workers.corpus import Rejected
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import PrefixJob, Stored
 from xkv_workers.report import DocumentError
 
@@ -85,14 +86,13 @@ def forecast(
     find: Callable[[PrefixJob], Stored | None],
     size: Callable[[int], Sized],
     rate: Rate,
-    *,
-    min_fidelity: float = 0.0,
+    standard: Standard,
 ) -> Forecast:
     """Go through the plan and count.
 
     Args:
         plan: every document. find: what the store has already. size: bytes of a prefix of so many tokens.
-        min_fidelity: documents whose stored artifact is below fail.
+        standard: documents whose stored artifact falls short of it fail.
     """
     lines: list[Line] = []
     errors: list[DocumentError] = []
@@ -102,7 +102,7 @@ def forecast(
             errors.append(DocumentError(item.uri, item.reason))
             continue
         stored = find(item)
-        if stored is not None and (reason := stored.shortfall(min_fidelity)):
+        if stored is not None and (reason := standard.shortfall(stored)):
             errors.append(DocumentError(item.document.uri, reason))
             continue
         lines.append(_line(item, stored, size(item.tokens), item.artifact_id in seen))

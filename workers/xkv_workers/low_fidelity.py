@@ -1,12 +1,13 @@
-"""An artifact that is less faithful than it should be: how it is told, and how it is compressed again."""
+"""Artifacts that are less faithful than they should be: how they are told, and what is tried instead."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.spec import CompressionSpec
+from xkv_workers.messages import Stored
 from xkv_workers.report import LOW_FIDELITY
 
 if TYPE_CHECKING:
@@ -15,26 +16,55 @@ if TYPE_CHECKING:
 OnLow = Literal["retry", "keep", "fail"]
 
 
-def retry_spec(spec: CompressionSpec) -> CompressionSpec:
-    """Half the ratio, and the document's own bases. The spec has a ratio."""
+def retry_specs(spec: CompressionSpec) -> tuple[CompressionSpec, ...]:
+    """What is tried for a document that `spec`, which has a ratio, does not suit.
+
+    Half the ratio, with bases of its own, and with a calibration's bases and mixed bits, where there is one.
+    """
     assert spec.ratio is not None
-    return replace(spec.over("document"), ratio=max(1.0, spec.ratio / 2))
+    half = replace(spec.over("document"), ratio=max(1.0, spec.ratio / 2))
+    if spec.calibration is None:
+        return (half,)
+    return half, replace(half.over("calibrated"), factor_dtype="mixed")
 
 
-def is_low(
-    fidelity: Fidelity, spec: CompressionSpec, calibration: Calibration | None, min_fidelity: float
-) -> bool:
-    """Whether answers from an artifact may well be wrong: it is further from the exact cache than documents
-    of the calibration's sample were, or it agrees less than is asked for.
+@dataclass(frozen=True)
+class Standard:
+    """How faithful the artifacts of a run must be, those that are stored already included.
 
     Args:
-        min_fidelity: 0 asks for nothing; without the calibration's thresholds `LOW_FIDELITY` is asked for.
+        action: what is done about artifacts of low fidelity.
+        min_fidelity: top-1 agreement asked for; 0 asks for nothing.
+        calibration: whose thresholds say what is low; without any `LOW_FIDELITY` is asked for.
     """
-    thresholds = calibration is not None and calibration.figures.get("thresholds")
-    if thresholds and calibration is not None and spec.ratio is not None:
+
+    action: OnLow = "keep"
+    min_fidelity: float = 0.0
+    calibration: Calibration | None = None
+
+    def is_low(self, fidelity: Fidelity, ratio: float | None) -> bool:
+        """Whether answers from an artifact may well be wrong.
+
+        It is further from the exact cache than documents of the calibration's sample were, or it agrees less
+        than is asked for.
+
+        Args:
+            ratio: that the artifact was made for, None where ranks were given.
+        """
+        thresholds = self.calibration is not None and self.calibration.figures.get("thresholds")
+        if not thresholds or self.calibration is None or ratio is None:
+            return fidelity.top1_agreement < (self.min_fidelity or LOW_FIDELITY)
         from xkv_service.calibration import certificates
 
-        if certificates.is_low(fidelity, spec.ratio, calibration.figures):
-            return True
-        return fidelity.top1_agreement < min_fidelity
-    return fidelity.top1_agreement < (min_fidelity or LOW_FIDELITY)
+        less = fidelity.top1_agreement < self.min_fidelity
+        return less or certificates.is_low(fidelity, ratio, self.calibration.figures)
+
+    def shortfall(self, stored: Stored) -> str | None:
+        """Why an artifact that is stored already cannot be used, in one line; None when it can."""
+        found = f"stored already with fidelity {stored.fidelity:.3f}"
+        if stored.fidelity < self.min_fidelity:
+            wanted = f"below {self.min_fidelity:g}"
+            return f"{found}, {wanted}: lower --min-fidelity, or compress with a lower --ratio"
+        if stored.low and self.action == "fail":
+            return f"{found} (KL {stored.kl:.4f}), which is low: lower --ratio, or --on-low-fidelity retry"
+        return None

@@ -41,7 +41,7 @@ class WorkerConfig:
     Args:
         namespace, spec: of every artifact of the run.
         min_fidelity: artifacts below are not published; 0 publishes all.
-        retry: what an artifact of low fidelity is compressed with again; None: it is not.
+        retries: what is tried for an artifact of low fidelity; nothing: it is not compressed again.
         refuse_low: artifacts of low fidelity are not published.
     """
 
@@ -49,7 +49,7 @@ class WorkerConfig:
     namespace: str
     spec: CompressionSpec
     min_fidelity: float = 0.0
-    retry: CompressionSpec | None = None
+    retries: tuple[CompressionSpec, ...] = ()
     refuse_low: bool = False
 
 
@@ -61,13 +61,13 @@ class PrefixJob:
         artifact_id: from fingerprint, namespace, token ids and spec.
         token_ids: array of type "i".
         document: the first document with these tokens.
-        retry_id: of the artifact that it becomes when its fidelity is low, None when it becomes none.
+        retry_ids: of the artifacts, one of which it becomes when its fidelity is low and theirs is better.
     """
 
     artifact_id: str
     token_ids: array[int]
     document: DocumentRef
-    retry_id: str | None = None
+    retry_ids: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -91,9 +91,9 @@ class Stored:
     Args:
         artifact_id: the job's. retry_id: the artifact's own id, when the job's document was compressed again.
         tokens: in the prefix. bytes_full: of its exact cache. bytes_stored: of its blob.
-        fidelity: top-1 agreement with the exact cache, 0 to 1.
+        fidelity: top-1 agreement with the exact cache, 0 to 1. kl: divergence from it (nats).
         retry: what compressing it again brought, in the run that did.
-        low: whether its fidelity is low, in the run that computed it.
+        low: whether its fidelity is (`low_fidelity.Standard`).
     """
 
     artifact_id: str
@@ -101,6 +101,7 @@ class Stored:
     bytes_full: int
     bytes_stored: int
     fidelity: float
+    kl: float
     retry_id: str | None = None
     retry: Retry | None = None
     low: bool = False
@@ -109,15 +110,6 @@ class Stored:
     def own_id(self) -> str:
         """The id in the store."""
         return self.retry_id or self.artifact_id
-
-    def shortfall(self, min_fidelity: float) -> str | None:
-        """Why a run that asks for so much fidelity cannot use it, in one line; None when it can."""
-        if self.fidelity >= min_fidelity:
-            return None
-        return (
-            f"stored already with fidelity {self.fidelity:.3f}, below {min_fidelity:g}: "
-            "lower --min-fidelity, or compress with a lower --ratio"
-        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from xkv_workers.corpus import CorpusFile, Document, Rejected, list_files, read_
 from xkv_workers.errors import CorpusError
 from xkv_workers.messages import Failed, PrefixJob
 from xkv_workers.precompute import Prepared
-from xkv_workers.shelf import Shelf
 from xkv_workers.worker import PrefixWorker
 
 _WAIT_SECONDS = 0.5
@@ -52,7 +51,7 @@ def stored_somehow(job: Prepared, planned: PrefixJob) -> str | None:
 def store_now(job: Prepared, planned: PrefixJob, loaded: LoadedModel, tell: Tell) -> str:
     """Compress and publish a prefix, unless it is stored or another process does it; the artifact's id."""
     told = False
-    with Shelf(job.store) as shelf:
+    with job.shelf() as shelf:
         while (found := shelf.find(planned)) is None:
             if shelf.lease(planned.artifact_id):
                 tell(f"not in the store yet: compressing {planned.tokens:,} tokens")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from xkv_artifacts.blobs import CALIBRATING
 from xkv_artifacts.checked_file import lay_out, open_header, parse_manifest, read_tensors
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
 from xkv_artifacts.keys import calibration_id, sample_sha256
@@ -25,7 +27,6 @@ from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.layout import ModelLayout
 
-FOLDER = "calibrating"
 FORMAT: Final = "xkv-calibration-sums"
 VERSION: Final = 2
 _PAUSE = 10
@@ -59,7 +60,7 @@ class PartialSums:
         sample: Sequence[ProbedPrefix],
         settings: CalibrationSettings,
     ) -> None:
-        self._blobs = store.blobs.of(FOLDER)
+        self._store, self._blobs = store, store.blobs.of(CALIBRATING)
         self._layout, self._settings = layout, settings
         self._key = calibration_id(
             fingerprint,
@@ -95,6 +96,13 @@ class PartialSums:
             started = time.monotonic()
             self._write()
             self._write_at = time.monotonic() + _PAUSE * (time.monotonic() - started)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Nobody cleans the file up while the block runs, however old it is."""
+        lease = self._store.catalog.lease(self._key, uuid.uuid4().hex)
+        with nullcontext() if lease is None else lease:  # None: another run holds it, which does as well
+            yield
 
     def remove(self) -> None:
         """The calibration is made: nothing is left to go on with."""

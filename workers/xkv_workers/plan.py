@@ -22,7 +22,7 @@ class Target:
 
     Args:
         fingerprint, namespace, spec: of every artifact (`spec` in its canonical form).
-        retry: spec of artifacts whose fidelity is low with `spec`, None where those are kept or refused.
+        retries: specs tried for artifacts whose fidelity is low with `spec`, if any is.
         render: a document's text to the token ids of its prefix; raises InvalidPrompt.
         check_size: raises InvalidSpec when a prefix of so many tokens cannot be compressed as asked.
         window: tokens the model can read, None when it does not say.
@@ -34,7 +34,7 @@ class Target:
     render: Render
     check_size: Callable[[int], object]
     window: int | None
-    retry: Mapping[str, Any] | None = None
+    retries: Sequence[Mapping[str, Any]] = ()
 
     def id_of(self, token_ids: Sequence[int], spec: Mapping[str, Any]) -> str:
         """The id of the artifact of these tokens."""
@@ -63,7 +63,7 @@ def _plan(document: Document, target: Target) -> PrefixJob | Rejected:
         target.id_of(token_ids, target.spec),
         token_ids,
         DocumentRef(uri=document.uri, sha256=document.sha256),
-        None if target.retry is None else target.id_of(token_ids, target.retry),
+        tuple(target.id_of(token_ids, spec) for spec in target.retries),
     )
 
 

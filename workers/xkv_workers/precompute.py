@@ -17,7 +17,7 @@ from xkv_workers.cluster import Crew, Room, cluster, plan_crew, start_turn
 from xkv_workers.corpus import CorpusFile, Rejected, list_files
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.estimate import Forecast, Rate, forecast
-from xkv_workers.low_fidelity import retry_spec
+from xkv_workers.low_fidelity import Standard, retry_specs
 from xkv_workers.messages import ModelPlace, PrefixJob, WorkerConfig
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
@@ -38,8 +38,8 @@ def run(request: Request, observer: Observer | None = None) -> Report:
     """
     started = time.monotonic()
     ledger = Ledger()
-    with prepared(request) as job, Shelf(job.store) as shelf:
-        scheduler = Scheduler(shelf, job, ledger, observer or Silent(), min_fidelity=request.min_fidelity)
+    with prepared(request) as job, job.shelf() as shelf:
+        scheduler = Scheduler(shelf, job, ledger, observer or Silent(), job.standard)
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
             job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
@@ -55,7 +55,7 @@ def estimate(request: Request) -> Forecast:
     with prepared(request) as job:
         remembered = job.store.catalog.rate(job.model.fingerprint, job.model.device)
         rate = Rate.of(remembered, job.model.device)
-        found = forecast(job.plan(), Shelf(job.store).find, job.size, rate, min_fidelity=request.min_fidelity)
+        found = forecast(job.plan(), job.shelf().find, job.size, rate, job.standard)
         return replace(found, calibration=job.spec.calibration)
 
 
@@ -81,10 +81,19 @@ class Prepared:
         return size_of(self.model.layout, tokens, self.spec, calibration=self.calibration)
 
     @property
-    def retry(self) -> CompressionSpec | None:
-        """What artifacts of low fidelity are compressed with again; None: they are not."""
+    def standard(self) -> Standard:
+        """How faithful the artifacts must be."""
         action = self.request.on_low_fidelity or ("retry" if self.calibration else "keep")
-        return retry_spec(self.spec) if action == "retry" else None
+        return Standard(action, self.request.min_fidelity, self.calibration)
+
+    @property
+    def retries(self) -> tuple[CompressionSpec, ...]:
+        """What is tried for artifacts of low fidelity."""
+        return retry_specs(self.spec) if self.standard.action == "retry" else ()
+
+    def shelf(self) -> Shelf:
+        """The store as this run sees it."""
+        return Shelf(self.store, self.standard)
 
     def _pays_to_copy(self) -> bool:
         """Whether several workers on one machine are worth loading a model for each."""
@@ -101,7 +110,7 @@ class Prepared:
             render=render,
             check_size=self.size,
             window=self.model.context_window,
-            retry=None if self.retry is None else self.retry.canonical(),
+            retries=[spec.canonical() for spec in self.retries],
         )
         return plan(self.files, target)
 
@@ -128,7 +137,7 @@ class Prepared:
             request.namespace,
             self.spec,
             min_fidelity=request.min_fidelity,
-            retry=self.retry,
+            retries=self.retries,
             refuse_low=request.on_low_fidelity == "fail",
         )
 

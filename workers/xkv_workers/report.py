@@ -27,8 +27,8 @@ class DocumentError:
 class ArtifactLine:
     """A document's artifact. `ratio`: bytes of the exact cache for each byte stored.
 
-    `retried`: what it brought to compress it again, when this run did. `low`: whether this run made it and
-    found it less faithful than it should be.
+    `retried`: what it brought to compress it again, when this run did.
+    `low`: whether it is less faithful than it should be, also where it was stored already.
     """
 
     id: str
@@ -63,11 +63,8 @@ class Report:
     artifacts: tuple[ArtifactLine, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values; what only this run can say of an artifact, `low`, is left out."""
-        fields = asdict(self)
-        for line in fields["artifacts"]:
-            del line["low"]
-        return fields
+        """The report as plain JSON values."""
+        return asdict(self)
 
     @property
     def low_fidelity(self) -> tuple[ArtifactLine, ...]:

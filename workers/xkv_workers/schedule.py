@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from xkv_workers.corpus import Rejected
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import Failed, PrefixJob, Stored
 from xkv_workers.observer import Observer, Progress
 from xkv_workers.pool import Crash, Finished, WorkerPool
@@ -47,7 +48,7 @@ class Scheduler:
     """Runs a plan to its end. Documents that another process computes are waited for, not computed.
 
     Args:
-        min_fidelity: a document whose stored artifact is below fails, and is not computed again.
+        standard: a document whose stored artifact falls short of it fails, and is not computed again.
     """
 
     def __init__(
@@ -56,11 +57,10 @@ class Scheduler:
         starter: Starter,
         ledger: Ledger,
         observer: Observer,
-        *,
-        min_fidelity: float = 0.0,
+        standard: Standard,
     ) -> None:
         self._shelf, self._starter, self._ledger, self._observer = shelf, starter, ledger, observer
-        self._min_fidelity = min_fidelity
+        self._standard = standard
         self._inbox: queue.Queue[Item] = queue.Queue(maxsize=256)
         self._reading = True
         self._pending: list[PrefixJob] = []
@@ -119,7 +119,7 @@ class Scheduler:
         stored = self._shelf.find(job)
         if stored is None:
             return False
-        if reason := stored.shortfall(self._min_fidelity):
+        if reason := self._standard.shortfall(stored):
             self._ledger.fail(job.artifact_id, reason)
         else:
             self._ledger.store(stored, computed=False)

@@ -6,22 +6,34 @@ import os
 import socket
 import uuid
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
-from xkv_artifacts.errors import UnsupportedFormat
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import PrefixJob, Stored
 
 LEASE_SECONDS = 15.0
 """A dead driver's documents are free again after so long; a live one renews three times in it."""
 
 
-class Shelf:
-    """One run's view of a store. As a context manager it gives its leases back at the end."""
+@dataclass(frozen=True)
+class _Found:
+    stored: Stored
+    manifest: PrefixManifest
 
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
+
+class Shelf:
+    """One run's view of a store. As a context manager it gives its leases back at the end.
+
+    Args:
+        standard: which of the stored artifacts are low, and whether those are compressed again.
+    """
+
+    def __init__(self, store: ArtifactStore, standard: Standard) -> None:
+        self._store, self._standard = store, standard
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._leases: dict[str, ExitStack] = {}
 
@@ -36,24 +48,31 @@ class Shelf:
 
     def find(self, job: PrefixJob) -> Stored | None:
         """The job's artifact, when its blob is in the store (it is listed in the catalog then): compressed as
-        planned, or again because its fidelity was low.
+        planned, or again because its fidelity was low. One that is low and for which nothing else was tried
+        yet is not found where low ones are compressed again.
         """
         found = self._find(job.artifact_id)
-        if found is not None or job.retry_id is None:
-            return found
-        again = self._find(job.retry_id)
-        if again is None or self._store.manifest(job.retry_id).instead_of != job.artifact_id:
-            return None  # of these settings by somebody's wish, not for want of fidelity
-        return replace(again, artifact_id=job.artifact_id, retry_id=job.retry_id)
+        if found is not None and (found.manifest.retried or not (found.stored.low and job.retry_ids)):
+            return found.stored
+        for retry_id in job.retry_ids:
+            again = self._find(retry_id)
+            # Else it has these settings by somebody's wish, not for want of fidelity.
+            if again is not None and again.manifest.instead_of == job.artifact_id:
+                return replace(again.stored, artifact_id=job.artifact_id, retry_id=retry_id)
+        return None
 
-    def _find(self, artifact_id: str) -> Stored | None:
+    def _find(self, artifact_id: str) -> _Found | None:
         try:
             entry = self._store.get(artifact_id)
-        except UnsupportedFormat:  # computing it again replaces the blob by one that can be read
+            if entry is None:
+                return None
+            manifest = self._store.manifest(artifact_id)
+        except (ArtifactNotFound, CorruptArtifact, UnsupportedFormat):  # computing it again replaces the blob
             return None
-        if entry is None:
-            return None
-        return Stored(artifact_id, entry.tokens, entry.bytes_full, entry.bytes, entry.fidelity)
+        fidelity = manifest.fidelity
+        low = self._standard.is_low(fidelity, manifest.spec.get("ratio"))
+        sizes = entry.tokens, entry.bytes_full, entry.bytes
+        return _Found(Stored(artifact_id, *sizes, fidelity.top1_agreement, fidelity.kl, low=low), manifest)
 
     def lease(self, artifact_id: str) -> bool:
         """Take and keep the lease on an artifact; False when another process has it."""

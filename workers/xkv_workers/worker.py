@@ -9,11 +9,10 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from xkv_artifacts.errors import CatalogUnavailable, XKVError
-from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.manifest import Fidelity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.errors import RatioUnreachable
 from xkv_workers.errors import FidelityTooLow
-from xkv_workers.low_fidelity import is_low
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import Failed, Outcome, PrefixJob, Retry, Stored, WorkerConfig
 from xkv_workers.place import open_place
 from xkv_workers.plan import reason_of
@@ -30,12 +29,15 @@ class Made:
     """Factors that can be published.
 
     Args:
-        low: their fidelity is. retry: what another try brought, when they are from one.
+        low: their fidelity is. tried: others were tried instead.
+        retry: what that brought, and under which id, when they are from one.
     """
 
     factors: PrefixFactors
     low: bool
+    tried: bool = False
     retry: Retry | None = None
+    retry_id: str | None = None
 
 
 class PrefixWorker:
@@ -117,29 +119,38 @@ class PrefixWorker:
                 prefill.free()
 
     def _improved(self, loaded: LoadedModel, job: PrefixJob, first: PrefixFactors) -> Made:
-        """The factors, or those of another try when their fidelity is low and the other's is better."""
-        from xkv_service.compression import compress
+        """The factors, or those of another try when their fidelity is low and the other's is better.
 
-        config = self._config
-        assert first.fidelity is not None
-        low = is_low(first.fidelity, config.spec, self._calibration, config.min_fidelity)
-        if not low or config.retry is None:
+        Of several better ones it is that of the least divergence.
+        """
+        from xkv_service.compression import compress_each
+
+        standard = Standard("keep", self._config.min_fidelity, self._calibration)
+        before = _measured(first)
+        low = standard.is_low(before, first.spec.ratio)
+        if not low or not self._config.retries:
             return Made(first, low)
-        try:
-            again = compress(loaded.model, list(job.token_ids), config.retry, self._calibration)
-        except RatioUnreachable:  # a short document whose own bases cost more than the ratio leaves
-            return Made(first, low)
-        assert again.fidelity is not None
-        before, now = first.fidelity, again.fidelity
-        if now.kl >= before.kl or now.top1_agreement < before.top1_agreement:
-            return Made(first, low)
-        low = is_low(now, config.retry, self._calibration, config.min_fidelity)
-        return Made(again, low, Retry(before.top1_agreement, before.kl, now.kl))
+        tried = compress_each(loaded.model, list(job.token_ids), self._config.retries, self._calibration)
+        better = [
+            one
+            for one in tried
+            if _measured(one).kl < before.kl and _measured(one).top1_agreement >= before.top1_agreement
+        ]
+        if not better:
+            return Made(first, low, tried=True)
+        best = min(better, key=lambda one: _measured(one).kl)
+        return Made(
+            best,
+            standard.is_low(_measured(best), best.spec.ratio),
+            tried=True,
+            retry=Retry(before.top1_agreement, before.kl, _measured(best).kl),
+            retry_id=job.retry_ids[self._config.retries.index(best.spec)],
+        )
 
     def _publish(self, loaded: LoadedModel, store: ArtifactStore, job: PrefixJob, made: Made) -> Outcome:
-        own_id = job.artifact_id if made.retry is None or job.retry_id is None else job.retry_id
+        own_id = made.retry_id or job.artifact_id
         try:
-            manifest = self._manifest(loaded, job, own_id, made.factors)
+            manifest = self._manifest(loaded, job, own_id, made)
             agreement = manifest.fidelity.top1_agreement
             if made.low and self._config.refuse_low:
                 raise FidelityTooLow(
@@ -163,20 +174,25 @@ class PrefixWorker:
             bytes_full=manifest.bytes_full,
             bytes_stored=size,
             fidelity=agreement,
-            retry_id=None if made.retry is None else own_id,
+            kl=manifest.fidelity.kl,
+            retry_id=made.retry_id,
             retry=made.retry,
             low=made.low,
         )
 
-    def _manifest(
-        self, loaded: LoadedModel, job: PrefixJob, own_id: str, factors: PrefixFactors
-    ) -> PrefixManifest:
+    def _manifest(self, loaded: LoadedModel, job: PrefixJob, own_id: str, made: Made) -> PrefixManifest:
         return PrefixManifest(
             id=own_id,
             model=loaded.identity,
             namespace=self._config.namespace,
             document=job.document,
-            instead_of=None if own_id == job.artifact_id else job.artifact_id,
+            instead_of=None if made.retry_id is None else job.artifact_id,
+            retried=made.tried and made.retry_id is None,
             created=datetime.now(timezone.utc),
-            **factors.manifest_fields(),
+            **made.factors.manifest_fields(),
         )
+
+
+def _measured(factors: PrefixFactors) -> Fidelity:
+    assert factors.fidelity is not None
+    return factors.fidelity

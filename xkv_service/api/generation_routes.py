@@ -76,7 +76,7 @@ async def _answer(
     slot = server.admission.enter(key)
     try:
         ids = await asyncio.to_thread(render)
-        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
+        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids), body))
         slot.add_prompt(len(ids))
         match, miss = await server.match(ids, key.namespace, body.prefix_id)
         wanted = GenerationRequest(
@@ -103,14 +103,15 @@ async def _answer(
         raise
 
 
-def _room(server: Server, prompt_tokens: int) -> int:
+def _room(server: Server, prompt_tokens: int, body: ChatBody | CompletionBody) -> int:
     """Tokens that an answer may have: what the window leaves, and what the server allows."""
     window, most = server.model.window, server.settings.max_answer_tokens
     if window is None:
         return most
     if prompt_tokens >= window:
         message = f"this model's window is {window:,} tokens, and the prompt has {prompt_tokens:,}"
-        raise APIError(400, message, param="messages", code="context_length_exceeded")
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        raise APIError(400, message, param=param, code="context_length_exceeded")
     return min(most, window - prompt_tokens)
 
 

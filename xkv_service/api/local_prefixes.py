@@ -144,10 +144,10 @@ class LocalPrefixes:
         """The entry of a stored prefix in these namespaces; nothing more is read of another one."""
         if not is_artifact_id(prefix_id):
             return None
-        entry = self._store.catalog.get(prefix_id)
-        if entry is None or entry.namespace not in namespaces:
+        if not self._store.catalog.namespaces.holds(namespaces, prefix_id):
             return None
-        return self._store.get(prefix_id)
+        entry = self._store.get(prefix_id)
+        return entry if entry is not None and entry.namespace in namespaces else None
 
     def _make(self, job: PrefixJob) -> None:
         """Compress and publish, unless another process does."""

@@ -177,13 +177,11 @@ class PrefixFinder:
         """Facts of an artifact that this namespace may use. Of others no more is asked than of none at all:
         neither the answer nor the time it takes tells them apart."""
         gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: it was removed, or is not ready yet")
-        entry = self._store.catalog.get(prefix_id)
-        if entry is None or entry.namespace not in (namespace, self._settings.public_namespace):
+        allowed = (namespace, self._settings.public_namespace)
+        if not self._store.catalog.namespaces.holds(allowed, prefix_id):
             return gone
         facts = self._facts_of(prefix_id)
-        if isinstance(facts, _Facts) and facts.namespace != entry.namespace:
-            return gone
-        return facts
+        return gone if isinstance(facts, _Facts) and facts.namespace not in allowed else facts
 
     def _facts_of(self, artifact_id: str) -> _Facts | Miss:
         facts = self._facts.get(artifact_id)

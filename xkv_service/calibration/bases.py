@@ -18,11 +18,11 @@ def shared_group(moments: Moments, first: int, count: int, metric: Metric) -> Ca
     """Bases of the `count` layers from position `first` on: every direction."""
     layers = tuple(layer.index for layer in moments.layers[first : first + count])
     places = range(first, first + count)
-    keys, values = (
-        shared_basis(moments.gram(kind, first, count), [metric(place, kind) for place in places])
-        for kind in ("key", "value")
-    )
-    return CalibratedGroup(layers, keys, values)
+    made = {
+        kind: shared_basis(moments.gram(kind, first, count), [metric(place, kind) for place in places])
+        for kind in moments.kinds
+    }
+    return CalibratedGroup(layers, made["key"], made.get("value"))
 
 
 def shared_basis(gram: torch.Tensor, metric: Sequence[torch.Tensor]) -> SharedBasis:

@@ -23,7 +23,7 @@ from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import Folds
 from xkv_service.calibration.metrics import Weighting
 from xkv_service.calibration.observed import Observed
-from xkv_service.calibration.plan import ColumnPlan
+from xkv_service.calibration.plan import ColumnPlan, factor_bits
 from xkv_service.packed_factors import Runs, rank_of
 
 RESAMPLES = 20
@@ -102,7 +102,7 @@ def _of_one(
 def _planned(candidates: Candidates, weighting: Weighting, groups: Groups) -> tuple[Calibration, Plan]:
     made, ratio = candidates.calibration(weighting, groups), candidates.settings.ratio
     columns = ColumnPlan(made, calibrated_spec(ratio, made), PLAN_TOKENS)
-    return made, columns.runs(candidates.bits_full / ratio)
+    return made, columns.runs(factor_bits(candidates.layers, ratio))
 
 
 def _bits_of(plan: Plan) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def _energies(
     """Energy of documents, in the metric, along the plan's directions, along the best ones, and in all."""
     sums = [0.0, 0.0, 0.0]
     for number, (first, count) in enumerate(groups):
-        for kind, runs in zip(KINDS, plan[number], strict=True):
+        for kind, runs in zip(made.groups[number].kinds, plan[number], strict=False):
             basis, rank = made.groups[number].basis(kind), rank_of(runs)
             axes = basis.projection(rank).double()
             gram = left_out.moments.gram(kind, first, count)

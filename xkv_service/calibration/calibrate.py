@@ -24,7 +24,7 @@ from xkv_service.calibration.figures import plans, spectra
 from xkv_service.calibration.folds import Folds, fold_count
 from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.observed import Observed, observe_document, reach_of
+from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
@@ -82,18 +82,18 @@ def calibrate(
     """Calibrate one model in this process.
 
     Args:
-        model: a supported model whose layers have full attention (or windows and states beside it).
+        model: a supported model of full or of latent attention (or windows and states beside it).
         sample: documents like those that will be compressed, with probes.
         observer: told what is being done.
 
     Raises:
         InvalidSpec: too few documents.
         RatioUnreachable: no document held out is long enough for the settings' ratio.
-        UnsupportedModel: latent attention, or a model whose cache cannot be compressed.
+        UnsupportedModel: full and latent attention in one model, or one whose cache cannot be compressed.
     """
-    settings = settings or CalibrationSettings()
-    used, held = split(sample, settings)
     layout = inspect_loaded(model).layout
+    settings = settings or CalibrationSettings.of(calibrated_layers(layout))
+    used, held = split(sample, settings)
     reach, count = reach_of(layout, settings), min(len(used), fold_count(layout, settings))
     parts = [Observed.nothing(model, reach) for _ in range(count)]
     for number, document in enumerate(used):
@@ -144,7 +144,7 @@ def decide(
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
         "likeness": layer_likeness(found.moments),
-        "plans": plans(best, settings.ratios, candidates.bits_full),
+        "plans": plans(best, settings.ratios, candidates.layers),
         "spectra": spectra(found.moments),
     }
     measured = replace(best, figures=figures)
@@ -234,7 +234,7 @@ def _validation(
     """At every ratio: the fixed recipe, and what each decision adds to it."""
     rows = []
     for ratio in settings.ratios:
-        fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size)
+        fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size, index="sketch")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),

@@ -63,26 +63,43 @@ class SharedBasis:
 
 @dataclass(frozen=True, eq=False)
 class CalibratedGroup:
-    """Adjacent layers that share token factors, with their bases."""
+    """Adjacent layers that share token factors, with their bases.
+
+    In a group of latent attention (MLA) the keys are the latents, and there are no values: None.
+    """
 
     layers: tuple[int, ...]
     keys: SharedBasis
-    values: SharedBasis
+    values: SharedBasis | None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it has bases of."""
+        return KINDS if self.values is not None else KINDS[:1]
 
     def basis(self, kind: Kind) -> SharedBasis:
-        """Its keys' or its values'."""
-        return self.keys if kind == "key" else self.values
+        """Its keys' or its values'.
+
+        Raises:
+            KeyError: it has none of this kind.
+        """
+        found = self.keys if kind == "key" else self.values
+        if found is None:
+            raise KeyError(kind)
+        return found
 
     def fits(self, layers: Mapping[int, LayerLayout]) -> bool:
         """Whether its layers, by index, have the heads and dimensions it was made for."""
         mine = [layers[index] for index in self.layers]
-        shapes = [one.shape[:2] for one in (*self.keys.metric, *self.values.metric)]
+        shapes = [metric.shape[:2] for kind in self.kinds for metric in self.basis(kind).metric]
         keys = [(one.kv_heads, one.head_dim) for one in mine]
-        return shapes == [*keys, *((one.kv_heads, one.value_dim) for one in mine)]
+        values = [(one.kv_heads, one.value_dim) for one in mine if one.kind != "latent"]
+        return shapes == [*keys, *values]
 
     def leading(self, rank_k: int, rank_v: int) -> CalibratedGroup:
         """The group with so many directions of each."""
-        return CalibratedGroup(self.layers, self.keys.leading(rank_k), self.values.leading(rank_v))
+        values = None if self.values is None else self.values.leading(rank_v)
+        return CalibratedGroup(self.layers, self.keys.leading(rank_k), values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +109,7 @@ class Calibration:
     Args:
         groups: of all full-attention layers, in order.
         planes: by layer, int16 [kv_heads, D // 2, 2]: pairs of key dimensions that RoPE turns together (or
-            that do not turn), those that tell most about scores first.
+            that do not turn), those that tell most about scores first. Latent layers have none.
         figures: what was measured, plain JSON values; docs/calibration.md says what they are.
         id: of the artifact, "" before it is stored.
     """
@@ -135,7 +152,7 @@ class Calibration:
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         for number, group in enumerate(self.groups):
-            for kind in KINDS:
+            for kind in group.kinds:
                 basis, name = group.basis(kind), f"group.{number}.{kind}"
                 yield f"{name}.bases", basis.bases
                 yield f"{name}.energies", basis.energies
@@ -158,6 +175,7 @@ class Calibration:
         planes = {
             layer: read.planes(layer, metric)
             for group in made
+            if group.values is not None
             for layer, metric in zip(group.layers, group.keys.metric, strict=True)
         }
         read.finish()
@@ -171,8 +189,9 @@ class _Reader:
         self._left = dict(tensors)
 
     def group(self, number: int, layers: tuple[int, ...]) -> CalibratedGroup:
-        made = {}
-        for kind in KINDS:
+        """Of latents where there are no bases of values."""
+        made: dict[Kind, SharedBasis] = {}
+        for kind in KINDS if f"group.{number}.value.bases" in self._left else KINDS[:1]:
             name = f"group.{number}.{kind}"
             metric = tuple(self._metric(f"layer.{layer}.{kind}.metric") for layer in layers)
             width = sum(one.shape[0] * one.shape[1] for one in metric)
@@ -183,7 +202,7 @@ class _Reader:
             if float(energies[-1]) < 0 or bool((energies[1:] > energies[:-1]).any()):
                 raise CorruptArtifact(f"tensor {name}.energies is not in descending order down to 0")
             made[kind] = SharedBasis(bases, metric, energies)
-        return CalibratedGroup(layers, made["key"], made["value"])
+        return CalibratedGroup(layers, made["key"], made.get("value"))
 
     def planes(self, layer: int, metric: torch.Tensor) -> torch.Tensor:
         """Of a layer whose keys have this metric."""

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 
 from xkv_service.calibration.allocation import Offers, least_cost
 from xkv_service.calibration.bases import Metric, group_energies, shared_group
-from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.latent_metric import latent_metric
 from xkv_service.calibration.metrics import Metrics, Shape, Weighting
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.partition import partition
+from xkv_service.calibration.plan import factor_bits
 from xkv_service.calibration.query_covariance import covariance_metric
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.tolerance import Tolerances
@@ -38,11 +40,17 @@ class Candidates:
         self.moments = found.moments
         self.layers = found.moments.layers
         modules, places = inspect_loaded(model).modules, range(len(self.layers))
-        shapes: dict[Shape, list[torch.Tensor | None]] = {
-            "query": [self._query_metric(place) for place in places],
-            "covariance": [self._covariance_metric(place) for place in places],
-            "output": [_output_metric(modules[layer.index], layer) for layer in self.layers],
-        }
+        shapes: dict[Shape, list[torch.Tensor | None]]
+        if self.layers[0].kind == "latent":
+            covariances = map(self._query_covariance, places)
+            latents = [latent_metric(model, *one) for one in zip(self.layers, covariances, strict=True)]
+            shapes = {"query": [*latents]}
+        else:
+            shapes = {
+                "query": [self._query_metric(place) for place in places],
+                "covariance": [self._covariance_metric(place) for place in places],
+                "output": [_output_metric(modules[layer.index], layer) for layer in self.layers],
+            }
         self.metrics = Metrics(self.moments, tolerances, shapes)
 
     def fixed_groups(self) -> list[tuple[int, int]]:
@@ -65,25 +73,21 @@ class Candidates:
         """Bases of the groups in a metric."""
         metric = self.metrics.of(weighting)
         made = [shared_group(self.moments, first, count, metric) for first, count in groups]
-        energies = [group.basis(kind).energies for group in made for kind in KINDS]
-        runs = Offers(energies, BITS).runs(self._bits_per_token(self.settings.most_ratio))
-        kept = tuple(
-            group.leading(rank_of(keys), rank_of(values))
-            for group, keys, values in zip(made, runs[0::2], runs[1::2], strict=True)
-        )
-        planes = {layer.index: self._planes(place) for place, layer in enumerate(self.layers)}
+        energies = [group.basis(kind).energies for group in made for kind in group.kinds]
+        ranks = map(rank_of, Offers(energies, BITS).runs(self._bits_per_token(self.settings.most_ratio)))
+        kept = tuple(group.leading(next(ranks), 0 if group.values is None else next(ranks)) for group in made)
+        planes = {
+            layer.index: self._planes(place)
+            for place, layer in enumerate(self.layers)
+            if layer.kind != "latent"
+        }
         return Calibration(kept, planes, id="candidate")
 
     def _energies(self, metric: Metric, first: int, count: int) -> list[torch.Tensor]:
-        return [group_energies(self.moments, kind, first, count, metric) for kind in KINDS]
-
-    @property
-    def bits_full(self) -> int:
-        """Bits of a token in the exact cache of these layers."""
-        return sum(16 * (layer.key_width + layer.value_width) for layer in self.layers)
+        return [group_energies(self.moments, kind, first, count, metric) for kind in self.moments.kinds]
 
     def _bits_per_token(self, ratio: float) -> float:
-        return self.bits_full / ratio
+        return factor_bits(self.layers, ratio)
 
     def _planes(self, place: int) -> torch.Tensor:
         candidates = self.found.planes[place]

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.moments import Moments
-from xkv_service.calibration.plan import ColumnPlan
+from xkv_service.calibration.plan import ColumnPlan, factor_bits
+from xkv_service.modeling.layout import LayerLayout
 
 POINTS = 40
 PLAN_TOKENS = 4096
@@ -18,14 +19,14 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def plans(
-    calibration: Calibration, ratios: Sequence[float], bits_full: int
+    calibration: Calibration, ratios: Sequence[float], layers: Sequence[LayerLayout]
 ) -> dict[str, list[dict[str, Any]]]:
-    """By ratio: columns and bits of each group, all bytes but those of factors left out of account.
+    """By ratio: columns and bits of each group, from the bytes that `plan.factor_bits` leaves for factors.
 
     Args:
-        bits_full: bits of a token in the exact cache.
+        layers: the layers that are compressed.
     """
-    return {f"{ratio:g}": _plan(calibration, ratio, bits_full / ratio) for ratio in ratios}
+    return {f"{ratio:g}": _plan(calibration, ratio, factor_bits(layers, ratio)) for ratio in ratios}
 
 
 def _plan(calibration: Calibration, ratio: float, bits_per_token: float) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def spectra(moments: Moments, sizes: Sequence[int] = (1, 2, 4, 8)) -> dict[str, 
     """By "key" and "value", then by layers in a group: (share of the width, share of the energy that so many
     directions hold), the mean over whole groups."""
     found: dict[str, dict[str, list[list[float]]]] = {}
-    for kind in KINDS:
+    for kind in moments.kinds:
         for size in (one for one in sizes if one <= min(moments.reach + 1, len(moments.layers))):
             starts = range(0, len(moments.layers) - size + 1, size)
             kept = torch.stack([_kept(moments.gram(kind, start, size)) for start in starts]).mean(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xkv_service.calibration.calibration import KINDS, Kind
+from xkv_service.calibration.calibration import Kind
 from xkv_service.calibration.moments import Moments
 
 
@@ -14,7 +14,7 @@ def layer_likeness(moments: Moments) -> dict[str, list[list[float | None]]]:
     Linear CKA of centered features is |C_ij|² / (|C_ii| |C_jj|) with cross-covariances C (Kornblith et al.,
     2019, equation 5).
     """
-    return {kind: _matrix(moments, kind) for kind in KINDS}
+    return {kind: _matrix(moments, kind) for kind in moments.kinds}
 
 
 def _matrix(moments: Moments, kind: Kind) -> list[list[float | None]]:

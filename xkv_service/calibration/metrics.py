@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from xkv_service.calibration.bases import Metric
-from xkv_service.calibration.calibration import KINDS, Kind
+from xkv_service.calibration.calibration import Kind
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.tolerance import Tolerances
 
@@ -46,8 +46,9 @@ class Metrics:
     Args:
         moments: second moments. tolerances: error that each layer stands.
         shapes: by position, float64 [kv_heads, D, D], or None where nothing is known. "query": energy of the
-            queries that meet its keys, by plane. "covariance": their covariance, averaged over positions.
-            "output": W_oᵀ W_o summed over query heads.
+            queries that meet its keys, by plane; of latents what an error does to scores and outputs
+            (`latent_metric`). "covariance": their covariance, averaged over positions. "output": W_oᵀ W_o
+            summed over query heads.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Metrics:
     ) -> None:
         self._moments, self._tolerances, self._shapes = moments, tolerances, shapes
         places = range(len(moments.layers))
-        self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in KINDS}
+        self._variance = {kind: [moments.variance(kind, place) for place in places] for kind in moments.kinds}
 
     def of(self, weighting: Weighting) -> Metric:
         """The metric of one weighting."""

@@ -39,10 +39,11 @@ class KindMoments:
 
 @dataclass(eq=False)
 class Moments:
-    """Moments of all full-attention layers over `tokens` tokens.
+    """Moments of all compressible layers over `tokens` tokens: all of full, or all of latent attention.
 
     Args:
         layers: the layers, in order. reach: neighbours after a layer whose products with it are kept.
+        keys, values: latents (MLA) are keys without values, of which there are no moments then.
     """
 
     layers: tuple[LayerLayout, ...]
@@ -64,7 +65,13 @@ class Moments:
             )
 
         keys = zeros([layer.key_width for layer in layers])
-        return cls(tuple(layers), reach, keys, zeros([layer.value_width for layer in layers]))
+        values = zeros([layer.value_width for layer in layers if layer.kind != "latent"])
+        return cls(tuple(layers), reach, keys, values)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What there are moments of."""
+        return KINDS if self.values.sums else KINDS[:1]
 
     def kind(self, kind: Kind) -> KindMoments:
         """Those of the keys or of the values."""
@@ -74,7 +81,7 @@ class Moments:
         """Add a prefix's tokens but its first `skip`, which are kept exact."""
         for start in range(min(skip, exact.tokens - 1), exact.tokens, _CHUNK):
             stop = min(start + _CHUNK, exact.tokens)
-            for kind in KINDS:
+            for kind in self.kinds:
                 self._add(self.kind(kind), [_rows(exact, layer, kind, start, stop) for layer in self.layers])
             self.tokens += stop - start
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkv_service.calibration.latent_metric import expansion_maps
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
 from xkv_service.calibration.query_covariance import average_over_positions
@@ -32,8 +33,9 @@ class Observed:
     Args:
         moments: of keys and values.
         queries: by position, float64 [query_heads, D, D]: sums of qᵀq of the probes' queries, averaged over
-            the positions of the document's tokens (`query_covariance`).
-        query_tokens: how many queries. planes: by position, candidate planes int64 [n, 2].
+            the positions of the document's tokens (`query_covariance`); of latent attention, as they meet
+            what latents expand to.
+        query_tokens: how many queries. planes: by position, candidate planes int64 [n, 2]; none of latents.
     """
 
     moments: Moments
@@ -46,11 +48,13 @@ class Observed:
         """Before the first document.
 
         Raises:
-            UnsupportedModel: latent attention, which has no calibration.
+            UnsupportedModel: full and latent attention in one model.
         """
         layers = calibrated_layers(inspect_loaded(model).layout)
         queries = [
-            torch.zeros(one.query_heads, one.head_dim, one.head_dim, dtype=torch.float64, device=model.device)
+            torch.zeros(
+                one.query_heads, *[_query_dim(model, one)] * 2, dtype=torch.float64, device=model.device
+            )
             for one in layers
         ]
         return cls(Moments.empty(layers, reach, model.device), queries, 0, [])
@@ -68,20 +72,25 @@ def calibrated_layers(layout: ModelLayout) -> tuple[LayerLayout, ...]:
     """The layers that a calibration is about.
 
     Raises:
-        UnsupportedModel: some have latent attention.
+        UnsupportedModel: some have full and some have latent attention.
     """
-    if any(layer.kind == "latent" for layer in layout.compressible):
+    if len({layer.kind for layer in layout.compressible}) > 1:
         raise UnsupportedModel(
-            "latent attention (MLA) has no calibration yet", hint="compress without one: --calibration none"
+            "a model of full and of latent attention has no calibration",
+            hint="compress without one: --calibration none",
         )
     return layout.compressible
+
+
+def _query_dim(model: PreTrainedModel, layer: LayerLayout) -> int:
+    return layer.head_dim if layer.kind == "full" else expansion_maps(model, layer)[0].shape[-1]
 
 
 def reach_of(layout: ModelLayout, settings: CalibrationSettings) -> int:
     """Neighbours whose products are kept: all in a small model, so that every pair can be compared.
 
     Raises:
-        UnsupportedModel: latent attention, which has no calibration.
+        UnsupportedModel: full and latent attention in one model.
     """
     layers = calibrated_layers(layout)
     if sum(layer.key_width + layer.value_width for layer in layers) <= _SMALL_WIDTH:
@@ -100,7 +109,9 @@ def observe_document(model: PreTrainedModel, document: ProbedPrefix, found: Obse
     try:
         found.moments.observe(exact, CompressionSpec.sink)
         found.planes = found.planes or [
-            candidate_planes(exact.planes(layer.index), layer.head_dim) for layer in found.moments.layers
+            candidate_planes(exact.planes(layer.index), layer.head_dim)
+            for layer in found.moments.layers
+            if layer.kind != "latent"
         ]
         watcher = _Queries(found.moments.layers, found.queries)
         with observe(model, watcher, []):

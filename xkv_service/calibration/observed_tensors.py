@@ -41,7 +41,7 @@ def observed_of(
     count = len(layers)
     own = {name: tensor.to(device or "cpu", copy=True) for name, tensor in tensors.items()}
     moments = Moments.empty(layers, reach_of(layout, settings), device or torch.device("cpu"))
-    for kind in KINDS:
+    for kind in moments.kinds:
         part = moments.kind(kind)
         part.products = [own[f"{kind}.products.{place}"] for place in range(count)]
         part.sums = [own[f"{kind}.sums.{place}"] for place in range(count)]

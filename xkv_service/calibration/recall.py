@@ -14,6 +14,7 @@ import torch
 from xkv_service.calibration.probes import ProbedPrefix, predictions
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.latent import LatentPrefix
 from xkv_service.decoding.layer_prefix import ReadablePrefix
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.scoring import Scoring
@@ -88,7 +89,7 @@ def measure_recall(
         if isinstance(layer, PrefixLayer):
             mine = prefix.layers[layer.index]
             selections = {name: Selection(mine, spec) for name, spec in choices.items()}
-            meters[layer.index] = RecallMeter(mine, exact.rotated_keys(layer.index), selections)
+            meters[layer.index] = RecallMeter(mine, _exact_keys(mine, exact, layer.index), selections)
             layer.selection = meters[layer.index]
     with enable_xkv(prefix.model):
         predictions(prefix.model, cache, document.probes)
@@ -96,3 +97,10 @@ def measure_recall(
         layer: {name: torch.tensor(values) for name, values in meter.found.items()}
         for layer, meter in meters.items()
     }
+
+
+def _exact_keys(prefix: ReadablePrefix, exact: Prefill, layer: int) -> torch.Tensor:
+    """Keys as queries meet them, [T, kv_heads, D]: those of latent attention are expanded first."""
+    if isinstance(prefix, LatentPrefix):
+        return prefix.expanded(exact.keys(layer)[:, 0], exact.values(layer)[:, 0])
+    return exact.rotated_keys(layer)

@@ -20,6 +20,7 @@ from xkv_service.calibration.report.over_layers import (
     plan_charts,
     tolerance_charts,
 )  # fmt: skip
+from xkv_service.calibration.report.selection import selection
 from xkv_service.calibration.report.stability import stability
 from xkv_service.calibration.report.style import STYLE
 from xkv_service.calibration.report.svg_layers import draw_heat, draw_stacks, stack_legend
@@ -86,6 +87,7 @@ def _sections(figures: Mapping[str, Any], title: str) -> list[Markup]:
         _section("What noise each layer stands", _figures([*tolerance_charts(figures)]), _sensitive(figures)),
         _section("Which layers are alike", _figures([*likeness_charts(figures)])),
         _section("How few directions are needed", _figures([*spectra_charts(figures)])),
+        _section("Which tokens are looked at", selection(figures)),
         _section("If the sample had been another", stability(figures)),
         _section("How sure this is", certainty(figures), usual(figures)),
         _section("Small print", small_print(figures)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xkv_service.calibration.metrics import WEIGHTINGS, Weighting
-from xkv_service.errors import InvalidSpec
+from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.modeling.layout import LayerLayout
 from xkv_service.numeric import is_integer, is_number
 from xkv_service.selection.spec import SelectionSpec
+
+_MOST_RATIO_LATENT = 4.0
+"""3.0 in DeepSeek-V3: latents are compressed less, so more of their directions are used."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,38 @@ class CalibrationSettings:
     most_ratio: float = 12.0
     selection: SelectionSpec = field(default_factory=SelectionSpec)
 
+    @classmethod
+    def of(
+        cls, layers: Sequence[LayerLayout], ratio: float | None = None, group_size: int | None = None
+    ) -> CalibrationSettings:
+        """The defaults for a model of these layers, but for what is given.
+
+        Latent attention (MLA) keeps a part of each token exact, so there the default ratios are those of the
+        rest: 48 becomes 7.7 in DeepSeek-V3.
+
+        Raises:
+            InvalidSpec: a value out of range.
+            RatioUnreachable: what is kept exact leaves no such ratio.
+        """
+        exact = exact_share(layers)
+        if ratio is not None and ratio * exact >= 1:
+            raise RatioUnreachable(
+                f"ratio={ratio:g} cannot be reached: {exact:.1%} of the cache are rotated keys, kept exact",
+                hint=f"use a ratio below {1 / exact:.1f}",
+            )
+
+        def stored(asked: float) -> float:
+            return asked if not exact else round(1 / (exact + (1 - exact) / asked), 2)
+
+        ratios = {stored(one) for one in cls.ratios} | ({ratio} if ratio is not None else set())
+        return cls(
+            ratio=stored(cls.ratio) if ratio is None else ratio,
+            ratios=tuple(sorted(ratios)),
+            group_size=cls.group_size if group_size is None else group_size,
+            weightings=("plain", "tolerance", "tolerance+both") if exact else WEIGHTINGS,
+            most_ratio=stored(_MOST_RATIO_LATENT) if exact else cls.most_ratio,
+        )
+
     def __post_init__(self) -> None:
         for name in ("ratio", "ratios", "most_ratio"):
             value = getattr(self, name)
@@ -56,3 +93,9 @@ class CalibrationSettings:
     def _check(self, name: str, fits: bool, wanted: str) -> None:
         if not fits:
             raise InvalidSpec(f"{name}={getattr(self, name)!r} is out of range", hint=f"use {wanted}")
+
+
+def exact_share(layers: Sequence[LayerLayout]) -> float:
+    """Share of the cached numbers of a token that is kept as it is: the rotated keys of latent attention."""
+    exact = sum(layer.value_width for layer in layers if layer.kind == "latent")
+    return exact / sum(layer.key_width + layer.value_width for layer in layers)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 
 from xkv_artifacts.calibration_format import STATISTICS
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.keys import sample_sha256
-from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.moments import KindMoments, Moments
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.probes import ProbedPrefix
@@ -55,7 +56,7 @@ class Statistics:
             DOCUMENTS: torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(-1, 32),
         }
         for place, layer in enumerate(moments.layers):
-            for kind in KINDS:
+            for kind in moments.kinds:
                 name, held = f"{STATISTICS}layer.{layer.index}.{kind}", moments.kind(kind)
                 width = held.products[place].shape[0]
                 named[f"{name}.moments"] = _packed(held.products[place][:, :width] / moments.tokens)
@@ -86,10 +87,12 @@ class Statistics:
         """
         read = _Reader(tensors, layers, reach, device)
         tokens, query_tokens = read.counts()
-        keys, values = (read.moments(kind, tokens) for kind in KINDS)
+        latent = layers[0].kind == "latent"
+        keys = read.moments("key", tokens)
+        values = KindMoments([], []) if latent else read.moments("value", tokens)
         moments = Moments(tuple(layers), reach, keys, values, tokens)
         queries = [read.queries(layer) * query_tokens for layer in layers]
-        planes = [calibration.planes[layer.index][0].long() for layer in layers]
+        planes = [] if latent else [calibration.planes[layer.index][0].long() for layer in layers]
         return cls(Observed(moments, queries, query_tokens, planes), documents_of(tensors))
 
 
@@ -144,9 +147,14 @@ class _Reader:
         return KindMoments(products, sums)
 
     def queries(self, layer: LayerLayout) -> torch.Tensor:
-        dim = layer.head_dim
-        shape = (layer.query_heads, dim * (dim + 1) // 2)
-        return _unpacked(self._take(f"{STATISTICS}layer.{layer.index}.queries", shape), dim)
+        """Those of latent attention have dimensions of their own."""
+        name, dim = f"{STATISTICS}layer.{layer.index}.queries", layer.head_dim
+        found = self._take(name, (layer.query_heads, None))
+        if layer.kind == "latent":
+            dim = (isqrt(8 * found.shape[1] + 1) - 1) // 2
+        if found.shape[1] != dim * (dim + 1) // 2:
+            raise CorruptArtifact(f"tensor {name} is {found.dtype} {list(found.shape)}")
+        return _unpacked(found, dim)
 
     def _cross(self, name: str, width: int, further: Sequence[int]) -> torch.Tensor:
         """Products with the neighbours within reach; more of them may be kept."""

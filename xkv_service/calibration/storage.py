@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,9 +67,18 @@ def calibration_manifest(
         ),
         settings=calibration.figures.get("settings", {}),
         groups=tuple(group.layers for group in calibration.groups),
-        figures=dict(calibration.figures),
+        figures=_finite(dict(calibration.figures)),
         created=datetime.now(timezone.utc),
     )
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what JSON has no number for: the divergence of predictions that are none."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_calibration_file(path: Path, manifest: CalibrationManifest, calibration: Calibration) -> None:
@@ -79,14 +90,20 @@ def write_calibration_file(path: Path, manifest: CalibrationManifest, calibratio
 
 
 def read_calibration_file(path: Path) -> Calibration:
-    """A calibration from a file, every byte checked.
+    """A calibration from a file, every byte checked. Raises as `read_identified`."""
+    return read_identified(path)[1]
+
+
+def read_identified(path: Path) -> tuple[ModelIdentity, Calibration]:
+    """A calibration from a file, every byte checked, and the model it is of.
 
     Raises:
         StoreError: it cannot be read. CorruptArtifact, UnsupportedFormat: it is no calibration.
     """
     with store_errors("read", str(path)), path.open("rb") as file:
         manifest, tensors = read_calibration(file)
-    return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
+    made = Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
+    return manifest.model, made
 
 
 def load_calibration(

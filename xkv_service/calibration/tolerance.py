@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.calibration import KINDS, Kind
+from xkv_service.calibration.calibration import Kind
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.probes import Probe, exact_cache, predictions
 from xkv_service.fidelity import compare_distributions
@@ -59,7 +59,7 @@ class Tolerance:
 
 
 Tolerances = dict[tuple[int, Kind], Tolerance]
-"""By position of a layer among the full-attention ones."""
+"""By position of a layer among the compressible ones."""
 
 
 def no_tolerances(moments: Moments) -> Tolerances:
@@ -67,7 +67,7 @@ def no_tolerances(moments: Moments) -> Tolerances:
     return {
         (place, kind): Tolerance(tuple(share * moments.variance(kind, place) for share in SHARES))
         for place in range(len(moments.layers))
-        for kind in KINDS
+        for kind in moments.kinds
     }
 
 

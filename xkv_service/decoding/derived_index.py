@@ -82,7 +82,8 @@ class KeptPlanes:
         by_head = layer.key_bases.reshape(-1, heads, layer.head_dim)
         head = torch.arange(heads, device=device)[:, None]
         sides = [by_head[:, head, planes[..., side].long()].flatten(1) for side in (0, 1)]
-        self._columns = torch.cat(sides, 1)
+        columns, scales = torch.cat(sides, 1), layer.key_scales
+        self._columns = columns if scales is None else columns * scales[:, None]
         places = torch.arange(2 * count, dtype=torch.int16, device=device).reshape(count, 2)
         self._places = places.expand(heads, -1, -1).contiguous()
 

@@ -18,6 +18,7 @@ from xkv_service.decoding.layer_prefix import described_positions, half, keep_fi
 from xkv_service.decoding.scoring import Scorer
 from xkv_service.errors import UnsupportedModel
 from xkv_service.factors import PrefixFactors
+from xkv_service.packed_factors import PackedFactors, leading_columns
 from xkv_service.stored import RANK_BLOCK
 
 INDEX_RANK = RANK_BLOCK
@@ -78,10 +79,8 @@ class LatentPrefix:
     ) -> None:
         group, place = factors.locate(layer)
         self.layer, self.tokens, self.dtype, self._expand = layer, factors.tokens, expansion.dtype, expansion
-        self._factors, self._bases, _ = half(group.keys, place, device, self.dtype)
-        assert isinstance(
-            self._factors, torch.Tensor
-        )  # packed columns are a calibration's, latents have none
+        self._factors, bases, scales = half(group.keys, place, device, self.dtype)
+        self._bases = bases if scales is None else bases * scales[:, None]
         self._rope_keys = factors.rope_keys[layer].to(device, self.dtype)
         key_maps, value_maps, rope_maps = expansion.maps(
             self._bases.shape[1], self._rope_keys.shape[1], device
@@ -117,6 +116,10 @@ class LatentPrefix:
         latents = self._factors[positions].to(self.dtype) @ self._bases
         return self._expand(latents, self._rope_keys[positions])[0].transpose(0, 1)
 
+    def expanded(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor:
+        """Keys [k, heads, D] of exact latents [k, rank] and rotated keys [k, rope_dim]."""
+        return self._expand(latents, rope_keys)[0].transpose(0, 1)
+
     def value_factors(self, positions: torch.Tensor) -> torch.Tensor:
         """A[positions], [k, r]: `value_bases` lead from the latents' factors to each head's values."""
         return self._factors[positions].to(self.dtype)
@@ -126,7 +129,7 @@ class LatentScorer:
     """Scores tokens by the leading columns of the latents' token factors and the exact rotated keys.
 
     Args:
-        factors: A [T, r]. rope_keys: [T, rope_dim].
+        factors: A [T, r]; packed columns are unpacked when they score. rope_keys: [T, rope_dim].
         key_maps: [heads, n, D], from n leading columns of A to each head's key.
         rope_maps: [heads, rope_dim, D], from a rotated key to each head's key.
     """
@@ -135,12 +138,12 @@ class LatentScorer:
 
     def __init__(
         self,
-        factors: torch.Tensor,
+        factors: torch.Tensor | PackedFactors,
         rope_keys: torch.Tensor,
         key_maps: torch.Tensor,
         rope_maps: torch.Tensor,
     ) -> None:
-        self._leading, self._rope_keys = factors[:, : key_maps.shape[1]], rope_keys
+        self._leading, self._rope_keys = leading_columns(factors, key_maps.shape[1]), rope_keys
         self._maps = torch.cat([key_maps, rope_maps], dim=1).mT.float()
 
     def first(self, tokens: int) -> LatentScorer:
@@ -152,5 +155,5 @@ class LatentScorer:
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         absorbed = queries.float() @ self._maps
         count = self._leading.shape[1]
-        scores = absorbed[..., :count] @ self._leading.float().t()
+        scores = absorbed[..., :count] @ self._leading[:].float().t()
         return scores.add_(absorbed[..., count:] @ self._rope_keys.float().t())

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
-from xkv_artifacts.fingerprint import fingerprint_files
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
-from xkv_service.errors import InvalidSpec, ModelMismatch, ModelNotFound
+from xkv_service.errors import InvalidSpec, ModelMismatch
 from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
-from xkv_service.modeling.model_files import find_model
+from xkv_service.modeling.model_files import fingerprint_of
 from xkv_service.numeric import is_integer
 from xkv_service.packed_factors import leading_runs
 from xkv_service.spec import CompressionSpec
@@ -68,16 +68,10 @@ def load_factors(
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:
-    name = getattr(model, "name_or_path", "")
-    if not name:
-        return
-    try:
-        files = find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
-    except ModelNotFound:
-        return
-    if fingerprint_files(files.path, dtype=manifest.model.dtype) != manifest.model.fingerprint:
+    found = fingerprint_of(model, manifest.model.dtype)
+    if found not in (None, manifest.model.fingerprint):
         raise ModelMismatch(
-            f"artifact {manifest.id[:12]} was made with other files than {files.name}'s: "
+            f"artifact {manifest.id[:12]} was made with other files than {Path(model.name_or_path).name}'s: "
             f"{manifest.model.name} ({manifest.model.architecture})",
             hint="load the model and revision that it was precomputed with, or precompute again",
         )

@@ -31,6 +31,8 @@ def on_device(factors: PrefixFactors, device: torch.device) -> PrefixFactors:
     copying.wait_stream(torch.cuda.current_stream(device))
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "cpu":  # made on this device, and not stored yet
+            return tensor.to(device)
         target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         with torch.cuda.stream(copying):
             return target.copy_(tensor.pin_memory() if tensor.numel() else tensor, non_blocking=True)

@@ -280,7 +280,7 @@ class PrefixPool:
             return self._bound(announced, shared)
 
     def _bound(self, announced: Announced, shared: Calibration | None) -> BoundPrefix:
-        """Read and bind what there is room for, measure it, and keep it."""
+        """Read and bind what there is room for, measure it, and keep it, held once."""
         begin = time.perf_counter()
         bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared))
         seconds = time.perf_counter() - begin
@@ -290,6 +290,7 @@ class PrefixPool:
         with self._lock:
             if not self._residents.put(announced.artifact_id, bound, held, needs):
                 raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
+            self._residents.hold(announced.artifact_id)  # until those who wait have it
             self._count(loads=1, load_seconds=seconds, loaded_bytes=announced.stored_bytes)
         return bound
 
@@ -336,9 +337,11 @@ class PrefixPool:
                 self._count_failure(failure, max(1, len(load.waiters)))
             for waiter in load.waiters:
                 answer = failure or self._take(load.artifact_id, waiter.tokens)
-                assert answer is not None, "a prefix that was put in under this lock is there"
+                assert answer is not None, "a prefix that is held is there"
                 answers.append((waiter, answer))
             load.waiters = []
+            if bound is not None:
+                self._residents.release(load.artifact_id)
             self._unpark()
         self._tell(answers)
         if failure is not None and failure.reason == "corrupt" and self._on_corrupt is not None:

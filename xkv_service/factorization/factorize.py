@@ -35,6 +35,7 @@ def factorize(
     grams: torch.Tensor,
     ranks: Sequence[int],
     weights: Sequence[Sequence[FeatureWeights] | None] | None = None,
+    known: Sequence[torch.Tensor] = (),
 ) -> list[Factorization]:
     """Factorizations with the least (weighted) squared error at their rank, for several groups at once.
 
@@ -42,13 +43,16 @@ def factorize(
         grams: [n, W, W], XᵀX of each group.
         ranks: rank of each, 1 to W.
         weights: per group, one `FeatureWeights` per layer in the order of its features, or None.
+        known: per group, layer bases [R, W] of other documents in the metric of `weights`, where there are
+            any: an iteration starts from them.
 
     Returns:
         One `Factorization` per group.
     """
     per_group = [normalized(one) if one else None for one in weights or [None] * len(grams)]
     with precise_products():
-        vectors, energies = leading_eigenvectors(_fold_all(grams, per_group), max(ranks))
+        folded, start = _fold_all(grams, per_group), _start(known, per_group)
+        vectors, energies = leading_eigenvectors(folded, max(ranks), start)
         pairs = [
             _unfold(basis[:, :rank], one) for basis, rank, one in zip(vectors, ranks, per_group, strict=True)
         ]
@@ -64,6 +68,20 @@ def _fold_all(grams: torch.Tensor, weights: Sequence[list[FeatureWeights] | None
     if all(one is None for one in weights):
         return grams
     return torch.stack([_fold(gram, one) for gram, one in zip(grams, weights, strict=True)])
+
+
+def _start(
+    known: Sequence[torch.Tensor], weights: Sequence[list[FeatureWeights] | None]
+) -> torch.Tensor | None:
+    """Wᵀ Bᵀ of each group, [n, W, m]: as many of the directions V in B = Vᵀ W⁻¹ as all groups have."""
+    if not known:
+        return None
+    count = min(len(bases) for bases in known)
+    directions = [
+        bases[:count].T if one is None else apply_blocks([each.blocks.mT for each in one], bases[:count].T)
+        for bases, one in zip(known, weights, strict=True)
+    ]
+    return torch.stack(directions)
 
 
 def _fold(gram: torch.Tensor, weights: list[FeatureWeights] | None) -> torch.Tensor:

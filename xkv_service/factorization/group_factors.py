@@ -118,7 +118,8 @@ class _Work:
         grams = torch.zeros(len(batch), width, width, dtype=dtype, device=self.device)
         for gram, part in zip(grams, batch, strict=True):
             self._gram(part, gram)
-        results = factorize(grams, [part.rank for part in batch], [self._weights(part) for part in batch])
+        weights = [self._weights(part) for part in batch]
+        results = factorize(grams, [part.rank for part in batch], weights, self._known(batch))
         del grams
         return {
             part: (self._low_rank(part, result), result.error)
@@ -162,6 +163,13 @@ class _Work:
                 return known
             _LOG.warning("layers %s: no output projection found, values are not weighted", part.layout.layers)
         return None
+
+    def _known(self, batch: list[Features]) -> list[torch.Tensor]:
+        """The calibration's bases of each part, if there is a calibration."""
+        if self.calibration is None:
+            return []
+        groups = [self.calibration.group_of(part.layout.layers).basis(part.kind) for part in batch]
+        return [basis.bases.to(self.device) for basis in groups]
 
     def _query_weights(self, layer: LayerLayout) -> FeatureWeights:
         energy = self.exact.query_energy(layer.index)

@@ -28,13 +28,15 @@ def project_groups(
         [_project(features, calibration, span) for features in features_of(exact, layout)]
         for layout in layouts
     ]
+    keys = [both[0] for both in made]
+    values = [both[1] if len(both) > 1 else (None, 0.0) for both in made]
     return FactorizedGroups(
         tuple(
-            GroupFactors(layout, keys, values)
-            for layout, ((keys, _), (values, _)) in zip(layouts, made, strict=True)
+            GroupFactors(*one)
+            for one in zip(layouts, [k for k, _ in keys], [v for v, _ in values], strict=True)
         ),
-        tuple(error for (_, error), _ in made),
-        tuple(error for _, (_, error) in made),
+        tuple(error for _, error in keys),
+        tuple(error for _, error in values),
         {},
     )
 

@@ -19,17 +19,22 @@ from xkv_service.kernels.split_product import can_split, split, split_product
 
 OVERSAMPLING = 64
 FILTER_STEPS = 4
+WARM_STEPS = 3
+"""From a calibration's directions: what 4 steps reach from random ones (benchmarks/warm_start.py)."""
 ORDER_STEPS = 3
 _SHIFT = 1e-12
 _LEAF = 512
 
 
-def leading_eigenvectors(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_eigenvectors(
+    grams: torch.Tensor, rank: int, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthonormal directions of most energy, in descending order, deterministic signs.
 
     Args:
         grams: [n, W, W] symmetric positive semidefinite, float64 or float32; overwritten never.
         rank: directions wanted, 1 to W.
+        start: [n, W, m], directions that are near those wanted, if any are known.
 
     Returns:
         float64: vectors [n, W, rank] and energies [n, rank] (eigenvalues, >= 0).
@@ -38,7 +43,7 @@ def leading_eigenvectors(grams: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     if width <= 1024 and grams.device.type == "cpu" or 2 * (rank + OVERSAMPLING) > width:
         vectors, energies = _exact(grams, rank)
     else:
-        vectors, energies = subspace_iteration(grams, rank)
+        vectors, energies = subspace_iteration(grams, rank, start)
     return _fix_signs(vectors), energies
 
 
@@ -53,7 +58,7 @@ def subspace_iteration(
     rank: int,
     start: torch.Tensor | None = None,
     *,
-    steps: int = FILTER_STEPS,
+    steps: int | None = None,
     order_steps: int = ORDER_STEPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Filtered orthogonal iteration with oversampling, then the same inside the small space.
@@ -62,17 +67,21 @@ def subspace_iteration(
     the `rank` columns kept are the best ones. It costs products of [rank, rank] only, where an eigensolver
     on a GPU takes 10 ms a matrix. Products with G run in `grams.dtype` (`_product`), all else in float64.
 
+    Args:
+        start: [n, W, m] in the place of random columns; used where m is at least rank + `OVERSAMPLING`.
+        steps: by default `WARM_STEPS` from `start`, else `FILTER_STEPS`.
+
     Returns:
         float64: vectors [n, W, rank], energies [n, rank].
     """
     batch, width, _ = grams.shape
     size = min(width, rank + OVERSAMPLING)
     product = _product(grams)
-    if start is None:
-        basis = orthonormal(product(_random(batch, width, size, grams)))
+    if start is None or start.shape[-1] < size:
+        basis, usual = orthonormal(product(_random(batch, width, size, grams))), FILTER_STEPS
     else:
-        basis = orthonormal(_filled(start, size, grams))
-    basis = orthonormal(_filtered(product, basis.to(grams.dtype), steps))
+        basis, usual = orthonormal(start[..., :size]), WARM_STEPS
+    basis = orthonormal(_filtered(product, basis.to(grams.dtype), usual if steps is None else steps))
     small = basis.mT @ (grams @ basis.to(grams.dtype)).double()
     eye = torch.eye(size, dtype=torch.float64, device=grams.device).expand(batch, size, size)
     turn = orthonormal(_filtered(lambda columns: small @ columns, eye, order_steps))
@@ -119,14 +128,6 @@ def precise_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _filled(start: torch.Tensor, size: int, grams: torch.Tensor) -> torch.Tensor:
-    """The first `size` columns of [n, W, m], and random ones where there are fewer."""
-    batch, width, columns = start.shape
-    if columns >= size:
-        return start[..., :size]
-    return torch.cat([start.to(grams.dtype), _random(batch, width, size - columns, grams)], -1)
 
 
 def _random(batch: int, width: int, size: int, grams: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from xkv_artifacts.errors import first_line
 from xkv_artifacts.fingerprint import fingerprint_files
@@ -36,6 +42,14 @@ _BAD_CONFIG = (
 )
 # What a checkpoint needs to be loaded by Transformers from safetensors; never pickles, never code.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**24,
+    "num_attention_heads": 2**16,
+    "vocab_size": 2**28,
+}
+"""Fields of a config, and the most that is tried: each layer is made, if only of shapes, to be understood."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,20 +151,45 @@ def find_model(
     return ModelFiles(path, name, resolve_dtype(read_config(path, name), dtype, target), target)
 
 
+def fingerprint_of(model: PreTrainedModel, dtype: str) -> str | None:
+    """The fingerprint, in a dtype, of the files that a model was loaded from; None where there are none."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        files = find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
+    except ModelNotFound:
+        return None
+    return fingerprint_files(files.path, dtype=dtype)
+
+
 def read_config(path: Path, name: str) -> Any:
     """The config in the folder of the model called `name`.
 
     Raises:
-        ModelNotFound: there is none that Transformers reads without remote code.
+        ModelNotFound: there is none that Transformers reads without remote code, or a size no model can have.
     """
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except _BAD_CONFIG as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
         raise ModelNotFound(
             f"{name} has no config that Transformers can read: {first_line(cause or error)}",
             hint="mend it, or use a model type that Transformers itself supports: remote code is never run",
         ) from error
+    _refuse_sizes(config, name)
+    return config
+
+
+def _refuse_sizes(config: Any, name: str) -> None:
+    """Transformers checks what kind of value a size is, not whether a model can have it."""
+    decoder = config.get_text_config(decoder=True)
+    for field, most in _SIZES.items():
+        value = getattr(decoder, field, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ModelNotFound(
+                f"{name}: config.json says {field}={value}", hint=f"no model has that: 1 to {most:,}"
+            )
 
 
 def context_window(config: Any) -> int | None:

@@ -94,6 +94,7 @@ def _calibrated_planes(
             exact.device
         )
         for layer in exact.layout.compressible
+        if layer.kind != "latent"
     }
 
 

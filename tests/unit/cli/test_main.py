@@ -26,6 +26,7 @@ COMMANDS = [
     "ttl",
     "index rebuild",
     "gc",
+    "pack",
     "analyze",
     "eval",
     "doctor",
@@ -90,6 +91,28 @@ def test_wrong_usage_exits_2_with_one_line(arguments: list[str]) -> None:
     assert done.returncode == 2, done
     assert done.stdout == ""
     assert "Error" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["precompute", "--group-size", "0"], "--group-size=0 is out of range"),
+        (["precompute", "--ratio", "0.5"], "--ratio=0.5 is out of range"),
+        (["precompute", "--rank-k", "4"], "--rank-k and --rank-v go together"),
+        (["precompute", "--group-size", "2", "--bits", "4"], "bits 4: with --group-size there is no"),
+        (["calibrate", "--group-size", "0"], "--group-size=0 is out of range"),
+        (["calibrate", "--ratio", "0.5"], "--ratio=0.5 is out of range"),
+        (
+            ["precompute", "--rank-k", "4", "--rank-v", "4", "--on-low-fidelity", "retry"],
+            "--on-low-fidelity=retry halves the ratio",
+        ),
+    ],
+)
+def test_wrong_values_are_told_by_the_option_that_was_typed(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(xkv, [*arguments, "--docs", str(tmp_path)])
+    assert result.exit_code == 2 and expected in result.output, result.output
 
 
 def test_docs_takes_several_paths_after_one_flag(tmp_path: Path) -> None:

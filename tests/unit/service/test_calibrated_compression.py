@@ -18,7 +18,7 @@ from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.format import read_prefix, write_prefix
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.compression import compress, factorize_prefill
+from xkv_service.compression import compress, compress_each, factorize_prefill
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
@@ -299,3 +299,22 @@ def test_a_manifest_as_json_keeps_its_columns_and_refuses_unknown_bits(mixed: Pr
         stop = text.index("]]", start) + 2
         with pytest.raises(ValueError, match="columns_k"):
             PrefixManifest.model_validate_json(text[:start] + bad + text[stop:])
+
+
+def test_one_prefill_serves_several_ways_to_compress(
+    model: PreTrainedModel, calibration: Calibration
+) -> None:
+    """The exact cache that fidelity uses up is needed by none of them twice."""
+    specs = [
+        spec_of(calibration, basis="document", ratio=2.0),
+        spec_of(calibration, ratio=100.0),  # cannot be reached
+        spec_of(calibration, ratio=4.0),
+        CompressionSpec(group_size=1, rank_k=5, rank_v=7, factor_dtype="float32"),
+    ]
+    found = compress_each(model, IDS, specs[:3], calibration) + compress_each(model, IDS, specs[3:])
+    kept = [(specs[0], calibration), (specs[2], calibration), (specs[3], None)]
+    for one, (spec, made) in zip(found, kept, strict=True):
+        alone = compress(model, IDS, spec, made)
+        assert (one.spec, one.fidelity) == (spec, alone.fidelity)
+        for name, tensor in alone.to_tensors().items():
+            assert torch.equal(one.to_tensors()[name], tensor), name

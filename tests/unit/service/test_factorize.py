@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
+from xkv_service.calibration.bases import shared_basis
 from xkv_service.factorization import subspace
 from xkv_service.factorization.factorize import factorize
 from xkv_service.factorization.gram import accumulate_gram, fill_rows, product_dtype
 from xkv_service.factorization.subspace import leading_eigenvectors, orthonormal, subspace_iteration
+from xkv_service.factorization.weights import metric_weights
 from xkv_service.kernels.split_product import split
 
 TOKENS, WIDTH, RANK = 1500, 600, 80
@@ -187,3 +190,54 @@ def test_the_reported_error_is_the_true_one(case: str, rank: int) -> None:
     (result,) = factorize((x.T @ x)[None], [rank])
     true = float((x - x @ result.projection @ result.bases).norm() / x.norm())
     assert result.error == pytest.approx(true, rel=1e-4, abs=1e-6)
+
+
+def _neighbours(width: int, count: int) -> list[torch.Tensor]:
+    """Gram matrices [width, width] of documents whose features have the same directions."""
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    sizes = torch.arange(1, width + 1, dtype=torch.float64) ** -0.7
+    made = []
+    for _ in range(count):
+        rows = torch.randn(3 * width, width, generator=generator, dtype=torch.float64) * sizes
+        made.append((rows @ turn).T @ (rows @ turn))
+    return made
+
+
+def _lost(gram: torch.Tensor, vectors: torch.Tensor) -> float:
+    return float(gram.trace() - (vectors * (gram @ vectors)).sum())
+
+
+def test_three_steps_from_known_directions_are_as_good_as_four_from_random_ones() -> None:
+    *others, gram = _neighbours(384, 5)
+    known = torch.linalg.eigh(torch.stack(others).sum(0)).eigenvectors.flip(-1)
+    best = float(torch.linalg.eigvalsh(gram)[:-40].sum())
+    warm = _lost(gram, subspace_iteration(gram[None], 40, known[None])[0][0])
+    cold = _lost(gram, subspace_iteration(gram[None], 40)[0][0])
+    assert warm <= 1.0001 * cold
+    assert warm < 1.005 * best
+
+
+def test_too_few_known_directions_are_not_started_from() -> None:
+    gram = _neighbours(384, 1)[0]
+    few = torch.eye(384, dtype=torch.float64)[None, :, :60]
+    plain, started = subspace_iteration(gram[None], 40), subspace_iteration(gram[None], 40, few)
+    assert all(torch.equal(one, other) for one, other in zip(plain, started, strict=True))
+
+
+def test_known_bases_are_turned_into_the_directions_they_were_made_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Vᵀ W⁻¹, as a calibration has them: without any step they give the best factors of their document."""
+    gram = _neighbours(192, 1)[0]
+    square = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    metric = square @ square.mT / 64 + torch.eye(64)
+    bases = shared_basis(gram, [metric]).bases
+    weights = [metric_weights(metric)]
+    (best,) = factorize(gram[None], [30], [weights])
+    no_step = partial(subspace_iteration, steps=0)
+    monkeypatch.setattr("xkv_service.factorization.factorize.leading_eigenvectors", no_step)
+    (random,) = factorize(gram[None], [30], [weights])
+    (known,) = factorize(gram[None], [30], [weights], [bases])
+    assert known.error == pytest.approx(best.error, rel=2e-3)
+    assert random.error > 1.01 * best.error

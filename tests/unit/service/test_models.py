@@ -161,10 +161,15 @@ def test_configs_that_are_none(broken: Path, text: str) -> None:
     ("fields", "reason"),
     [
         ({"hidden_size": -5}, "hidden size"),
+        ({"hidden_size": 0}, "config.json says hidden_size=0"),
+        ({"num_hidden_layers": -1}, "config.json says num_hidden_layers=-1"),
+        ({"num_hidden_layers": 10**9}, "config.json says num_hidden_layers=1000000000"),
+        ({"num_hidden_layers": "many"}, "expected int"),
         ({"hidden_size": "wide"}, "expected int"),
         ({"num_attention_heads": 0}, "by zero"),
         ({"num_key_value_heads": 0}, "by zero"),
-        ({"vocab_size": -1}, "negative dimension"),
+        ({"vocab_size": -1}, "config.json says vocab_size=-1"),
+        ({"vocab_size": 0}, "config.json says vocab_size=0"),
         ({"layer_types": ["none"]}, "layer_types"),
     ],
 )

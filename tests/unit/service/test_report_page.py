@@ -27,6 +27,7 @@ HEADINGS = {
     "tolerances": ("What noise each layer stands",),
     "likeness": ("Which layers are alike",),
     "spectra": ("How few directions are needed",),
+    "selection": ("Which tokens are looked at",),
     "stability": ("If the sample had been another",), "chosen_again": (),
     "thresholds": ("Fidelity that is usual",),
     "warnings": ("To know before use",),
@@ -52,6 +53,7 @@ def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
             assert nats(row["kl"], row["kl_error"]) in page
             assert percent(row["agreement"]) in page and times(row["ratio"]) in page
     assert "ratio=48 cannot be reached" in page and "recipe at 48x" in page
+    assert "these have a selection index: 0, 2, 4" in page and "83.4\u00a0%" in page
     assert "12\u00a0documents" in page and "48,123\u00a0tokens" in page and "24\u00a0probes" in page
     assert (
         "Few documents: standard errors are wide." in page

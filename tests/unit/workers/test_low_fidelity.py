@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from xkv_artifacts.manifest import Fidelity
@@ -9,7 +11,8 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec
 from xkv_service.spec import CompressionSpec
 from xkv_workers.compression_options import CompressionOptions
-from xkv_workers.low_fidelity import is_low, retry_spec
+from xkv_workers.low_fidelity import Standard, retry_specs
+from xkv_workers.messages import Stored
 from xkv_workers.request import Request
 
 SPEC = CompressionSpec(
@@ -22,24 +25,40 @@ def fidelity(agreement: float, kl: float) -> Fidelity:
     return Fidelity(top1_agreement=agreement, kl=kl, positions=64, key_error=(0.1,), value_error=(0.1,))
 
 
-def test_another_try_has_half_the_ratio_and_bases_of_its_own() -> None:
-    again = retry_spec(SPEC)
-    assert (again.ratio, again.basis, again.calibration) == (16, "document", SPEC.calibration)
-    assert again.base_dtype == "int8"
-    assert retry_spec(CompressionSpec(ratio=1.5)).ratio == 1
+def test_other_tries_have_half_the_ratio_with_own_and_with_shared_bases() -> None:
+    own, shared = retry_specs(replace(SPEC, factor_dtype="int8"))
+    assert (own.ratio, own.basis, own.factor_dtype, own.base_dtype) == (16, "document", "int8", "int8")
+    assert (shared.ratio, shared.basis, shared.factor_dtype) == (16, "calibrated", "mixed")
+    assert own.calibration == shared.calibration == SPEC.calibration
+    assert shared.base_dtype is None
+    assert [one.ratio for one in retry_specs(CompressionSpec(ratio=1.5))] == [1]
 
 
 def test_the_calibration_says_what_is_low() -> None:
-    assert not is_low(fidelity(0.5, 0.03), SPEC, CALIBRATION, 0.0)
-    assert is_low(fidelity(1.0, 0.031), SPEC, CALIBRATION, 0.0)
-    assert is_low(fidelity(0.89, 0.0), SPEC, CALIBRATION, 0.9), "less than is asked for"
+    standard = Standard(calibration=CALIBRATION)
+    assert not standard.is_low(fidelity(0.5, 0.03), 32.0)
+    assert standard.is_low(fidelity(1.0, 0.031), 32.0)
+    asks = Standard(min_fidelity=0.9, calibration=CALIBRATION)
+    assert asks.is_low(fidelity(0.89, 0.0), 32.0), "less than is asked for"
 
 
 @pytest.mark.parametrize("calibration", [None, Calibration((), {}, {}, "a" * 64)])
 def test_without_thresholds_agreement_says(calibration: Calibration | None) -> None:
-    assert is_low(fidelity(0.89, 0.0), SPEC, calibration, 0.0)
-    assert not is_low(fidelity(0.9, 9.0), SPEC, calibration, 0.0)
-    assert not is_low(fidelity(0.6, 0.0), SPEC, calibration, 0.5)
+    standard = Standard(calibration=calibration)
+    assert standard.is_low(fidelity(0.89, 0.0), 32.0)
+    assert not standard.is_low(fidelity(0.9, 9.0), 32.0)
+    assert not Standard(min_fidelity=0.5, calibration=calibration).is_low(fidelity(0.6, 0.0), 32.0)
+
+
+def test_stored_artifacts_fall_short_as_new_ones_do() -> None:
+    stored = Stored("a" * 64, 10, 100, 10, fidelity=0.95, kl=0.0421, low=True)
+    assert Standard("keep").shortfall(stored) is None
+    assert Standard("retry").shortfall(stored) is None, "nothing better was found"
+    assert Standard("fail").shortfall(replace(stored, low=False)) is None
+    reason = Standard("fail").shortfall(stored)
+    assert reason is not None and "0.950 (KL 0.0421), which is low" in reason
+    reason = Standard("keep", min_fidelity=0.96).shortfall(stored)
+    assert reason is not None and "below 0.96" in reason
 
 
 def test_ranks_cannot_be_halved() -> None:

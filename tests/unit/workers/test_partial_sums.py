@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from xkv_artifacts.blobs import CALIBRATING
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration import folds
 from xkv_service.calibration.folds import total_of
@@ -17,7 +18,7 @@ from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel, load_model
-from xkv_workers.partial_sums import FOLDER, PartialSums
+from xkv_workers.partial_sums import PartialSums
 
 SETTINGS = CalibrationSettings(ratio=2.0)
 SAMPLE = [ProbedPrefix.of_text(str(seed), [(seed + 3 * n) % 200 + 4 for n in range(60)]) for seed in range(3)]
@@ -110,9 +111,23 @@ def test_a_damaged_file_is_begun_again(
     store: ArtifactStore, loaded: LoadedModel, observed: list[Observed]
 ) -> None:
     sums(store, loaded).add(0, observed_tensors(observed[0]))
-    (path,) = Path(store.blobs.url, FOLDER).rglob("*.safetensors")
+    (path,) = Path(store.blobs.url, CALIBRATING).rglob("*.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     begun = sums(store, loaded)
     assert not begun.done and begun.parts == []
+
+
+def test_sums_in_use_are_never_cleaned_up(
+    store: ArtifactStore,
+    loaded: LoadedModel,
+    observed: list[Observed],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("xkv_artifacts.store.SUMS_KEPT_S", -1.0)
+    sums(store, loaded).add(0, observed_tensors(observed[0]))
+    first, second = sums(store, loaded), sums(store, loaded)
+    with first.in_use(), second.in_use():
+        assert store.collect_orphans().sums == 0 and sums(store, loaded).done == {0}
+    assert store.collect_orphans().sums == 1 and not sums(store, loaded).done

@@ -11,6 +11,7 @@ from xkv_service.errors import InvalidPrompt, RatioUnreachable
 from xkv_service.spec import CompressionSpec
 from xkv_workers.corpus import Rejected, list_files
 from xkv_workers.estimate import START_SECONDS, Rate, forecast
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import PrefixJob, Stored
 from xkv_workers.plan import Target, plan
 
@@ -100,12 +101,13 @@ def test_a_forecast_counts_what_would_be_computed(tmp_path: Path, target: Target
     jobs = planned(tmp_path, target)
     here = jobs["d.txt"]
     assert isinstance(here, PrefixJob)
-    stored = Stored(here.artifact_id, 40, 4000, 500, 1.0)
+    stored = Stored(here.artifact_id, 40, 4000, 500, 1.0, 0.0)
     result = forecast(
         plan(list_files([tmp_path]), target),
         lambda job: stored if job == here else None,
         lambda tokens: TenToOne(100 * tokens),
         Rate.of(10.0, "cpu"),
+        Standard(),
     )
     assert (result.documents, result.compute, result.reuse, result.failed) == (5, 2, 2, 1)
     assert (result.tokens, result.bytes_full, result.bytes_stored) == (50, 5000, 500)
@@ -120,15 +122,15 @@ def test_a_forecast_reuses_nothing_below_the_fidelity_asked_for(tmp_path: Path, 
     low, high = (planned(tmp_path, target)[name] for name in ("a.txt", "b.txt"))
     assert isinstance(low, PrefixJob) and isinstance(high, PrefixJob)
     stored = {
-        low.artifact_id: Stored(low.artifact_id, 20, 2000, 250, 0.93),
-        high.artifact_id: Stored(high.artifact_id, 30, 3000, 350, 0.99),
+        low.artifact_id: Stored(low.artifact_id, 20, 2000, 250, 0.93, 0.1),
+        high.artifact_id: Stored(high.artifact_id, 30, 3000, 350, 0.99, 0.0),
     }
     result = forecast(
         plan(list_files([tmp_path]), target),
         lambda job: stored.get(job.artifact_id),
         lambda tokens: TenToOne(100 * tokens),
         Rate.of(10.0, "cpu"),
-        min_fidelity=0.99,
+        Standard(min_fidelity=0.99),
     )
     assert (result.documents, result.compute, result.reuse, result.failed) == (3, 0, 1, 2)
     assert {error.reason for error in result.errors} == {

@@ -12,7 +12,7 @@ def document(uri: str) -> DocumentRef:
 
 
 def stored(artifact_id: str, fidelity: float = 1.0) -> Stored:
-    return Stored(artifact_id, tokens=100, bytes_full=8000, bytes_stored=1000, fidelity=fidelity)
+    return Stored(artifact_id, tokens=100, bytes_full=8000, bytes_stored=1000, fidelity=fidelity, kl=0.0)
 
 
 def test_documents_with_the_same_tokens_share_an_artifact_that_is_counted_once() -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from xkv_artifacts.manifest import DocumentRef
+from xkv_workers.low_fidelity import Standard
 from xkv_workers.messages import PrefixJob, Stored
 from xkv_workers.observer import Silent
 from xkv_workers.pool import WorkerPool
@@ -15,7 +16,7 @@ from xkv_workers.report import Ledger
 from xkv_workers.schedule import Scheduler
 from xkv_workers.shelf import Shelf
 
-FULL = Stored("a" * 64, tokens=3, bytes_full=300, bytes_stored=100, fidelity=0.93)
+FULL = Stored("a" * 64, tokens=3, bytes_full=300, bytes_stored=100, fidelity=0.93, kl=0.02)
 
 
 class FullShelf(Shelf):
@@ -41,7 +42,7 @@ class NoWorkers:
 @pytest.mark.parametrize(("min_fidelity", "reused"), [(0.0, 2), (0.93, 2), (0.99, 0)])
 def test_what_is_stored_is_reused_from_the_fidelity_asked_for(min_fidelity: float, reused: int) -> None:
     ledger = Ledger()
-    scheduler = Scheduler(FullShelf(), NoWorkers(), ledger, Silent(), min_fidelity=min_fidelity)
+    scheduler = Scheduler(FullShelf(), NoWorkers(), ledger, Silent(), Standard(min_fidelity=min_fidelity))
     documents = [DocumentRef(uri=uri, sha256="d" * 64) for uri in ("a.txt", "copy.txt")]
     scheduler.run(PrefixJob(FULL.artifact_id, array("i", [1, 2, 3]), document) for document in documents)
     report = ledger.report(0.0)

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from xkv_service.calibration.choice import reuse_of
-from xkv_service.calibration.storage import read_calibration_file
+from xkv_service.calibration.storage import read_identified
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
-from xkv_service.errors import InvalidSpec
+from xkv_service.errors import InvalidSpec, ModelMismatch
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.model_files import fingerprint_of
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.reconstruct import dense_cache
 from xkv_service.selection.spec import SelectionSpec
@@ -80,7 +81,10 @@ class XKV:
         bases: Literal["int8", "bfloat16"] = "bfloat16",
         reuse: Literal["calibrated", "none"] = "calibrated",
     ) -> None:
-        self.calibration = None if calibration is None else read_calibration_file(Path(calibration))
+        found = None if calibration is None else read_identified(Path(calibration))
+        self._made_for = found[0] if found else None
+        self.calibration = found[1] if found else None
+        self._fitting: WeakSet[PreTrainedModel] = WeakSet()
         reuses = self.calibration is not None and reuse == "calibrated" and index != "none" and not outliers
         self.spec = CompressionSpec(
             group_size=group,
@@ -108,12 +112,26 @@ class XKV:
 
         Raises:
             RatioUnreachable: the ratio leaves no byte for factors of a prefix this short.
+            ModelMismatch: the calibration was made for another model's weights, tokenizer or dtype.
         """
+        self._check_model(model)
         known = _FACTORS.setdefault(exact, {})
         if self.spec not in known:
             known[self.spec] = factorize_prefill(model, exact, self.spec, self.calibration)[0]
         size = size_of(exact.layout, exact.tokens, self.spec, rotary_tables(exact)[1], self.calibration)
         return FactorPrefix(model, known[self.spec], size.bytes_stored, self.selection)
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        if self._made_for is None or self.calibration is None or model in self._fitting:
+            return
+        made, dtype = self._made_for, str(model.dtype).removeprefix("torch.")
+        if fingerprint_of(model, dtype) not in (None, made.fingerprint):
+            raise ModelMismatch(
+                f"calibration {self.calibration.id[:12]} was made for {made.name} ({made.dtype}), not for "
+                f"{Path(model.name_or_path).name} ({dtype})",
+                hint="weights, tokenizer and dtype must be the same: give a calibration of this model",
+            )
+        self._fitting.add(model)
 
 
 def _selection(

@@ -205,3 +205,12 @@ def test_not_ready_without_an_engine(served_model: ServedModel, running: Served)
         assert http.get("/readyz").status_code == 503
     with running.http() as http:
         assert http.get("/readyz").json() == {"status": "ready"}
+
+
+def test_an_engine_that_has_ended_is_not_ready(running: Served, slow: PacedBackend) -> None:
+    slow.engine.close()
+    with running.http() as http:
+        assert http.get("/readyz").status_code == 503
+        answer = http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers

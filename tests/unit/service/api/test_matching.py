@@ -170,9 +170,9 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.mark.parametrize("patience_s", [0.0, 30.0])
+@pytest.mark.parametrize(("way", "patience_s"), [("killed", 0.0), ("killed", 30.0), ("frozen", 0.0)])
 def test_a_redis_that_is_down_costs_one_request_its_patience(
-    tmp_path: Path, loaded: LoadedModel, redis: RedisServer, patience_s: float
+    tmp_path: Path, loaded: LoadedModel, redis: RedisServer, way: str, patience_s: float
 ) -> None:
     settings = replace(SETTINGS, lookup_timeout_s=0.5, lookup_pause_s=1.0)
     with ArtifactStore.open(str(tmp_path / "store"), redis.url, patience_s=patience_s) as store:
@@ -182,7 +182,7 @@ def test_a_redis_that_is_down_costs_one_request_its_patience(
 
         async def scenario() -> None:
             assert await finder.find(prompt, "default") == (PrefixMatch(manifest.id, manifest.tokens), None)
-            redis.kill()
+            redis.kill() if way == "killed" else redis.freeze()
             times = []
             for _ in range(20):
                 started = time.perf_counter()
@@ -191,8 +191,11 @@ def test_a_redis_that_is_down_costs_one_request_its_patience(
                 assert match is None and miss is not None and miss.reason == "unavailable"
             assert times[0] < 0.6
             assert max(times[1:]) < 0.1
-            redis.start()
-            store.rebuild()
+            if way == "killed":
+                redis.start()
+                store.rebuild()
+            else:
+                redis.thaw()
             await asyncio.sleep(1.1)
             assert (await finder.find(prompt, "default"))[0] == PrefixMatch(manifest.id, manifest.tokens)
 

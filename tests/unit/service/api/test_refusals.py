@@ -154,7 +154,11 @@ def test_addresses_and_methods_that_do_not_exist(http: httpx.Client) -> None:
 
 def test_a_prompt_longer_than_the_window(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={**CHAT, **messages("word " * 500)})
-    assert error_of(answer, 400)["code"] == "context_length_exceeded"
+    error = error_of(answer, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    answer = http.post("/v1/completions", json={**TEXT, "prompt": [70] * 2048})
+    error = error_of(answer, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
 
 def test_the_openai_client_raises_its_own_errors(served: Served) -> None:

@@ -17,7 +17,7 @@ from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import MOST_FOLDS, Folds, fold_count, total_of
 from xkv_service.calibration.observed import Observed, observe_document
-from xkv_service.calibration.plan import ColumnPlan
+from xkv_service.calibration.plan import ColumnPlan, factor_bits
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.tolerance import no_tolerances
@@ -89,7 +89,7 @@ def test_what_is_kept_is_measured_on_the_documents_left_out(
         for group, (first, count) in zip(made.groups, GROUPS, strict=True):
             for kind in KINDS:
                 basis = group.basis(kind)
-                bits = candidates_of(parts[mine]).bits_full / SETTINGS.ratio
+                bits = factor_bits(candidates_of(parts[mine]).layers, SETTINGS.ratio)
                 rank = _rank(made, GROUPS.index((first, count)), kind, bits)
                 gram = parts[other].moments.gram(kind, first, count)
                 weight = torch.block_diag(*[one.double() for m in basis.metric for one in m])

