@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,9 @@ from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.serving.settings import APP, ServeSettings
+
+_BUNDLED = "xkv-demo"
+"""A name of the bundled model besides that of its folder."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     """
     keys = KeyRing.read(request.keys)
     _check_address(request, keys)
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # Ray's 15 is for batches: answers must not wait for them
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
@@ -90,7 +97,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
         stack.enter_context(_application(request, settings))
         yield Serving(
             url=f"http://{_shown(request.host)}:{request.port}",
-            model=model.files.identity.name,
+            model=_BUNDLED if request.model is None else model.files.identity.name,
             store_url=store.blobs.url,
             replicas=settings.min_replicas,
             logs=_logs(),
@@ -137,7 +144,7 @@ def _settings(
     )
     return ServeSettings(
         place,
-        aliases=request.aliases,
+        aliases=request.aliases if request.model else (*request.aliases, _BUNDLED),
         engine=request.engine,
         api=request.api,
         prefix_bytes=request.prefix_bytes,
