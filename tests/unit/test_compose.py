@@ -19,9 +19,9 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def test_services_are_redis_head_and_gpu_worker(compose: dict[str, Any]) -> None:
+def test_services_are_redis_head_server_and_gpu_worker(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"redis", "ray-head", "ray-worker"}
+    assert set(services) == {"redis", "ray-head", "server", "ray-worker"}
     assert services["ray-worker"]["profiles"] == ["gpu"]
     (device,) = services["ray-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia"
@@ -35,7 +35,7 @@ def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, A
     }
     named = {source for sources in mounts.values() for source in sources if not source.startswith("${")}
     assert named == set(compose["volumes"])
-    assert all("store" in mounts[name] for name in ("ray-head", "ray-worker"))
+    assert all("store" in mounts[name] for name in ("ray-head", "server", "ray-worker"))
 
 
 def test_build_targets_are_stages_of_the_dockerfile(compose: dict[str, Any]) -> None:
@@ -62,6 +62,14 @@ def test_the_command_in_its_comment_uses_options_that_xkv_has() -> None:
     ).stdout
     for option in (argument for argument in arguments if argument.startswith("--")):
         assert option in shown
+
+
+def test_the_server_is_started_with_options_that_xkv_has(compose: dict[str, Any]) -> None:
+    _, name, *arguments = compose["services"]["server"]["command"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "xkv_cli", name, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(option in shown for option in arguments if option.startswith("--"))
 
 
 def test_every_folder_the_dockerfile_copies_exists() -> None:
