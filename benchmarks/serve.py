@@ -105,7 +105,7 @@ def _documents(folder: Path, shared: int, arguments: argparse.Namespace) -> list
     for number in range(1 + arguments.rounds * len(arguments.sessions)):
         document = make_document(Random(f"serve {shared} {number}"), shared, measure)
         (folder / f"{number}.txt").write_text(document.text)
-        questions = [(one.text, one.answer) for one in document.questions]
+        questions = [(one.question, one.answer) for one in document.questions]
         users = max(arguments.sessions)
         plans.append(
             [

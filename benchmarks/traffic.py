@@ -115,7 +115,7 @@ def _documents(folder: Path, arguments: argparse.Namespace) -> list[Any]:
         document = make_document(random.Random(f"traffic {arguments.seed} {number}"), tokens, measure)
         if number < arguments.stored:
             (folder / "corpus" / f"{number}.txt").write_text(document.text)
-        found.append({"text": document.text, "questions": [one.text for one in document.questions]})
+        found.append({"text": document.text, "questions": [one.question for one in document.questions]})
     return found
 
 

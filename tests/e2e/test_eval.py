@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_and_the_results_are_shown_all_the_same(xkv: Xkv) ->
     assert done.code == 1 and len(done.json["rows"]) == 2
     assert done.err.splitlines() == [
         "error: cannot write /dev/full: No space left on device",
-        "hint: make room, or give another file",
+        "hint: make room, or give another place",
     ]
 
 

@@ -52,6 +52,7 @@ def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: P
         "ratio",
         "fidelity",
         "retried",
+        "low",
     }
     assert report["bytes_stored"] == sum(path.stat().st_size for path in store.rglob("*.safetensors"))
     assert report["ratio"] == pytest.approx(report["bytes_full"] / report["bytes_stored"], abs=1e-3)
@@ -207,9 +208,9 @@ def test_two_workers_share_the_work(precompute: Precompute, corpus: Path) -> Non
         (["--model", "no/such-model"], 1, "no/such-model"),
         (["--rank-k", "5000", "--rank-v", "5000"], 1, "rank_k=5000 is larger than"),
         (["--namespace", "../etc"], 2, "namespace '../etc' is not allowed"),
-        (["--rank-k", "8"], 2, "rank_k and rank_v go together"),
+        (["--rank-k", "8"], 2, "--rank-k and --rank-v go together"),
         (["--ratio", "0.5"], 2, "ratio=0.5 is out of range"),
-        (["--group-size", "0"], 2, "group_size=0 is out of range"),
+        (["--group-size", "0"], 2, "--group-size=0 is out of range"),
         (["--redis", "redis://127.0.0.1:1/0"], 1, "does not answer"),
         (["--redis", "http://x"], 1, "not a Redis URL"),
         (["--ray-address", "127.0.0.1:1"], 1, "Ray does not start at 127.0.0.1:1: nothing answers"),
