@@ -133,9 +133,8 @@ class _Calibrating:
             done = [*seen, *(new[position] for position in sorted(sums.done))]
             self._refuse_few(done, 1)
             before = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
-            self._observer.note(
-                f"{len(sums.done)} documents observed{before}: choosing metric and groups, and validating"
-            )
+            counted = f"{len(sums.done)} document{'' if len(sums.done) == 1 else 's'}"
+            self._observer.note(f"{counted} observed{before}: choosing metric and groups, and validating")
             manifest = crew.decide(sums.parts, done, held, threads, earlier)
             sums.remove()
         return self._report(manifest, len(held))

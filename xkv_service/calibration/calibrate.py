@@ -234,7 +234,8 @@ def _validation(
     """At every ratio: the fixed recipe, and what each decision adds to it."""
     rows = []
     for ratio in settings.ratios:
-        fixed = CompressionSpec(ratio=ratio, group_size=settings.group_size, index="sketch")
+        plain = CompressionSpec(ratio=ratio, group_size=settings.group_size, index="sketch")
+        fixed = plain.over("document")
         steps = [
             Candidate("recipe", fixed),
             Candidate("derived index", replace(fixed, index="derived")),

@@ -34,11 +34,17 @@ def best_spec(ratio: float, calibration: Calibration) -> CompressionSpec:
 
     Without validation: shared bases and mixed bits.
     """
-    rows = [row for row in calibration.figures.get("validation", ()) if row["step"] in STEPS and "kl" in row]
+    rows = [
+        row
+        for row in calibration.figures.get("validation", ())
+        if row["step"] in STEPS and row.get("kl") is not None
+    ]
     if not rows:
         return calibrated_spec(ratio, calibration)
     near = min({row["asked"] for row in rows}, key=lambda asked: (abs(asked - ratio), -asked))
     tried = [row for row in rows if row["asked"] == near]
     most = max(row.get("documents", 0) for row in tried)  # others were too short for some step
-    best = best_step({row["step"]: row["kl"] for row in tried if row.get("documents", 0) == most})
+    whole = [row for row in tried if row.get("documents", 0) == most]
+    errors = {row["step"]: row.get("kl_error") or 0.0 for row in whole}
+    best = best_step({row["step"]: row["kl"] for row in whole}, errors)
     return calibrated_spec(ratio, calibration, **STEPS[best])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import hypot
 
 SHARED = "calibrated bases, bits"
 STEPS: Mapping[str, Mapping[str, str]] = {
@@ -18,12 +19,18 @@ NEGLIGIBLE = 1e-3
 """Nats at which nothing is at stake between steps: answers are lost at 0.02 and above (docs/defaults.md)."""
 
 
-def best_step(divergence: Mapping[str, float]) -> str:
-    """The step to take, given the mean divergence (nats) of those that were measured.
+def best_step(divergence: Mapping[str, float], errors: Mapping[str, float] | None = None) -> str:
+    """The step to take.
 
     Shared bases and mixed bits serve short documents too and cost no factorization: another step is taken
-    only where it is better by something that matters.
+    only where it is better by something that matters, and by more than two standard errors.
+
+    Args:
+        divergence: mean divergence of the steps that were measured, nats. errors: their standard errors.
     """
-    if divergence.get(SHARED, float("inf")) <= NEGLIGIBLE:
-        return SHARED
-    return min(divergence, key=lambda step: divergence[step])
+    best = min(divergence, key=lambda step: divergence[step])
+    if SHARED not in divergence:
+        return best
+    known = errors or {}
+    margin = max(NEGLIGIBLE, 2 * hypot(known.get(SHARED, 0.0), known.get(best, 0.0)))
+    return SHARED if divergence[SHARED] - divergence[best] <= margin else best

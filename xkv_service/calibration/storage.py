@@ -23,6 +23,7 @@ from xkv_artifacts.keys import sample_sha256
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.figure_checks import check_figures
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.statistics import DOCUMENTS, Statistics, documents_of
 from xkv_service.errors import InvalidSpec, ModelMismatch
@@ -102,6 +103,7 @@ def read_identified(path: Path) -> tuple[ModelIdentity, Calibration]:
     """
     with store_errors("read", str(path)), path.open("rb") as file:
         manifest, tensors = read_calibration(file)
+    check_figures(manifest.id, manifest.figures)
     made = Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
     return manifest.model, made
 
@@ -125,6 +127,7 @@ def load_calibration(
             f"({manifest.model.architecture})",
             hint="compress the document again",
         )
+    check_figures(manifest.id, manifest.figures)
     return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
 
 

@@ -139,7 +139,8 @@ class Validation:
         }
         if not made:
             return None
-        best = best_step({step: trial.kl or 0.0 for step, trial in made.items()})
+        errors = {step: trial.kl_error or 0.0 for step, trial in made.items()}
+        best = best_step({step: trial.kl or 0.0 for step, trial in made.items()}, errors)
         return best, made[best]
 
 

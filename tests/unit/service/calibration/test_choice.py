@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from xkv_artifacts.errors import CorruptArtifact
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
+from xkv_service.calibration.figure_checks import check_figures
 from xkv_service.calibration.steps import NEGLIGIBLE, SHARED
 
 
-def row(asked: float, step: str, kl: float, documents: int = 4) -> dict[str, Any]:
-    return {"asked": asked, "step": step, "kl": kl, "documents": documents}
+def row(asked: float, step: str, kl: float, documents: int = 4, kl_error: float = 0.0) -> dict[str, Any]:
+    return {"asked": asked, "step": step, "kl": kl, "documents": documents, "kl_error": kl_error}
 
 
 def chosen(ratio: float, *rows: dict[str, Any]) -> tuple[str, str]:
@@ -37,3 +41,25 @@ def test_the_ratio_tried_nearest_decides_and_the_higher_of_two() -> None:
 def test_a_step_that_some_documents_were_too_short_for_wins_nothing() -> None:
     rows = row(20, SHARED, 0.002, documents=4), row(20, "bits", 0.0015, documents=1)
     assert chosen(20.0, *rows) == ("calibrated", "mixed")
+
+
+def test_a_step_that_is_better_within_its_errors_wins_nothing() -> None:
+    rows = row(20, SHARED, 0.004, kl_error=0.002), row(20, "bits", 0.001, kl_error=0.001)
+    assert chosen(20.0, *rows) == ("calibrated", "mixed")
+    rows = row(20, SHARED, 0.004, kl_error=0.0005), row(20, "bits", 0.001, kl_error=0.001)
+    assert chosen(20.0, *rows) == ("document", "mixed")
+
+
+@pytest.mark.parametrize(
+    ("figures", "named"),
+    [
+        ({"validation": [{}]}, "figures.validation.0"),
+        ({"validation": 5}, "figures.validation"),
+        ({"validation": [{"asked": "x", "step": "bits"}]}, "figures.validation.0.asked"),
+        ({"thresholds": [{}]}, "figures.thresholds.0"),
+        ({"selection": {"reuse": ["one"]}}, "figures.selection.reuse.0"),
+    ],
+)
+def test_figures_that_decide_something_are_checked(figures: dict[str, Any], named: str) -> None:
+    with pytest.raises(CorruptArtifact, match=named.replace(".", "[.]")):
+        check_figures("a" * 64, figures)
