@@ -82,7 +82,7 @@ def show(
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         found = describe_calibration(store, resolve_calibration(store, calibration))
     render.as_json(found.as_dict()) if as_json else calibration_render.description(found)
-    write_pages(found.manifest.figures, report, plots)
+    write_pages({**found.manifest.figures, "model": found.manifest.model.name}, report, plots)
     return 0
 
 

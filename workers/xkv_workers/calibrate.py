@@ -215,5 +215,5 @@ class _Calibrating:
             tokens=manifest.sample.tokens,
             errors=tuple(self._errors),
             seconds=round(time.monotonic() - self._started, 3),
-            figures=dict(manifest.figures),
+            figures={**manifest.figures, "model": manifest.model.name},
         )
