@@ -218,7 +218,10 @@ def _check(answers: list[Any], store: Path) -> dict[str, Any]:
                         if used[0] is None
                         else _context(XKVCache.from_artifact(loaded.model, opened, used[0], tokens=used[1]))
                     )
-                done[name] = _alone(loaded, contexts[used].fork(), list(prompt))
+                context = contexts[used].fork()
+                done[name] = _alone(loaded, context, list(prompt))
+                if used[0] is None:  # the next prompt is sorted behind it: often of the same document
+                    contexts[used] = context
             text, margins = done[name]
             if text != answer["text"]:
                 tie = min(margins) < 1e-3
@@ -228,7 +231,7 @@ def _check(answers: list[Any], store: Path) -> dict[str, Any]:
     for one in wrong[:5]:
         print("WRONG", one)
     return {
-        "checked": len([one for one in answers if one["end"] == "answered"]),
+        "checked": sum(one["end"] == "answered" for one in answers),
         "wrong": len(wrong),
         "ties": close,
     }
@@ -243,8 +246,10 @@ def _context(cache: Any) -> Any:
 def _alone(loaded: Any, context: Any, prompt: list[int]) -> tuple[str, list[float]]:
     """The greedy answer, and by how much each of its tokens was the likeliest."""
     from xkv_service.modeling.tokens import end_tokens
+    from xkv_service.sessions.answer import common_tokens
 
     ends, chosen, margins = end_tokens(loaded.model, loaded.tokenizer), [], []
+    context.rewind(min(common_tokens(context.ids, prompt), len(prompt) - 1))
     logits = context.advance(prompt[len(context.ids) :])
     while len(chosen) < 48:
         best = logits.topk(2)
