@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from xkv_service.engine.messages import Delta, EngineState, Event, Failed, Finished, GenerationRequest
+from xkv_service.engine.messages import EngineState, Event, Failed, Finished, GenerationRequest
 
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
@@ -27,15 +27,15 @@ class HandleBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request; closing the iterator cancels it on its replica.
 
-        A replica that dies before it has said anything of the answer is replaced by another one; later, the
-        request fails.
+        A replica that dies before its first event is replaced by another one; later, the request fails: what
+        was told of the first replica would not hold for the second.
         """
         for left in reversed(range(_TRIES)):
             told = False
             events = self._events(request)
             try:
                 async for event in events:
-                    told = told or isinstance(event, Delta)
+                    told = True
                     yield event
                 return
             except Exception as error:  # noqa: BLE001 - Ray's own, of many kinds, and whatever the replica raised

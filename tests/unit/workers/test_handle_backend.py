@@ -1,0 +1,55 @@
+"""A replica that dies is replaced only as long as nothing was told: its moment of death is chosen here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from xkv_service.engine.messages import Delta, Event, Failed, Finished, GenerationRequest, Started
+from xkv_service.sessions.settings import GenerationSettings
+from xkv_workers.serving.handle_backend import HandleBackend
+
+WHOLE: list[Event] = [Started(2, 0), Delta("a", 1), Finished("stop", 1, (5,))]
+
+
+class Dying:
+    """Stands in for a Serve handle whose first replica dies behind `events` events."""
+
+    def __init__(self, events: int) -> None:
+        self.events, self.calls, self.generate = events, 0, self
+
+    def options(self, **_: Any) -> Dying:
+        return self
+
+    def remote(self, _: GenerationRequest) -> Dying:
+        self.calls += 1
+        return self
+
+    def cancel(self) -> None:
+        """The first call's."""
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        first = self.calls == 1
+        for event in WHOLE[: self.events] if first else WHOLE:
+            yield event
+        if first:
+            raise RayActorError
+
+
+@pytest.mark.parametrize("events", [0, 1, 2])
+def test_a_request_begins_again_only_where_nothing_was_told(events: int) -> None:
+    async def told() -> list[Event]:
+        request = GenerationRequest("one", (1, 2), GenerationSettings())
+        return [event async for event in HandleBackend(handle, None).generate(request)]
+
+    handle = Dying(events)
+    found = asyncio.run(told())
+    if events == 0:
+        assert (found, handle.calls) == (WHOLE, 2)
+        return
+    assert handle.calls == 1 and found[:-1] == WHOLE[:events]
+    assert isinstance(found[-1], Failed) and found[-1].kind == "overloaded"
