@@ -63,13 +63,13 @@ class KeptTails:
             older = self._kept[name]
             if context.ids[: len(older.context.ids)] == older.context.ids:
                 self._drop(name)
+        while self.nbytes + size > self.budget_bytes:
+            self._drop(next(iter(self._kept)))
         name = next(self._names)
         self._kept[name] = KeptTail(context, artifact_id, namespace, digests, size)
         self.nbytes += size
         for digest in digests:
             self._places.setdefault(digest, []).append(name)
-        while self.nbytes > self.budget_bytes:
-            self._drop(next(iter(self._kept)))
 
     def take(self, prompt: Sequence[int], namespace: str) -> KeptTail | None:
         """The context that holds most of a prompt, as a fork that holds nothing else; None: none helps.
