@@ -15,6 +15,7 @@ import torch
 
 from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.metrics import WEIGHTINGS
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import calibration_manifest, write_calibration_file
 from xkv_service.demo import demo_model_path
@@ -36,11 +37,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--questions", type=int, default=6, help="questions about each")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=WEIGHTINGS, metavar="METRIC")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     sample = [_document(loaded, number, arguments) for number in range(arguments.documents)]
+    settings = CalibrationSettings(weightings=tuple(arguments.weightings))
     with torch.no_grad():
-        found = calibrate(loaded.model, sample, CalibrationSettings(), print)
+        found = calibrate(loaded.model, sample, settings, print)
     write_calibration_file(arguments.out, calibration_manifest(found, loaded.identity, sample), found)
     if arguments.figures:
         arguments.figures.write_text(json.dumps(found.figures, indent=1) + "\n", "utf-8")
