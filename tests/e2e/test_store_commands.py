@@ -56,7 +56,7 @@ def test_a_store_is_listed_shown_checked_and_cleaned(
 
     (store / "tmp" / "left.behind").write_bytes(b"half a blob")
     swept = xkv("gc", "--orphans", *at, "--json").json
-    assert swept == {"files": 1, "bytes": 11, "entries_dropped": 0, "blobs_listed": 0, "sums": 0}
+    assert swept == {"files": 1, "bytes": 11, "entries_dropped": 0, "blobs_listed": 0, "sums": 0, "tails": 0}
     assert xkv("index", "rebuild", *at, "--json").json == {
         "artifacts": 2,
         "calibrations": 0,
