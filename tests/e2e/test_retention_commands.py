@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from artifact_samples import sample
+from artifact_samples import sample, tail_sample
 from command_runs import Xkv
 
 from xkv_artifacts.store import ArtifactStore
@@ -56,7 +56,24 @@ def test_artifacts_are_kept_and_collected_as_told(xkv: Xkv, tmp_path: Path, ids:
     assert xkv("unpin", first, *at, "--json").json["pinned"] is False
     assert xkv("ttl", first, "none", *at).out == f"{first}: kept until the store is full\n"
     assert xkv("gc", "--budget", "0", *at, "--json").json["removed"] == 1
-    assert xkv("ls", *at, "--json").json == {"artifacts": []}
+    assert xkv("ls", *at, "--json").json == {"artifacts": [], "stored_tails": {"tails": 0, "bytes": 0}}
+
+
+def test_stored_tails_are_told_and_collected(xkv: Xkv, tmp_path: Path) -> None:
+    at = ["--store", tmp_path / "store"]
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        for start, ttl_s in ((0, 0.01), (1, 600.0)):
+            store.tails.put(*tail_sample(range(start, start + 200)), "acme", ttl_s=ttl_s, budget=1 << 20)
+        size = store.tails.usage().bytes // 2
+        time.sleep(0.1)
+        two, one = {"tails": 2, "bytes": 2 * size}, {"tails": 1, "bytes": size}
+        assert xkv("ls", *at, "--json").json["stored_tails"] == two
+        assert "stored tails of conversations: 2 (" in xkv("ls", *at).out
+        tails = {"removed": 1, "bytes": size, "left": 2, "left_bytes": 2 * size}
+        assert xkv("gc", "--dry-run", *at, "--json").json["stored_tails"] == tails
+        done = xkv("gc", *at)
+        assert done.code == 0 and "1 stored tail deleted" in done.out
+        assert xkv("ls", *at, "--json").json["stored_tails"] == one
 
 
 def collected_size(store: Path) -> int:
