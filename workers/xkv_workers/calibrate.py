@@ -12,6 +12,7 @@ from xkv_artifacts.calibration_format import CalibrationManifest
 from xkv_service.calibration.calibrate import split
 from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.report.about import report_figures
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
 from xkv_service.calibration.storage import known_documents
@@ -215,5 +216,5 @@ class _Calibrating:
             tokens=manifest.sample.tokens,
             errors=tuple(self._errors),
             seconds=round(time.monotonic() - self._started, 3),
-            figures={**manifest.figures, "model": manifest.model.name},
+            figures=report_figures(manifest),
         )

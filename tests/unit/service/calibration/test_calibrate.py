@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.calibration.bootstrap import ENOUGH
 from xkv_service.calibration.calibrate import calibrate, split
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
