@@ -33,7 +33,7 @@ def _documents(figures: Figures) -> list[str]:
     if errors:
         lines.append(
             "Where no standard error is given there was one document: how much it varies is unknown, and "
-            "nothing is called better."
+            "no gain is coloured."
         )
     else:
         lines.append(

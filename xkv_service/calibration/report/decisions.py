@@ -56,7 +56,7 @@ def _stored(asked: float, trial: Trial) -> Markup:
 
 
 def _gain(trial: Trial, before: Trial | None) -> Markup:
-    """Green or red only where the two are known to be apart."""
+    """Green or red only where the two are known to be apart, words alone where no error is known."""
     if before is None or not before.kl or not trial.kl:
         return joined()
     known = apart(before, trial)
@@ -68,7 +68,7 @@ def _gain(trial: Trial, before: Trial | None) -> Markup:
     less = trial.kl == low
     words = f"{short(min(_MOST, high / low))}x {'less' if less else 'more'}"
     if known is None:
-        return element("small", f"{words}, error unknown")
+        return element("small", words)
     return element("small", words, class_="good" if less else "bad")
 
 
