@@ -79,7 +79,7 @@ class EngineReplica:
         ids = request.token_ids[: request.match.tokens]
         digest = hashlib.sha256(token_bytes(ids)).hexdigest()
         new = NewPrefix(request.namespace, ids, f"again-{request.match.artifact_id[:12]}", digest)
-        self._compressor.call.remote("create", new)
+        self._compressor.create.remote(new)
 
     def _report_from_now_on(self) -> None:
         """Tell the board every second, on the loop that Serve calls this replica on."""
