@@ -13,6 +13,7 @@ from xkv_service.api.prefix_maker import PrefixMaker
 from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
+from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Compressor:
     """One replica: prefixes are made one after the other."""
 
     def __init__(self, settings: ServeSettings) -> None:
+        join_serve()
         loaded, self._store = open_place(settings.place)
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
         self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)
