@@ -95,14 +95,15 @@ class PrefixMaker:
 
     def _create(self, new: NewPrefix) -> PrefixRecord:
         spec = self._spec(self._ratio if new.ratio is None else new.ratio)
-        size_of(inspect_loaded(self._loaded.model).layout, len(new.token_ids), spec, None, self._calibration)
-        identity = self._loaded.identity
+        identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
+        size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         if (known := self._records.change([new.namespace], name, changes)) and known.status != "failed":
             return known
         if self._closed.is_set() or len(self._waiting) >= self._most_waiting:
             raise Overloaded(f"{len(self._waiting)} prefixes wait to be made")
+        self._store.check_room(new.namespace, size.bytes_tensors, name)
         job = Job(
             id=name,
             namespace=new.namespace,

@@ -17,7 +17,7 @@ from rivers import DOCUMENT, SETTINGS
 from serving import serve
 
 from xkv_artifacts import jobs
-from xkv_artifacts.errors import CatalogUnavailable
+from xkv_artifacts.errors import CatalogUnavailable, QuotaExceeded
 from xkv_artifacts.jobs import STOPPED
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api import prefix_maker
@@ -173,6 +173,26 @@ def test_a_maker_that_is_closed_fails_what_waits(
         seen(elsewhere, second.id, "ready")
     finally:
         again.close()
+
+
+def test_a_quota_that_is_found_exceeded_late_is_the_reason_of_the_failure(
+    opened: Open, loaded: LoadedModel, going: threading.Event, tmp_path: Path
+) -> None:
+    store = opened()
+    maker = PrefixMaker(store, loaded, ratio=2.0)
+    try:
+        made = asyncio.run(maker.create(new(0, pinned=True)))
+        limits = tmp_path / "store" / "limits.json"
+        limits.write_text('{"namespaces": {"a": {"bytes": 100}}}')
+        with pytest.raises(QuotaExceeded, match="namespace a may hold 100 bytes"):
+            asyncio.run(maker.create(new(1)))
+        going.set()
+        failed = seen(PrefixRecords(store), made.id, "failed")
+        assert failed.error is not None and failed.error.startswith("namespace a may hold 100 bytes")
+        assert list(store.blobs.ids()) == [] and not list((tmp_path / "store").rglob("retention/*/*"))
+    finally:
+        going.set()
+        maker.close()
 
 
 def test_a_redis_that_comes_back_empty_knows_the_jobs_again(

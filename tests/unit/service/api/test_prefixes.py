@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -208,6 +209,26 @@ def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None
     assert chat(alpha, ("user", f"{text}\n\nWhere?")).json()["xkv"]["artifact"] == made["id"]
     assert alpha.delete(path).status_code == alpha.patch(path, json={"pin": True}).status_code == 403
     assert editor.delete(path).json()["deleted"]
+
+
+def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
+    """Room is made where it can be; else it is said at once."""
+    store = keeping[1]
+    limits = Path(store.blobs.url) / "limits.json"
+    limits.write_text('{"namespaces": {"beta": {"artifacts": 1}}}')
+    try:
+        first = make(beta, document=f"First. {DOCUMENT}")
+        second = make(beta, document=f"Second. {DOCUMENT}", pin=True)
+        assert second["status"] == "ready" and store.get(first["id"]) is None
+        refused = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_exceeded")
+        assert refused.json()["error"]["message"].startswith("namespace beta may hold 1 artifacts")
+        assert [one["id"] for one in beta.get("/v1/prefixes").json()["data"]] == [second["id"]]
+        limits.write_text('{"namespaces": ')
+        broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_unavailable")
+    finally:
+        limits.unlink()
 
 
 @pytest.mark.parametrize(
