@@ -154,6 +154,17 @@ class ArtifactStore:
         quota = self.limits().quota(manifest.namespace)
         return self._publisher.publish(manifest, tensors, quota, pinned, ttl_s)
 
+    def check_room(self, namespace: str, size: int, artifact_id: str) -> None:
+        """Say before an artifact is made that publishing `size` bytes would be refused; nothing is collected.
+
+        Raises:
+            QuotaExceeded: its namespace has no room for it, and none could be made now.
+            InvalidLimits, CatalogUnavailable, CatalogError, StoreError
+        """
+        quota = self.limits().quota(check_namespace(namespace))
+        if not quota.unlimited:
+            self._collector.check_room(namespace, quota, size, artifact_id)
+
     def load(
         self, artifact_id: str, names: Iterable[str] | None = None
     ) -> tuple[PrefixManifest, dict[str, torch.Tensor]]:

@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from xkv_cli.options import json_option, store_options
-from xkv_cli.times import parse_time
+from xkv_cli.times import TimeType
 
 if TYPE_CHECKING:
     from xkv_artifacts.retention import Retention
     from xkv_artifacts.store import ArtifactStore
-
-
-def _seconds(ctx: click.Context, param: click.Parameter, text: str) -> float | None:
-    seconds = parse_time(text)
-    if seconds is None and text != "none":
-        raise click.BadParameter(f"{text[:40]!r} is not a time: write 90s, 15m, 12h, 7d or none")
-    return seconds
 
 
 @click.command()
@@ -65,7 +58,7 @@ def unpin(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -
 
 @click.command()
 @click.argument("artifact", metavar="ID")
-@click.argument("time", metavar="TIME", callback=_seconds)
+@click.argument("time", metavar="TIME", type=TimeType(none=True))
 @store_options
 @json_option
 def ttl(artifact: str, time: float | None, store_url: str, redis_url: str | None, as_json: bool) -> int:

@@ -7,13 +7,14 @@ import logging
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from xkv_artifacts.errors import XKVError
-from xkv_service.api.local_prefixes import LocalPrefixes
+from xkv_service.api.backend import NewPrefix, PrefixRecord
+from xkv_service.api.prefix_maker import PrefixMaker
 from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
+from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -31,28 +32,27 @@ class Refused:
 
 
 class Compressor:
-    """One replica: prefixes are made one after the other. Its methods are those of `PrefixService`."""
+    """One replica: prefixes are made one after the other."""
 
     def __init__(self, settings: ServeSettings) -> None:
+        join_serve()
         loaded, self._store = open_place(settings.place)
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
-        self._prefixes = LocalPrefixes(self._store, loaded, calibration=calibration, ratio=settings.ratio)
+        self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)
         self._ending = threading.Event()
         threading.Thread(target=self._collect, name="collector", daemon=True).start()
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of `PrefixService` gives, or `Refused`."""
-        if method not in ("create", "page", "get", "change", "delete"):
-            raise ValueError(f"no method {method!r}")
+    async def create(self, new: NewPrefix) -> PrefixRecord | Refused:
+        """As `PrefixService`, or `Refused`."""
         try:
-            return await getattr(self._prefixes, method)(*arguments)
+            return await self._maker.create(new)
         except XKVError as error:
             return Refused(error)
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
             self._ending.set()
-            self._prefixes.close()
+            self._maker.close()
             self._store.close()
 
     def _collect(self) -> None:
