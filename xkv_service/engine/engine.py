@@ -19,13 +19,13 @@ import torch
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
+from xkv_service.engine.admission import refusal_of, room_for
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss
 from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.prompt_limits import refusal, room
 from xkv_service.engine.runners import Runner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
@@ -99,14 +99,14 @@ class Engine:
             request,
             on_event,
             TextStream(self._decode, stops),
-            most=min(request.settings.max_new_tokens, room(self.loaded, request)),
+            most=min(request.settings.max_new_tokens, room_for(request, self.loaded)),
             ends=self._ends,
         )
-        refused = refusal(self.loaded, request) or self._open.enter(
+        refusal = refusal_of(request, self.loaded) or self._open.enter(
             lambda: self._inbox.put(Submitted(sequence))
         )
-        if refused is not None:
-            sequence.fail(refused)
+        if refusal is not None:
+            sequence.fail(refusal)
         return lambda: self._inbox.put(Cancelled(sequence))
 
     @property
