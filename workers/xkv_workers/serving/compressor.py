@@ -18,7 +18,7 @@ from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 COLLECT_S = 60.0
-"""Between two looks at what has ended: a time to live is kept to within a minute."""
+"""Between two looks at what has ended, or was lost: a time to live is kept to within a minute."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class Compressor:
     def _collect(self) -> None:
         while not self._ending.wait(COLLECT_S):
             try:
+                listed = self._store.list_if_lost()
                 found = self._store.collect()
             except XKVError as error:
                 _log.warning("nothing was collected: %s", error.message)
             else:
+                if listed is not None:
+                    _log.warning("the catalog was lost: %d prefixes are listed again", listed.artifacts)
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))
