@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -363,6 +364,24 @@ class ArtifactStore:
         """
         self.catalog.clear()
         return self._list_all()
+
+    def list_if_lost(self) -> Rebuild | None:
+        """List what the store holds in a catalog that lost it, or never knew: that of a Redis that came back
+        empty. What works meanwhile goes on.
+
+        Returns:
+            None: the catalog is complete, or somebody else is at it.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        if self.catalog.is_built():
+            return None
+        lease = self.catalog.lease("listing", uuid.uuid4().hex)
+        if lease is None:
+            return None
+        with lease:
+            return self._list_all()
 
     def collect_orphans(self) -> Orphans:
         """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was

@@ -19,7 +19,7 @@ from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 COLLECT_S = 60.0
-"""Between two looks at what has ended: a time to live is kept to within a minute."""
+"""Between two looks at what has ended, or was lost: a time to live is kept to within a minute."""
 SWEEP_EVERY = 60
 """Looks between two of all stored tails for those that the catalog lost: once an hour."""
 
@@ -60,11 +60,16 @@ class Compressor:
             if self._ending.wait(COLLECT_S):
                 return
             try:
+                listed = self._store.list_if_lost()
                 found = self._store.collect()
                 if number % SWEEP_EVERY == 0:
                     self._store.tails.sweep()
             except XKVError as error:
                 _log.warning("nothing was collected: %s", error.message)
             else:
+                if listed is not None:
+                    _log.warning("the catalog was lost: %d prefixes are listed again", listed.artifacts)
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))
+                if found.tails.tails:
+                    _log.info("%d stored tails were deleted", found.tails.tails)
