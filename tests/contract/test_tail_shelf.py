@@ -292,3 +292,17 @@ def test_the_order_is_that_of_use(store: ArtifactStore) -> None:
         lambda client: client.zrange(USED_KEY.format(store=store.catalog.store_id), 0, -1)
     )
     assert [name.decode() for name in used] == [names[1], names[2], names[0]]
+
+
+def test_tails_in_a_bucket(bucket: str, redis_server: RedisServer) -> None:
+    with ArtifactStore.open(f"s3://{bucket}/store", redis_server.url) as store:
+        name, other = put(store, talk(200)), put(store, talk(200, start=1), ttl_s=0.2)
+        assert found(store, talk(300)) == [(name, 200)]
+        manifest, tensors = store.tails.load(name, FINGERPRINT, "default", WIDE)
+        assert manifest.tokens == 200 and tensors["tokens"].tolist() == talk(200)
+        time.sleep(0.3)
+        assert store.collect().tails.tails == 1 and agree(store) == {name} != {other}
+        names = keys(store)
+        store.catalog.link.call(lambda client: client.delete(*names))
+        assert store.collect_orphans().tails == 0  # too young
+        assert store.tails.usage().tails == 1
