@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from renewal import RENEWED_S, wait_for_renewal
 
 from xkv_artifacts import jobs as module
 from xkv_artifacts.catalog import Catalog
@@ -95,12 +96,12 @@ def test_a_worker_that_was_slow_may_still_finish_what_nobody_took(board: JobBoar
     assert done is not None and done.status == "ready"
 
 
-def test_a_lease_is_renewed_while_the_work_goes_on(board: JobBoard) -> None:
+def test_a_lease_is_renewed_while_the_work_goes_on(board: JobBoard, catalog: Catalog) -> None:
     job = board.create("acme")
-    lease = board.claim(job.id, "one", ttl_s=0.6)
+    lease = board.claim(job.id, "one", ttl_s=RENEWED_S)
     assert lease is not None
     with lease:
-        time.sleep(1.5)
+        wait_for_renewal(lambda: catalog.link.call(lambda client: client.pttl(lease.key)))
         assert board.claim(job.id, "two") is None
         board.finish(job.id, "one", artifact_id=ARTIFACT)
 
@@ -159,12 +160,14 @@ def test_records_are_bounded_in_number_and_age(
     assert board.get("acme", jobs[1].id) is None and board.get("acme", jobs[0].id) is not None
     key = JOB_KEY.format(store=catalog.store_id, id=jobs[0].id)
     assert 0 < catalog.link.call(lambda client: client.ttl(key)) <= module.KEEP_S
-    monkeypatch.setattr(module, "KEEP_S", 1)
-    time.sleep(1.1)
+    monkeypatch.setattr(module, "KEEP_S", 2)
+    time.sleep(2.1)
+    short = board.create("acme")  # those before it are too old now
+    monkeypatch.setattr(module, "KEEP_S", 600)
     new = board.create("acme")
-    assert board.page("acme") == ([new], None)
-    time.sleep(1.2)
-    assert board.get("acme", new.id) is None and board.page("acme") == ([], None)
+    assert [job for job in board.page("acme")[0] if job != short] == [new]
+    time.sleep(2.1)
+    assert board.get("acme", short.id) is None and board.page("acme") == ([new], None)
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "../../etc/passwd", "A" * 32, "a" * 64, "0" * 32])

@@ -27,7 +27,7 @@ def test_jobs_wait_their_turn_and_too_many_are_refused(
     compress = local_prefixes.compress
 
     def held(*arguments: Any) -> Any:
-        assert going.wait(30)
+        assert going.wait(300)
         return compress(*arguments)
 
     monkeypatch.setattr(local_prefixes, "compress", held)
