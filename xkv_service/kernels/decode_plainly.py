@@ -93,7 +93,7 @@ def rebuilt_scores_plainly(
     query: torch.Tensor, document: DocumentLayer, positions: torch.Tensor, members: torch.Tensor,
     turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Scores [sessions, query_heads, u] of a document's chosen tokens; -inf where a session did not choose."""
+    """Scores [sessions, query_heads, u] of a document's chosen tokens; -inf where one did not choose."""
     sessions, query_heads, dim = query.shape
     heads = document.sketch.planes.shape[0]
     factors = factors_of(document.key_rows, positions)

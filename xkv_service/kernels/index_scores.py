@@ -94,7 +94,7 @@ def _codes(pairs, PART: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exp2(bits):  # type: ignore[no-untyped-def]
+def _exp2(bits):  # type: ignore
     """2^bits; on a GPU 0 for results below 2^-126, in one instruction instead of four."""
     if not INTERPRETED:
         return tl.inline_asm_elementwise(
@@ -106,10 +106,10 @@ def _exp2(bits):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile_scores(  # type: ignore[no-untyped-def]
     codes, scales, tokens, inside, matrices, gains, offsets, session, chunk: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Scores in bits [TILE, COLUMNS] of one session's queries of one chunk of KV heads; which columns count."""
+    """Scores in bits [TILE, COLUMNS] of a session's queries of a chunk of KV heads; which columns count."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pair = chunk * (TOGETHER * PLANES // 2) + row
     source = codes + tokens[:, None] * (HEADS * PLANES // 2) + pair[None, :]

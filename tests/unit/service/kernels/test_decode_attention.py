@@ -19,7 +19,7 @@ from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 
-# Relative errors of norms. In bfloat16 rebuilt and turned keys, weights and latents are each rounded to 8 bits.
+# Relative errors of norms. In bfloat16 keys rebuilt and turned, weights and latents have 8 bits each.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 SIZES = {"slots": 32, "step": 64}
 TILES = Tiles(
