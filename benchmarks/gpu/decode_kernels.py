@@ -1,8 +1,8 @@
 """The decode kernels on one GPU: checked against their references, then timed against full attention.
 
-python benchmarks/gpu/decode_kernels.py --out OUT/decode_kernels.json                  # checks and the main table
+python benchmarks/gpu/decode_kernels.py --out OUT/decode_kernels.json             # checks, and the main table
 python benchmarks/gpu/decode_kernels.py --sweep --batches 32 --tokens 128 --out OUT/sweep.json
-TRITON_INTERPRET=1 python benchmarks/gpu/decode_kernels.py --smoke --out /tmp/smoke.json   # small, on a CPU
+TRITON_INTERPRET=1 python benchmarks/gpu/decode_kernels.py --smoke --out smoke.json       # small, on a CPU
 
 Random numbers in the shapes of Llama-3.1-8B, one layer's kernels in a CUDA graph over enough layers that no
 cache holds them. A row is one stage: its time, the fewest bytes it must move, and what that is a second.
@@ -73,8 +73,8 @@ class Case:
     """One batch: sessions over separate documents, or all over one."""
 
     def __init__(
-        self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int, shared: bool,
-        device: torch.device, layers: int,
+        self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int,
+        shared: bool, device: torch.device, layers: int,
     ) -> None:  # fmt: skip
         self.shape, self.batch, self.tokens, self.budget, self.device = shape, batch, tokens, budget, device
         count = -(-batch // 32) if shared else batch
@@ -192,9 +192,7 @@ def _arguments() -> argparse.Namespace:
 
 def _shapes(arguments: argparse.Namespace) -> tuple[synthetic.Shape, dict[str, synthetic.Kind]]:
     return (
-        (synthetic.SMOKE, synthetic.SMOKE_KINDS)
-        if arguments.smoke
-        else (synthetic.LLAMA_8B, synthetic.KINDS)
+        (synthetic.SMOKE, synthetic.SMOKE_KINDS) if arguments.smoke else (synthetic.LLAMA_8B, synthetic.KINDS)
     )
 
 
@@ -292,7 +290,7 @@ def _full_attention(case: Case) -> float:
     for backend in backends if device.type == "cuda" else [SDPBackend.MATH]:
         try:
             with sdpa_kernel(backend):
-                run = lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)  # noqa: E731
+                run = lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)
                 times.append(synthetic.timed(run, device))
         except RuntimeError as error:
             print(f"{backend}: {error}", flush=True)

@@ -1,12 +1,12 @@
-"""One decode step of a Llama-3.1-8B-shaped model, whole: full cache against factors, each at its largest batch.
+"""A whole decode step of a Llama-3.1-8B-shaped model: full cache or factors, each at its largest batch.
 
 python benchmarks/gpu/decode_step.py --tokens 128 --sides full,int8 --out OUT/decode_step_128.json
-python benchmarks/gpu/decode_step.py --tokens 128 --sides int8 --documents one --batches 32,128 --out OUT/shared.json
-TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out /tmp/smoke.json       # small, on a CPU
+python benchmarks/gpu/decode_step.py --sides int8 --documents one --batches 32,128 --out OUT/one_document.json
+TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out smoke.json     # small, on a CPU
 
-Transformers' own modules with random weights, embedding to sampling, the new token's keys and values appended, in
-one CUDA graph; attention is the only thing that differs. Full: the fastest of cuDNN's and FlashAttention's decode
-over a contiguous cache. Factors: the decode kernels. Every sequence has a document of its own unless
+Transformers' own modules with random weights, embedding to sampling, the new token's keys and values
+appended, in one CUDA graph; attention is all that differs. Full: the faster of cuDNN's and FlashAttention's
+decode over a contiguous cache. Factors: the decode kernels. Every sequence has a document of its own unless
 `--documents one`. Tails grow with every step that is timed.
 """
 
@@ -66,7 +66,7 @@ class Side(Protocol):
 
 
 class Tails:
-    """Keys and values [layers][batch, kv_heads, room, D]; the new token is written at a place on the device."""
+    """Keys and values [layers][batch, kv_heads, room, D]; the place of a new token is on the device."""
 
     def __init__(self, shape: synthetic.Shape, batch: int, room: int, device: torch.device) -> None:
         size = (batch, shape.kv_heads, room, shape.dim)
@@ -185,7 +185,9 @@ class Step:
 _CURRENT: list[Step] = []
 
 
-def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> tuple[torch.Tensor, None]:
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
     step = _CURRENT[-1]
     return step.side.attend(module.layer_idx, query, key, value, step.lengths), None
 
@@ -223,9 +225,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=128, help="thousands of tokens of a document")
-    parser.add_argument("--sides", default="full,bf16,int8,mixed20", help="full, bf16, int8, mixed20, nothing")
+    parser.add_argument(
+        "--sides", default="full,bf16,int8,mixed20", help="full, bf16, int8, mixed20, nothing"
+    )
     parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
-    parser.add_argument("--documents", choices=("own", "one"), default="own", help="one: all share a document")
+    parser.add_argument(
+        "--documents", choices=("own", "one"), default="own", help="one: all share a document"
+    )
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
     parser.add_argument("--repeats", type=int, default=1, help="layers that attend to one choice")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")

@@ -69,8 +69,8 @@ KINDS = {
     for kind in (
         Kind("bf16", torch.bfloat16, (512, 768)),
         Kind("int8", torch.int8, (512, 768)),
-        # 6,528 of 131,072 bits a token and group of 4 layers: 20x. How a calibration of such a model would divide
-        # them is not known; there are many columns of few bits, as in the calibrations that were made.
+        # 6,528 of 131,072 bits a token and group of 4 layers: 20x. How a calibration of such a model would
+        # divide them is not known; many columns have few bits, as in the calibrations that were made.
         Kind(
             "mixed20",
             runs=(((8, 96), (4, 256), (2, 384)), ((8, 128), (4, 416), (2, 640))),
@@ -112,8 +112,8 @@ class Documents:
         for layer in self.by_layer:
             for one in layer:
                 for tensor in (
-                    one.sketch.codes, one.sketch.scales, one.key_rows.data, one.value_rows.data, one.key_bases,
-                    one.value_bases,
+                    one.sketch.codes, one.sketch.scales, one.key_rows.data, one.value_rows.data,
+                    one.key_bases, one.value_bases,
                 ):  # fmt: skip
                     tensors[tensor.data_ptr()] = tensor.nbytes
         return sum(tensors.values())

@@ -59,8 +59,8 @@ class DocumentLayer:
         states[layer.positions] = CHOOSABLE
         states[always] = ALWAYS
         return cls(
-            layer.index.sketch, states, key_rows, value_rows, layer.key_bases, layer.value_bases,
-            layer.key_scales, layer.value_scales,
+            layer.index.sketch, states, key_rows, value_rows, _rowwise(layer.key_bases),
+            _rowwise(layer.value_bases), layer.key_scales, layer.value_scales,
         )  # fmt: skip
 
     @property
@@ -87,7 +87,7 @@ class DocumentTable:
         document_of: int32 [sessions].
 
     Raises:
-        ValueError: documents of different layouts, or sessions out of range.
+        ValueError: documents of different layouts, strided tensors, or sessions out of range.
     """
 
     def __init__(
@@ -95,6 +95,11 @@ class DocumentTable:
     ) -> None:
         if len({_layout(one) for one in documents}) != 1:
             raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
+        for one in documents:
+            tensors = (one.sketch.codes, one.sketch.scales, one.sketch.planes, one.states)
+            bases = (one.key_bases, one.value_bases)
+            if not all(t.is_contiguous() for t in tensors) or any(t.stride(-1) != 1 for t in bases):
+                raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
         if not all(1 <= count <= MOST_SESSIONS for count in sessions):
             raise ValueError(f"sessions={list(sessions)}: a document has 1 to {MOST_SESSIONS}")
         self.documents, first = tuple(documents), documents[0]
@@ -156,6 +161,11 @@ class DocumentTable:
     def value_row_stride(self) -> int:
         """Numbers from one row of a head's value bases to the next."""
         return self.documents[0].value_bases.stride(1)
+
+
+def _rowwise(bases: torch.Tensor) -> torch.Tensor:
+    """Bases whose rows are contiguous: those of a prefix that was just compressed may be columns."""
+    return bases if bases.stride(-1) == 1 else bases.contiguous()
 
 
 def _layout(one: DocumentLayer) -> tuple[object, ...]:

@@ -93,8 +93,8 @@ def _codes(pairs, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     return ((pairs >> (PART // 2 * 8)) & (15 << (PART % 2 * 4))).to(tl.float16, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _exp2(bits):  # type: ignore
+@triton.jit
+def _exp2(bits):  # type: ignore[no-untyped-def]
     """2^bits; on a GPU 0 for results below 2^-126, in one instruction instead of four."""
     if not INTERPRETED:
         return tl.inline_asm_elementwise(
