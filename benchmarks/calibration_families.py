@@ -72,7 +72,7 @@ _SHARPENED = ("q_proj.weight", "k_proj.weight", "q_b_proj.weight", "kv_b_proj.we
 
 
 def main() -> None:
-    """Calibrate each model, print what each decision does to new documents, write JSON."""
+    """Calibrate each model, print what each decision does to new documents, write JSON as it goes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,11 +89,12 @@ def main() -> None:
     )
     count = arguments.documents
     documents = [family_document(number, arguments.tokens) for number in range(count + arguments.new)]
-    for family in arguments.families:
-        _measure(report, family, documents[:count], documents[count:])
-    report.write(
+    report.keep(
         arguments.out, documents=count, new_documents=arguments.new, tokens=len(documents[0].token_ids)
     )
+    for family in arguments.families:
+        _measure(report, family, documents[:count], documents[count:])
+    report.write(arguments.out)
 
 
 def _measure(
@@ -127,15 +128,14 @@ def _measure(
             Candidate("+ bits", calibrated_spec(ratio, made, **{**own, "factor_dtype": "mixed"}), made),
             Candidate("+ shared bases", calibrated_spec(ratio, made, index="none"), made),
         ]
-        outcomes = dict(validate(model, new, steps, DENSE))
-        if latent:
-            for selector in ("auto", "exact"):
-                name = f"shared bases, 1/16 selected by {'the index' if selector == 'auto' else selector}"
-                last = replace(steps[-1], name=name)
-                outcomes |= validate(model, new, [last], SelectionSpec(selector))
+        outcomes = validate(model, new, steps, DENSE)
         baseline = outcomes["without its index"].kl
         for step, outcome in outcomes.items():
             report.add(**about, asked=ratio, step=step, **_row(outcome, baseline))
+        for selector in ("auto", "exact") if latent else ():
+            name = f"shared bases, 1/16 selected by {'the index' if selector == 'auto' else selector}"
+            found_by = validate(model, new, [replace(steps[-1], name=name)], SelectionSpec(selector))[name]
+            report.add(**about, asked=ratio, step=name, **_row(found_by, baseline))
 
 
 def _row(outcome: Outcome, baseline: float) -> dict[str, object]:

@@ -72,15 +72,33 @@ class Report:
     command: str
     baseline: str
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _partial: Path | None = None
+    _extra: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, path: Path, **extra: Any) -> None:
+        """Write each further row at once, to `path` with .partial.json, which `write` makes `path` of.
+
+        A run that is ended leaves that file, and an earlier result at `path` as it was.
+        """
+        self._partial, self._extra = path.with_suffix(".partial.json"), extra
 
     def add(self, **row: Any) -> None:
         """One row, printed at once so that a long run can be watched."""
         self.rows.append(row)
         print("  ".join(f"{key}={_shown(value)}" for key, value in row.items()), flush=True)
+        if self._partial is not None:
+            self._save(self._partial, {**self._extra, "unfinished": True})
 
     def write(self, path: Path, **extra: Any) -> None:
         """Print the table and write everything to `path` as JSON."""
         print("\n" + table(self.rows))
+        self._save(path, {**self._extra, **extra})
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+        print(f"\nwritten to {path}")
+
+    def _save(self, path: Path, extra: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
         result = {
             "benchmark": self.name,
             "command": self.command,
@@ -92,8 +110,9 @@ class Report:
             **extra,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"\nwritten to {path}")
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        written.replace(path)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

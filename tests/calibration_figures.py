@@ -17,7 +17,7 @@ def calibration_figures(layers: int = 10) -> dict[str, Any]:
     return {
         "model": "demo-llama",
         "settings": {"ratio": 20.0, "ratios": list(RATIOS)},
-        "sample": {"documents": 12, "held_out": 4, "tokens": 48123, "probes": 24},
+        "sample": {"documents": 12, "held_out": 4, "tokens": 48123, "observed_probes": 72, "probes": 24},
         "weighting": "tolerance+both",
         "groups": groups,
         "metrics": {"plain": trial(0.0043), "tolerance+both": trial(0.0021)},

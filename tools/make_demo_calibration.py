@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from xkv_service.calibration.calibrate import calibrate
-from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.metrics import WEIGHTINGS
+from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import calibration_manifest, write_calibration_file
 from xkv_service.demo import demo_model_path

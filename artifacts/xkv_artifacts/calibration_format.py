@@ -57,7 +57,8 @@ class CalibrationManifest(BaseModel):
         model: whose layers it is about. Only its fingerprint decides whether the calibration fits.
         sample: the text it was made from. settings: how, plain JSON values.
         groups: layer indices of each group of layers that share bases.
-        figures: what was measured on the way, plain JSON values: for people, no part of the id.
+        figures: what was measured on the way, plain JSON values, no part of the id. Some decide how documents
+            are compressed by default (docs/format.md); who reads those checks them.
         tensors: SHA-256 of each tensor's bytes.
     """
 

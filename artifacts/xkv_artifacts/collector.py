@@ -76,16 +76,26 @@ class Collector:
             usage = self.catalog.namespaces.usage(namespace)
             if _fits(quota, usage.bytes + more, usage.artifacts + count):
                 return
-            usage = self.catalog.namespaces.recount(namespace)
-            again = (own.bytes, 1) if own and own.pinned else (0, 0)
-            if not _fits(quota, usage.pinned_bytes - again[0] + size, usage.pinned - again[1] + 1):
-                break
+            usage = self.check_room(namespace, quota, size, artifact_id)
             run = _Run(self, dry_run=False)
             run.ended(namespace)
             run.quota(namespace, quota, more, count, spare=artifact_id)
             if not run.removed:  # others collect the same, or take what was freed
                 time.sleep(0.01 * attempt)
         raise _no_room(namespace, quota, size, usage)
+
+    def check_room(self, namespace: str, quota: Quota, size: int, artifact_id: str) -> Usage:
+        """What a namespace holds, where an artifact of `size` bytes could be made to fit into its quota.
+
+        Raises:
+            QuotaExceeded: it cannot, whatever is collected.
+        """
+        own = self._own(namespace, artifact_id)
+        usage = self.catalog.namespaces.recount(namespace)
+        again = (own.bytes, 1) if own and own.pinned else (0, 0)
+        if not _fits(quota, usage.pinned_bytes - again[0] + size, usage.pinned - again[1] + 1):
+            raise _no_room(namespace, quota, size, usage)
+        return usage
 
     def _own(self, namespace: str, artifact_id: str) -> Entry | None:
         """The entry that an artifact is to replace."""

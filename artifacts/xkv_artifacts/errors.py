@@ -69,14 +69,6 @@ class InvalidCursor(XKVError):
     """A place in a listing that no earlier page gave."""
 
 
-class JobConflict(XKVError):
-    """A job that is not in the state, or not this worker's, as a change of it takes for granted."""
-
-
-class TooManyJobs(XKVError):
-    """A namespace has as many unfinished jobs as it may have."""
-
-
 class InvalidNamespace(XKVError):
     """A namespace with characters outside letters, digits, dot, dash and underscore."""
 

@@ -8,10 +8,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from xkv_artifacts.errors import ModelFilesError
+from xkv_artifacts.manifest import ModelParts
 
 _DOMAIN = b"xkv-model-fingerprint-1"
 _CHUNK = 8 << 20
@@ -27,9 +28,29 @@ _FOREIGN = ("*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.h5", "*.msgpack", 
 _IRRELEVANT = (*_PAPERS, *_PICTURES, *_TRAINING, *_FOREIGN, "generation_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
+# To say which part of two models differs; what is neither weights nor tokenizer goes with the config.
+_WEIGHT_FILES = (*_WEIGHTS, "*.safetensors.index.json", "*.bin.index.json")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "*.tiktoken", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*", "additional_chat_templates/*"),
+)
+
 
 def fingerprint_files(model_dir: str | Path, *, dtype: str, cache_dir: str | Path | None = None) -> str:
     """Fingerprint the model in `model_dir` as it is computed in `dtype`.
+
+    Arguments and errors as `digest_model`.
+
+    Returns:
+        64 hex digits.
+    """
+    return digest_model(model_dir, dtype=dtype, cache_dir=cache_dir)[0]
+
+
+def digest_model(
+    model_dir: str | Path, *, dtype: str, cache_dir: str | Path | None = None
+) -> tuple[str, ModelParts]:
+    """The fingerprint of the model in `model_dir` as it is computed in `dtype`, and digests of its parts.
 
     Covers names and contents of the config, all weight files, tokenizer files and chat templates, in
     subfolders too. The folder's own name and place do not count. When in doubt it differs.
@@ -41,7 +62,7 @@ def fingerprint_files(model_dir: str | Path, *, dtype: str, cache_dir: str | Pat
             `xkv/digests` in the user's cache folder.
 
     Returns:
-        64 hex digits.
+        64 hex digits, and those of each part, which say what differs where the fingerprint does.
 
     Raises:
         ModelFilesError: the folder is missing, unreadable, or has no config.json or no weights.
@@ -51,13 +72,31 @@ def fingerprint_files(model_dir: str | Path, *, dtype: str, cache_dir: str | Pat
     try:
         files = sorted(_relevant_files(root))
         _check_complete(root, files)
-        fields = [_DOMAIN, dtype.removeprefix("torch.").encode()]
-        for name in files:
-            fields += [name.encode("utf-8", "surrogateescape"), _file_digest(root / name, cache)]
+        fields = {name: [_encoded(name), _file_digest(root / name, cache)] for name in files}
     except OSError as error:
         raise ModelFilesError(f"cannot read model folder {root}: {error.strerror or error}") from None
+    parts = {
+        part: _framed([one for name in files if _part_of(name) == part for one in fields[name]])
+        for part in ModelParts.model_fields
+    }
+    head = [_DOMAIN, dtype.removeprefix("torch.").encode()]
+    return _framed([*head, *(one for name in files for one in fields[name])]), ModelParts(**parts)
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _framed(fields: Iterable[bytes]) -> str:
     framed = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
     return hashlib.sha256(framed).hexdigest()
+
+
+def _part_of(name: str) -> str:
+    for part, patterns in (("weights", _WEIGHT_FILES), ("tokenizer", _TOKENIZER_FILES)):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return part
+    return "config"
 
 
 def default_cache_dir() -> Path:

@@ -1,256 +1,231 @@
-"""Jobs that make prefixes: a small record of each in Redis, so that whoever asked can see how it goes on.
+"""Prefixes that are being made, or failed: a record of each in Redis, for whoever asks how it goes on.
 
-A record says nothing of what is to be computed; that travels another way. Its worker holds a lease: when that
-runs out the job counts as queued again, and as failed once MOST_TRIES workers died at it. Records go after
-KEEP_S, and with a Redis that is lost; the artifacts that they led to stay.
+A record says nothing of the text: it stays in the memory of the process that makes the prefix, and with that
+process the job ends. So its maker vouches for a record again and again; one that nobody vouched for lately
+counts as failed. A Redis that lost its records has them again when their makers vouch the next time. Records
+are advice: what is stored is for the store to say.
 """
 
 from __future__ import annotations
 
-import uuid
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+import logging
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xkv_artifacts.errors import CatalogError, InvalidKey, JobConflict, TooManyJobs
 from xkv_artifacts.keys import check_namespace, is_artifact_id
-from xkv_artifacts.lease import Lease
 from xkv_artifacts.listing import STORE_KEYS
 from xkv_artifacts.manifest import Namespace, Sha256
-from xkv_artifacts.namespace_index import page_of
 from xkv_artifacts.redis_link import RedisLink
 
 if TYPE_CHECKING:
     import redis
 
-JOB_KEY: Final = STORE_KEYS + "job:{id}"  # hash: see Job
-JOBS_KEY: Final = STORE_KEYS + "jobs:{namespace}"  # sorted set: its jobs, by the second they were made
-JOB_LEASE_KEY: Final = STORE_KEYS + "job-lease:{id}"  # string: the worker, with an expiry
+JOB_KEY: Final = STORE_KEYS + "job:{namespace}:{id}"  # hash: see Job, and "vouched", the second until when
+JOBS_KEY: Final = STORE_KEYS + "jobs:{namespace}"  # sorted set: its artifact ids, by when they were asked for
+VOUCH_S: Final = 30.0
+"""Seconds for which a maker vouches: as long as a lease on an artifact outlives its owner."""
 KEEP_S: Final = 86_400
-"""A record lives so long from when the job was made: a day, in which somebody asks or never will."""
-MOST_JOBS: Final = 1000
-"""Records of one namespace; the oldest finished ones give way."""
-MOST_TRIES: Final = 3
-"""As often as precompute tries a document whose worker dies."""
-_MOST_ERROR = 500
+"""Seconds that a failure is remembered: a day, in which somebody asks or never will."""
+MOST_JOBS: Final = 256
+"""Records of one namespace; the oldest give way. A maker has 64 unfinished ones at most."""
+STOPPED: Final = "the server stopped before it was made; ask again"
+_MOST_TEXT = 500
+_log = logging.getLogger(__name__)
 
-# KEYS: job, jobs. ARGV: id, namespace, artifact or '', start of jobs' keys, most, seconds. Answers 0 where
-# there are too many unfinished ones.
-_CREATE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+# KEYS: job, jobs. ARGV: id, seconds to vouch for, seconds to keep, most jobs, start of jobs' keys, fields.
+_WRITE = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[6])
-if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-    local found = redis.pcall('HGET', ARGV[4] .. id, 'status')
-    if found ~= 'queued' and found ~= 'running' then
+local found = redis.pcall('HMGET', KEYS[1], 'status', 'vouched')
+local status, vouched = found[1], tonumber(found[2] or 0) or 0
+local function write()
+  redis.call('DEL', KEYS[1])
+  redis.call('HSET', KEYS[1], 'vouched', now + ARGV[2], unpack(ARGV, 6))
+  redis.call('EXPIRE', KEYS[1], ARGV[3])
+  redis.call('ZADD', KEYS[2], now, ARGV[1])
+  redis.call('EXPIRE', KEYS[2], ARGV[3])
+  local extra = redis.call('ZCARD', KEYS[2]) - ARGV[4]
+  if extra > 0 then
+    for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, extra - 1)) do
       redis.call('ZREM', KEYS[2], id)
-      redis.call('DEL', ARGV[4] .. id)
-      break
+      redis.call('DEL', ARGV[5] .. id)
     end
   end
-  if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then return 0 end
 end
-redis.call('HSET', KEYS[1], 'namespace', ARGV[2], 'status', 'queued', 'tries', 0)
-redis.call('HSET', KEYS[1], 'created', now, 'updated', now)
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'artifact_id', ARGV[3]) end
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-redis.call('ZADD', KEYS[2], now, ARGV[1])
-redis.call('EXPIRE', KEYS[2], ARGV[6])
+"""
+# Answers 0 where somebody makes it already.
+_ADD = (
+    _WRITE
+    + """
+if (status == 'queued' or status == 'running') and vouched > now then return 0 end
+write()
 return 1
 """
-
-# KEYS: job, lease. ARGV: worker, milliseconds, most tries. Answers 1, or 0 where it is not to be had.
-_CLAIM = """
-local status, worker, tries = unpack(redis.call('HMGET', KEYS[1], 'status', 'worker', 'tries'))
-local holder = redis.call('GET', KEYS[2])
-if holder then return holder == ARGV[1] and 1 or 0 end
-if status ~= 'queued' and status ~= 'running' then return 0 end
-if (tonumber(tries or 0) or 0) >= tonumber(ARGV[3]) then return 0 end
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'status', 'running', 'worker', ARGV[1], 'updated', time[1] + time[2] / 1000000)
-redis.call('HINCRBY', KEYS[1], 'tries', 1)
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+)
+# Of a record that is there, status and error (the first two fields) are what may have changed.
+_TELL = (
+    _WRITE
+    + """
+if not status then return write() end
+redis.call('HSET', KEYS[1], 'vouched', now + ARGV[2])
+if status ~= 'deleted' then redis.call('HSET', KEYS[1], unpack(ARGV, 6, 9)) end
+"""
+)
+# KEYS: job. ARGV: fields. Answers 0 where there is none.
+_CHANGE = """
+local status = redis.pcall('HGET', KEYS[1], 'status')
+if type(status) ~= 'string' or status == 'deleted' then return 0 end
+redis.call('HSET', KEYS[1], unpack(ARGV))
 return 1
 """
-
-# KEYS: job, lease. ARGV: worker, status, artifact or '', error or ''. Answers 1, or 0 where it is another's.
+# KEYS: job, jobs. ARGV: id. Answers the fields; none of one that was deleted and asked for again meanwhile.
 _FINISH = """
-local status, worker = unpack(redis.call('HMGET', KEYS[1], 'status', 'worker'))
-if worker ~= ARGV[1] or (status ~= 'running' and status ~= ARGV[2]) then return 0 end
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'status', ARGV[2], 'updated', time[1] + time[2] / 1000000)
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'artifact_id', ARGV[3]) end
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'error', ARGV[4]) end
-if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
-return 1
+local fields = redis.pcall('HGETALL', KEYS[1])
+if not fields.err and redis.call('HGET', KEYS[1], 'status') == 'queued' then return {} end
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return fields.err and {} or fields
 """
-
-JobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Status = Literal["queued", "running", "ready", "failed"]
 
 
 class Job(BaseModel):
-    """One job.
+    """A prefix to be made.
 
     Args:
-        status: "queued" until a worker has it, and again when that one died; "ready" or "failed" at the end.
-        artifact_id: what it leads to, once that is known.
+        id: its artifact's. namespace: whose it will be. model: the name of its model. name: what people call
+            it. tokens: of it.
+        status: "deleted": nobody wants it any more; only its maker still sees that.
         error: why it failed, one line.
-        created, updated: seconds since the epoch, by the clock of Redis.
-        tries: workers that had it. worker: the last one.
+        pinned, ttl_s: as `ArtifactStore.publish` takes them.
+        created: seconds since the epoch, by the clock of Redis, when it was asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    id: JobId
+    id: Sha256
     namespace: Namespace
-    status: Status
-    artifact_id: Sha256 | None = None
-    error: str | None = Field(default=None, max_length=_MOST_ERROR)
-    created: float
-    updated: float
-    tries: int = Field(default=0, ge=0)
-    worker: str | None = Field(default=None, max_length=500)
+    status: Literal["queued", "running", "failed", "deleted"]
+    error: str = Field(default="", max_length=_MOST_TEXT)
+    model: str = Field(max_length=_MOST_TEXT)
+    tokens: int = Field(ge=0, lt=2**53)
+    name: str = Field(max_length=_MOST_TEXT)
+    pinned: bool = False
+    ttl_s: float | None = Field(default=None, gt=0)
+    created: float = Field(ge=0, le=1e12)
+
+    def fields(self) -> list[str]:
+        """Names and values for Redis, status and error first."""
+        rest = self.model_dump(exclude={"id", "namespace", "status", "error"})
+        texts = {"status": self.status, "error": self.error, **{name: _text(rest[name]) for name in rest}}
+        return [text for pair in texts.items() for text in pair]
 
 
 class JobBoard:
     """The jobs of one store.
 
-    Every method raises CatalogUnavailable, and CatalogError where Redis holds something else there.
+    Every method raises CatalogUnavailable, InvalidNamespace, and CatalogError where Redis refuses.
     """
 
     def __init__(self, link: RedisLink, store_id: str) -> None:
         self._link = link
         self._store_id = store_id
 
-    def create(self, namespace: str, artifact_id: str | None = None) -> Job:
-        """A new queued job.
+    def add(self, job: Job) -> bool:
+        """Record a job; False where somebody vouches for the same one already. A failed one is replaced."""
+        return bool(self._write(_ADD, job))
 
-        Raises:
-            TooManyJobs: the namespace has MOST_JOBS that are not finished.
-            InvalidNamespace, InvalidKey
+    def tell(self, job: Job) -> None:
+        """Vouch for a job for the next VOUCH_S, and say its status and error. What was changed stays."""
+        self._write(_TELL, job)
+
+    def fail(self, job: Job, error: str) -> None:
+        """Say that a job failed, and why."""
+        line = " ".join(error.split())[:_MOST_TEXT] or "unknown"
+        self.tell(job.model_copy(update={"status": "failed", "error": line}))
+
+    def finish(self, job: Job) -> Job | None:
+        """Forget a job that is done; its record as it was last, None where Redis had lost it. One that is
+        queued (again) stays.
         """
-        check_namespace(namespace)
-        if artifact_id is not None and not is_artifact_id(artifact_id):
-            raise InvalidKey(f"{artifact_id[:80]!r} is not an artifact id")
-        job_id = uuid.uuid4().hex
-        texts = [job_id, namespace, artifact_id or "", self._key(JOB_KEY, id="")]
-        keys = [self._key(JOB_KEY, id=job_id), self._key(JOBS_KEY, namespace=namespace)]
-        if not self._link.script(_CREATE, keys, [*texts, str(MOST_JOBS), str(KEEP_S)]):
-            raise TooManyJobs(
-                f"namespace {namespace} has {MOST_JOBS:,} unfinished jobs", hint="wait until some are done"
-            )
-        job = self.get(namespace, job_id)
-        if job is None:
-            raise CatalogError(f"job {job_id} was lost as soon as it was made", hint="create it again")
-        return job
+        raw: Any = self._link.script(_FINISH, self._keys(job.namespace, job.id), [job.id])
+        return _parse(job.namespace, job.id, dict(zip(raw[::2], raw[1::2], strict=True)), None)
+
+    def change(
+        self, namespace: str, job_id: str, *, pinned: bool | None = None, ttl_s: float | None = None
+    ) -> bool:
+        """Change what will be promised of the artifact; a `ttl_s` of 0 is none. False: no such job."""
+        texts = {} if pinned is None else {"pinned": str(pinned)}
+        texts |= {} if ttl_s is None else {"ttl_s": _text(ttl_s or None)}
+        return bool(texts) and self._change(namespace, job_id, texts)
+
+    def remove(self, namespace: str, job_id: str) -> bool:
+        """Do not make it, or forget that it failed; False: there is no such job."""
+        return self._change(namespace, job_id, {"status": "deleted"})
 
     def get(self, namespace: str, job_id: str) -> Job | None:
-        """A job of this namespace, or None.
+        """A job of this namespace; None where there is none, or its record is damaged."""
+        job = self.last(namespace, job_id)
+        return None if job is None or job.status == "deleted" else job
 
-        Raises:
-            CatalogError: there is one, but it is damaged.
-        """
-        if not _is_job_id(job_id):
-            return None
-        job = _parse(job_id, *self._fetch([job_id])[0])
-        return job if job is not None and job.namespace == namespace else None
+    def last(self, namespace: str, job_id: str) -> Job | None:
+        """As `get`, the deleted ones too."""
+        return self._fetch(check_namespace(namespace), [job_id])[0] if is_artifact_id(job_id) else None
 
-    def page(
-        self, namespace: str, cursor: str | None = None, limit: int = 100
-    ) -> tuple[list[Job], str | None]:
-        """Up to `limit` jobs of a namespace, newest first, and the cursor of the next page, if there is one.
-        Damaged ones are left out.
+    def all(self, namespace: str) -> list[Job]:
+        """The jobs of a namespace, at most MOST_JOBS, newest first."""
+        key = self._keys(namespace, "")[1]
+        raw: Any = self._link.call(lambda client: client.zrevrange(key, 0, MOST_JOBS - 1))
+        ids = [found for item in raw if is_artifact_id(found := item.decode("utf-8", "replace"))]
+        return [job for job in self._fetch(namespace, ids) if job is not None and job.status != "deleted"]
 
-        Raises:
-            InvalidNamespace, InvalidCursor
-        """
-        key = self._key(JOBS_KEY, namespace=check_namespace(namespace))
-        found, following = page_of(self._link, key, cursor, limit)
-        ids = [job_id for job_id, _ in found if _is_job_id(job_id)]
-        jobs = []
-        for job_id, answer in zip(ids, self._fetch(ids), strict=True):
-            try:
-                job = _parse(job_id, *answer)
-            except CatalogError:
-                continue
-            if job is not None and job.namespace == namespace:
-                jobs.append(job)
-        return jobs, following
-
-    def claim(self, job_id: str, worker: str, ttl_s: float = 30.0) -> Lease | None:
-        """Begin a queued job, or one whose worker died; None when it is not to be had.
-
-        Work inside `with lease:`, which renews it, and call `finish` there. A block that is left without that
-        gives the job back.
-
-        Args:
-            worker: a text that no other worker uses.
-            ttl_s: seconds after which a dead worker's job is queued again.
-        """
-        if not _is_job_id(job_id):
-            return None
-        arguments = [worker, str(int(1000 * ttl_s)), str(MOST_TRIES)]
-        if not self._link.script(_CLAIM, self._keys(job_id), arguments):
-            return None
-        return Lease(self._link, self._keys(job_id)[1], worker, ttl_s)
-
-    def finish(
-        self, job_id: str, worker: str, *, artifact_id: str | None = None, error: str | None = None
-    ) -> None:
-        """End a job: "failed" with an `error`, else "ready" with the artifact that it led to.
-
-        Raises:
-            JobConflict: it is not this worker's any more: another one has it, or it is gone.
-            InvalidKey: neither or both are given, or the id is none.
-        """
-        if (artifact_id is None) == (error is None) or not is_artifact_id(artifact_id or "0" * 64):
-            raise InvalidKey("a job ends with an artifact id or with an error", hint="give one of them")
-        line = " ".join((error or "").split())[:_MOST_ERROR] or ("unknown" if error is not None else "")
-        status = "ready" if error is None else "failed"
-        arguments = [worker, status, artifact_id or "", line]
-        if not _is_job_id(job_id) or not self._link.script(_FINISH, self._keys(job_id), arguments):
-            raise JobConflict(
-                f"job {job_id[:80]} is not {worker}'s", hint="another worker has it, or it is gone"
-            )
-
-    def _fetch(self, ids: list[str]) -> list[tuple[Any, Any]]:
+    def _fetch(self, namespace: str, ids: list[str]) -> list[Job | None]:
         def command(client: redis.Redis) -> list[Any]:
             pipeline = client.pipeline(transaction=False)
+            pipeline.time()
             for job_id in ids:
-                job, lease = self._keys(job_id)
-                pipeline.hgetall(job)
-                pipeline.exists(lease)
-            return pipeline.execute(raise_on_error=False)
+                pipeline.hgetall(self._keys(namespace, job_id)[0])
+            answers = pipeline.execute(raise_on_error=False)
+            if isinstance(answers[0], Exception):  # not about one record: a Redis that is still loading, say
+                raise answers[0]
+            return answers
 
-        answers = self._link.call(command)
-        return list(zip(answers[::2], answers[1::2], strict=True))
+        (seconds, microseconds), *answers = self._link.call(command)
+        found, now = zip(ids, answers, strict=True), seconds + microseconds / 1e6
+        return [_parse(namespace, job_id, fields, now) for job_id, fields in found]
 
-    def _keys(self, job_id: str) -> list[str]:
-        return [self._key(JOB_KEY, id=job_id), self._key(JOB_LEASE_KEY, id=job_id)]
+    def _write(self, script: str, job: Job) -> Any:
+        keys = self._keys(job.namespace, job.id)
+        bounds = [str(VOUCH_S), str(KEEP_S), str(MOST_JOBS), self._keys(job.namespace, "")[0]]
+        return self._link.script(script, keys, [job.id, *bounds, *job.fields()])
 
-    def _key(self, pattern: str, **parts: str) -> str:
-        return pattern.format(store=self._store_id, **parts)
+    def _change(self, namespace: str, job_id: str, texts: dict[str, str]) -> bool:
+        if not is_artifact_id(job_id):
+            return False
+        pairs = [text for pair in texts.items() for text in pair]
+        return bool(self._link.script(_CHANGE, self._keys(namespace, job_id)[:1], pairs))
+
+    def _keys(self, namespace: str, job_id: str) -> list[str]:
+        place = {"store": self._store_id, "namespace": check_namespace(namespace)}
+        return [JOB_KEY.format(id=job_id, **place), JOBS_KEY.format(**place)]
 
 
-def _is_job_id(text: str) -> bool:
-    return len(text) == 32 and is_artifact_id(2 * text)
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
-def _parse(job_id: str, fields: Any, leased: Any) -> Job | None:
-    """A job as Redis answered, its status as the lease shows it."""
+def _parse(namespace: str, job_id: str, fields: Any, now: float | None) -> Job | None:
+    """A job as Redis has it; failed where nobody vouches for it `now`. None: there is none, or it is bad."""
     if fields == {}:
         return None
     try:
         texts = {name.decode("utf-8"): value.decode("utf-8") for name, value in fields.items()}
-        job = Job.model_validate({**texts, "id": job_id})
-    except (AttributeError, UnicodeDecodeError, ValidationError):
-        raise CatalogError(f"job {job_id} is damaged in the catalog", hint="create it again") from None
-    if job.status != "running" or leased == 1:
+        vouched = float(texts.pop("vouched"))
+        texts["ttl_s"] = texts.get("ttl_s") or None
+        job = Job.model_validate({**texts, "id": job_id, "namespace": namespace})
+    except (AttributeError, KeyError, ValueError, ValidationError):
+        _log.warning("the record of job %s is damaged: it counts as none", job_id)
+        return None
+    if now is None or job.status not in ("queued", "running") or vouched > now:
         return job
-    if job.tries < MOST_TRIES:
-        return job.model_copy(update={"status": "queued"})
-    error = f"given up after {job.tries} tries: its worker died each time"
-    return job.model_copy(update={"status": "failed", "error": error})
+    return job.model_copy(update={"status": "failed", "error": STOPPED})

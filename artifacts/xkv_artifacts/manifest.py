@@ -46,13 +46,45 @@ class _Extended(_Strict):
         return {name: value for name, value in fields.items() if value or name not in self.later_fields}
 
 
-class ModelIdentity(_Strict):
-    """Which model the prefix was prefilled with. Only `fingerprint` decides whether an artifact fits."""
+class ModelParts(_Strict):
+    """SHA-256 of parts of a model's files, as `fingerprint.digest_model` makes them.
+
+    Args:
+        weights: of the weight files. tokenizer: of tokenizer files and chat templates. config: of the rest.
+    """
+
+    weights: Sha256
+    tokenizer: Sha256
+    config: Sha256
+
+
+class ModelIdentity(_Extended):
+    """Which model the prefix was prefilled with. Only `fingerprint` decides whether an artifact fits.
+
+    Args:
+        fingerprint: over config, weights, tokenizer, chat templates and dtype.
+        name, architecture: for people. dtype: the dtype that the model runs in.
+        parts: to say what differs where the fingerprint does; None in files of before.
+    """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"parts"})
 
     fingerprint: Sha256
     name: Name
     architecture: Name
     dtype: Name
+    parts: ModelParts | None = None
+
+    def differs_from(self, other: ModelIdentity) -> str:
+        """What is another in it than in `other`, in words, as far as both say; empty where unknown."""
+        found = [f"another dtype ({self.dtype}, not {other.dtype})"] if self.dtype != other.dtype else []
+        if self.parts is not None and other.parts is not None:
+            mine, theirs = self.parts.model_dump(), other.parts.model_dump()
+            found += [words for part, words in _DIFFERENT.items() if mine[part] != theirs[part]]
+        return ", ".join(found)
+
+
+_DIFFERENT = {"weights": "other weights", "tokenizer": "another tokenizer", "config": "another config"}
 
 
 class DocumentRef(_Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
@@ -150,6 +151,17 @@ class ArtifactStore:
         """
         quota = self.limits().quota(manifest.namespace)
         return self._publisher.publish(manifest, tensors, quota, pinned, ttl_s)
+
+    def check_room(self, namespace: str, size: int, artifact_id: str) -> None:
+        """Say before an artifact is made that publishing `size` bytes would be refused; nothing is collected.
+
+        Raises:
+            QuotaExceeded: its namespace has no room for it, and none could be made now.
+            InvalidLimits, CatalogUnavailable, CatalogError, StoreError
+        """
+        quota = self.limits().quota(check_namespace(namespace))
+        if not quota.unlimited:
+            self._collector.check_room(namespace, quota, size, artifact_id)
 
     def load(
         self, artifact_id: str, names: Iterable[str] | None = None
@@ -347,6 +359,24 @@ class ArtifactStore:
         """
         self.catalog.clear()
         return self._list_all()
+
+    def list_if_lost(self) -> Rebuild | None:
+        """List what the store holds in a catalog that lost it, or never knew: that of a Redis that came back
+        empty. What works meanwhile goes on.
+
+        Returns:
+            None: the catalog is complete, or somebody else is at it.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        if self.catalog.is_built():
+            return None
+        lease = self.catalog.lease("listing", uuid.uuid4().hex)
+        if lease is None:
+            return None
+        with lease:
+            return self._list_all()
 
     def collect_orphans(self) -> Orphans:
         """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was

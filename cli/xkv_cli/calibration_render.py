@@ -53,6 +53,7 @@ def description(found: CalibrationDescription) -> None:
             *certainty(manifest.figures),
         ],
     )
+    _warnings(manifest.figures)
 
 
 def _layers(group: tuple[int, ...]) -> str:
@@ -89,9 +90,15 @@ def report(result: CalibrationReport) -> None:
     )
     validation = result.figures["validation"]
     table(("asked", "step", "KL", "agreement"), [_step(row) for row in validation], right=("KL", "agreement"))
-    for text in result.figures["warnings"]:
-        warn(text)
+    _warnings(result.figures)
     errors(result.errors)
+
+
+def _warnings(figures: Mapping[str, Any]) -> None:
+    """What is to know before use; figures come from a file."""
+    found = figures.get("warnings")
+    for text in found if isinstance(found, list) else ():
+        warn(str(text))
 
 
 def _step(row: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -76,13 +76,14 @@ def show(
     """
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import calibration_render, render
+    from xkv_service.calibration.report.about import report_figures
     from xkv_workers.inventory import describe_calibration, resolve_calibration
 
     check_pages(plots)
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         found = describe_calibration(store, resolve_calibration(store, calibration))
     render.as_json(found.as_dict()) if as_json else calibration_render.description(found)
-    write_pages({**found.manifest.figures, "model": found.manifest.model.name}, report, plots)
+    write_pages(report_figures(found.manifest), report, plots)
     return 0
 
 

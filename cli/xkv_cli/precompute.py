@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from xkv_cli.options import ManyValues, corpus_options, json_option, store_options, wrong_usage
+from xkv_cli.times import TimeType
 
 
 class RankType(click.ParamType[int | str]):
@@ -83,6 +84,16 @@ class RankType(click.ParamType[int | str]):
     " kept, or refused. Default: retry with a calibration, else keep.",
 )
 @click.option(
+    "--pin", is_flag=True, help="Keep the artifacts whatever happens (xkv pin), those stored already too."
+)
+@click.option(
+    "--ttl",
+    "ttl_s",
+    type=TimeType(),
+    help="Let the artifacts end so long after they are published: 90s, 15m, 12h, 7d (xkv ttl); those stored"
+    " already so long from now. Default: no end of their own.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
 )
 @json_option
@@ -102,6 +113,7 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
       xkv precompute --docs corpus/*.txt --ratio 16 --dry-run
       xkv precompute --docs corpus/ --model ./llama --system-prompt system.txt --store s3://bucket/kv
       xkv precompute --docs corpus/ --calibration 3fa9c1 --ratio 32
+      xkv precompute --docs news/ --ttl 7d
       xkv precompute --docs corpus/ --rank-k 384 --rank-v 576 --min-fidelity 0.9 --json
 
     \b
@@ -120,7 +132,7 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
 
     Exit status: 0 all is well, 1 some documents failed, 2 wrong usage, 130 interrupted.
     """
-    from xkv_artifacts.errors import InvalidNamespace
+    from xkv_artifacts.errors import InvalidLimits, InvalidNamespace
     from xkv_cli import render
     from xkv_cli.progress import watch
     from xkv_service.errors import InvalidSpec
@@ -129,7 +141,7 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
 
     try:
         request = Request.create(**options)
-    except (InvalidSpec, InvalidNamespace) as error:
+    except (InvalidSpec, InvalidNamespace, InvalidLimits) as error:
         raise wrong_usage(error) from None
     if dry_run:
         forecast = estimate(request)

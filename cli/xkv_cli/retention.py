@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from xkv_cli.options import json_option, store_options
+from xkv_cli.times import TimeType
 
 if TYPE_CHECKING:
     from xkv_artifacts.retention import Retention
     from xkv_artifacts.store import ArtifactStore
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_TIME = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?([smhd]?)", re.ASCII)
-
-
-def _seconds(ctx: click.Context, param: click.Parameter, text: str) -> float | None:
-    match = _TIME.fullmatch(text.strip())
-    if match is None and text != "none":
-        raise click.BadParameter(f"{text[:40]!r} is not a time: write 90s, 15m, 12h, 7d or none")
-    return None if match is None else float(match[1]) * _UNITS[match[2] or "s"]
 
 
 @click.command()
@@ -68,7 +58,7 @@ def unpin(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -
 
 @click.command()
 @click.argument("artifact", metavar="ID")
-@click.argument("time", metavar="TIME", callback=_seconds)
+@click.argument("time", metavar="TIME", type=TimeType(none=True))
 @store_options
 @json_option
 def ttl(artifact: str, time: float | None, store_url: str, redis_url: str | None, as_json: bool) -> int:

@@ -92,6 +92,13 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     metavar="F",
     help="Artifacts that agree less with the exact cache are not used.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["json", "text"]),
+    default="json",
+    show_default=True,
+    help="Of the log files: one JSON object a line, or lines for people. No prompt or answer is in them.",
+)
 def serve(**options: Any) -> int:
     """Answer OpenAI's API from compressed prefixes.
 

@@ -1,4 +1,4 @@
-"""Job records in a real Redis: claimed, finished, given back by the dead, bounded, and never believed."""
+"""Job records in a real Redis: vouched for, ended, restored, bounded, and never believed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ import pytest
 
 from xkv_artifacts import jobs as module
 from xkv_artifacts.catalog import Catalog
-from xkv_artifacts.errors import (
-    CatalogError,
-    InvalidCursor,
-    InvalidKey,
-    InvalidNamespace,
-    JobConflict,
-    TooManyJobs,
-)
-from xkv_artifacts.jobs import JOB_KEY, JOBS_KEY, JobBoard
-
-ARTIFACT = "a" * 64
+from xkv_artifacts.errors import CatalogUnavailable, InvalidNamespace
+from xkv_artifacts.jobs import JOB_KEY, JOBS_KEY, STOPPED, Job, JobBoard
+from xkv_artifacts.redis_link import RedisLink
 
 
 @pytest.fixture
@@ -29,187 +21,185 @@ def board(catalog: Catalog) -> JobBoard:
     return JobBoard(catalog.link, catalog.store_id)
 
 
-def test_a_job_goes_from_queued_to_ready(board: JobBoard, catalog: Catalog) -> None:
-    job = board.create("acme", ARTIFACT)
-    assert (job.status, job.artifact_id, job.tries, job.error) == ("queued", ARTIFACT, 0, None)
-    assert abs(job.created - catalog.now()) < 5 and job.updated == job.created
-    lease = board.claim(job.id, "one")
-    assert lease is not None
-    with lease:
-        running = board.get("acme", job.id)
-        assert running is not None and (running.status, running.worker, running.tries) == (
-            "running",
-            "one",
-            1,
-        )
-        assert running.updated > job.updated
-        assert board.claim(job.id, "two") is None
-        board.finish(job.id, "one", artifact_id="b" * 64)
-    done = board.get("acme", job.id)
-    assert done is not None and (done.status, done.artifact_id) == ("ready", "b" * 64)
-    assert board.claim(job.id, "two") is None
-    board.finish(job.id, "one", artifact_id="b" * 64)  # asked again after a lost answer
-    with pytest.raises(JobConflict):
-        board.finish(job.id, "one", error="no")
+def job(number: int = 0, namespace: str = "acme", **fields: Any) -> Job:
+    told = {
+        "status": "queued",
+        "model": "tiny",
+        "tokens": 100,
+        "name": "lisbon.txt",
+        "created": 1e9 + number,
+        **fields,
+    }
+    return Job(id=f"{number:064x}", namespace=namespace, **told)
 
 
-def test_a_failure_is_one_line(board: JobBoard) -> None:
-    job = board.create("acme")
-    assert board.claim(job.id, "one")
-    board.finish(job.id, "one", error="first line\nsecond\x00 " + "x" * 10_000)
-    failed = board.get("acme", job.id)
-    assert failed is not None and failed.status == "failed" and failed.error is not None
+def running(one: Job) -> Job:
+    return one.model_copy(update={"status": "running"})
+
+
+def test_a_job_is_queued_then_running_then_gone(board: JobBoard) -> None:
+    one = job(pinned=True, ttl_s=60.5)
+    assert board.get("acme", one.id) is None and board.add(one)
+    assert board.get("acme", one.id) == one and board.all("acme") == [one]
+    board.tell(running(one))
+    assert board.get("acme", one.id) == running(one)
+    assert board.finish(one) == running(one)
+    assert board.get("acme", one.id) is None and board.all("acme") == [] and board.finish(one) is None
+
+
+def test_a_failure_is_one_line_and_gives_way_to_another_try(board: JobBoard) -> None:
+    assert board.add(job())
+    board.fail(job(), "first line\nsecond\t" + "x" * 10_000)
+    failed = board.get("acme", job().id)
+    assert failed is not None and failed.status == "failed"
     assert failed.error.startswith("first line second") and len(failed.error) == 500
+    assert board.add(job())
+    assert board.get("acme", job().id) == job()
 
 
-def test_a_dead_workers_job_is_queued_again_and_given_up_in_the_end(board: JobBoard) -> None:
-    job = board.create("acme")
-    for number in range(module.MOST_TRIES):
-        queued = board.get("acme", job.id)
-        assert queued is not None and queued.status == "queued" and queued.tries == number
-        assert board.claim(job.id, f"worker {number}", ttl_s=0.1) is not None
-        time.sleep(0.2)
-    assert board.claim(job.id, "another") is None
-    failed = board.get("acme", job.id)
-    assert failed is not None and failed.status == "failed" and "3 tries" in str(failed.error)
-
-
-def test_a_block_that_raises_gives_the_job_back(board: JobBoard) -> None:
-    job = board.create("acme")
-    lease = board.claim(job.id, "one")
-    assert lease is not None
-    with pytest.raises(RuntimeError), lease:
-        raise RuntimeError
-    assert board.claim(job.id, "two") is not None
-    with pytest.raises(JobConflict, match="not one's"):
-        board.finish(job.id, "one", artifact_id=ARTIFACT)
-    board.finish(job.id, "two", artifact_id=ARTIFACT)
-
-
-def test_a_worker_that_was_slow_may_still_finish_what_nobody_took(board: JobBoard) -> None:
-    job = board.create("acme")
-    assert board.claim(job.id, "slow", ttl_s=0.1)
-    time.sleep(0.2)
-    board.finish(job.id, "slow", artifact_id=ARTIFACT)
-    done = board.get("acme", job.id)
-    assert done is not None and done.status == "ready"
-
-
-def test_a_lease_is_renewed_while_the_work_goes_on(board: JobBoard) -> None:
-    job = board.create("acme")
-    lease = board.claim(job.id, "one", ttl_s=0.6)
-    assert lease is not None
-    with lease:
-        time.sleep(1.5)
-        assert board.claim(job.id, "two") is None
-        board.finish(job.id, "one", artifact_id=ARTIFACT)
-
-
-def test_of_many_workers_one_gets_a_job(board: JobBoard) -> None:
-    job = board.create("acme")
-    got: list[str] = []
-
-    def claim(name: str) -> None:
-        if board.claim(job.id, name) is not None:
-            got.append(name)
-
-    threads = [threading.Thread(target=claim, args=(str(number),)) for number in range(8)]
+def test_the_same_job_is_added_once(board: JobBoard) -> None:
+    added: list[bool] = []
+    threads = [threading.Thread(target=lambda: added.append(board.add(job()))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 1
+    assert sorted(added) == [False] * 7 + [True]
+    board.tell(running(job()))
+    assert not board.add(job())
+    assert board.add(job(namespace="other"))
+
+
+def test_a_job_whose_maker_went_away_has_failed(board: JobBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "VOUCH_S", 1.0)
+    assert board.add(job())
+    assert board.add(job(1))
+    board.tell(running(job(1)))
+    time.sleep(1.1)
+    for number in (0, 1):
+        found = board.get("acme", job(number).id)
+        assert found is not None and (found.status, found.error) == ("failed", STOPPED)
+    assert [one.status for one in board.all("acme")] == ["failed", "failed"]
+    board.tell(running(job(1)))  # it was only slow
+    assert board.get("acme", job(1).id) == running(job(1))
+    assert board.add(job()) and not board.add(job(1))
+
+
+def test_what_is_changed_is_kept_until_its_maker_sees_it(board: JobBoard) -> None:
+    board.add(job(ttl_s=5.0))
+    assert board.change("acme", job().id, pinned=True)
+    assert board.change("acme", job().id, ttl_s=0)
+    assert not board.change("other", job().id, pinned=False) and not board.change("acme", job().id)
+    board.tell(running(job(ttl_s=5.0)))
+    done = board.finish(job())
+    assert done is not None and done.pinned and done.ttl_s is None
+
+
+def test_a_deleted_job_is_seen_by_its_maker_alone(board: JobBoard) -> None:
+    board.add(job())
+    assert not board.remove("other", job().id) and board.remove("acme", job().id)
+    assert not board.remove("acme", job().id) and not board.change("acme", job().id, pinned=True)
+    board.tell(running(job()))
+    board.fail(job(), "it failed")
+    assert board.get("acme", job().id) is None and board.all("acme") == []
+    last = board.last("acme", job().id)
+    assert last is not None and last.status == "deleted"
+    assert board.add(job())  # wanted again
+    assert board.finish(running(job())) is None  # the first maker is done: this is not its job
+    assert board.get("acme", job().id) == job()
+
+
+def test_a_redis_that_lost_its_records_has_them_again(board: JobBoard, catalog: Catalog) -> None:
+    board.add(job(pinned=True))
+    catalog.link.call(lambda client: client.flushdb())
+    assert board.get("acme", job().id) is None
+    board.tell(running(job(pinned=True)))
+    assert board.get("acme", job().id) == running(job(pinned=True))
+    assert board.all("acme") == [running(job(pinned=True))]
 
 
 def test_namespaces_do_not_see_each_other(board: JobBoard) -> None:
-    mine, theirs = board.create("acme"), board.create("other")
+    mine, theirs = job(), job(1, "other")
+    assert board.add(mine) and board.add(theirs)
     assert board.get("other", mine.id) is None and board.get("acme", theirs.id) is None
-    assert board.page("acme") == ([mine], None) and board.page("nobody") == ([], None)
+    assert board.all("acme") == [mine] and board.all("nobody") == []
     for name in ("", "../x", "*"):
-        with pytest.raises(InvalidNamespace):
-            board.page(name)
-        with pytest.raises(InvalidNamespace):
-            board.create(name)
-
-
-def test_jobs_are_paged_newest_first(board: JobBoard) -> None:
-    made = [board.create("acme") for _ in range(7)][::-1]
-    seen, cursor = [], None
-    for size in (3, 3, 1):
-        page, cursor = board.page("acme", cursor, 3)
-        assert len(page) == size
-        seen += page
-        board.create("acme")  # what comes later shifts nothing
-    assert seen == made and cursor is None
-    with pytest.raises(InvalidCursor):
-        board.page("acme", "x")
+        for ask in (
+            board.all,
+            lambda name: board.get(name, mine.id),
+            lambda name: board.remove(name, mine.id),
+        ):
+            with pytest.raises(InvalidNamespace):
+                ask(name)
 
 
 def test_records_are_bounded_in_number_and_age(
     board: JobBoard, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_JOBS", 3)
-    jobs = [board.create("acme") for _ in range(3)]
-    with pytest.raises(TooManyJobs, match="acme has 3"):
-        board.create("acme")
-    board.create("other")
-    assert board.claim(jobs[1].id, "one")
-    board.finish(jobs[1].id, "one", error="it failed")
-    assert board.create("acme").status == "queued"
-    assert board.get("acme", jobs[1].id) is None and board.get("acme", jobs[0].id) is not None
-    key = JOB_KEY.format(store=catalog.store_id, id=jobs[0].id)
+    for number in range(5):
+        board.add(job(number))
+    board.add(job(0, "other"))
+    assert [one.id for one in board.all("acme")] == [job(number).id for number in (4, 3, 2)]
+    assert board.get("acme", job(1).id) is None
+    key = JOB_KEY.format(store=catalog.store_id, namespace="acme", id=job(4).id)
     assert 0 < catalog.link.call(lambda client: client.ttl(key)) <= module.KEEP_S
     monkeypatch.setattr(module, "KEEP_S", 1)
-    time.sleep(1.1)
-    new = board.create("acme")
-    assert board.page("acme") == ([new], None)
+    board.add(job(5))
     time.sleep(1.2)
-    assert board.get("acme", new.id) is None and board.page("acme") == ([], None)
+    assert board.get("acme", job(5).id) is None and board.all("acme") == []
 
 
-@pytest.mark.parametrize("job_id", ["", "x", "../../etc/passwd", "A" * 32, "a" * 64, "0" * 32])
+@pytest.mark.parametrize("job_id", ["", "x", "../../etc/passwd", "A" * 64, "a" * 32, "0" * 64])
 def test_what_is_no_job_is_none(board: JobBoard, job_id: str) -> None:
-    assert board.get("acme", job_id) is None and board.claim(job_id, "one") is None
-    with pytest.raises(JobConflict):
-        board.finish(job_id, "one", artifact_id=ARTIFACT)
-
-
-def test_a_job_ends_with_one_thing(board: JobBoard) -> None:
-    job = board.create("acme")
-    assert board.claim(job.id, "one")
-    for end in ({}, {"artifact_id": ARTIFACT, "error": "x"}, {"artifact_id": "../x"}):
-        with pytest.raises(InvalidKey):
-            board.finish(job.id, "one", **end)
-    with pytest.raises(InvalidKey):
-        board.create("acme", "../x")
+    assert board.get("acme", job_id) is None
+    assert not board.change("acme", job_id, pinned=True) and not board.remove("acme", job_id)
 
 
 Spoil = Callable[[Any, str], object]
 HOSTILE: dict[str, Spoil] = {
     "unknown status": lambda r, key: r.hset(key, "status", "half"),
     "no status": lambda r, key: r.hdel(key, "status"),
-    "namespace with a path": lambda r, key: r.hset(key, "namespace", "../x"),
-    "artifact with a path": lambda r, key: r.hset(key, "artifact_id", "../x"),
     "endless error": lambda r, key: r.hset(key, "error", "x" * 100_000),
     "time that is none": lambda r, key: r.hset(key, "created", "nan"),
-    "negative tries": lambda r, key: r.hset(key, "tries", "-5"),
-    "not text": lambda r, key: r.hset(key, "worker", b"\xff"),
+    "negative tokens": lambda r, key: r.hset(key, "tokens", "-5"),
+    "not text": lambda r, key: r.hset(key, "name", b"\xff"),
+    "nobody vouches": lambda r, key: r.hdel(key, "vouched"),
+    "vouched for with junk": lambda r, key: r.hset(key, "vouched", "soon"),
     "string for a hash": lambda r, key: (r.delete(key), r.set(key, "x")),
 }
 
 
 @pytest.mark.parametrize("spoil", HOSTILE)
-def test_a_damaged_job_is_named_and_hides_no_other(board: JobBoard, catalog: Catalog, spoil: str) -> None:
-    bad, good = board.create("acme"), board.create("acme")
-    key = JOB_KEY.format(store=catalog.store_id, id=bad.id)
+def test_a_damaged_job_counts_as_none_and_hides_no_other(
+    board: JobBoard, catalog: Catalog, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.add(job(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "VOUCH_S", 0.1)
+        board.add(job(0))
+    key = JOB_KEY.format(store=catalog.store_id, namespace="acme", id=job(0).id)
     catalog.link.call(lambda client: HOSTILE[spoil](client, key))
-    with pytest.raises(CatalogError, match=bad.id):
-        board.get("acme", bad.id)
-    assert board.page("acme") == ([good], None)
+    assert board.get("acme", job(0).id) is None
+    assert board.all("acme") == [job(1)]
+    board.change("acme", job(0).id, pinned=True)
+    board.remove("acme", job(0).id)
+    time.sleep(0.1)
+    assert board.add(job(0))
+    assert board.get("acme", job(0).id) == job(0)
+    catalog.link.call(lambda client: HOSTILE[spoil](client, key))
+    assert board.finish(running(job(0))) is None
 
 
 def test_strange_members_are_left_out(board: JobBoard, catalog: Catalog) -> None:
-    job = board.create("acme")
+    board.add(job(1))
     key = JOBS_KEY.format(store=catalog.store_id, namespace="acme")
-    catalog.link.call(lambda client: client.zadd(key, {"../x": 1, b"\xff": 2, "0" * 32: 3, "": 4}))
-    assert board.page("acme") == ([job], None)
+    catalog.link.call(lambda client: client.zadd(key, {"../x": 1, b"\xff": 2, "0" * 64: 3, "": 4}))
+    assert board.all("acme") == [job(1)]
+
+
+def test_no_redis_is_said_in_one_line(tmp_path: Any) -> None:
+    board = JobBoard(RedisLink(f"unix://{tmp_path}/none.sock", patience_s=0), "0")
+    for ask in (lambda: board.add(job()), lambda: board.get("acme", job().id), lambda: board.all("acme")):
+        with pytest.raises(CatalogUnavailable, match="does not answer"):
+            ask()

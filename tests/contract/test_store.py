@@ -190,6 +190,18 @@ def test_an_emptied_redis_is_rebuilt_from_the_blobs(store: ArtifactStore) -> Non
     assert store.rebuild() == Rebuild(3, ())
 
 
+def test_a_catalog_that_was_lost_is_listed_again_once(store: ArtifactStore) -> None:
+    known = publish(store)
+    assert store.list_if_lost() == Rebuild(1, (), 0)  # nobody had listed this store yet
+    assert store.list_if_lost() is None
+    store.catalog.clear()
+    assert store.lookup(FINGERPRINT, "default", range(100)) is None
+    with store.catalog.lease("listing", "somebody else") or pytest.fail("leased"):
+        assert store.list_if_lost() is None
+    assert store.list_if_lost() == Rebuild(1, (), 0)
+    assert store.lookup(FINGERPRINT, "default", range(100)) == Match(known, 100)
+
+
 def test_rebuild_mends_a_damaged_catalog(store: ArtifactStore) -> None:
     artifact_id = publish(store)
     prefix = f"xkv:1:{store.catalog.store_id}:"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
+import random
+import re
 from pathlib import Path
 
 import pytest
 from command_runs import Xkv, words
 
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.storage import known_documents
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -70,6 +69,8 @@ def test_what_fails_is_reported_and_the_others_go_on(
 ) -> None:
     command = ["calibrate", "--model", tiny_model, "--store", tmp_path / "store", "--ratio", "2"]
     command += ["--ray-address", ray_address, "--workers", "1"]
+    for name, letters in (("a.txt", "0123456789"), ("b.md", "abcdefghij"), ("c.rst", "KLMNOPQRST")):
+        (corpus / name).write_text("".join(random.Random(name).choices(letters, k=500)))
     (corpus / "copy.txt").write_text((corpus / "a.txt").read_text())
     (corpus / "empty.txt").write_bytes(b"")
     (corpus / "long.txt").write_text(words(3000))
@@ -83,6 +84,11 @@ def test_what_fails_is_reported_and_the_others_go_on(
     assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
 
     assert "drawn again 20 times, from 2 parts of 2 documents" in shown
+    said = " ".join(done.err.split())
+    kept = re.search(r"warning The sample is small: bases of documents drawn from it keep ([\d.]+) %", said)
+    assert kept is not None and float(kept[1]) < 100 * ENOUGH and "98.0 % is enough" in said
+    again = xkv("calibrations", "show", listed[0]["id"][:8], "--store", tmp_path / "store")
+    assert again.code == 0 and kept[0] in " ".join(again.err.split())
 
     few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
     assert few.code == 1 and "usable documents: 1; a calibration needs two" in few.err
@@ -91,32 +97,6 @@ def test_what_fails_is_reported_and_the_others_go_on(
     unasked = xkv(*command, "--docs", corpus, "--questions", tmp_path / "none")
     assert unasked.code == 1 and "has no questions about any document" in unasked.err
     assert xkv(*command, "--docs", corpus, "--ratio", "0.5").code == 2
-
-
-def test_a_killed_calibration_goes_on_where_it_stopped(
-    xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "docs").mkdir()
-    for number in range(5):
-        (tmp_path / "docs" / f"{number}.txt").write_text(words(700, seed=number))
-    command = ["calibrate", "--docs", tmp_path / "docs", "--store", tmp_path / "store", "--ratio", "2"]
-    command += ["--model", tiny_model, "--ray-address", ray_address, "--workers", "1", "--json"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "xkv_cli", *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 180
-    while not list(tmp_path.glob("store/calibrating/*/*")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait(10) == -signal.SIGKILL
-
-    done = xkv(*command)
-    assert done.code == 0, done
-    assert "of 4 documents were observed before" in done.err
-    assert (done.json["documents"], done.json["held_out"]) == (5, 1)
-    assert list(tmp_path.glob("store/calibrating/*/*")) == []
 
 
 def test_documents_are_added_to_an_earlier_calibration(

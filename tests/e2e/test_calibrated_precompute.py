@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from xkv_service.calibration.calibrate import calibrate
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import save_calibration
+from xkv_service.modeling.model_files import find_model
 from xkv_service.modeling.models import load_model
 from xkv_service.modeling.prompts import render_prefix
 
@@ -122,6 +124,43 @@ def test_what_cannot_be_is_one_line(
     done = run("precompute", "--docs", document, "--dry-run", *options)
     assert done.code == code and expected in done.err, done
     assert "Traceback" not in done.err and "unexpected" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("model.safetensors", "other weights"),
+        ("chat_template.jinja", "another tokenizer"),
+        ("tokenizer.json", "another tokenizer"),
+        ("config.json", "another config"),
+        ("dtype", "another dtype (bfloat16, not float32)"),
+        ("everything", "another dtype (bfloat16, not float32), other weights"),
+        ("nothing recorded", ""),
+    ],
+)
+def test_a_refusal_names_what_differs(
+    xkv: Xkv, tiny_model: Path, document: Path, tmp_path: Path, changed: str, named: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    if changed in ("model.safetensors", "everything", "nothing recorded"):
+        save_tiny_model(other, seed=1)
+    elif changed != "dtype":
+        (other / changed).write_bytes((other / changed).read_bytes() + b"\n")
+    dtype = "bfloat16" if changed in ("dtype", "everything") else "float32"
+    made_for = find_model(other, dtype=dtype, device="cpu").identity
+    assert made_for.parts is not None
+    if changed == "nothing recorded":
+        made_for = made_for.model_copy(update={"parts": None})
+    manifest, tensors = calibration()
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = store.calibrations.publish(manifest.model_copy(update={"model": made_for}), tensors).id
+    command = ["precompute", "--store", tmp_path / "store", "--docs", document, "--dry-run"]
+    done = xkv(*command, "--model", tiny_model, "--calibration", made)
+    assert done.code == 1 and f"calibration {made[:12]} was made for other ({dtype}, " in done.err, done
+    refusal = done.err.split("not for tiny ")[1].splitlines()[0]
+    assert refusal.partition(": ")[2] == (f"it is of {named}" if named else "")
+    assert "run `xkv calibrate` for this model" in done.err
 
 
 def test_another_models_calibration_is_refused_by_name(

@@ -212,6 +212,7 @@ def test_what_cannot_be_is_one_line(
 def test_models_that_do_not_fit(ask: Talk, xkv: Xkv, artifact: str, tiny_model: Path, tmp_path: Path) -> None:
     other = ask("--artifact", artifact, "--model", tiny_model, "What?")
     assert other.code == 1 and "was made with model" in other.err and "--model" in other.err
+    assert "it is of other weights, another tokenizer, another config" in other.err
     long = tmp_path / "long.txt"
     long.write_text(words(3000))
     tiny = ["--store", tmp_path / "store", "--model", tiny_model, "--doc", long]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_runs import Done, Xkv, words
@@ -77,6 +79,32 @@ def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: P
         0,
         {"artifacts": 4, "calibrations": 0, "failed": 0, "faults": []},
     )
+
+
+def test_artifacts_are_promised_something_as_they_are_published(
+    precompute: Precompute, xkv: Xkv, store: Path, tmp_path: Path
+) -> None:
+    document = tmp_path / "news.txt"
+    document.write_text(words(320))
+
+    def kept() -> dict[str, Any]:
+        (shown,) = xkv("ls", "--store", store, "--json").json["artifacts"]
+        return dict(shown)
+
+    assert precompute("--docs", document, "--pin", "--ttl", "7d").json["computed"] == 1
+    assert kept()["pinned"] and abs(kept()["expires"] - time.time() - 7 * 86_400) < 120
+    assert precompute("--docs", document, ray=False).json["reused"] == 1
+    assert kept()["pinned"] and abs(kept()["expires"] - time.time() - 7 * 86_400) < 120
+    assert xkv("unpin", kept()["id"], "--store", store).code == 0
+    assert precompute("--docs", document, "--ttl", "1h", ray=False).json["reused"] == 1
+    assert not kept()["pinned"] and abs(kept()["expires"] - time.time() - 3600) < 120
+    for value, said in (
+        ("soon", "'soon' is not a time: write 90s, 15m, 12h or 7d"),
+        ("none", "'none' is not a time"),
+        ("0s", "a time to live of 0 s is not allowed: give more than 0 s, at most 100 years"),
+    ):
+        done = precompute("--docs", document, "--ttl", value, ray=False)
+        assert done.code == 2 and said in done.err and "Traceback" not in done.err
 
 
 def test_bad_documents_are_told_and_the_others_go_on(

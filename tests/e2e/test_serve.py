@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -147,6 +148,35 @@ def test_bad_requests_are_refused_in_openais_shape(server: Server) -> None:
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["message"]
+
+
+def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
+    asker: Asker, prefix: dict[str, Any], server: Server
+) -> None:
+    """In the ingress and in the engine replica; the controller and the proxy write JSON as well."""
+    document, questions = _document(NAMES[0])
+    asked = _first(document, questions[5]["question"])
+    asker.ask(asked, extra_headers={"x-request-id": "mine-7"})
+    (found,) = re.findall(r"logs in (\S+)", server.log.read_text())
+    files = list(Path(found).glob("*.log"))
+    assert {path.name.split("_")[0] for path in files} >= {"controller", "proxy", "replica"}
+
+    def lines() -> dict[str, list[dict[str, Any]]]:
+        """Lines about the request, by deployment."""
+        told: dict[str, list[dict[str, Any]]] = {}
+        for path in files:
+            for line in map(json.loads, path.read_text().splitlines()):
+                assert {"levelname", "message", "asctime"} <= line.keys()
+                if line.get("request_id") == "mine-7":
+                    told.setdefault(line["deployment"], []).append(line)
+        return told
+
+    _until(lambda: {"xkv_ingress", "xkv_engine"} <= lines().keys())
+    (line,) = (line for line in lines()["xkv_ingress"] if "request" in line)
+    assert line["request"]["status"] == 200 and line["request"]["artifact"] == prefix["id"]
+    written = b"".join(path.read_bytes() for path in Path(found).parent.rglob("*") if path.is_file())
+    for text in (document[:40], document[-40:], questions[5]["question"], questions[5]["answer"]):
+        assert text.encode() not in written
 
 
 def test_a_corrupt_prefix_is_computed_instead_and_made_again(

@@ -12,11 +12,11 @@ from xkv_artifacts.calibration_format import CalibrationManifest
 from xkv_service.calibration.calibrate import split
 from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.report.about import report_figures
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
-from xkv_service.calibration.storage import known_documents
+from xkv_service.calibration.storage import check_made_for, known_documents
 from xkv_service.evaluation.rendering import Renderer
-from xkv_workers.calibration_choice import check_model
 from xkv_workers.calibration_crew import CalibrationCrew
 from xkv_workers.corpus import Rejected
 from xkv_workers.errors import CorpusError
@@ -145,7 +145,8 @@ class _Calibrating:
             return None, frozenset()
         store = self._job.store
         earlier = resolve_calibration(store, self._request.earlier)
-        check_model(store.calibrations.manifest(earlier), self._job.model.files.identity)
+        made_for = store.calibrations.manifest(earlier).model
+        check_made_for(earlier, made_for, self._job.model.files.identity)
         return earlier, known_documents(store, earlier)
 
     def _sample(self) -> list[ProbedPrefix]:
@@ -215,5 +216,5 @@ class _Calibrating:
             tokens=manifest.sample.tokens,
             errors=tuple(self._errors),
             seconds=round(time.monotonic() - self._started, 3),
-            figures={**manifest.figures, "model": manifest.model.name},
+            figures=report_figures(manifest),
         )

@@ -6,9 +6,8 @@ from xkv_artifacts.calibration_format import CalibrationManifest, read_calibrati
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.storage import load_calibration
+from xkv_service.calibration.storage import check_made_for, load_calibration
 from xkv_service.demo import demo_calibration_path
-from xkv_service.errors import ModelMismatch
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.inventory import resolve_calibration
 
@@ -29,23 +28,8 @@ def choose_calibration(
         found = store.calibrations.newest(model.fingerprint) or _bundled(store, model.fingerprint)
         return None if found is None else load_calibration(store, found.id)
     wanted = resolve_calibration(store, options.calibration)
-    check_model(store.calibrations.manifest(wanted), model)
+    check_made_for(wanted, store.calibrations.manifest(wanted).model, model)
     return load_calibration(store, wanted)
-
-
-def check_model(manifest: CalibrationManifest, model: ModelIdentity) -> None:
-    """See that a calibration is this model's.
-
-    Raises:
-        ModelMismatch: it is another's.
-    """
-    made = manifest.model
-    if made.fingerprint != model.fingerprint:
-        raise ModelMismatch(
-            f"calibration {manifest.id[:12]} was made for {made.name} ({made.dtype}, "
-            f"{made.fingerprint[:12]}), not for {model.name} ({model.dtype}, {model.fingerprint[:12]})",
-            hint="weights, tokenizer and dtype must be the same: run `xkv calibrate` for this model",
-        )
 
 
 def _bundled(store: ArtifactStore, fingerprint: str) -> CalibrationManifest | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from xkv_artifacts.fingerprint import fingerprint_files
+from xkv_artifacts.fingerprint import digest_model
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.keys import check_namespace
 from xkv_artifacts.manifest import PrefixManifest
@@ -243,9 +243,12 @@ def _load(chosen: ChosenModel, revision: str | None) -> LoadedModel:
 
 def _check_model(chosen: ChosenModel, manifest: PrefixManifest) -> None:
     """Before any weight is loaded. The dtype may be another: a GPU's artifact serves a CPU."""
-    if fingerprint_files(chosen.files.path, dtype=manifest.model.dtype) != manifest.model.fingerprint:
+    made = manifest.model
+    fingerprint, parts = digest_model(chosen.files.path, dtype=made.dtype)
+    if fingerprint != made.fingerprint:
+        differs = made.differs_from(made.model_copy(update={"parts": parts}))
         raise ModelMismatch(
-            f"artifact {manifest.id[:12]} was made with {manifest.model.name} "
-            f"({manifest.model.architecture}), not with {chosen.files.name}",
+            f"artifact {manifest.id[:12]} was made with {made.name} ({made.architecture}), not with "
+            f"{chosen.files.name}" + (f": it is of {differs}" if differs else ""),
             hint="give the model that it was precomputed with: --model",
         )

@@ -43,6 +43,7 @@ class WorkerConfig:
         min_fidelity: artifacts below are not published; 0 publishes all.
         retries: what is tried for an artifact of low fidelity; nothing: it is not compressed again.
         refuse_low: artifacts of low fidelity are not published.
+        pinned, ttl_s: as `ArtifactStore.publish` takes them.
     """
 
     place: ModelPlace
@@ -51,6 +52,8 @@ class WorkerConfig:
     min_fidelity: float = 0.0
     retries: tuple[CompressionSpec, ...] = ()
     refuse_low: bool = False
+    pinned: bool = False
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True)

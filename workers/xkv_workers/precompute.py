@@ -93,7 +93,7 @@ class Prepared:
 
     def shelf(self) -> Shelf:
         """The store as this run sees it."""
-        return Shelf(self.store, self.standard)
+        return Shelf(self.store, self.standard, pin=self.request.pin, ttl_s=self.request.ttl_s)
 
     def _pays_to_copy(self) -> bool:
         """Whether several workers on one machine are worth loading a model for each."""
@@ -139,6 +139,8 @@ class Prepared:
             min_fidelity=request.min_fidelity,
             retries=self.retries,
             refuse_low=request.on_low_fidelity == "fail",
+            pinned=request.pin,
+            ttl_s=request.ttl_s,
         )
 
     def place(self, threads: int) -> ModelPlace:

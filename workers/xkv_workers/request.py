@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xkv_artifacts.keys import check_namespace
+from xkv_artifacts.retention import NO_PROMISE
 from xkv_service.errors import InvalidSpec
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.errors import CorpusError
@@ -23,6 +24,8 @@ class Request:
         paths: files and folders. model: None is the bundled one. system_prompt: its text.
         redis_url: None is the embedded one. workers: None leaves the number to the machine.
         on_low_fidelity: None is "retry" with a calibration, "keep" without.
+        pin, ttl_s: of the run's artifacts, those that are stored already included; as `ArtifactStore.pin`
+            and `set_ttl`, from the moment on when they are published. None: no end of their own.
     """
 
     paths: tuple[Path, ...]
@@ -39,9 +42,12 @@ class Request:
     ray_address: str | None = None
     min_fidelity: float = 0.0
     on_low_fidelity: OnLow | None = None
+    pin: bool = False
+    ttl_s: float | None = None
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
+        NO_PROMISE.with_ttl(self.ttl_s, now=0)
         if self.on_low_fidelity == "retry" and self.compression.rank_k is not None:
             raise InvalidSpec(
                 "on_low_fidelity=retry halves the ratio, and ranks were given",
@@ -58,7 +64,7 @@ class Request:
         """From the options as given.
 
         Raises:
-            InvalidSpec, InvalidNamespace, CorpusError: a value that no run can have.
+            InvalidSpec, InvalidNamespace, InvalidLimits, CorpusError: a value that no run can have.
         """
         names = [field.name for field in fields(CompressionOptions) if field.name in options]
         compression = CompressionOptions(**{name: options.pop(name) for name in names})

@@ -121,6 +121,8 @@ class Scheduler:
             return False
         if reason := self._standard.shortfall(stored):
             self._ledger.fail(job.artifact_id, reason)
+        elif not self._shelf.keep(stored):
+            return False
         else:
             self._ledger.store(stored, computed=False)
         self._moved = time.monotonic()

@@ -30,10 +30,13 @@ class Shelf:
 
     Args:
         standard: which of the stored artifacts are low, and whether those are compressed again.
+        pin, ttl_s: what is promised of those that are used as they are.
     """
 
-    def __init__(self, store: ArtifactStore, standard: Standard) -> None:
-        self._store, self._standard = store, standard
+    def __init__(
+        self, store: ArtifactStore, standard: Standard, *, pin: bool = False, ttl_s: float | None = None
+    ) -> None:
+        self._store, self._standard, self._pin, self._ttl_s = store, standard, pin, ttl_s
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._leases: dict[str, ExitStack] = {}
 
@@ -60,6 +63,17 @@ class Shelf:
             if again is not None and again.manifest.instead_of == job.artifact_id:
                 return replace(again.stored, artifact_id=job.artifact_id, retry_id=retry_id)
         return None
+
+    def keep(self, stored: Stored) -> bool:
+        """Promise of a stored artifact what the run promises; False where it was collected meanwhile."""
+        try:
+            if self._pin:
+                self._store.pin(stored.own_id)
+            if self._ttl_s is not None:
+                self._store.set_ttl(stored.own_id, self._ttl_s)
+        except ArtifactNotFound:
+            return False
+        return True
 
     def _find(self, artifact_id: str) -> _Found | None:
         try:

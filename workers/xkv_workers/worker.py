@@ -162,7 +162,8 @@ class PrefixWorker:
                     f"fidelity {agreement:.3f} is below {self._config.min_fidelity:g}: not published",
                     hint="use a lower --ratio or more ranks",
                 )
-            store.publish(manifest, made.factors.to_tensors())
+            pinned, ttl_s = self._config.pinned, self._config.ttl_s
+            store.publish(manifest, made.factors.to_tensors(), pinned=pinned, ttl_s=ttl_s)
             size = store.blobs.size(own_id)
         except CatalogUnavailable as error:
             return Failed(job.artifact_id, reason_of(error), again=True)

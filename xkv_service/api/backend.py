@@ -96,6 +96,7 @@ class PrefixService(Protocol):
 
         Raises:
             InvalidSpec: it cannot be compressed as asked. Overloaded: too many are waiting.
+            QuotaExceeded: its namespace has no room for it.
         """
 
     async def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:

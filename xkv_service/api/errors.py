@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from itertools import takewhile
@@ -14,7 +15,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from xkv_artifacts.errors import CatalogError, CatalogUnavailable, StoreError, XKVError
+from xkv_artifacts.errors import (
+    CatalogError,
+    CatalogUnavailable,
+    InvalidLimits,
+    QuotaExceeded,
+    StoreError,
+    XKVError,
+)
 from xkv_service.engine.messages import Failed
 from xkv_service.errors import Overloaded
 
@@ -25,7 +33,8 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 # Pydantic tells the place of an error with the types that it tried there.
 _UNION_MEMBER = re.compile(r"(str|int|list\[.*|function-.*)$")
-_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError)
+_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError, InvalidLimits)
+_log = logging.getLogger(__name__)
 
 
 class ErrorDetail(BaseModel):
@@ -104,11 +113,14 @@ def of_failure(failed: Failed) -> APIError:
 def of_fault(error: XKVError) -> APIError:
     """What one of the project's own errors is over HTTP: the client's fault, or a store that is away."""
     if isinstance(error, _UNREACHABLE):
+        _log.warning("%s", error.message)  # where the store is, is not for clients
         message = "the store of prefixes does not answer"
         return APIError(503, message, code="store_unavailable", retry_after_s=RETRY_S)
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     if isinstance(error, Overloaded):
         return APIError(503, message, code="overloaded", retry_after_s=RETRY_S)
+    if isinstance(error, QuotaExceeded):
+        return APIError(403, message, code="quota_exceeded")
     return APIError(400, message)
 
 

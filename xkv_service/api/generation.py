@@ -172,7 +172,7 @@ class GenerationResponse(Response):
         except Exception:
             if not self._begun:
                 raise
-            _log.exception("the stream failed")
+            _log.exception("the stream failed", extra={"request_id": self._request.id})
             await self._tell(APIError(500, "internal error", code="internal_error"), send)
 
     async def _send_event(self, event: Event, send: Send) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import MutableMapping
-from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,15 +17,14 @@ from xkv_service.api.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-REQUEST_ID: ContextVar[str | None] = ContextVar("xkv_request_id", default=None)
-"""The id of the request that is being answered."""
 
 CLIENT_LEFT = 499
 """The status that log and metrics give a request whose client went away (nginx's number for it)."""
 
 
 class RequestLog:
-    """ASGI middleware, the outermost one.
+    """ASGI middleware, the outermost one. A record of a request has its figures as a text for people, and as
+    the mapping `request` for formatters that can tell it; neither holds a word of prompts or answers.
 
     Args:
         app: what it watches. metrics: count requests by route and status.
@@ -46,7 +43,7 @@ class RequestLog:
         name = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         state["request_id"] = name
         status = CLIENT_LEFT
-        token, started = REQUEST_ID.set(name), time.perf_counter()
+        started = time.perf_counter()
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -58,13 +55,12 @@ class RequestLog:
         try:
             await self._app(scope, receive, named)
         except Exception:  # noqa: BLE001 - whatever it was: logged with the request's id, and answered
-            _log.exception("the request failed")
+            _log.exception("the request failed", extra={"request_id": name})
             if status == CLIENT_LEFT:
                 await APIError(500, "internal error", code="internal_error").response()(scope, receive, named)
         finally:
             status = state.get("outcome", status)
             self._record(scope, status, time.perf_counter() - started)
-            REQUEST_ID.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")  # the pattern: addresses are without number
@@ -78,22 +74,5 @@ class RequestLog:
             "key": None if key is None else key.name,
             **scope["state"].get("answer", {}),
         }
-        _log.info("request", extra={"fields": fields})
-
-
-class JSONFormatter(logging.Formatter):
-    """A log record as one line of JSON, with the id of the request it belongs to."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            "request_id": REQUEST_ID.get(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+        _log.info("request %s", told, extra={"request_id": scope["state"]["request_id"], "request": fields})

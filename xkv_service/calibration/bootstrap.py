@@ -21,6 +21,7 @@ from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import Folds
+from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.metrics import Weighting
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.plan import ColumnPlan, factor_bits
@@ -28,8 +29,6 @@ from xkv_service.packed_factors import Runs, rank_of
 
 RESAMPLES = 20
 """Nine in ten further draws lie between the least and the greatest of 20."""
-ENOUGH = 0.98
-"""Of what a left-out document's own directions hold; below, more documents would give other bases."""
 _CHOICES = 1000
 
 Groups = Sequence[tuple[int, int]]

@@ -136,7 +136,7 @@ def decide(
     observer(f"validating at {', '.join(f'{one:g}x' for one in settings.ratios)}")
     figures: dict[str, Any] = {
         "settings": asdict(settings),
-        "sample": _sample_figures(folds, held, found.moments),
+        "sample": _sample_figures(folds, used, held, found.moments),
         **choices,
         "stability": stability,
         "warnings": [text for text in [too_small(stability)] if text],
@@ -246,12 +246,15 @@ def _validation(
     return rows
 
 
-def _sample_figures(folds: Folds, held: Sequence[ProbedPrefix], moments: Moments) -> dict[str, int]:
+def _sample_figures(
+    folds: Folds, used: Sequence[ProbedPrefix], held: Sequence[ProbedPrefix], moments: Moments
+) -> dict[str, int]:
     return {
         "documents": folds.documents + folds.known,
         "known": folds.known,
         "held_out": len(held),
         "tokens": moments.tokens,
+        "observed_probes": sum(len(one.probes) for one in used),
         "probes": sum(len(one.probes) for one in held),
     }
 

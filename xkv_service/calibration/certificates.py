@@ -11,15 +11,11 @@ from transformers import PreTrainedModel
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
+from xkv_service.calibration.limits import LEAST_KL, TIMES_WORST
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.compression import compress
 from xkv_service.errors import RatioUnreachable
 from xkv_service.spec import CompressionSpec
-
-MARGIN = 3.0
-"""Times the worst divergence among the documents tried: what lies above is not like them."""
-LEAST_KL = 0.01
-"""Nats below which no divergence is called low: answers are lost at 0.02 and above (docs/defaults.md)."""
 
 
 def fidelity_thresholds(
@@ -38,7 +34,7 @@ def fidelity_thresholds(
         except RatioUnreachable:
             continue
         if math.isfinite(worst):
-            found.append({"ratio": ratio, "worst": worst, "kl": max(LEAST_KL, MARGIN * worst)})
+            found.append({"ratio": ratio, "worst": worst, "kl": max(LEAST_KL, TIMES_WORST * worst)})
     return found
 
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xkv_service.calibration.report.about import origin
 from xkv_service.calibration.report.certainty import certainty, small_print, usual
 from xkv_service.calibration.report.charts import Chart, Heat, Lines
 from xkv_service.calibration.report.curves import PLURAL, accuracy_charts, spectra_charts
 from xkv_service.calibration.report.decisions import choices, every_figure, steps_table
 from xkv_service.calibration.report.markup import Markup, element, joined
+from xkv_service.calibration.report.names import STEP_NAMES, WORDS, explained
 from xkv_service.calibration.report.numbers import percent
 from xkv_service.calibration.report.opening import opening
 from xkv_service.calibration.report.over_layers import (
@@ -90,6 +92,8 @@ def _sections(figures: Mapping[str, Any], title: str) -> list[Markup]:
         _section("Which tokens are looked at", selection(figures)),
         _section("If the sample had been another", stability(figures)),
         _section("How sure this is", certainty(figures), usual(figures)),
+        _section("What the words mean", explained(WORDS, WORDS)),
+        _section("Model and sample", origin(figures)),
         _section("Small print", small_print(figures)),
     ]
 
@@ -101,7 +105,7 @@ def _section(heading: str, *parts: Markup) -> Markup:
 
 def _shared_legend(figures: Mapping[str, Any]) -> Markup:
     charts = accuracy_charts(figures)
-    return legend(charts[0]) if charts else joined()
+    return legend(charts[0], STEP_NAMES) if charts else joined()
 
 
 def _figures(charts: list[Chart]) -> Markup:

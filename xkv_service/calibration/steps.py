@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import hypot
 
+from xkv_service.calibration.limits import ERRORS, NEGLIGIBLE
+
 SHARED = "calibrated bases, bits"
 STEPS: Mapping[str, Mapping[str, str]] = {
     "ranks and weights": {"basis": "document", "factor_dtype": "int8"},
@@ -15,15 +17,21 @@ STEPS: Mapping[str, Mapping[str, str]] = {
 }
 """Basis and bits, by the name that the step has in `figures["validation"]`."""
 
-NEGLIGIBLE = 1e-3
-"""Nats at which nothing is at stake between steps: answers are lost at 0.02 and above (docs/defaults.md)."""
+
+def margin(*errors: float) -> float:
+    """How far two means must be apart to be called different.
+
+    Args:
+        errors: their standard errors, taken as independent.
+    """
+    return ERRORS * hypot(*errors)
 
 
 def best_step(divergence: Mapping[str, float], errors: Mapping[str, float] | None = None) -> str:
     """The step to take.
 
     Shared bases and mixed bits serve short documents too and cost no factorization: another step is taken
-    only where it is better by something that matters, and by more than two standard errors.
+    only where it is better by something that matters, and by more than `margin`.
 
     Args:
         divergence: mean divergence of the steps that were measured, nats. errors: their standard errors.
@@ -32,5 +40,5 @@ def best_step(divergence: Mapping[str, float], errors: Mapping[str, float] | Non
     if SHARED not in divergence:
         return best
     known = errors or {}
-    margin = max(NEGLIGIBLE, 2 * hypot(known.get(SHARED, 0.0), known.get(best, 0.0)))
-    return SHARED if divergence[SHARED] - divergence[best] <= margin else best
+    least = max(NEGLIGIBLE, margin(known.get(SHARED, 0.0), known.get(best, 0.0)))
+    return SHARED if divergence[SHARED] - divergence[best] <= least else best

@@ -131,6 +131,25 @@ def load_calibration(
     return Calibration.from_tensors(manifest.groups, tensors, manifest.figures, manifest.id)
 
 
+def check_made_for(calibration_id: str, made: ModelIdentity, model: ModelIdentity) -> None:
+    """See that a calibration is a model's.
+
+    Args:
+        made: the model that it was made for.
+
+    Raises:
+        ModelMismatch: it is another one; the message says what of it is another, where both say.
+    """
+    if made.fingerprint != model.fingerprint:
+        differs = made.differs_from(model)
+        raise ModelMismatch(
+            f"calibration {calibration_id[:12]} was made for {made.name} ({made.dtype}, "
+            f"{made.fingerprint[:12]}), not for {model.name} ({model.dtype}, {model.fingerprint[:12]})"
+            + (f": it is of {differs}" if differs else ""),
+            hint="weights, tokenizer, config and dtype must be the same: run `xkv calibrate` for this model",
+        )
+
+
 def known_documents(store: ArtifactStore, calibration_id: str) -> frozenset[str]:
     """`document_digest` of each document that a stored calibration keeps sums of.
 

@@ -340,7 +340,8 @@ class Engine:
             return [None]
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        _log.error("request %s failed", sequence.request.id, exc_info=error)
+        name = sequence.request.id
+        _log.error("request %s failed", name, exc_info=error, extra={"request_id": name})
         sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
         self._leave(sequence, "failed")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from xkv_artifacts.errors import first_line
-from xkv_artifacts.fingerprint import fingerprint_files
+from xkv_artifacts.fingerprint import digest_model, fingerprint_files
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.errors import InvalidSpec, ModelNotFound
 from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
@@ -78,11 +78,9 @@ class ModelFiles:
         """Who the model is, fingerprint included (reads every weight file the first time on a machine)."""
         architectures = getattr(self.config, "architectures", None) or [self.config.model_type]
         dtype = str(self.dtype).removeprefix("torch.")
+        fingerprint, parts = digest_model(self.path, dtype=dtype)
         return ModelIdentity(
-            fingerprint=fingerprint_files(self.path, dtype=dtype),
-            name=self.name,
-            architecture=architectures[0],
-            dtype=dtype,
+            fingerprint=fingerprint, name=self.name, architecture=architectures[0], dtype=dtype, parts=parts
         )
 
     @cached_property
@@ -153,14 +151,24 @@ def find_model(
 
 def fingerprint_of(model: PreTrainedModel, dtype: str) -> str | None:
     """The fingerprint, in a dtype, of the files that a model was loaded from; None where there are none."""
+    files = _files_of(model)
+    return None if files is None else fingerprint_files(files.path, dtype=dtype)
+
+
+def identity_of(model: PreTrainedModel) -> ModelIdentity | None:
+    """Who a loaded model is, by the files that it was loaded from; None where there are none."""
+    files = _files_of(model)
+    return None if files is None else replace(files, dtype=model.dtype).identity
+
+
+def _files_of(model: PreTrainedModel) -> ModelFiles | None:
     name = getattr(model, "name_or_path", "")
     if not name:
         return None
     try:
-        files = find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
+        return find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
     except ModelNotFound:
         return None
-    return fingerprint_files(files.path, dtype=dtype)
 
 
 def read_config(path: Path, name: str) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from xkv_artifacts import fingerprint as module
 from xkv_artifacts.errors import ModelFilesError
-from xkv_artifacts.fingerprint import fingerprint_files
+from xkv_artifacts.fingerprint import digest_model, fingerprint_files
 
 FILES = {
     "config.json": b'{"hidden_size": 8}',
@@ -57,6 +57,24 @@ def test_one_changed_bit_in_any_file_changes_it(model: Path, cache: Path, name: 
     content[len(content) // 2] ^= 1
     (model / name).write_bytes(content)
     assert fingerprint_files(model, dtype="bfloat16", cache_dir=cache) != before
+
+
+PARTS = {"weights": 3, "tokenizer": 5, "config": 2}
+"""Of `FILES`, how many are in each."""
+
+
+def test_each_file_is_in_one_part(model: Path, cache: Path) -> None:
+    whole, before = digest_model(model, dtype="bfloat16", cache_dir=cache)
+    assert whole == fingerprint_files(model, dtype="bfloat16", cache_dir=cache)
+    assert digest_model(model, dtype="float16", cache_dir=cache)[1] == before
+    counted = dict.fromkeys(PARTS, 0)
+    for name, content in FILES.items():
+        (model / name).write_bytes(content + b" ")
+        after = digest_model(model, dtype="bfloat16", cache_dir=cache)[1]
+        (part,) = [one for one in PARTS if getattr(after, one) != getattr(before, one)]
+        counted[part] += 1
+        before = after
+    assert counted == PARTS
 
 
 def test_dtype_names_and_added_files_change_it(model: Path, cache: Path) -> None:

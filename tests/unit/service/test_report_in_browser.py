@@ -16,7 +16,9 @@ from calibration_figures import calibration_figures
 from xkv_service.calibration.report_page import write_report
 
 CHROMIUM = shutil.which("chromium")
-WIDTHS = (390, 1200)
+WIDTHS = (360, 1200)
+LEGIBLE = 11.0
+"""Pixels of the smallest letters on a phone."""
 LONG = "a-model-name-without-a-space" * 8
 PAGES = {
     "full": calibration_figures(),
@@ -31,7 +33,12 @@ onload = () => { found.textContent = JSON.stringify([...document.querySelectorAl
     const inner = text.getBoundingClientRect(), outer = text.ownerSVGElement.getBoundingClientRect();
     return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
   });
-  return {name: frame.name, wide: root.scrollWidth, inner: frame.contentWindow.innerWidth,
+  const size = text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a;
+  const all = [...page.querySelectorAll("svg.chart text")];
+  const boxes = [...page.querySelectorAll("table")].flatMap(table =>
+    [...table.querySelectorAll("th, td")].filter(cell => cell.scrollWidth > cell.clientWidth + 1));
+  return {name: frame.name, letters: Math.min(...all.map(size), 99), over: boxes.map(one => one.textContent),
+          wide: root.scrollWidth, inner: frame.contentWindow.innerWidth,
           cut: cut.map(text => text.textContent), heading: page.querySelector("h1").textContent};
 })); };
 </script>"""
@@ -84,6 +91,14 @@ def test_nothing_is_wider_than_the_screen(browsed: tuple[list[dict[str, Any]], s
 
 def test_no_chart_cuts_its_text(browsed: tuple[list[dict[str, Any]], str]) -> None:
     assert [(one["name"], one["cut"]) for one in browsed[0] if one["cut"]] == []
+
+
+def test_letters_in_charts_are_legible(browsed: tuple[list[dict[str, Any]], str]) -> None:
+    assert [one for one in browsed[0] if one["letters"] < LEGIBLE] == []
+
+
+def test_no_cell_of_a_table_runs_into_the_next(browsed: tuple[list[dict[str, Any]], str]) -> None:
+    assert [(one["name"], one["over"]) for one in browsed[0] if one["over"]] == []
 
 
 def test_the_console_stays_silent(browsed: tuple[list[dict[str, Any]], str]) -> None:

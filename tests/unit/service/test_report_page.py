@@ -9,17 +9,23 @@ from xml.etree import ElementTree
 
 import pytest
 from calibration_figures import calibration_figures, trial
+from calibration_samples import calibration
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
+from xkv_service.calibration.metrics import WEIGHTINGS
+from xkv_service.calibration.report.about import report_figures
+from xkv_service.calibration.report.names import METRIC_NAMES, STEP_NAMES, WORDS
 from xkv_service.calibration.report.numbers import nats, percent, short, times
+from xkv_service.calibration.report.reading import share
 from xkv_service.calibration.report_page import write_plots, write_report
 from xkv_service.calibration.steps import STEPS
 from xkv_service.errors import MissingExtra
 
 FIGURES = calibration_figures()
+STEPS_WITHOUT = ("recipe", "derived index")
 HEADINGS = {
     "validation": ("What a ratio costs", "What each decision gained"),
     "metrics": (), "partition": (), "groups": (), "settings": (), "sample": (), "model": (), "weighting": (),
@@ -40,12 +46,17 @@ def report(figures: dict[str, Any], folder: Path, **options: Any) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def words_of(page: str) -> str:
+    """What is read, without the places where a line may break."""
+    return unescape(page.replace("<wbr>", ""))
+
+
 def drawings(page: str) -> list[str]:
     return re.findall(r"<svg.*?</svg>", page, re.DOTALL)
 
 
 def test_shows_every_part_with_its_figures(tmp_path: Path) -> None:
-    page = unescape(report(FIGURES, tmp_path))
+    page = words_of(report(FIGURES, tmp_path))
     for headings in HEADINGS.values():
         assert all(heading in page for heading in headings)
     for row in FIGURES["validation"]:
@@ -102,7 +113,7 @@ def test_marks_what_was_chosen(tmp_path: Path) -> None:
     page = report(FIGURES, tmp_path).split("What was tried")[1]
     rows = [row for row in page.split("<tr>") if "✓ chosen" in row]
     assert len(rows) == 2
-    assert "tolerance+both" in rows[0] and "searched" in rows[1]
+    assert "tolerance+both" in words_of(rows[0]) and "searched" in rows[1]
 
 
 def test_equal_groups_leave_the_fixed_ones_chosen(tmp_path: Path) -> None:
@@ -110,14 +121,60 @@ def test_equal_groups_leave_the_fixed_ones_chosen(tmp_path: Path) -> None:
     assert "fixed" in next(row for row in page.split("<tr>") if "✓ chosen" in row)
 
 
-def test_says_which_choices_are_within_the_error(tmp_path: Path) -> None:
-    close, far = {**trial(0.0020), "kl_error": 0.0002}, {**trial(0.0090), "kl_error": 0.0002}
+def test_says_which_choices_are_within_two_errors(tmp_path: Path) -> None:
+    close, far = {**trial(0.0029), "kl_error": 0.0004}, {**trial(0.0031), "kl_error": 0.0004}
     page = report(
         {"weighting": "best", "metrics": {"best": trial(0.0019), "close": close, "far": far}}, tmp_path
     )
     rows = {row.split("<")[0]: row for row in page.split('<th scope="row">')}
-    assert "within the error" in rows["close"]
-    assert "within the error" not in rows["far"] and "within the error" not in rows["best"]
+    assert "within 2 errors" in rows["close"]
+    assert "within 2 errors" not in rows["far"] and "within 2 errors" not in rows["best"]
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "said"),
+    [
+        (0.0015, 0.0002, '<small class="good">2.0x less</small>'),
+        (0.0022, 0.0002, "<small>within 2 errors</small>"),
+        (0.0060, 0.0002, '<small class="bad">2.0x more</small>'),
+        (0.0015, None, "<small>2.0x less</small>"),
+        (0.0030, None, "<small>the same</small>"),
+    ],
+)
+def test_a_step_is_better_beyond_two_errors(
+    kl: float, error: float | None, said: str, tmp_path: Path
+) -> None:
+    before = {"asked": 20.0, "step": "recipe", **trial(0.003), "kl_error": 0.0004}
+    after = {"asked": 20.0, "step": "derived index", **trial(kl), "kl_error": error}
+    assert said in report({"validation": [before, after]}, tmp_path)
+
+
+def test_names_and_words_are_explained(tmp_path: Path) -> None:
+    every = {**FIGURES, "metrics": {name: trial(0.002) for name in WEIGHTINGS}}
+    page = words_of(report(every, tmp_path))
+    assert STEP_NAMES.keys() == {*STEPS, *STEPS_WITHOUT} and METRIC_NAMES.keys() == set(WEIGHTINGS)
+    for name, meaning in {**METRIC_NAMES, **WORDS}.items():
+        assert f"<dt>{name}</dt><dd>{meaning}</dd>" in page
+    for name, meaning in STEP_NAMES.items():
+        assert f"<span>{name}<small>{meaning}</small></span>" in page
+    assert "By more than 2 standard errors" in page
+
+
+def test_the_model_and_the_sample_are_named(tmp_path: Path) -> None:
+    manifest, _ = calibration()
+    found = {**report_figures(manifest), "sample": FIGURES["sample"]}
+    page = words_of(re.sub("</?strong>", "", report(found, tmp_path)))
+    assert "Model: tiny (Llama, bfloat16, fingerprint ffffffffffff)" in page
+    assert f"Sample {manifest.sample.sha256[:12]}, calibrated on 26 November 2026." in page
+    for value in (
+        manifest.id,
+        manifest.model.fingerprint,
+        manifest.sample.sha256,
+        "2026-11-26T08:00:00+00:00",
+    ):
+        assert f"<dd>{value}</dd>" in page
+    assert "<dt>Documents read</dt><dd>2</dd>" in page and "<dt>Tokens read</dt><dd>80</dd>" in page
+    assert "<dt>Probes observed</dt><dd>72</dd>" in page and "<dt>Probes to check on</dt><dd>24</dd>" in page
 
 
 @pytest.mark.parametrize(
@@ -264,3 +321,4 @@ def test_numbers_have_two_digits(value: float, error: float | None, shown: str) 
 
 def test_nothing_short_of_all_is_shown_as_all() -> None:
     assert percent(1.0) == "100\u00a0%" and percent(0.99999) == ">\u00a099.9\u00a0%"
+    assert share(1 - 1e-15) == 1.0 and share(0.999999) == 0.999999

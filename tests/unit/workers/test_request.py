@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xkv_artifacts.errors import InvalidNamespace
+from xkv_artifacts.errors import InvalidLimits, InvalidNamespace
 from xkv_service.errors import InvalidSpec
 from xkv_workers.errors import CorpusError
 from xkv_workers.request import Request
@@ -28,6 +28,13 @@ def test_the_default_is_a_ratio_of_eight() -> None:
 def test_settings_that_no_run_can_have_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidSpec):
         create(**fields)
+
+
+@pytest.mark.parametrize("ttl_s", [0.0, -1.0, float("inf"), 1e12])
+def test_a_time_to_live_is_some_seconds(ttl_s: float) -> None:
+    assert create(pin=True, ttl_s=0.5).ttl_s == 0.5
+    with pytest.raises(InvalidLimits, match="time to live"):
+        create(ttl_s=ttl_s)
 
 
 @pytest.mark.parametrize("namespace", ["../x", "", "a/b", "a b", "..", "\x00"])

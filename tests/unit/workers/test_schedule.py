@@ -28,6 +28,9 @@ class FullShelf(Shelf):
     def find(self, job: PrefixJob) -> Stored | None:
         return FULL if job.artifact_id == FULL.artifact_id else None
 
+    def keep(self, stored: Stored) -> bool:
+        return True
+
 
 class NoWorkers:
     """Nothing may be computed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from xkv_workers.serving.logs import serve_logging
 from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, INGRESS, ServeSettings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def build_application(settings: ServeSettings) -> Any:
     board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
     place = settings.place
     on_gpu = place.device == "cuda"
+    calls = serve_logging(settings.log_format, calls=True)
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
@@ -50,6 +52,7 @@ def build_application(settings: ServeSettings) -> Any:
         ),
         ray_actor_options={"num_gpus": _ENGINE_GPU} if on_gpu else {"num_cpus": place.threads},
         health_check_period_s=_HEALTH_S,
+        logging_config=calls,
     )
     compressor = serve.deployment(
         Compressor,
@@ -58,6 +61,7 @@ def build_application(settings: ServeSettings) -> Any:
         max_ongoing_requests=1000,
         ray_actor_options={"num_gpus": 1 - _ENGINE_GPU} if on_gpu else {"num_cpus": 0},
         health_check_period_s=_HEALTH_S,
+        logging_config=calls,
     )
     # An app that is built on each replica: nothing of it has to be pickled but this function.
     ingress = serve.deployment(
@@ -66,6 +70,7 @@ def build_application(settings: ServeSettings) -> Any:
         num_replicas=settings.ingresses,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
+        logging_config=serve_logging(settings.log_format),
     )
     making = compressor.bind(settings)
     return ingress.bind(engine.bind(settings, board, making), making)

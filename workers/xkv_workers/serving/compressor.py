@@ -6,18 +6,19 @@ import logging
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from xkv_artifacts.errors import XKVError
-from xkv_service.api.local_prefixes import LocalPrefixes
+from xkv_service.api.backend import NewPrefix, PrefixRecord
+from xkv_service.api.prefix_maker import PrefixMaker
 from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
+from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 COLLECT_S = 60.0
-"""Between two looks at what has ended: a time to live is kept to within a minute."""
+"""Between two looks at what has ended, or was lost: a time to live is kept to within a minute."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +29,38 @@ class Refused:
 
 
 class Compressor:
-    """One replica: prefixes are made one after the other. Its methods are those of `PrefixService`."""
+    """One replica: prefixes are made one after the other."""
 
     def __init__(self, settings: ServeSettings) -> None:
+        join_serve()
         loaded, self._store = open_place(settings.place)
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
-        self._prefixes = LocalPrefixes(self._store, loaded, calibration=calibration, ratio=settings.ratio)
+        self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)
         self._ending = threading.Event()
         threading.Thread(target=self._collect, name="collector", daemon=True).start()
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of `PrefixService` gives, or `Refused`."""
-        if method not in ("create", "page", "get", "change", "delete"):
-            raise ValueError(f"no method {method!r}")
+    async def create(self, new: NewPrefix) -> PrefixRecord | Refused:
+        """As `PrefixService`, or `Refused`."""
         try:
-            return await getattr(self._prefixes, method)(*arguments)
+            return await self._maker.create(new)
         except XKVError as error:
             return Refused(error)
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
             self._ending.set()
-            self._prefixes.close()
+            self._maker.close()
             self._store.close()
 
     def _collect(self) -> None:
         while not self._ending.wait(COLLECT_S):
             try:
+                listed = self._store.list_if_lost()
                 found = self._store.collect()
             except XKVError as error:
                 _log.warning("nothing was collected: %s", error.message)
             else:
+                if listed is not None:
+                    _log.warning("the catalog was lost: %d prefixes are listed again", listed.artifacts)
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))

@@ -16,6 +16,7 @@ from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
+from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.settings import ServeSettings
 
 _REPORT_S = 1.0
@@ -29,6 +30,7 @@ class EngineReplica:
     """
 
     def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
+        join_serve()
         self._loaded, self._store = open_place(settings.place)
         self._pool = PrefixPool(
             self._loaded.model,
@@ -79,7 +81,7 @@ class EngineReplica:
         ids = request.token_ids[: request.match.tokens]
         digest = hashlib.sha256(token_bytes(ids)).hexdigest()
         new = NewPrefix(request.namespace, ids, f"again-{request.match.artifact_id[:12]}", digest)
-        self._compressor.call.remote("create", new)
+        self._compressor.create.remote(new)
 
     def _report_from_now_on(self) -> None:
         """Tell the board every second, on the loop that Serve calls this replica on."""

@@ -8,9 +8,11 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
+from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.handle_backend import HandleBackend
-from xkv_workers.serving.remote_prefixes import RemotePrefixes
+from xkv_workers.serving.logs import join_serve
+from xkv_workers.serving.remote_maker import RemoteMaker
 from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
 
     from xkv_workers.serving.application import BOARD
 
+    join_serve()
     place = settings.place
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
@@ -32,7 +35,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         ServedModel.of(files, settings.aliases),
         backend,
         finder=PrefixFinder(store, place.fingerprint, settings.api),
-        prefixes=RemotePrefixes(serve.get_deployment_handle(COMPRESSOR, APP)),
+        prefixes=StoredPrefixes(store, RemoteMaker(serve.get_deployment_handle(COMPRESSOR, APP))),
         keys=settings.keys,
         settings=settings.api,
     )

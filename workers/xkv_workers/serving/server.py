@@ -20,6 +20,7 @@ from xkv_workers.cluster import Room, cluster, plan_crew
 from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
+from xkv_workers.serving.logs import LogFormat, serve_logging
 from xkv_workers.serving.settings import APP, ServeSettings
 
 _BUNDLED = "xkv-demo"
@@ -51,6 +52,7 @@ class ServeRequest:
     prefix_bytes: int = 2**30
     engine: EngineSettings = field(default_factory=EngineSettings)
     api: APISettings = field(default_factory=APISettings)
+    log_format: LogFormat = "json"
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def _settings(
         min_replicas=least,
         max_replicas=most,
         keys=keys,
+        log_format=request.log_format,
     )
 
 
@@ -165,7 +168,10 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options=HTTPOptions(host=request.host, port=request.port))
+        serve.start(
+            http_options=HTTPOptions(host=request.host, port=request.port),
+            logging_config=serve_logging(settings.log_format),
+        )
         serve.run(build_application(settings), name=APP, route_prefix="/")
     except (RuntimeError, RayServeException) as error:
         serve.shutdown()

@@ -11,6 +11,7 @@ from xkv_service.errors import InvalidSpec
 from xkv_service.numeric import is_integer
 from xkv_service.spec import DEFAULT_RATIO
 from xkv_workers.messages import ModelPlace
+from xkv_workers.serving.logs import LogFormat
 
 APP = "xkv"
 ENGINE = "engine"
@@ -29,7 +30,7 @@ class ServeSettings:
         prefix_bytes: budget of each replica for resident prefixes.
         min_replicas, max_replicas: engine replicas; between them their number follows the requests.
         ingresses: HTTP replicas.
-        keys: who may enter.
+        keys: who may enter. log_format: of all its processes.
 
     Raises:
         InvalidSpec: a number out of range.
@@ -45,6 +46,7 @@ class ServeSettings:
     max_replicas: int = 1
     ingresses: int = 1
     keys: KeyRing = field(default_factory=KeyRing)
+    log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
         for name in ("prefix_bytes", "min_replicas", "max_replicas", "ingresses"):

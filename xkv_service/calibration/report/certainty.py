@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+from xkv_service.calibration.limits import ERRORS, LEAST_KL, TIMES_WORST
 from xkv_service.calibration.report.markup import Markup, element, joined, table
 from xkv_service.calibration.report.numbers import counted, percent, short, times
-from xkv_service.calibration.report.reading import (
-    Figures,
-    Validation,
-    items,
-    mapping,
-    number,
-)
+from xkv_service.calibration.report.reading import Figures, Validation, items, mapping, number
 
 _SAMPLE = (
     "All figures are of this sample. Documents unlike it may fare differently.",
@@ -19,12 +14,6 @@ _SAMPLE = (
 )
 _SELECTED = "Selection was on: decoding read the positions that the index chose, as a session does."
 _DENSE = "Selection was off: every token was rebuilt. Sessions that select tokens may fare differently."
-_MEASURES = (
-    "Sizes are the bytes stored for a document, its index and exact tokens included. Bases that all "
-    "documents share are stored once for the model and not counted.",
-    "Divergence is the mean Kullback-Leibler divergence of next-token predictions from those of the exact "
-    "cache, in nats: 0 is the same predictions.",
-)
 
 
 def certainty(figures: Figures) -> Markup:
@@ -43,10 +32,13 @@ def _documents(figures: Figures) -> list[str]:
     lines = [f"Each figure rests on {least}{counted(min(counts), 'held-out document')}."]
     if errors:
         lines.append(
-            "Where no standard error is given there was one document: how much it varies is unknown."
+            "Where no standard error is given there was one document: how much it varies is unknown, and "
+            "no gain is coloured."
         )
     else:
-        lines.append("± is one standard error over documents.")
+        lines.append(
+            f"± is one standard error over documents; better is what is beyond {ERRORS} of a difference."
+        )
     return lines
 
 
@@ -86,12 +78,14 @@ def usual(figures: Figures) -> Markup:
     if not rows:
         return joined()
     heads = ["Ratio", "Worst held-out document", "Limit"]
-    return table("Fidelity that is usual, nats: a document above the limit is unlike the sample", heads, rows)
+    rule = f"{TIMES_WORST:g} times the worst, {LEAST_KL:g} at least"
+    caption = f"Fidelity that is usual, nats: a document above the limit ({rule}) is unlike the sample"
+    return table(caption, heads, rows)
 
 
 def small_print(figures: Figures) -> Markup:
     """What a reader must not take the figures for."""
     selection = mapping(mapping(figures.get("settings")).get("selection"))
     selected = _DENSE if selection.get("selector") == "dense" else _SELECTED
-    lines = (*_SAMPLE, selected, *_MEASURES)
+    lines = (*_SAMPLE, selected)
     return element("ul", *(element("li", one) for one in lines), class_="plain small")

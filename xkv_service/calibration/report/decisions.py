@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from xkv_service.calibration.report.markup import Markup, element, joined, table
+from xkv_service.calibration.limits import ERRORS
+from xkv_service.calibration.report.markup import Markup, breakable, element, joined, table
+from xkv_service.calibration.report.names import METRIC_NAMES, explained
 from xkv_service.calibration.report.numbers import counted, nats, percent, short, times
-from xkv_service.calibration.report.reading import Figures, Trial, Validation, mapping
+from xkv_service.calibration.report.reading import Figures, Trial, Validation, apart, mapping
 
-_SAME = 1.05
-"""Divergences that differ by less than this factor are called the same."""
+WITHIN = f"within {ERRORS} errors"
+"""Said of divergences of which neither is better."""
 _FAR = 0.05
 """Ratios further apart than this share are told."""
+_MOST = 1e9
+"""No gain is told beyond."""
 _NONE = "–"
 _BEFORE = {
     "bits": "ranks and weights",
@@ -31,7 +35,7 @@ def steps_table(figures: Figures) -> Markup:
         over = element("small", f"over {before}") if before else ""
         rows.append([joined(step, over), *(_cell(found, one, step, before) for one in found.ratios)])
     heads = ["Step", *(times(one) for one in found.ratios)]
-    caption = "Divergence (nats), agreement, and the gain over the step named"
+    caption = f"Divergence (nats), agreement, and the gain over the step named if beyond {ERRORS} errors"
     return joined(table(caption, heads, rows), _reasons(found))
 
 
@@ -52,22 +56,20 @@ def _stored(asked: float, trial: Trial) -> Markup:
 
 
 def _gain(trial: Trial, before: Trial | None) -> Markup:
+    """Green or red only where the two are known to be apart, words alone where no error is known."""
     if before is None or not before.kl or not trial.kl:
         return joined()
-    if _within_error(before, trial):
-        return element("small", "within the error")
-    factor = before.kl / trial.kl
-    if 1 / _SAME < factor < _SAME:
+    known = apart(before, trial)
+    if known is False:
+        return element("small", WITHIN)
+    if before.kl == trial.kl:
         return element("small", "the same")
-    if factor > 1:
-        return element("small", f"{short(factor)}x less", class_="good")
-    return element("small", f"{short(1 / factor)}x more", class_="bad")
-
-
-def _within_error(one: Trial, other: Trial) -> bool:
-    """Whether two divergences differ by no more than their standard errors."""
-    errors = (one.kl_error or 0.0) + (other.kl_error or 0.0)
-    return bool(errors) and one.kl is not None and other.kl is not None and abs(one.kl - other.kl) <= errors
+    low, high = sorted((before.kl, trial.kl))
+    less = trial.kl == low
+    words = f"{short(min(_MOST, high / low))}x {'less' if less else 'more'}"
+    if known is None:
+        return element("small", words)
+    return element("small", words, class_="good" if less else "bad")
 
 
 def _reasons(found: Validation) -> Markup:
@@ -109,7 +111,8 @@ def choices(figures: Figures) -> Markup:
     metrics, partition = mapping(figures.get("metrics")), mapping(figures.get("partition"))
     tried = {str(name): Trial.of(mapping(row)) for name, row in metrics.items()}
     groups = {str(name): Trial.of(mapping(row)) for name, row in partition.items()}
-    parts = [_choice("Metrics tried", tried, str(figures.get("weighting")))] if tried else []
+    chosen = str(figures.get("weighting"))
+    parts = [_choice("Metrics tried", tried, chosen), explained(tried, METRIC_NAMES)] if tried else []
     parts += [_choice("Groups tried", groups, _better(groups), _GROUPS)] if groups else []
     return joined(*parts)
 
@@ -130,7 +133,7 @@ def _choice(
 ) -> Markup:
     rows = []
     for name, trial in tried.items():
-        label = (names or {}).get(name, name)
+        label = breakable((names or {}).get(name, name))
         head = joined(label, element("small", "✓ chosen", class_="chosen")) if name == chosen else label
         measured = _measures(trial)
         rows.append([head, _compared(trial, tried.get(chosen)), measured[4], measured[6], measured[7]])
@@ -140,8 +143,8 @@ def _choice(
 def _compared(trial: Trial, chosen: Trial | None) -> Markup:
     """Its divergence, and a word where the choice could have gone either way."""
     found = trial.reason or "not measured" if trial.kl is None else nats(trial.kl, trial.kl_error)
-    doubt = chosen is not None and trial is not chosen and _within_error(trial, chosen)
-    return joined(found, element("small", "within the error of the chosen") if doubt else "")
+    doubt = chosen is not None and trial is not chosen and apart(trial, chosen) is False
+    return joined(found, element("small", f"{WITHIN} of the chosen") if doubt else "")
 
 
 def _with_documents(caption: str, tried: dict[str, Trial]) -> str:

@@ -26,6 +26,11 @@ def joined(*parts: object) -> Markup:
     return Markup("".join(map(escaped, parts)))
 
 
+def breakable(text: str) -> Markup:
+    """Text that a line may break at each +."""
+    return Markup("<wbr>+".join(map(escaped, text.split("+"))))
+
+
 def element(tag: str, *children: object, **attributes: object) -> Markup:
     """An element. Attributes: `class_` is class, `_` is -; None is left out, numbers have one decimal."""
     named = "".join(

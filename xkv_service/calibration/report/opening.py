@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
+from xkv_service.calibration.report.about import model_line, sample_line
 from xkv_service.calibration.report.markup import Markup, element, joined
-from xkv_service.calibration.report.numbers import GAP, counted, nats, percent, short, times
+from xkv_service.calibration.report.numbers import GAP, nats, percent, short, times
 from xkv_service.calibration.report.reading import (
     Figures,
     Trial,
     Validation,
     decided_ratio,
     items,
-    mapping,
-    number,
 )
 
 
 def opening(figures: Figures, title: str) -> Markup:
     """Heading, sample, the sentence that matters, warnings, and a tile for each ratio."""
-    model = _model(figures)
+    model, sample = model_line(figures), sample_line(figures)
     return element(
         "header",
         element("h1", title),
         element("p", *model, class_="soft") if model else "",
-        element("p", *_sample(figures), class_="soft"),
+        element("p", *sample, class_="soft") if sample else "",
         *(element("p", one, class_="lead") for one in _sentence(figures)),
         _warnings(figures),
         _tiles(figures),
     )
-
-
-def _model(figures: Figures) -> list[object]:
-    model = figures.get("model")
-    if isinstance(model, str) and model:
-        return ["Model: ", element("strong", model)]
-    named = {str(key): value for key, value in mapping(model).items() if isinstance(value, (str, int))}
-    return ["Model: ", ", ".join(f"{key} {value}" for key, value in named.items())] if named else []
-
-
-def _sample(figures: Figures) -> list[object]:
-    """What was read, as far as it is known."""
-    sample = mapping(figures.get("sample"))
-    used, held = number(sample.get("documents")), number(sample.get("held_out"))
-    tokens, probes = number(sample.get("tokens")), number(sample.get("probes"))
-    made = [counted(used, "document")] if used is not None else []
-    made += [counted(tokens, "token")] if tokens is not None else []
-    parts = [f"Made from {' with '.join(made)}. "] if made else []
-    if held is not None:
-        asked = f" with {counted(probes, 'probe')}" if probes is not None else ""
-        parts.append(f"Checked on {counted(held, 'other document')}{asked}.")
-    return list(parts)
 
 
 def _sentence(figures: Figures) -> list[Markup]:

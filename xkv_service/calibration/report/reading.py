@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xkv_service.calibration.steps import best_step
+from xkv_service.calibration.steps import STEPS, best_step, margin
 
 Figures = Mapping[str, Any]
 
 _LARGEST = 1e15
-_ROUNDING = 1e-6
-WITHOUT = ("recipe", "derived index")
-"""Steps that need no calibration."""
+_ROUNDING, _ALL = 1e-6, 1e-9
 
 
 def number(value: object) -> float | None:
@@ -27,7 +25,9 @@ def number(value: object) -> float | None:
 def share(value: object) -> float | None:
     """A number from 0 to 1, where rounding may have led just beyond."""
     found = number(value)
-    return min(max(found, 0.0), 1.0) if found is not None and -_ROUNDING <= found <= 1 + _ROUNDING else None
+    if found is None or not -_ROUNDING <= found <= 1 + _ROUNDING:
+        return None
+    return 1.0 if found > 1 - _ALL else max(found, 0.0)
 
 
 def amount(value: object) -> float | None:
@@ -100,6 +100,13 @@ class Trial:
         )
 
 
+def apart(one: Trial, other: Trial) -> bool | None:
+    """Whether two divergences differ by more than `steps.margin`; None where an error is unknown."""
+    if one.kl is None or other.kl is None or one.kl_error is None or other.kl_error is None:
+        return None
+    return abs(one.kl - other.kl) > margin(one.kl_error, other.kl_error)
+
+
 @dataclass(frozen=True)
 class Validation:
     """The trials by (ratio asked for, step)."""
@@ -131,14 +138,12 @@ class Validation:
         return self.trials.get((asked, step))
 
     def chosen(self, asked: float) -> tuple[str, Trial] | None:
-        """What a calibration serves a ratio with (`steps.best_step`), of the steps that need one."""
-        made = {
-            step: trial
-            for step in self.steps
-            if (trial := self.at(asked, step)) and trial.kl is not None and step not in WITHOUT
-        }
-        if not made:
+        """What a calibration serves a ratio with, as `choice.best_spec` finds it."""
+        tried = {step: trial for step in STEPS if (trial := self.at(asked, step)) and trial.kl is not None}
+        if not tried:
             return None
+        most = max(trial.documents or 0 for trial in tried.values())
+        made = {step: trial for step, trial in tried.items() if (trial.documents or 0) == most}
         errors = {step: trial.kl_error or 0.0 for step, trial in made.items()}
         best = best_step({step: trial.kl or 0.0 for step, trial in made.items()}, errors)
         return best, made[best]

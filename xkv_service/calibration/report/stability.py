@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xkv_service.calibration.report.markup import Markup, joined, table
+from xkv_service.calibration.limits import ENOUGH
+from xkv_service.calibration.report.markup import Markup, element, joined, table
 from xkv_service.calibration.report.numbers import counted, percent, span
 from xkv_service.calibration.report.reading import Figures, amount, items, layers, mapping, number, share
 
@@ -35,16 +36,21 @@ def certainty_lines(figures: Figures) -> list[tuple[str, str]]:
 
 
 def stability(figures: Figures) -> Markup:
-    """The lines, and how far the bits of each group move."""
+    """The lines, what they mean, and how far the bits of each group move."""
     lines = certainty_lines(figures)
     if not lines:
         return joined()
     rows = list(_bits(mapping(figures.get("stability")).get("bits")))
     moved = table("Bits of a token: of the sample, least and most of draws", _HEADS, rows) if rows else ""
-    return joined(table("The sample drawn again", ["", ""], lines), moved)
+    listed = element("dl", *(joined(element("dt", name), element("dd", text)) for name, text in lines))
+    return joined(element("p", _MEANING), listed, moved)
 
 
 _HEADS = ["Layers", "", "Bits", "Least", "Most"]
+_MEANING = (
+    "The sample was drawn again from its own documents, and bases made of each draw were held against the "
+    f"documents that it left out, the others. Below {percent(ENOUGH)} of energy kept the sample is small."
+)
 
 
 def _spread(value: object, of: str) -> str:

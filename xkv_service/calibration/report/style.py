@@ -59,6 +59,10 @@ svg .end { text-anchor: end; } svg .middle { text-anchor: middle; } svg .over { 
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; padding: 0; margin: 10px 0 4px; }
 .legend li { display: flex; align-items: center; gap: 8px; font-size: .95rem; }
 svg.swatch { width: 28px; height: 14px; flex: none; }
+.told { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr));
+  gap: 10px 28px; }
+.told li { align-items: flex-start; } .told svg { margin-top: 5px; }
+.told small { display: block; color: var(--soft); font-size: .88rem; line-height: 1.4; }
 .scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: 16px 0;
   border: 1px solid var(--rule); border-radius: 8px; }
 .scroll:focus-visible, summary:focus-visible { outline: 3px solid var(--key); outline-offset: 2px; }
@@ -69,14 +73,20 @@ caption span { position: sticky; left: 0; display: inline-block; padding: 0 14px
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: 8px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--rule);
   line-height: 1.4; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 600; min-width: 7.5rem; max-width: 20rem; overflow-wrap: anywhere; }
-td { white-space: nowrap; } td.wrap { white-space: normal; min-width: 14rem; }
+thead th { color: var(--soft); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
+tbody th { font-weight: 600; max-width: min(20rem, 45vw); overflow-wrap: break-word; }
+td { white-space: nowrap; } td small { white-space: normal; }
 td small, th small { display: block; font-weight: 400; color: var(--soft); font-size: .88rem; }
 td small.good { color: var(--good); } td small.bad { color: var(--bad); }
 small.chosen { font-weight: 600; color: var(--good); }
 details { margin: 14px 0; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 ul.plain { padding-left: 20px; max-width: 46rem; } ul.plain li { margin: 4px 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 14px 0; }
-dt { color: var(--soft); } dd { margin: 0; }
+dl { display: grid; grid-template-columns: fit-content(16rem) 1fr; gap: 6px 18px; margin: 14px 0;
+  max-width: 46rem; line-height: 1.45; }
+dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
+@media (max-width: 600px) {
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 10px; }
+  th, td { padding: 8px 10px; } thead th { white-space: normal; }
+  svg text, svg .fine { font-size: 15px; }
+}
 """

@@ -9,12 +9,13 @@ from xkv_service.calibration.report.charts import Heat, Side, Stacks, ticks
 from xkv_service.calibration.report.markup import Markup, element, joined
 from xkv_service.calibration.report.numbers import span
 
-_WIDTH, _RIGHT, _LEFT = 400.0, 6.0, 52.0
+_WIDTH, _RIGHT, _LEFT = 400.0, 6.0, 58.0
 _ROW, _STRIP, _BARS = 30.0, 34.0, 96.0
 _SHADES = 12
 _MOST_NUMBERED = 8
 _DARK = 0.75
-_LABEL_WIDTH, _LETTER = 24.0, 6.6
+_LABEL_WIDTH, _LETTER = 26.0, 8.4
+"""Of text as large as on a phone (`style`)."""
 
 
 def draw_heat(chart: Heat) -> Markup:
@@ -92,7 +93,7 @@ def _labels(chart: Heat, wide: float, high: float, base: float) -> list[Markup]:
 def _scale(chart: Heat, top: float) -> list[Markup]:
     wide = 8.0
     low, high = chart.ends
-    start = _WIDTH - _RIGHT - len(high) * 6.8 - _SHADES * wide - 8
+    start = _WIDTH - _RIGHT - len(high) * _LETTER - _SHADES * wide - 8
     squares = [
         element(
             "rect", x=start + shade * wide, y=top, width=wide, height=12, class_="cell",

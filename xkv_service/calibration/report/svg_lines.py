@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from xkv_service.calibration.report.charts import Lines, Point, Series
 from xkv_service.calibration.report.markup import Markup, element, joined
@@ -18,8 +19,8 @@ MARKERS = (
     "M-5-2.5h10v5h-10z",
 )
 _WIDTH, _HEIGHT = 400.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 24.0, 30.0, 46.0
-_LEAST_GAP = 30.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 24.0, 30.0, 46.0
+_LEAST_GAP = 36.0
 _MOST_MARKED = 8
 
 
@@ -91,12 +92,14 @@ def _marker(style: int, x: float, y: float, words: str) -> Markup:
     )
 
 
-def legend(chart: Lines) -> Markup:
-    """The lines' names, each with its colour and marker."""
+def legend(chart: Lines, meanings: Mapping[str, str] | None = None) -> Markup:
+    """The lines' names, each with its colour, its marker and, where there is one, its meaning."""
+    told = meanings or {}
     rows = []
     for series in chart.series:
         drawn = joined(element("path", d="M0 7H28", class_="line"), _marker(series.style, 14, 7, series.name))
         group = element("g", drawn, class_=_classes(series))
         key = element("svg", group, viewBox="0 0 28 14", aria_hidden="true", class_=f"swatch {chart.palette}")
-        rows.append(element("li", key, element("span", series.name)))
-    return element("ul", *rows, class_="legend")
+        means = element("small", told[series.name]) if series.name in told else ""
+        rows.append(element("li", key, element("span", series.name, means)))
+    return element("ul", *rows, class_="legend told" if told else "legend")

@@ -13,13 +13,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from xkv_service.calibration.choice import reuse_of
-from xkv_service.calibration.storage import read_identified
+from xkv_service.calibration.storage import check_made_for, read_identified
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
-from xkv_service.errors import InvalidSpec, ModelMismatch
+from xkv_service.errors import InvalidSpec
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import PrefixFactors
-from xkv_service.modeling.model_files import fingerprint_of
+from xkv_service.modeling.model_files import identity_of
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.reconstruct import dense_cache
 from xkv_service.selection.spec import SelectionSpec
@@ -124,13 +124,9 @@ class XKV:
     def _check_model(self, model: PreTrainedModel) -> None:
         if self._made_for is None or self.calibration is None or model in self._fitting:
             return
-        made, dtype = self._made_for, str(model.dtype).removeprefix("torch.")
-        if fingerprint_of(model, dtype) not in (None, made.fingerprint):
-            raise ModelMismatch(
-                f"calibration {self.calibration.id[:12]} was made for {made.name} ({made.dtype}), not for "
-                f"{Path(model.name_or_path).name} ({dtype})",
-                hint="weights, tokenizer and dtype must be the same: give a calibration of this model",
-            )
+        found = identity_of(model)
+        if found is not None:
+            check_made_for(self.calibration.id, self._made_for, found)
         self._fitting.add(model)
 
 

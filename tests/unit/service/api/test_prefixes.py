@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,14 +16,15 @@ from serving import Served, serve
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
-from xkv_service.api.local_prefixes import LocalPrefixes
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
+from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.models import LoadedModel
 
 KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True)))
 SYSTEM = "You answer questions about rivers, and about nothing else, in one short sentence. " * 2
-Keeping = tuple[Served, LocalPrefixes, ArtifactStore]
+Keeping = tuple[Served, ArtifactStore]
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +34,18 @@ def keeping(
     """A server that keeps prefixes, each key in a namespace of its own."""
     folder = str(tmp_path_factory.mktemp("kept"))
     with ArtifactStore.open(folder, patience_s=0) as store:
-        prefixes = LocalPrefixes(store, loaded, ratio=2.0, most_waiting=3)
+        maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=3)
         finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
         try:
             with paced_backend(loaded, store) as backend:
+                prefixes = StoredPrefixes(store, maker)
                 app = create_app(
                     served_model, backend, finder=finder, prefixes=prefixes, keys=KEYS, settings=SETTINGS
                 )
                 with serve(app) as served:
-                    yield served, prefixes, store
+                    yield served, store
         finally:
-            prefixes.close()
+            maker.close()
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_changes(alpha: httpx.Client, keeping: Keeping) -> None:
         assert alpha.patch(path, json=bad).status_code == 400
     assert alpha.delete(path).json() == {"id": made["id"], "object": "prefix", "deleted": True}
     assert alpha.get(path).status_code == alpha.delete(path).status_code == 404
-    assert keeping[2].get(made["id"]) is None
+    assert keeping[1].get(made["id"]) is None
 
 
 def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
@@ -206,6 +209,26 @@ def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None
     assert chat(alpha, ("user", f"{text}\n\nWhere?")).json()["xkv"]["artifact"] == made["id"]
     assert alpha.delete(path).status_code == alpha.patch(path, json={"pin": True}).status_code == 403
     assert editor.delete(path).json()["deleted"]
+
+
+def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
+    """Room is made where it can be; else it is said at once."""
+    store = keeping[1]
+    limits = Path(store.blobs.url) / "limits.json"
+    limits.write_text('{"namespaces": {"beta": {"artifacts": 1}}}')
+    try:
+        first = make(beta, document=f"First. {DOCUMENT}")
+        second = make(beta, document=f"Second. {DOCUMENT}", pin=True)
+        assert second["status"] == "ready" and store.get(first["id"]) is None
+        refused = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_exceeded")
+        assert refused.json()["error"]["message"].startswith("namespace beta may hold 1 artifacts")
+        assert [one["id"] for one in beta.get("/v1/prefixes").json()["data"]] == [second["id"]]
+        limits.write_text('{"namespaces": ')
+        broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_unavailable")
+    finally:
+        limits.unlink()
 
 
 @pytest.mark.parametrize(

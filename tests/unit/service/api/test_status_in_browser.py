@@ -21,9 +21,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
-from xkv_service.api.local_prefixes import LocalPrefixes
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
+from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.models import LoadedModel
 
 CHROMIUM = shutil.which("chromium")
@@ -83,16 +84,16 @@ def measured(app: ASGIApp) -> ASGIApp:
 
 
 @pytest.fixture(scope="module")
-def prefixes(store: ArtifactStore, loaded: LoadedModel) -> Iterator[LocalPrefixes]:
+def prefixes(store: ArtifactStore, loaded: LoadedModel) -> Iterator[StoredPrefixes]:
     publish(store, loaded, DOCUMENT, "alpha")
     publish(store, loaded, f"Theirs. {DOCUMENT}", "beta")
-    service = LocalPrefixes(store, loaded)
-    yield service
-    service.close()
+    maker = PrefixMaker(store, loaded)
+    yield StoredPrefixes(store, maker)
+    maker.close()
 
 
 def test_what_it_shows_without_keys(
-    prefixes: LocalPrefixes, served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder,
+    prefixes: StoredPrefixes, served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder,
     store: ArtifactStore, loaded: LoadedModel, tmp_path: Path,
 ) -> None:  # fmt: skip
     mine = publish(store, loaded, DOCUMENT)
@@ -116,7 +117,7 @@ def test_what_it_shows_without_keys(
 
 @pytest.mark.parametrize("given", ["", "sk-alpha"])
 def test_what_it_shows_with_keys(
-    prefixes: LocalPrefixes, served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder,
+    prefixes: StoredPrefixes, served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder,
     store: ArtifactStore, tmp_path: Path, given: str,
 ) -> None:  # fmt: skip
     keys = KeyRing((key("alpha"), key("beta")))

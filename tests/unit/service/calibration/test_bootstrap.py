@@ -10,12 +10,13 @@ from compressed import random_ids
 from transformers import PreTrainedModel
 
 from xkv_service.calibration import folds as folds_module
-from xkv_service.calibration.bootstrap import ENOUGH, RESAMPLES, bootstrap, chosen_again, too_small
+from xkv_service.calibration.bootstrap import RESAMPLES, bootstrap, chosen_again, too_small
 from xkv_service.calibration.calibration import KINDS, Calibration
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import MOST_FOLDS, Folds, fold_count, total_of
+from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.observed import Observed, observe_document
 from xkv_service.calibration.plan import ColumnPlan, factor_bits
 from xkv_service.calibration.probes import ProbedPrefix

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.calibration.bootstrap import ENOUGH
 from xkv_service.calibration.calibrate import calibrate, split
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
@@ -45,8 +45,8 @@ def test_every_layer_is_in_one_group_and_every_choice_was_measured(calibrated: C
     assert set(figures["metrics"]) == set(SETTINGS.weightings)
     kls = {name: one["kl"] for name, one in figures["metrics"].items()}
     assert figures["weighting"] == min(kls, key=kls.__getitem__)
-    counted = {"documents": 3, "known": 0, "held_out": 1, "tokens": 3 * (300 - 37 - 4), "probes": 1}
-    assert figures["sample"] == counted
+    counted = {"documents": 3, "known": 0, "held_out": 1, "tokens": 3 * (300 - 37 - 4)}
+    assert figures["sample"] == {**counted, "observed_probes": 3, "probes": 1}
     assert (figures["stability"]["documents"], figures["stability"]["parts"]) == (3, 3)
     assert figures["chosen_again"] == {"metric": None, "groups": None}  # one document is held out
     assert (figures["warnings"] == []) == (figures["stability"]["kept"]["mean"] >= ENOUGH)

@@ -9,7 +9,8 @@ import pytest
 from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration import certificates
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.certificates import LEAST_KL, MARGIN, fidelity_thresholds, is_low
+from xkv_service.calibration.certificates import fidelity_thresholds, is_low
+from xkv_service.calibration.limits import LEAST_KL, TIMES_WORST
 from xkv_service.calibration.probes import ProbedPrefix
 
 HELD = [ProbedPrefix("a", (1,), ()), ProbedPrefix("b", (2,), ())]
@@ -30,7 +31,7 @@ def thresholds(monkeypatch: pytest.MonkeyPatch, measured: dict[float, list[float
 def test_the_worst_document_sets_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     found = thresholds(monkeypatch, {8.0: [0.0, 0.001], 20.0: [0.02, 0.01]})
     assert found[0] == {"ratio": 8.0, "worst": 0.001, "kl": LEAST_KL}
-    assert found[1] == {"ratio": 20.0, "worst": 0.02, "kl": pytest.approx(MARGIN * 0.02)}
+    assert found[1] == {"ratio": 20.0, "worst": 0.02, "kl": pytest.approx(TIMES_WORST * 0.02)}
 
 
 def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from xkv_artifacts.errors import CorruptArtifact
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
 from xkv_service.calibration.figure_checks import check_figures
-from xkv_service.calibration.steps import NEGLIGIBLE, SHARED
+from xkv_service.calibration.limits import NEGLIGIBLE
+from xkv_service.calibration.steps import SHARED
 
 
 def row(asked: float, step: str, kl: float, documents: int = 4, kl_error: float = 0.0) -> dict[str, Any]:

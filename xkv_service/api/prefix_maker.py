@@ -1,0 +1,223 @@
+"""`PrefixMaker`: makes prefixes one after the other on a thread, with a model that is loaded anyway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from xkv_artifacts.errors import XKVError
+from xkv_artifacts.jobs import STOPPED, VOUCH_S, Job
+from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.manifest import DocumentRef, PrefixManifest
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixRecord
+from xkv_service.api.prefix_records import PrefixRecords, of_job
+from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.choice import best_spec
+from xkv_service.compression import compress
+from xkv_service.errors import Overloaded
+from xkv_service.factorization.ranks import size_of
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.models import LoadedModel
+from xkv_service.modeling.shared_weights import sharing_weights
+from xkv_service.spec import DEFAULT_RATIO, CompressionSpec
+
+MOST_WAITING = 64
+_LOOK_AGAIN_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Task:
+    """A job with what only this process knows: the tokens, and how to compress them."""
+
+    job: Job
+    new: NewPrefix
+    spec: CompressionSpec
+
+
+class PrefixMaker:
+    """Makes prefixes in the order they come, and keeps their jobs on the store's board. What waits when it is
+    closed fails.
+
+    Args:
+        store: where they are kept. loaded: what they are made with. Make this before an engine runs the
+            model: it takes a second model object over the same weights, so that neither waits for the other.
+        calibration: the model's, or None. ratio: of prefixes that ask for none.
+        most_waiting: more are refused.
+
+    Raises:
+        CacheMisuse: the model is in use already.
+    """
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        loaded: LoadedModel,
+        *,
+        calibration: Calibration | None = None,
+        ratio: float = DEFAULT_RATIO,
+        most_waiting: int = MOST_WAITING,
+    ) -> None:
+        self._store, self._calibration, self._ratio = store, calibration, ratio
+        self._loaded, self._records = sharing_weights(loaded), PrefixRecords(store)
+        self._owner, self._most_waiting = f"serve-{uuid.uuid4().hex}", most_waiting
+        self._waiting: deque[_Task] = deque()
+        self._making: _Task | None = None
+        self._changed = threading.Condition()
+        self._telling = threading.Lock()  # so that a job which ended is not told of again
+        self._closed = threading.Event()
+        work = {"make-prefixes": self._make_all, "vouch-for-prefixes": self._vouch}
+        self._threads = [threading.Thread(target=work[name], name=name, daemon=True) for name in work]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Make nothing more; waits for the one that is being made."""
+        with self._changed:
+            self._closed.set()
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for task in left:
+            self._fail(task, STOPPED)
+        for thread in self._threads:
+            thread.join()
+
+    async def create(self, new: NewPrefix) -> PrefixRecord:
+        """As `PrefixService`."""
+        return await asyncio.to_thread(self._create, new)
+
+    def _create(self, new: NewPrefix) -> PrefixRecord:
+        spec = self._spec(self._ratio if new.ratio is None else new.ratio)
+        identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
+        size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
+        name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
+        changes = PrefixChanges(new.ttl_s, new.pinned or None)
+        if (known := self._records.change([new.namespace], name, changes)) and known.status != "failed":
+            return known
+        if self._closed.is_set() or len(self._waiting) >= self._most_waiting:
+            raise Overloaded(f"{len(self._waiting)} prefixes wait to be made")
+        self._store.check_room(new.namespace, size.bytes_tensors, name)
+        job = Job(
+            id=name,
+            namespace=new.namespace,
+            status="queued",
+            model=identity.name,
+            tokens=len(new.token_ids),
+            name=new.name,
+            pinned=new.pinned,
+            ttl_s=new.ttl_s,
+            created=self._store.catalog.now(),
+        )
+        if self._store.jobs.add(job):
+            with self._changed:
+                self._waiting.append(_Task(job, new, spec))
+                self._changed.notify_all()
+        return of_job(job)
+
+    def _spec(self, ratio: float) -> CompressionSpec:
+        if self._calibration is None:
+            return CompressionSpec(ratio=ratio)
+        return best_spec(ratio, self._calibration)
+
+    def _make_all(self) -> None:
+        while (task := self._next()) is not None:
+            try:
+                self._tell(task)
+                self._make(task)
+            except XKVError as error:
+                self._fail(task, error.message)
+            except Exception:  # noqa: BLE001 - whatever it was: logged, told, and the next one is made
+                _log.exception("prefix %s failed", task.job.id[:12])
+                self._fail(task, "internal error")
+
+    def _next(self) -> _Task | None:
+        with self._changed:
+            self._making = None
+            while not self._waiting:
+                if self._closed.is_set():
+                    return None
+                self._changed.wait()
+            task = self._making = self._waiting.popleft()
+            task.job = task.job.model_copy(update={"status": "running"})
+            return task
+
+    def _vouch(self) -> None:
+        while not self._closed.wait(VOUCH_S / 3):
+            for task in self._unfinished():
+                try:
+                    self._tell(task)
+                except XKVError as error:
+                    _log.warning("nobody can see how prefixes are getting on: %s", error.message)
+                    break
+
+    def _unfinished(self) -> list[_Task]:
+        with self._changed:
+            return [*filter(None, [self._making]), *self._waiting]
+
+    def _tell(self, task: _Task) -> None:
+        with self._telling:
+            if task in self._unfinished():
+                self._store.jobs.tell(task.job)
+
+    def _fail(self, task: _Task, error: str) -> None:
+        try:
+            with self._telling:
+                self._making = None
+                self._store.jobs.fail(task.job, error)
+        except XKVError as unsaid:  # nobody vouches for it any more: it will be seen as failed
+            _log.warning("prefix %s failed: %s; and %s", task.job.id[:12], error, unsaid.message)
+
+    def _make(self, task: _Task) -> None:
+        """Compress and publish, unless another process does, or nobody wants it any more."""
+        while (lease := self._store.catalog.lease(task.job.id, self._owner)) is None:
+            if self._closed.wait(_LOOK_AGAIN_S):
+                self._fail(task, STOPPED)
+                return
+        with lease:
+            stored = self._wanted(task) is None or self._store.get(task.job.id) is not None
+            self._finish(task, None if stored else self._publish(task))
+
+    def _wanted(self, task: _Task) -> Job | None:
+        """The job as it was changed since, None where it was deleted; a record that was lost was not."""
+        job = self._store.jobs.last(task.job.namespace, task.job.id) or task.job
+        return None if job.status == "deleted" else job
+
+    def _publish(self, task: _Task) -> Job | None:
+        """Compress, and publish what is wanted then; the job as it was then, None: it was not wanted."""
+        factors = compress(self._loaded.model, list(task.new.token_ids), task.spec, self._calibration)
+        manifest = PrefixManifest(
+            id=task.job.id,
+            model=self._loaded.identity,
+            namespace=task.new.namespace,
+            document=DocumentRef(uri=task.new.name, sha256=task.new.sha256),
+            created=datetime.now(timezone.utc),
+            **factors.manifest_fields(),
+        )
+        job = self._wanted(task)
+        if job is not None:
+            self._store.publish(manifest, factors.to_tensors(), pinned=job.pinned, ttl_s=job.ttl_s)
+        return job
+
+    def _finish(self, task: _Task, published: Job | None) -> None:
+        """End the job. What was asked of it while it was published is done now."""
+        with self._telling:
+            self._making = None
+            job = self._store.jobs.finish(task.job) or task.job
+        if job.status == "deleted":
+            if published is not None:
+                self._store.remove(job.id)
+            return
+        pinned, ttl_s = (published.pinned, published.ttl_s) if published else (False, None)
+        changes = PrefixChanges(
+            ttl_s=None if job.ttl_s == ttl_s else job.ttl_s or 0,
+            pinned=None if job.pinned == pinned else job.pinned,
+        )
+        if changes != PrefixChanges():
+            self._records.change([job.namespace], job.id, changes)

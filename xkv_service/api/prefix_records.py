@@ -1,0 +1,104 @@
+"""`PrefixRecords`: the prefixes of a store, those that are being made or failed among them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from xkv_artifacts.entry import Entry
+from xkv_artifacts.errors import ArtifactNotFound
+from xkv_artifacts.jobs import Job
+from xkv_artifacts.keys import is_artifact_id
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.backend import PrefixChanges, PrefixPage, PrefixRecord, PrefixStatus
+
+
+class PrefixRecords:
+    """What `PrefixService` tells and changes: whoever opens the same store sees the same. What is stored is
+    ready, whatever a job's record says.
+    """
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+
+    def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
+        """As `PrefixService`. The first page has the jobs beside its `limit` others."""
+        jobs = self._store.jobs.all(namespace) if cursor is None else []
+        entries, following = self._store.page(namespace, cursor, limit)
+        made = {entry.id for entry in self._store.catalog.entries(ids=[job.id for job in jobs])}
+        waiting = [of_job(job) for job in jobs if job.id not in made]
+        return PrefixPage([*waiting, *map(_of_entry, entries)], following)
+
+    def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
+        """As `PrefixService`."""
+        # In this order: a job ends after its artifact is stored.
+        jobs = [job for name in namespaces if (job := self._store.jobs.get(name, prefix_id)) is not None]
+        entry = self._entry(namespaces, prefix_id)
+        if entry is not None:
+            return _of_entry(entry)
+        return of_job(jobs[0]) if jobs else None
+
+    def change(
+        self, namespaces: Sequence[str], prefix_id: str, changes: PrefixChanges
+    ) -> PrefixRecord | None:
+        """As `PrefixService`."""
+        for namespace in namespaces:
+            self._store.jobs.change(namespace, prefix_id, pinned=changes.pinned, ttl_s=changes.ttl_s)
+        if self._entry(namespaces, prefix_id) is not None:
+            try:
+                if changes.ttl_s is not None:
+                    self._store.set_ttl(prefix_id, changes.ttl_s or None)
+                if changes.pinned is not None:
+                    (self._store.pin if changes.pinned else self._store.unpin)(prefix_id)
+            except ArtifactNotFound:  # collected in between
+                return None
+        return self.get(namespaces, prefix_id)
+
+    def delete(self, namespaces: Sequence[str], prefix_id: str) -> bool:
+        """As `PrefixService`."""
+        jobs = [self._store.jobs.remove(namespace, prefix_id) for namespace in namespaces]
+        stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
+        return stored or any(jobs)
+
+    def _entry(self, namespaces: Sequence[str], prefix_id: str) -> Entry | None:
+        """The entry of a stored prefix in these namespaces; nothing more is read of another one."""
+        if not is_artifact_id(prefix_id):
+            return None
+        if not self._store.catalog.namespaces.holds(namespaces, prefix_id):
+            return None
+        entry = self._store.get(prefix_id)
+        return entry if entry is not None and entry.namespace in namespaces else None
+
+
+def of_job(job: Job) -> PrefixRecord:
+    """A prefix that is not there (yet)."""
+    status: PrefixStatus = "failed" if job.status == "deleted" else job.status
+    return PrefixRecord(
+        id=job.id,
+        namespace=job.namespace,
+        status=status,
+        model=job.model,
+        tokens=job.tokens,
+        name=job.name,
+        created=job.created,
+        expires=None if job.ttl_s is None else time.time() + job.ttl_s,
+        pinned=job.pinned,
+        error=job.error or None,
+    )
+
+
+def _of_entry(entry: Entry) -> PrefixRecord:
+    return PrefixRecord(
+        id=entry.id,
+        namespace=entry.namespace,
+        status="ready",
+        model=entry.model,
+        tokens=entry.tokens,
+        name=entry.document,
+        created=entry.created,
+        bytes=entry.bytes,
+        ratio=entry.ratio,
+        fidelity=entry.fidelity,
+        expires=entry.expires,
+        pinned=entry.pinned,
+    )
