@@ -91,6 +91,7 @@ class Case:
         self.keys, self.values = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.lengths = torch.full((batch,), _TAIL, dtype=torch.int32, device=device)
         self.out = torch.empty_like(self.query)
+        self._before = torch.zeros(batch, shape.query_heads, device=device)
 
     def attention(self, tiles: Tiles | None = None) -> DecodeAttention:
         """The kernels for this batch."""
@@ -106,6 +107,7 @@ class Case:
         return {
             "tail": lambda table: tail_attention(*tail, layer._rest, layer._rest_log, self.scaling),
             "index": lambda table: layer.index(self.query, layer._rest_log, table),
+            "index, read once": lambda table: layer.index(self.query, layer._rest_log, table, self._before),
             "choose": lambda table: layer.chosen(layer.index.shares, layer.index.histogram, table),
             "scores": lambda table: rebuilt_scores(
                 self.query, layer.chosen, table, self.turns, layer.scores, self.scaling, **scores
@@ -145,6 +147,7 @@ class Case:
             "output": (bases * rank_v * width * 2, 2.0 * self.batch * shape.query_heads * rank_v * shape.dim),
         }
         found["all"] = (sum(one for one, _ in found.values()), sum(one for _, one in found.values()))
+        found["index, read once"] = (index, 0.0)
         return found
 
 

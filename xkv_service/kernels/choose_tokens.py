@@ -17,22 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv_service.kernels.index_scores import LOWEST_SHARE
+from xkv_service.kernels.share_bins import share_levels
 
 MOST_SESSIONS = 32
 """Sessions that share a list: bits of a number. More on one document are several entries of the table."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _levels(share, BINS: tl.constexpr, LOWEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bins of shares, as they were counted."""
-    return tl.minimum(tl.maximum((share + LOWEST) * (BINS / LOWEST), 0.0), BINS - 1).to(tl.int32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _count(  # type: ignore[no-untyped-def]
     shares, histogram, states_at, lengths, budgets, document_of, limits, equals, blocks, capacity,
-    BINS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, session = tl.program_id(0), tl.program_id(1).to(tl.int64)
     document = tl.load(document_of + session)
@@ -51,14 +45,14 @@ def _count(  # type: ignore[no-untyped-def]
     states = tl.load(states_at + document).to(tl.pointer_type(tl.uint8))
     choosable = tl.load(states + token, mask=token < length, other=0) == 1
     share = tl.load(shares + session * capacity + token, mask=token < length, other=0.0)
-    equal = choosable & (_levels(share, BINS, LOWEST) == last)
+    equal = choosable & (share_levels(share, BINS) == last)
     tl.store(equals + session * blocks + block, tl.sum(equal.to(tl.int32)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _mark(  # type: ignore[no-untyped-def]
     shares, states_at, lengths, starts, limits, equals, members, sizes, blocks, capacity, BINS: tl.constexpr,
-    LOWEST: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block, document = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + document)
@@ -75,7 +69,7 @@ def _mark(  # type: ignore[no-untyped-def]
         session = begin + number
         last, left = tl.load(limits + session * 2), tl.load(limits + session * 2 + 1)
         share = tl.load(shares + session * capacity + token, mask=inside, other=0.0)
-        level = _levels(share, BINS, LOWEST)
+        level = share_levels(share, BINS)
         equal = (state == 1) & (level == last)
         before = tl.sum(tl.load(equals + session * blocks + other, mask=other < block, other=0))
         rank = before + tl.cumsum(equal.to(tl.int32)) - 1
@@ -138,7 +132,7 @@ class ChooseTokens:
         """Fill `positions`, `members` and `counts` from what `IndexScores` left."""
         sessions, documents = shares.shape[0], self.counts.shape[0]
         sizes = (self._blocks, self._capacity)
-        bins = {"BINS": self._bins, "LOWEST": LOWEST_SHARE, "BLOCK": self._block}
+        bins = {"BINS": self._bins, "BLOCK": self._block}
         blocks = triton.next_power_of_2(self._blocks)
         _count[self._blocks, sessions](
             shares, histogram, table.states, table.lengths, table.budgets, table.document_of, self._limits,

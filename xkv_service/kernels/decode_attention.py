@@ -69,21 +69,21 @@ class DecodeAttention:
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor,
-        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False,
+        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False, before: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Attend.
 
         Args:
             query: [sessions, query_heads, D], rotated, contiguous. keys, values, lengths: the tails, as
                 `tail_attention`. table: the layer's. out: [sessions, query_heads, Dv], contiguous.
-            repeat: attend to what the layer before chose: this one has no index.
+            repeat: attend to what the layer before chose: this one has no index. before: as `IndexScores`.
 
         Returns:
             `out`.
         """
         tail_attention(query, keys, values, lengths, self._rest, self._rest_log, self._scaling)
         if not repeat:
-            self.index(query, self._rest_log, table)
+            self.index(query, self._rest_log, table, before)
             self.chosen(self.index.shares, self.index.histogram, table)
         self.attend(query, table, out)
         return out

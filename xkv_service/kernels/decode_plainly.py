@@ -12,10 +12,9 @@ import torch
 
 from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer
 from xkv_service.kernels.factor_rows import FactorRows
+from xkv_service.kernels.share_bins import share_bins
 from xkv_service.packed_factors import unpack
 from xkv_service.selection.sketch import scores
-
-_LOWEST = 32.0
 
 
 def tail_attention_plainly(
@@ -42,11 +41,6 @@ def index_shares_plainly(
     found = scores(query, document.sketch) * scaling
     total = torch.logaddexp(found.logsumexp(-1), others)
     return (found - total[..., None]).amax(1)
-
-
-def share_bins(shares: torch.Tensor, bins: int) -> torch.Tensor:
-    """int32, the bin of each share: equal widths from exp(-32) to 1."""
-    return ((shares + _LOWEST) * (bins / _LOWEST)).clamp(0, bins - 1).int()
 
 
 def choose_plainly(

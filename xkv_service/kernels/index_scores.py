@@ -1,6 +1,7 @@
 """Score every token of a prefix by its key sketch (reference: `index_shares_plainly` in `decode_plainly.py`).
 
-The index is read twice: a head's shares need the sum over all tokens first. Storing the scores of 32 heads
+The index is read twice, since a head's shares need the sum over all tokens first; once where the sums of the
+step before will do. Storing the scores of 32 heads
 instead would take as many bytes as reading the index again. Codes become half precision without rounding;
 the picked dimensions of all query heads of a few KV heads stand in one matrix that is zero where a code
 belongs to another KV head, so that a product on tensor cores fills its columns though each KV head has only
@@ -18,10 +19,7 @@ import triton
 import triton.language as tl
 
 from xkv_service.kernels.product import INTERPRETED
-
-LOWEST_SHARE = 32.0
-"""Shares of exp(-32) and less are counted as one: nothing that attention would notice."""
-
+from xkv_service.kernels.share_bins import share_levels
 
 _PARTS = 4
 """Four numbers of 4 bits in 16: low and high half of the first and of the second byte."""
@@ -143,6 +141,19 @@ def _tile_scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _store_sums(  # type: ignore[no-untyped-def]
+    scores, valid, peaks, sums, row, chunk: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store the largest score of each head in a tile, and the sum of the powers of 2 below it."""
+    peak = tl.max(scores, axis=0)
+    total = tl.sum(_exp2(scores - peak[None, :]), axis=0)
+    place = row * (HEADS * GROUP) + chunk * TOGETHER * GROUP + tl.arange(0, COLUMNS)
+    tl.store(peaks + place, peak, mask=valid)
+    tl.store(sums + place, total, mask=valid)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _tile_sums(  # type: ignore[no-untyped-def]
     codes_at, scales_at, lengths, starts, matrices, gains, offsets, peaks, sums, tiles, HEADS: tl.constexpr,
     GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
@@ -156,7 +167,6 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     scales = tl.load(scales_at + document).to(tl.pointer_type(tl.float16))
     tokens = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tokens < length
-    column = tl.arange(0, COLUMNS)
     begin = tl.load(starts + document).to(tl.int64)
     for number in range(0, tl.load(starts + document + 1) - tl.load(starts + document)):
         session = begin + number
@@ -165,11 +175,9 @@ def _tile_sums(  # type: ignore[no-untyped-def]
                 codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS, GROUP, PLANES,
                 TOGETHER, ROWS, COLUMNS, CHUNKS,
             )  # fmt: skip
-            peak = tl.max(scores, axis=0)
-            total = tl.sum(_exp2(scores - peak[None, :]), axis=0)
-            place = (session * tiles + tile) * (HEADS * GROUP) + chunk * TOGETHER * GROUP + column
-            tl.store(peaks + place, peak, mask=valid)
-            tl.store(sums + place, total, mask=valid)
+            _store_sums(
+                scores, valid, peaks, sums, session * tiles + tile, chunk, HEADS, GROUP, TOGETHER, COLUMNS
+            )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -197,9 +205,9 @@ def _totals(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile_shares(  # type: ignore[no-untyped-def]
     codes_at, scales_at, states_at, lengths, starts, matrices, gains, offsets, totals, shares, histogram,
-    capacity, HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
-    LOWEST: tl.constexpr,
+    peaks, sums, tiles, capacity, HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+    TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    TILE: tl.constexpr, BINS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     tile, document = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + document)
@@ -224,9 +232,13 @@ def _tile_shares(  # type: ignore[no-untyped-def]
             place = session * (HEADS * GROUP) + chunk * TOGETHER * GROUP + column
             total = tl.load(totals + place, mask=valid, other=float("inf"))
             share = tl.maximum(share, tl.max(scores - total[None, :], axis=1))
+            if SUMS:
+                _store_sums(
+                    scores, valid, peaks, sums, session * tiles + tile, chunk, HEADS, GROUP, TOGETHER, COLUMNS
+                )
         share = share * 0.6931471805599453
         tl.store(shares + session * capacity + tokens, share, mask=inside)
-        level = tl.minimum(tl.maximum((share + LOWEST) * (BINS / LOWEST), 0.0), BINS - 1).to(tl.int32)
+        level = share_levels(share, BINS)
         counted = histogram + session * BINS + level
         tl.atomic_add(counted, 1, mask=choosable & (level > 0), sem="relaxed")
 
@@ -242,7 +254,8 @@ class IndexScores:
     Attributes:
         shares: float32 [sessions, capacity], the logarithm of the largest share any head would give a token.
         histogram: int32 [sessions, bins], how many tokens that may be chosen have a share in each bin; bins
-            are of equal width from exp(-32) to 1. The first is not counted: most tokens may be in it.
+            are those of `share_bins.py`. The first is not counted: most tokens may be in it.
+        totals: float32 [sessions, query_heads], the log in bits of the sum that each head's shares are of.
     """
 
     def __init__(
@@ -274,31 +287,41 @@ class IndexScores:
         self.shares = new(sessions, capacity, device=device)
         self.histogram = new(sessions, bins, dtype=torch.int32, device=device)
 
-    def __call__(self, query: torch.Tensor, others: torch.Tensor, table: Any) -> None:
+    def __call__(
+        self, query: torch.Tensor, others: torch.Tensor, table: Any, before: torch.Tensor | None = None
+    ) -> None:
         """Fill `shares` and `histogram`.
 
         Args:
             query: [sessions, query_heads, D], rotated, contiguous. others: float32 [sessions, query_heads],
                 the log of the sum of exponentials of the scores of all that is attended to besides.
             table: the layer's `DocumentTable`.
+            before: `totals` of the layer's step before. Shares are counted by them, so that the index is read
+                once only, and they are replaced by this step's.
         """
         documents, tiles = table.lengths.shape[0], self._peaks.shape[1]
-        grid = (tiles, documents)
         read = (self._matrices, self._gains, self._offsets)
+        options: dict[str, Any] = {"TILE": self.tile, "num_warps": self.warps, "num_stages": 1, **self._shape}
         _picked_queries[self.sessions, self.chunks](
             query, table.planes, table.document_of, *read, self.histogram, self.scaling, DIM=self._dim,
             BINS=self.bins, **self._shape,
         )  # fmt: skip
-        _tile_sums[grid](
-            table.codes, table.scales, table.lengths, table.starts, *read, self._peaks, self._sums, tiles,
-            TILE=self.tile, num_warps=self.warps, num_stages=1, **self._shape,
+        if before is None:
+            _tile_sums[tiles, documents](
+                table.codes, table.scales, table.lengths, table.starts, *read, self._peaks, self._sums, tiles,
+                **options,
+            )  # fmt: skip
+            self._add_up(others, table, self.totals)
+        _tile_shares[tiles, documents](
+            table.codes, table.scales, table.states, table.lengths, table.starts, *read,
+            self.totals if before is None else before, self.shares, self.histogram, self._peaks, self._sums,
+            tiles, self.capacity, BINS=self.bins, SUMS=before is not None, **options,
         )  # fmt: skip
+        if before is not None:
+            self._add_up(others, table, before)
+
+    def _add_up(self, others: torch.Tensor, table: Any, totals: torch.Tensor) -> None:
         _totals[(self.sessions,)](
-            self._peaks, self._sums, others, table.lengths, table.document_of, self.totals, tiles,
+            self._peaks, self._sums, others, table.lengths, table.document_of, totals, self._peaks.shape[1],
             ROWS=self.rows, BLOCK=triton.next_power_of_2(self.rows), TILE=self.tile, SIZE=64,
-        )  # fmt: skip
-        _tile_shares[grid](
-            table.codes, table.scales, table.states, table.lengths, table.starts, *read, self.totals,
-            self.shares, self.histogram, self.capacity, TILE=self.tile, BINS=self.bins, LOWEST=LOWEST_SHARE,
-            num_warps=self.warps, num_stages=1, **self._shape,
         )  # fmt: skip

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from xkv_service.kernels.choose_tokens import ChooseTokens
-from xkv_service.kernels.decode_plainly import choose_plainly, index_shares_plainly, share_bins
+from xkv_service.kernels.decode_plainly import choose_plainly, index_shares_plainly
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
 from xkv_service.kernels.index_scores import IndexScores
+from xkv_service.kernels.share_bins import LOWEST, RANGE, share_bins
 
 # Queries are rounded to half precision: 2^-11 of each product, a few of which add up. Shares here reach -30.
 TOLERANCE = 0.02
@@ -57,6 +58,25 @@ def test_shares_are_those_of_the_sketch(
             assert torch.equal(counts[1:].long(), torch.bincount(levels, minlength=BINS)[1:])
 
 
+def test_sums_of_the_step_before_spare_a_pass(device: torch.device) -> None:
+    """The same sums give the same shares, others move a head's; in both cases the new ones are left."""
+    documents = [
+        samples.document(tokens, "float", torch.float32, device, seed=tokens) for tokens in (70, 130)
+    ]
+    query, others = samples.queries(3, torch.float32, device), torch.randn(3, 8, device=device)
+    index, table = scored(documents, [1, 2], [8, 8], query, others)
+    expected, totals, counts = index.shares.clone(), index.totals.clone(), index.histogram.clone()
+    before = totals.clone()
+    index.shares.fill_(torch.nan)
+    index(query, others, table, before)
+    assert torch.equal(index.shares.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(before, totals) and torch.equal(index.histogram, counts)
+    before += 1  # one bit more of everything
+    index(query, others, table, before)
+    assert torch.allclose(index.shares[0, :70], expected[0, :70] - 0.693147, atol=1e-4)
+    assert torch.equal(before, totals)
+
+
 def test_queries_of_any_size_keep_their_shares(device: torch.device) -> None:
     """Half precision ends at 65,504: queries are divided by their largest number first."""
     document = samples.document(100, "float", torch.float32, device)
@@ -95,12 +115,12 @@ def test_a_choice_is_the_best_up_to_the_width_of_a_bin(device: torch.device) -> 
     index, table = scored([document], [1], [40], query, others)
     chosen = ChooseTokens(1, 1, 333, 333, device, bins=BINS, block=64)
     chosen(index.shares, index.histogram, table)
-    shares = index.shares[0].clamp_min(-32)
+    shares = index.shares[0].clamp_min(LOWEST)
     taken = torch.zeros(333, dtype=torch.bool, device=device)
     taken[chosen.positions[0, : int(chosen.counts[0])].long()] = True
     open_ = document.states == 1
     assert int((taken & open_).sum()) == 40
-    assert shares[taken & open_].min() >= shares[~taken & open_].max() - 32 / BINS
+    assert shares[taken & open_].min() >= shares[~taken & open_].max() - RANGE / BINS
 
 
 def test_equal_shares_still_fill_the_budget(device: torch.device) -> None:
