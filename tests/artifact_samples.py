@@ -10,6 +10,7 @@ import torch
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, Fidelity, GroupLayout, ModelIdentity, PrefixManifest
+from xkv_artifacts.session_format import SessionManifest
 
 FINGERPRINT = "f" * 64
 SPEC: dict[str, Any] = {"group_size": 2, "ratio": 8.0, "dtype": "bfloat16"}
@@ -67,3 +68,22 @@ def sample(
         created=datetime(2026, 11, 22, 8, 0, tzinfo=timezone.utc),
     )
     return manifest, tensors
+
+
+def tail_sample(token_ids: Sequence[int], **fields: Any) -> tuple[SessionManifest, dict[str, torch.Tensor]]:
+    """The tail of a conversation behind the first ten of its tokens."""
+    given: dict[str, Any] = {"artifact": "a" * 64, "selection": {"budget": 8}, "prefix_tokens": 10, **fields}
+    manifest = SessionManifest(
+        model=ModelIdentity(fingerprint=FINGERPRINT, name="tiny", architecture="Llama", dtype="float32"),
+        tokens=len(token_ids),
+        folded=(),
+        system_prompt=None,
+        template="raw",
+        messages=(),
+        created=datetime(2026, 11, 22, 8, 0, tzinfo=timezone.utc),
+        **given,
+    )
+    return manifest, {
+        "tokens": torch.tensor(token_ids, dtype=torch.int32),
+        "layer.0.tail.keys": torch.ones(800),
+    }

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from report import Report, command
 
 XKV = [sys.executable, "-m", "xkv_cli"]
-RUN_SECONDS = 300
+RUN_SECONDS = 600
 STARTING = 0.2
 """Share of the kills that fall into the start-up."""
 

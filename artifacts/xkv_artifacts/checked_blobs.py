@@ -1,4 +1,4 @@
-"""Checked reads: a blob that fails goes to quarantine and is forgotten, and the caller gets no byte of it."""
+"""Checked reads: a blob that fails is put away and forgotten, and the caller gets no byte of it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class CheckedBlobs:
         blobs: the store.
         forget: told the id of each blob that was bad.
         noun, hint: what its blobs are called, and what to do when one is bad.
+        delete: bad blobs are deleted; else they go to quarantine.
     """
 
     def __init__(
@@ -38,18 +39,20 @@ class CheckedBlobs:
         *,
         noun: str = "artifact",
         hint: str = "compute it again",
+        delete: bool = False,
     ) -> None:
         self._blobs = blobs
         self._forget = forget
         self._noun = noun
         self._hint = hint
+        self._delete = delete
 
     def read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
         """What `read` makes of the blob.
 
         Raises:
             ArtifactNotFound, UnsupportedFormat, StoreError
-            CorruptArtifact: `read` found a fault; the blob is in quarantine.
+            CorruptArtifact: `read` found a fault; the blob is in quarantine, or deleted.
         """
         try:
             with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
@@ -58,7 +61,7 @@ class CheckedBlobs:
                 except FileNotFoundError:  # an object store's blob that was deleted while it is read
                     raise not_found(artifact_id, self._blobs) from None
         except CorruptArtifact as error:
-            raise self._quarantined(artifact_id, error.message) from None
+            raise self._put_away(artifact_id, error.message) from None
         except UnsupportedFormat as error:
             message = f"{self._noun} {artifact_id}: {error.message}"
             raise UnsupportedFormat(message, hint=error.hint) from None
@@ -76,10 +79,14 @@ class CheckedBlobs:
             return error.message
         return None
 
-    def _quarantined(self, artifact_id: str, reason: str) -> CorruptArtifact:
+    def _put_away(self, artifact_id: str, reason: str) -> CorruptArtifact:
         place = "it could not be moved away"
         with suppress(StoreError, ArtifactNotFound):
-            place = f"moved to {self._blobs.quarantine(artifact_id)}"
+            if self._delete:
+                self._blobs.remove(artifact_id)
+                place = "deleted"
+            else:
+                place = f"moved to {self._blobs.quarantine(artifact_id)}"
         self._forget(artifact_id)
         return CorruptArtifact(f"{self._noun} {artifact_id}: {reason} ({place})", hint=self._hint)
 

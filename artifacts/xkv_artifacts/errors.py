@@ -41,6 +41,10 @@ class ArtifactNotFound(XKVError):
     """No artifact of that id is in the store."""
 
 
+class ForeignTail(ArtifactNotFound):
+    """What is stored under a tail's name is no tail of this model, namespace or conversation."""
+
+
 class CorruptArtifact(XKVError):
     """A blob's bytes are not what was written: truncated, changed, or never a valid artifact."""
 

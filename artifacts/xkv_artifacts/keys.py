@@ -29,6 +29,7 @@ DIGEST_BYTES = 8
 
 _ID_DOMAIN = b"xkv-prefix-id-1"
 _CALIBRATION_DOMAIN = b"xkv-calibration-id-1"
+_TAIL_DOMAIN = b"xkv-tail-id-1"
 _BLOCK_DOMAIN = b"xkv-prefix-block-1"
 _WITHOUT_FIRST_BIT = bytes(byte & 0x7F for byte in range(256))
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -134,6 +135,21 @@ def calibration_id(fingerprint: str, sample: str, settings: Mapping[str, Any], c
     """
     texts = (fingerprint.encode("ascii"), sample.encode("ascii"))
     fields = _framed(_CALIBRATION_DOMAIN, *texts, canonical_json(settings), canonical_json(content))
+    return hashlib.sha256(b"".join(fields)).hexdigest()
+
+
+def tail_id(fingerprint: str, namespace: str, tokens: bytes, prefix: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over all that decides what the tail of a conversation holds.
+
+    Args:
+        fingerprint: the model's, 64 hex digits. namespace: whose conversation it is.
+        tokens: all of the conversation, as little-endian int32 bytes.
+        prefix: plain JSON values: what the tail stands behind.
+
+    Raises:
+        InvalidNamespace, InvalidKey: an argument that no tail can have.
+    """
+    fields = _framed(_TAIL_DOMAIN, *_owner(fingerprint, namespace), tokens, canonical_json(prefix))
     return hashlib.sha256(b"".join(fields)).hexdigest()
 
 

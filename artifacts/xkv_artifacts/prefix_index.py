@@ -119,6 +119,26 @@ def member(fingerprint: str, namespace: str, tokens: bytes, artifact_id: str) ->
     return digests + _TAIL + tail + _END + bytes.fromhex(artifact_id)
 
 
+def shared_tokens(place: bytes, digests: bytes, tokens: bytes) -> int:
+    """How many leading tokens a member's artifact and a prompt share, as far as the member tells: where they
+    part inside a full block, up to 63 more.
+
+    Args:
+        place: a member of the sorted set, not trusted.
+        digests: of the prompt's full blocks. tokens: its ids as little-endian int32 bytes.
+    """
+    body = place[: -ID_BYTES - len(_END)]
+    blocks = body[::DIGEST_BYTES].find(_TAIL)
+    if blocks < 0:
+        return 0
+    shared = common_tokens(body[: DIGEST_BYTES * blocks], digests) * 4 // DIGEST_BYTES
+    if shared < blocks:
+        return BLOCK_TOKENS * shared
+    tail = body[DIGEST_BYTES * blocks + 1 :]
+    rest = big_endian(tokens[4 * BLOCK_TOKENS * blocks :][: len(tail) // 4 * 4])
+    return BLOCK_TOKENS * blocks + common_tokens(tail, rest)
+
+
 def big_endian(tokens: bytes) -> bytes:
     """Little-endian int32 bytes with each token's bytes the other way round: ordered as the tokens are."""
     swapped = array("i", tokens)

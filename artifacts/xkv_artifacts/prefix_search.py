@@ -32,10 +32,22 @@ class PrefixSearch:
     Args:
         link: connection to Redis. store_id: names the store. entry_prefix: an entry's key without its id.
         expiry_key: the sorted set of when artifacts end.
+        patterns: names of the sorted set and of the number of blocks of its longest artifact.
+        patience_s: how long to wait for a Redis that does not answer; None: as the link does.
     """
 
-    def __init__(self, link: RedisLink, store_id: str, entry_prefix: str, expiry_key: str) -> None:
+    def __init__(
+        self,
+        link: RedisLink,
+        store_id: str,
+        entry_prefix: str,
+        expiry_key: str,
+        *,
+        patterns: tuple[str, str] = (PREFIXES_KEY, LONGEST_KEY),
+        patience_s: float | None = None,
+    ) -> None:
         self._link = link
+        self._patterns, self._patience_s = patterns, patience_s
         self._store_id = store_id
         self._entry_prefix = entry_prefix
         self._expiry_key = expiry_key
@@ -44,7 +56,7 @@ class PrefixSearch:
     def keys(self, fingerprint: str, namespace: str) -> list[str]:
         """The sorted set of a model and namespace, and the number of blocks of its longest artifact."""
         names = {"store": self._store_id, "fingerprint": fingerprint, "namespace": namespace}
-        return [PREFIXES_KEY.format(**names), LONGEST_KEY.format(**names)]
+        return [pattern.format(**names) for pattern in self._patterns]
 
     def candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
         """The few artifacts that can share the longest prefix with a prompt.
@@ -92,7 +104,7 @@ class PrefixSearch:
         end = (len(digests) // DIGEST_BYTES + 1) * BLOCK_BYTES
         part = big_endian(tokens[sent * BLOCK_BYTES : end])
         arguments: list[str | bytes] = [digests, part, str(sent), self._entry_prefix]
-        answer = self._link.script(prefix_index.LOOKUP, keys, arguments)
+        answer = self._link.script(prefix_index.LOOKUP, keys, arguments, patience_s=self._patience_s)
         match answer:
             case [int(shared), longest, [*found]]:
                 return shared, _upper_bound(longest), [_artifact_id(raw) for raw in found]

@@ -10,25 +10,38 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, Protocol
 
-from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.errors import ArtifactNotFound, CatalogError, CatalogUnavailable
 
 MARK_S: Final = 30.0
 """How long a dead reader's mark keeps collectors away; a live one renews it three times in it."""
 
 
+class Marks(Protocol):
+    """Where marks are kept: `Catalog` and `TailIndex` say what the methods do."""
+
+    def mark_read(self, artifact_id: str, reader: str, ttl_s: float) -> bool:
+        """Mark a blob as read; False where its time is over."""
+
+    def unmark_read(self, artifact_id: str, reader: str) -> None:
+        """Take a mark back."""
+
+    def renew_reads(self, marks: Mapping[str, str], ttl_s: float) -> None:
+        """Let marks last again."""
+
+
 class Readers:
     """The reads that this process does of one store. Safe to use from several threads.
 
     Args:
+        catalog: keeps the marks.
         mark_s: seconds after which the marks of a process that died run out.
     """
 
-    def __init__(self, catalog: Catalog, mark_s: float = MARK_S) -> None:
+    def __init__(self, catalog: Marks, mark_s: float = MARK_S) -> None:
         self._catalog = catalog
         self._mark_s = mark_s
         self._process = f"{socket.gethostname()}:{os.getpid()}"

@@ -46,7 +46,7 @@ class Rebuild:
 @dataclass(frozen=True)
 class Orphans:
     """What was cleaned up: files of dead writers, entries without a blob, blobs without an entry, sums of
-    calibrations that nobody goes on with.
+    calibrations that nobody goes on with, and stored tails that no server can find.
     """
 
     files: int
@@ -54,6 +54,7 @@ class Orphans:
     entries_dropped: int
     blobs_listed: int
     sums: int = 0
+    tails: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Excess:
 
 
 @dataclass(frozen=True)
+class TailUsage:
+    """So many stored tails of conversations, and the bytes of their blobs."""
+
+    tails: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Collection:
     """What a collection removed (or would remove, in a dry run).
 
@@ -89,6 +98,7 @@ class Collection:
         in_use: artifacts that stayed because they were read or computed at that moment.
         stored: bytes of all artifacts that are left, as the catalog counts them.
         excess: limits that are exceeded all the same.
+        tails: of conversations, removed (or to be removed) since they had ended. No limit counts them.
     """
 
     removed: tuple[Removal, ...]
@@ -96,6 +106,7 @@ class Collection:
     stored: int
     excess: tuple[Excess, ...]
     dry_run: bool = False
+    tails: TailUsage = TailUsage()
 
     @property
     def bytes(self) -> int:

@@ -10,11 +10,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from xkv_artifacts.atomic_file import write_whole
 from xkv_artifacts.blobs import store_errors
-from xkv_artifacts.checked_file import lay_out, open_header, parse_manifest, read_tensors
+from xkv_artifacts.checked_file import LaidOut, lay_out, open_header, parse_manifest, read_tensors
 from xkv_artifacts.errors import CorruptArtifact, StoreError, UnsupportedFormat, XKVError
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.header import Header
-from xkv_artifacts.manifest import Count, ModelIdentity, Sha256
+from xkv_artifacts.manifest import Count, Index, ModelIdentity, Sha256
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class SessionManifest(BaseModel):
     Args:
         model: whose cache it is. artifact: the id of the prefix's artifact; None: the prefix is exact.
         selection: how tokens of the prefix are chosen, plain values; None with an exact prefix.
-        tokens: all that the cache holds. prefix_tokens: how many of them are the prefix.
+        tokens: all that the cache holds. prefix_tokens: how many of them are the prefix; 0: there is none.
         folded: tokens of each part of the tail that was made into factors, directly behind the prefix.
         system_prompt, template: how the conversation is rendered, the document (a tensor) first.
         messages: the conversation.
@@ -54,13 +54,20 @@ class SessionManifest(BaseModel):
     artifact: Sha256 | None
     selection: dict[str, Any] | None
     tokens: Count
-    prefix_tokens: Count
+    prefix_tokens: Index
     folded: tuple[Count, ...]
     system_prompt: str | None
     template: Literal["chat", "raw"]
     messages: tuple[Message, ...]
     created: AwareDatetime
     tensors: dict[str, Sha256] = {}
+
+
+def lay_out_session(manifest: SessionManifest, tensors: Mapping[str, torch.Tensor]) -> LaidOut:
+    """A session's bytes, ready to be written. Arguments and errors as of `save_session`."""
+    ready = lay_out(manifest, tensors)
+    _parse(ready.header)
+    return ready
 
 
 def save_session(path: Path, manifest: SessionManifest, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,8 +81,7 @@ def save_session(path: Path, manifest: SessionManifest, tensors: Mapping[str, to
         StoreError: no permission, no space, or another file is there.
         CorruptArtifact: manifest and tensors do not fit together.
     """
-    ready = lay_out(manifest, tensors)
-    _parse(ready.header)
+    ready = lay_out_session(manifest, tensors)
     with store_errors("save the session to", str(path)):
         if path.exists():
             _refuse_to_replace(path)

@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from xkv_artifacts.readers import Readers
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
 from xkv_artifacts.reports import Collection, Match, Orphans, Rebuild, Verification
 from xkv_artifacts.retention import Retention, RetentionShelf
+from xkv_artifacts.tail_shelf import TailShelf
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,7 @@ class ArtifactStore:
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
         self.jobs = JobBoard(catalog.link, catalog.store_id)
+        self.tails = TailShelf(blobs, catalog.link, catalog.store_id)
         self._embedded = embedded
         self._checked = CheckedPrefixes(blobs, self._forget)
         self._lookup = PrefixLookup(blobs, catalog, self._checked)
@@ -315,7 +318,8 @@ class ArtifactStore:
 
     def collect(self, limits: Limits | None = None, *, dry_run: bool = False) -> Collection:
         """Delete what has ended, then what is beyond the limits: of each namespace, then of the whole store,
-        what is longest unused. Nothing that is pinned, read or computed now is deleted.
+        what is longest unused. Nothing that is pinned, read or computed now is deleted. Stored tails of
+        conversations go when their time is over; their server keeps them within a budget of its own.
 
         Any number of processes may do so at once. Killed in between, it leaves at most a blob without an
         entry, which `collect_orphans` lists again.
@@ -327,7 +331,8 @@ class ArtifactStore:
         Raises:
             InvalidLimits, CatalogUnavailable, CatalogError, StoreError
         """
-        return self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
+        result = self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
+        return replace(result, tails=self.tails.collect(dry_run=dry_run))
 
     def pack(self, artifact_id: str, *, undo: bool = False) -> bool:
         """Code an artifact's blob without loss for cold storage, or undo that; False where nothing changed.
@@ -380,7 +385,8 @@ class ArtifactStore:
 
     def collect_orphans(self) -> Orphans:
         """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was
-        broken off go when nobody has gone on with it for `SUMS_KEPT_S`.
+        broken off go when nobody has gone on with it for `SUMS_KEPT_S`, and stored tails that the catalog
+        does not list.
 
         Raises:
             CatalogUnavailable, StoreError
@@ -389,7 +395,8 @@ class ArtifactStore:
         dropped, found = self._listing.list_orphans()
         more_dropped, more_found = self.calibrations.list_orphans()
         self._promises.sweep()
-        return Orphans(files, size, dropped + more_dropped, found + more_found, self._remove_old_sums())
+        sums, tails = self._remove_old_sums(), self.tails.sweep()
+        return Orphans(files, size, dropped + more_dropped, found + more_found, sums, tails)
 
     def _remove_old_sums(self) -> int:
         sums, removed = self.blobs.of(CALIBRATING), 0

@@ -11,7 +11,7 @@ from xkv_cli.options import json_option, store_options
 @store_options
 @json_option
 def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
-    """List the artifacts in the store, last used first.
+    """List the artifacts in the store, last used first, and say what conversations of a server take there.
 
     \b
     Examples:
@@ -22,17 +22,23 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
     \b
     With --json, one object:
       {"artifacts": [{"id", "document", "tokens", "bytes", "bytes_full", "ratio", "fidelity", "model",
-                      "namespace", "created", "last_used", ...}]}
+                      "namespace", "created", "last_used", ...}],
+       "stored_tails": {"tails", "bytes"}}
     """
+    from dataclasses import asdict
+
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import render
 
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         entries = store.entries(on_fault=lambda fault: render.complain(fault.message, fault.hint))
+        tails = store.tails.usage()
     if as_json:
-        render.as_json({"artifacts": [entry.model_dump(mode="json") for entry in entries]})
+        artifacts = [entry.model_dump(mode="json") for entry in entries]
+        render.as_json({"artifacts": artifacts, "stored_tails": asdict(tails)})
     else:
         render.entries(entries)
+        render.stored_tails(tails)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from xkv_artifacts.reports import Collection, Excess
+    from xkv_artifacts.reports import Collection, Excess, TailUsage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _REASONS = {"expired": "had ended", "quota": "over a quota", "budget": "over the budget"}
@@ -67,14 +67,16 @@ def collect(
         if budget is not None:
             limits = limits.model_copy(update={"budget": budget})
         result = store.collect(limits, dry_run=dry_run)
+        left = store.tails.usage()
     if as_json:
-        render.as_json(_as_dict(result))
+        render.as_json(_as_dict(result, left))
     else:
         _show(result)
+        _show_tails(result, left)
     return 1 if result.excess else 0
 
 
-def _as_dict(result: Collection) -> dict[str, Any]:
+def _as_dict(result: Collection, left: TailUsage) -> dict[str, Any]:
     artifacts = [
         {"id": removal.artifact_id, **{k: v for k, v in asdict(removal).items() if k != "artifact_id"}}
         for removal in result.removed
@@ -82,7 +84,9 @@ def _as_dict(result: Collection) -> dict[str, Any]:
     counts = {"removed": len(artifacts), "bytes": result.bytes, "in_use": result.in_use}
     excess = [asdict(excess) for excess in result.excess]
     stored = {"stored": result.stored, "artifacts": artifacts, "excess": excess}
-    return {"dry_run": result.dry_run, **counts, **stored}
+    tails = {"removed": result.tails.tails, "bytes": result.tails.bytes}
+    tails |= {"left": left.tails, "left_bytes": left.bytes}
+    return {"dry_run": result.dry_run, **counts, **stored, "stored_tails": tails}
 
 
 def _show(result: Collection) -> None:
@@ -108,6 +112,16 @@ def _show(result: Collection) -> None:
     )
     for excess in result.excess:
         render.complain(_excess(excess), "unpin or remove some (xkv unpin, xkv rm), or raise the limit")
+
+
+def _show_tails(result: Collection, left: TailUsage) -> None:
+    from xkv_cli import render
+
+    if result.tails.tails:
+        verb = "would be deleted" if result.dry_run else "deleted"
+        noun = "stored tail" if result.tails.tails == 1 else "stored tails"
+        click.echo(f"{result.tails.tails:,} {noun} {verb} ({render.size(result.tails.bytes)})")
+    render.stored_tails(left)
 
 
 def _excess(excess: Excess) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.reports import TailUsage
 from xkv_artifacts.store import Verification
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
@@ -166,6 +167,12 @@ def entries(found: Sequence[Entry]) -> None:
         ],
         right=("id", "tokens", "stored", "ratio", "fidelity", "created"),
     )
+
+
+def stored_tails(found: TailUsage) -> None:
+    """A line about conversations that servers keep in the store, if there are any."""
+    if found.tails:
+        _console().print(Text(f"stored tails of conversations: {found.tails:,} ({size(found.bytes)})"))
 
 
 def _kept(entry: Entry) -> str:

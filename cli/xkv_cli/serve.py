@@ -12,6 +12,7 @@ import click
 from xkv_cli.conversation_options import BudgetType
 from xkv_cli.options import place_options, store_options, wrong_usage
 from xkv_cli.sizes import SizeType
+from xkv_cli.times import TimeType
 
 
 class ReplicasType(click.ParamType[tuple[int, int]]):
@@ -80,6 +81,22 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     help="Memory of each replica for conversations between their turns.",
 )
 @click.option(
+    "--stored-tails",
+    "stored_tail_bytes",
+    type=SizeType(),
+    default="4GiB",
+    show_default=True,
+    help="Room in the store for conversations that had to leave that memory; 0: they are forgotten.",
+)
+@click.option(
+    "--stored-tail-ttl",
+    "stored_tail_ttl_s",
+    type=TimeType(),
+    default="1h",
+    show_default=True,
+    help="How long they stay there.",
+)
+@click.option(
     "--budget",
     type=BudgetType(),
     help="Tokens of a prefix to rebuild for each new token, or their share of it. Default: a sixteenth.",
@@ -124,7 +141,8 @@ def serve(**options: Any) -> int:
     from xkv_workers.serving.server import ServeRequest, serving
 
     budget = options.pop("budget")
-    engine = {"max_running": options.pop("max_running"), "tail_bytes": options.pop("tail_bytes")}
+    limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
+    engine = {name: options.pop(name) for name in limits}
     api = {"min_fidelity": options.pop("min_fidelity"), "open_network": options.pop("open_network")}
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)

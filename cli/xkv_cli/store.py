@@ -66,13 +66,14 @@ def gc(
 ) -> int:
     """Clean up the store: what has ended, what is beyond its limits, what killed processes left behind.
 
-    Deletes artifacts whose time to live is over, then, while a namespace is beyond its quota or the store
-    beyond its budget, those that were not used for longest. Limits are those in the store's file limits.json,
-    if it has one. Never deletes what is pinned, or read or computed at this moment, nor any calibration.
+    Deletes artifacts and stored tails of conversations whose time to live is over, then, while a namespace
+    is beyond its quota or the store beyond its budget, those artifacts that were not used for longest. Limits
+    are those in the store's file limits.json, if it has one. Never deletes what is pinned, or read or
+    computed at this moment, nor any calibration.
 
-    With --orphans it deletes no artifact: it deletes temporary files of dead writers and what a broken-off
-    `xkv calibrate` left a week ago or earlier, drops catalog entries without a file, and lists files without
-    an entry. Both are safe while other processes work.
+    With --orphans it deletes no artifact: it deletes temporary files of dead writers, what a broken-off
+    `xkv calibrate` left a week ago or earlier, and stored tails that the catalog lost, drops catalog entries
+    without a file, and lists files without an entry. Both are safe while other processes work.
 
     \b
     Examples:
@@ -84,9 +85,10 @@ def gc(
     With --json, one object; "excess" are limits that are exceeded all the same:
       {"dry_run", "removed", "bytes", "in_use", "stored",
        "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
-       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}]}
+       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}],
+       "stored_tails": {"removed", "bytes", "left", "left_bytes"}}
     and with --orphans:
-      {"files", "bytes", "entries_dropped", "blobs_listed", "sums"}
+      {"files", "bytes", "entries_dropped", "blobs_listed", "sums", "tails"}
 
     Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned or in use.
     """
@@ -107,7 +109,7 @@ def gc(
         click.echo(
             f"{result.files} temporary files deleted ({render.size(result.bytes)}), {result.entries_dropped}"
             f" entries without a file dropped, {result.blobs_listed} files without an entry listed,"
-            f" {result.sums} broken-off calibrations deleted"
+            f" {result.sums} broken-off calibrations and {result.tails} unlisted stored tails deleted"
         )
     return 0
 

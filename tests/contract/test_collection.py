@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from artifact_samples import sample
 from redis_server import RedisServer
+from renewal import RENEWED_S, wait_for_renewal
 
-from xkv_artifacts.catalog import ENTRY_KEY, EXPIRY_KEY, RECENCY_KEY
+from xkv_artifacts.catalog import ENTRY_KEY, EXPIRY_KEY, READERS_KEY, RECENCY_KEY
 from xkv_artifacts.errors import (
     ArtifactNotFound,
     CatalogError,
@@ -51,6 +52,13 @@ def sizes(store: ArtifactStore, ids: Sequence[str]) -> list[int]:
 
 def limit(store: ArtifactStore, **limits: object) -> None:
     (Path(store.blobs.url) / "limits.json").write_text(json.dumps(limits))
+
+
+def marked_until(store: ArtifactStore, artifact_id: str) -> float | None:
+    """When the last mark of those who read a blob runs out."""
+    key = READERS_KEY.format(store=store.catalog.store_id, id=artifact_id)
+    marks = store.catalog.link.call(lambda client: client.zrange(key, -1, -1, withscores=True))
+    return marks[0][1] if marks else None
 
 
 def test_nothing_is_collected_without_a_reason(store: ArtifactStore) -> None:
@@ -135,11 +143,13 @@ def test_what_is_read_stays_until_it_is_read(store: ArtifactStore) -> None:
 
 def test_marks_are_renewed_and_those_of_the_dead_run_out(store: ArtifactStore) -> None:
     ids = [publish(store, length) for length in (10, 20)]
-    readers = Readers(store.catalog, mark_s=0.6)
-    store.catalog.mark_read(ids[1], "somebody who died", 0.6)
+    readers = Readers(store.catalog, mark_s=RENEWED_S)
+    store.catalog.mark_read(ids[1], "somebody who died", 600)
     with readers.hold(ids[0]):
         assert store.collect(Limits(budget=0)).in_use == 2
-        time.sleep(1.5)
+        wait_for_renewal(lambda: marked_until(store, ids[0]))
+        store.catalog.mark_read(ids[1], "somebody who died", 0.1)
+        time.sleep(0.2)
         report = store.collect(Limits(budget=0))
         assert report.in_use == 1 and [removal.artifact_id for removal in report.removed] == [ids[1]]
     assert len(store.collect(Limits(budget=0)).removed) == 1
@@ -209,6 +219,9 @@ def test_readers_and_collectors_at_once(store: ArtifactStore) -> None:
         store.collect(Limits(budget=sum(sizes(store, sorted(stored(store)))) * 2 // 3))
         for length in range(10 + number % 3, 40, 3):
             publish(store, length)
+    deadline = time.monotonic() + 120
+    while loads[0] <= 20 and time.monotonic() < deadline:
+        publish(store, 10)
     done.set()
     for thread in threads:
         thread.join()
@@ -235,11 +248,11 @@ def test_a_mark_that_redis_lost_is_set_again(tmp_path: Path, own_redis: RedisSer
     own_redis.start()
     with ArtifactStore.open(str(tmp_path / "s"), own_redis.url) as store:
         artifact_id = publish(store, 10)
-        with Readers(store.catalog, mark_s=0.6).hold(artifact_id):
+        with Readers(store.catalog, mark_s=RENEWED_S).hold(artifact_id):
             own_redis.kill()
             own_redis.start()
             store.rebuild()
-            time.sleep(0.5)
+            wait_for_renewal(lambda: marked_until(store, artifact_id))
             assert store.collect(Limits(budget=0)).in_use == 1
 
 

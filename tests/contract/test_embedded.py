@@ -56,7 +56,7 @@ def client(store: Path, number: int) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_end(pid: int, seconds: float = 10.0) -> None:
+def wait_for_end(pid: int, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while is_running(pid):
         assert time.monotonic() < deadline, "the server is still there"
@@ -75,7 +75,7 @@ def test_eight_processes_at_once_share_one_server(store_path: Path) -> None:
     pids = {int(process.stdout.readline()) for process in processes if process.stdout}
     assert len(pids) == 1
     for process in processes:
-        process.communicate("\n", timeout=30)
+        process.communicate("\n", timeout=120)
         assert process.returncode == 0
     wait_for_end(pids.pop())
     with ArtifactStore.open(str(store_path)) as store:

@@ -74,10 +74,11 @@ def test_promises_outlive_the_catalog(tmp_path: Path, own_redis: RedisServer) ->
 
 
 def test_what_has_ended_is_not_found_before_it_is_collected(store: ArtifactStore) -> None:
-    short, long = publish(store, 50), publish(store, 100, ttl_s=0.4)
+    short, long = publish(store, 50), publish(store, 100, ttl_s=600)
     assert store.lookup(FINGERPRINT, "default", range(100)) == Match(long, 100)
     store.load(long)
-    time.sleep(0.5)
+    store.set_ttl(long, 0.1)
+    time.sleep(0.2)
     assert store.lookup(FINGERPRINT, "default", range(100)) == Match(short, 50)
     assert store.get(long) is None
     assert [entry.id for entry in store.page("default")[0]] == [short]
@@ -101,12 +102,15 @@ def test_a_pinned_artifact_does_not_end_until_it_is_unpinned(store: ArtifactStor
 
 
 def test_use_does_not_prolong_a_life_but_setting_it_again_does(store: ArtifactStore) -> None:
-    used, renewed = publish(store, 10, ttl_s=0.5), publish(store, 20, ttl_s=0.5)
-    time.sleep(0.2)
+    used, renewed, ended = (publish(store, length, ttl_s=600) for length in (10, 20, 30))
+    before = {entry.id: entry.expires or 0.0 for entry in store.entries()}
     store.load(used)
-    store.set_ttl(renewed, 60)
-    time.sleep(0.4)
-    assert [removal.artifact_id for removal in store.collect().removed] == [used]
+    store.set_ttl(renewed, 6000)
+    after = {entry.id: entry.expires or 0.0 for entry in store.entries()}
+    assert after[used] == before[used] and after[renewed] > before[renewed] + 5000
+    store.set_ttl(ended, 0.1)
+    time.sleep(0.2)
+    assert [removal.artifact_id for removal in store.collect().removed] == [ended]
 
 
 def test_publishing_again_keeps_what_was_promised_but_not_an_earlier_end(store: ArtifactStore) -> None:

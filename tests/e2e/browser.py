@@ -22,7 +22,7 @@ _OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--remote-debugging-port=0",
 )
-_START_S = 60.0
+_START_S = 300.0
 
 
 class Page:
@@ -70,7 +70,7 @@ class Page:
     def _until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """What the browser says next that is wanted; of the rest, problems are kept."""
         while True:
-            told: dict[str, Any] = json.loads(self._socket.recv(timeout=120))
+            told: dict[str, Any] = json.loads(self._socket.recv(timeout=300))
             if wanted(told):
                 return told
             self._note(told)
@@ -99,7 +99,7 @@ def browse(url: str, profile: Path) -> Iterator[Page]:
             yield page
     finally:
         browser.terminate()
-        browser.wait(30)
+        browser.wait(120)
 
 
 def _address(profile: Path) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+PATIENT_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_register_timeout_seconds": "600"}
+"""Environment of a Ray on a slow machine, where a worker's imports alone may take its usual minute."""
+
 
 @dataclass(frozen=True)
 class Done:

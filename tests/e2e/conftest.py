@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from command_runs import Done, words
+from command_runs import PATIENT_RAY, Done, words
 
 # The shared cluster's; Ray reads it when it is imported. Rays that commands start themselves have a token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -25,23 +25,29 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("ray") / "log"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
     command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    with log.open("w") as output:
-        head = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        yield wait_for_address(log, head)
-    finally:
-        head.terminate()
-        head.wait(30)
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free: there may be other clusters
+    environment = {**os.environ, **PATIENT_RAY}
+    began = time.monotonic()
+    while time.monotonic() - began < 600:  # on a slow machine not every start ends in the 30 s it is given
+        with log.open("w") as output:
+            head = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            if address := find_address(log, head):
+                yield address
+                return
+        finally:
+            head.terminate()
+            head.wait(120)
+    raise AssertionError(f"Ray did not start:\n{log.read_text()}")
 
 
-def wait_for_address(log: Path, head: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + 60
+def find_address(log: Path, head: subprocess.Popen[bytes]) -> str | None:
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and head.poll() is None:
         if found := re.search(r"--address='([^']+)'", log.read_text()):
             return found[1]
         time.sleep(0.1)
-    raise AssertionError(f"Ray did not start:\n{log.read_text()}")
+    return None
 
 
 @pytest.fixture(autouse=True)

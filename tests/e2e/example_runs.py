@@ -32,14 +32,14 @@ class Running:
 
     def begin(self, document: str) -> str:
         """The id of a new conversation."""
-        talk = httpx.post(f"{self.url}/conversations", json={"document": document}, timeout=60)
+        talk = httpx.post(f"{self.url}/conversations", json={"document": document}, timeout=120)
         assert talk.status_code == 201 and talk.json()["messages"] == []
         return str(talk.json()["id"])
 
     def ask(self, name: str, question: str) -> tuple[str, dict[str, Any]]:
         """The text as it was streamed, and the last event."""
         path = f"{self.url}/conversations/{name}/messages"
-        with httpx.stream("POST", path, json={"text": question}, timeout=120) as answer:
+        with httpx.stream("POST", path, json={"text": question}, timeout=300) as answer:
             assert answer.status_code == 200
             assert answer.headers["content-type"].startswith("text/event-stream")
             events = list(read_events(answer))
@@ -50,7 +50,9 @@ class Running:
 
     def messages(self, name: str) -> list[dict[str, str]]:
         """What was said."""
-        found: list[dict[str, str]] = httpx.get(f"{self.url}/conversations/{name}").json()["messages"]
+        found: list[dict[str, str]] = httpx.get(f"{self.url}/conversations/{name}", timeout=60).json()[
+            "messages"
+        ]
         return found
 
 
@@ -66,7 +68,7 @@ def read_events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
 def example(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run one as a command."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def wait_for_urls(log: Path, backend: subprocess.Popen[bytes]) -> str:
@@ -85,8 +87,8 @@ def is_taken(browser: httpx.Client, path: str) -> bool:
 
 
 def until(holds: Callable[[], bool]) -> bool:
-    """Whether it holds within 30 s."""
-    deadline = time.monotonic() + 30
+    """Whether it holds within two minutes."""
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             if holds():
@@ -109,6 +111,6 @@ def backend_of(app: FastAPI) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         listener.close()
     assert not thread.is_alive()

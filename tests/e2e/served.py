@@ -11,7 +11,27 @@ import time
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 240
+import httpx
+from command_runs import PATIENT_RAY
+
+START_SECONDS = 600
+
+
+def use_factors(base_url: str, document: str) -> None:
+    """Ask for what a stored document begins with until its factors are used: from then on they are in memory.
+
+    A slow machine may not load them in time at first; and what was computed instead is kept, and preferred by
+    whoever asks for no more of the document. So each question goes a little further than the one before.
+    """
+    model = httpx.get(f"{base_url}/models", timeout=60).json()["data"][0]["id"]
+    for end in range(600, len(document), 20):
+        messages = [{"role": "user", "content": document[:end]}]
+        body = {"model": model, "messages": messages, "max_tokens": 1}
+        answer = httpx.post(f"{base_url}/chat/completions", json=body, timeout=300)
+        if answer.status_code == 200 and answer.json()["xkv"]["artifact"]:
+            return
+        time.sleep(1)
+    raise AssertionError(f"its factors are not used: {answer.text}")
 
 
 class Server:
@@ -29,6 +49,7 @@ class Server:
         self.log = folder / "serve.log"
         # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= PATIENT_RAY
         words = [sys.executable, "-m", "xkv_cli", "serve", "--port", self.port, *options]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
@@ -39,13 +60,13 @@ class Server:
     def stop(self) -> int:
         """SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
     def _wait(self) -> None:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
+                with urllib.request.urlopen(f"{self.url}/readyz", timeout=60) as answer:
                     if answer.status == 200:
                         return
             except OSError:

@@ -32,7 +32,7 @@ def kill_when_something_is_observed(run: subprocess.Popen[str], store: Path) -> 
     while run.poll() is None and not list(store.glob("calibrating/*/*")):
         time.sleep(0.005)
     run.kill()
-    _, err = run.communicate(timeout=10)
+    _, err = run.communicate(timeout=600)
     assert run.returncode == -signal.SIGKILL, err
 
 
@@ -59,7 +59,7 @@ def test_two_at_once_make_what_each_makes_alone(
     kill_when_something_is_observed(killed, tmp_path / "both")
     again = start(command("one", "both"))
     other = xkv(*command("other", "both")).json
-    out, err = again.communicate(timeout=300)
+    out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     one = json.loads(out)
     assert "of 3 documents were observed before" in err

@@ -272,7 +272,7 @@ def test_a_person_in_a_terminal_can_stop_an_answer(artifact: str, store: Path) -
         terminal.type(f"{question}\n")
         terminal.wait_for(answer)
         terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(300) == 0
     assert "Traceback" not in terminal.seen
 
 
@@ -316,7 +316,7 @@ class _Terminal:
         """Wait until `text` is shown behind what was typed last."""
         self._wait(lambda: text in self.seen[self.typed :], repr(text))
 
-    def _wait(self, shown: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def _wait(self, shown: Callable[[], bool], what: str, seconds: float = 300) -> None:
         until = time.monotonic() + seconds
         while not shown():
             assert time.monotonic() < until, f"{what} was not shown:\n{self.seen}"

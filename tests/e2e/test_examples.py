@@ -19,8 +19,10 @@ from typing import Any
 import httpx
 import pytest
 from browser import CHROMIUM, browse
+from command_runs import PATIENT_RAY
 from example_runs import ROOT, Running, backend_of, example, is_taken, read_events, until, wait_for_urls
 from openai import AsyncOpenAI
+from served import use_factors
 
 from examples.chat_backend.app import create_app
 from examples.chat_backend.chat import Chat
@@ -33,7 +35,7 @@ from examples.rag.retriever import Retriever
 DOCUMENTS = ("bulletin-houston-lucky-dove-society.txt", "report-mendoza-grey-hill-company.md")
 QUESTIONS = ROOT / "examples" / "questions"
 WAIT = """new Promise((done, fail) => {
-  const end = Date.now() + 60000;
+  const end = Date.now() + 240000;
   const look = () => { const found = %s; if (found) done(found);
     else if (Date.now() > end) fail("not in time"); else setTimeout(look, 50); };
   look();
@@ -61,22 +63,25 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     command = [sys.executable, "-m", "examples.chat_backend", "--docs", docs, "--store", folder / "store"]
     command += ["--port", str(port)]
     # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | PATIENT_RAY
     with log.open("w") as output:
         backend = subprocess.Popen(command, cwd=ROOT, env=alone, stdout=output, stderr=output)
     try:
         base_url = wait_for_urls(log, backend)
-        yield Running(f"http://127.0.0.1:{port}", base_url, docs)
+        started = Running(f"http://127.0.0.1:{port}", base_url, docs)
+        for name in DOCUMENTS:
+            use_factors(base_url, (docs / name).read_text().strip())
+        yield started
     finally:
         backend.terminate()
-        backend.wait(120)
+        backend.wait(300)
     assert backend.returncode == 0, log.read_text()
     with pytest.raises(httpx.ConnectError):  # the server that it started has ended with it
         httpx.get(f"{base_url}/models")
 
 
 def test_several_users_talk_at_once_each_about_a_document(running: Running) -> None:
-    assert httpx.get(f"{running.url}/documents").json() == list(DOCUMENTS)
+    assert httpx.get(f"{running.url}/documents", timeout=60).json() == list(DOCUMENTS)
     asked = [(document, facts(document, 3)) for document in DOCUMENTS * 2]
 
     def talk(document: str, questions: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -124,7 +129,7 @@ def test_an_answer_that_a_user_leaves_stays_as_far_as_it_came(running: Running) 
     with httpx.stream("POST", path, json={"text": question}, timeout=60) as stream:
         kind, piece = next(read_events(stream))
         assert kind == "text" and answer.startswith(piece)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (said := running.messages(name)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [one["role"] for one in said] == ["user", "assistant"]

@@ -33,6 +33,7 @@ def precompute(xkv: Xkv, ray_address: str, tiny_model: Path, store: Path) -> Pre
 
 
 def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: Path, store: Path) -> None:
+    forecast = precompute("--docs", corpus, "--dry-run", ray=False).json
     first = precompute("--docs", corpus)
     assert first.code == 0, first.err
     report = first.json
@@ -60,6 +61,14 @@ def test_a_corpus_is_compressed_once(precompute: Precompute, xkv: Xkv, corpus: P
     assert report["ratio"] == pytest.approx(report["bytes_full"] / report["bytes_stored"], abs=1e-3)
     assert report["ratio"] >= 2 and report["tokens"] > 900
     assert all(0 <= line["fidelity"] <= 1 for line in report["artifacts"])
+
+    promised = {line["document"]: line for line in forecast["plan"]}
+    for line in report["artifacts"]:
+        assert promised[line["document"]]["id"] == line["id"]
+        assert line["bytes"] <= promised[line["document"]]["bytes"] <= line["bytes"] * 1.2 + 4096
+    after = precompute("--docs", corpus, "--dry-run", ray=False).json
+    assert (after["compute"], after["reuse"], after["tokens"]) == (0, 3, 0)
+    assert "measured before" in after["seconds_basis"]
 
     again = precompute("--docs", corpus).json
     assert (again["computed"], again["reused"]) == (0, 3)
@@ -107,11 +116,13 @@ def test_artifacts_are_promised_something_as_they_are_published(
         assert done.code == 2 and said in done.err and "Traceback" not in done.err
 
 
-def test_bad_documents_are_told_and_the_others_go_on(
+def test_bad_documents_are_told_and_two_workers_share_the_others(
     precompute: Precompute, corpus: Path, tmp_path: Path
 ) -> None:
     (corpus / "empty.txt").write_bytes(b"")
     (corpus / "blank.txt").write_bytes(b" \n ")
+    for number in range(4):
+        (corpus / f"more{number}.txt").write_text(words(900, seed=20 + number))
     (corpus / "binary.txt").write_bytes(b"\x7fELF\0\0")
     (corpus / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (corpus / "long.txt").write_text(words(3000))
@@ -120,7 +131,7 @@ def test_bad_documents_are_told_and_the_others_go_on(
     (corpus / "lines.jsonl").write_text('{"id": "good", "text": "' + "word " * 60 + '"}\nnot json\n')
     (tmp_path / "secret.txt").write_text("secret")
     (corpus / "link.txt").symlink_to(tmp_path / "secret.txt")
-    done = precompute("--docs", corpus)
+    done = precompute("--docs", corpus, "--workers", "2")
     assert done.code == 1
     report = done.json
     reasons = {error["document"]: error["reason"] for error in report["errors"]}
@@ -137,13 +148,14 @@ def test_bad_documents_are_told_and_the_others_go_on(
     assert set(reasons) == set(expected)
     for document, reason in expected.items():
         assert reason in reasons[document]
-    assert (report["documents"], report["computed"], report["reused"], report["failed"]) == (13, 4, 1, 8)
+    assert (report["documents"], report["computed"], report["reused"], report["failed"]) == (17, 8, 1, 8)
 
 
 def test_several_kinds_of_input_at_once(precompute: Precompute, corpus: Path) -> None:
-    done = precompute("--docs", corpus / "a.txt", corpus / "b.md", "--docs", corpus / "c.rst")
+    inputs = [corpus / "a.txt", corpus / "b.md", "--docs", corpus / "c.rst"]
+    done = precompute("--docs", *inputs, "--dry-run", ray=False)
     assert done.code == 0
-    assert [line["document"] for line in done.json["artifacts"]] == ["a.txt", "b.md", "c.rst"]
+    assert [line["document"] for line in done.json["plan"]] == ["a.txt", "b.md", "c.rst"]
 
 
 def test_dry_run_says_what_would_be_done_and_does_nothing(
@@ -156,15 +168,6 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(
     assert (forecast["documents"], forecast["compute"], forecast["reuse"], forecast["failed"]) == (4, 3, 1, 0)
     assert "rough guess" in forecast["seconds_basis"]
     assert list(store.rglob("*.safetensors")) == []
-
-    report = precompute("--docs", corpus).json
-    promised = {line["document"]: line for line in forecast["plan"]}
-    for line in report["artifacts"]:
-        assert promised[line["document"]]["id"] == line["id"]
-        assert line["bytes"] <= promised[line["document"]]["bytes"] <= line["bytes"] * 1.2 + 4096
-    after = precompute("--docs", corpus, "--dry-run", ray=False).json
-    assert (after["compute"], after["reuse"], after["tokens"]) == (0, 4, 0)
-    assert "measured before" in after["seconds_basis"]
 
 
 def test_what_shapes_an_artifact_shapes_its_id(precompute: Precompute, corpus: Path, tmp_path: Path) -> None:
@@ -221,13 +224,6 @@ def test_min_fidelity_holds_for_what_is_stored_already(precompute: Precompute, c
         assert all("stored already with fidelity" in error["reason"] for error in told["errors"])
     assert (foreseen["compute"], done.json["computed"]) == (0, 0)
     assert foreseen["reuse"] == done.json["reused"] == len(stored) - len(low)
-
-
-def test_two_workers_share_the_work(precompute: Precompute, corpus: Path) -> None:
-    for number in range(4):
-        (corpus / f"more{number}.txt").write_text(words(900, seed=20 + number))
-    report = precompute("--docs", corpus, "--workers", "2").json
-    assert (report["computed"], report["failed"]) == (7, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from artifact_samples import sample
+from artifact_samples import sample, tail_sample
 from command_runs import Xkv
 
 from xkv_artifacts.store import ArtifactStore
@@ -29,14 +29,15 @@ def test_artifacts_are_kept_and_collected_as_told(xkv: Xkv, tmp_path: Path, ids:
     first, second, third = ids
     assert xkv("pin", first[:8], *at, "--json").json == {"id": first, "pinned": True, "expires": None}
     assert xkv("ttl", first[:8], "7d", *at).out.startswith(f"{first}: pinned; without the pin it ends 20")
-    ends = xkv("ttl", second, "1.5s", *at, "--json").json["expires"]
-    assert abs(ends - time.time()) < 60
+    ends = xkv("ttl", second, "3600s", *at, "--json").json["expires"]
+    assert abs(ends - time.time() - 3600) < 600
     shown = xkv("show", first[:8], *at, "--json").json
-    assert shown["pinned"] is True and abs(shown["expires"] - time.time() - 7 * 86_400) < 60
+    assert shown["pinned"] is True and abs(shown["expires"] - time.time() - 7 * 86_400) < 600
     listed = xkv("ls", *at, "--json").json["artifacts"]
     assert {item["id"]: item["pinned"] for item in listed} == {first: True, second: False, third: False}
     assert "pinned" in xkv("ls", *at).out and "to 20" in xkv("ls", *at).out
-    time.sleep(1.6)
+    assert xkv("ttl", second, "0.1s", *at).code == 0
+    time.sleep(0.2)
 
     said = xkv("gc", "--budget", "10kB", "--dry-run", *at, "--json")
     assert said.code == 1 and said.json["dry_run"] is True
@@ -56,7 +57,24 @@ def test_artifacts_are_kept_and_collected_as_told(xkv: Xkv, tmp_path: Path, ids:
     assert xkv("unpin", first, *at, "--json").json["pinned"] is False
     assert xkv("ttl", first, "none", *at).out == f"{first}: kept until the store is full\n"
     assert xkv("gc", "--budget", "0", *at, "--json").json["removed"] == 1
-    assert xkv("ls", *at, "--json").json == {"artifacts": []}
+    assert xkv("ls", *at, "--json").json == {"artifacts": [], "stored_tails": {"tails": 0, "bytes": 0}}
+
+
+def test_stored_tails_are_told_and_collected(xkv: Xkv, tmp_path: Path) -> None:
+    at = ["--store", tmp_path / "store"]
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        for start, ttl_s in ((0, 0.01), (1, 600.0)):
+            store.tails.put(*tail_sample(range(start, start + 200)), "acme", ttl_s=ttl_s, budget=1 << 20)
+        size = store.tails.usage().bytes // 2
+        time.sleep(0.1)
+        two, one = {"tails": 2, "bytes": 2 * size}, {"tails": 1, "bytes": size}
+        assert xkv("ls", *at, "--json").json["stored_tails"] == two
+        assert "stored tails of conversations: 2 (" in xkv("ls", *at).out
+        tails = {"removed": 1, "bytes": size, "left": 2, "left_bytes": 2 * size}
+        assert xkv("gc", "--dry-run", *at, "--json").json["stored_tails"] == tails
+        done = xkv("gc", *at)
+        assert done.code == 0 and "1 stored tail deleted" in done.out
+        assert xkv("ls", *at, "--json").json["stored_tails"] == one
 
 
 def collected_size(store: Path) -> int:

@@ -13,21 +13,24 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
-from xkv_service.engine.kept_tails import KeptTails, usable_tokens
+from xkv_service.engine.admission import refusal_of, room_for
+from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
+from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss
+from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import Runner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
+from xkv_service.engine.stored_tails import StoredTails
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.tokens import end_tokens
 from xkv_service.sessions.context import Context
@@ -36,23 +39,6 @@ from xkv_service.sessions.text_stream import TextStream
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 0.5
-_STOPPING = Failed("overloaded", "the server is stopping", retry_after_s=5.0)
-
-
-@dataclass(frozen=True)
-class _Submitted:
-    sequence: Sequence
-
-
-@dataclass(frozen=True)
-class _Cancelled:
-    sequence: Sequence
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    sequence: Sequence
-    answer: Prefix | LoadFailure
 
 
 class Engine:
@@ -63,6 +49,7 @@ class Engine:
         settings: limits.
         prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
         on_corrupt: told on the engine's thread of a request whose artifact is damaged; it must be quick.
+        stored: keeps what leaves the memory for tails; None: it is lost. The engine does not close it.
     """
 
     def __init__(
@@ -71,19 +58,23 @@ class Engine:
         settings: EngineSettings | None = None,
         prefixes: PrefixPool | None = None,
         on_corrupt: Callable[[GenerationRequest], None] | None = None,
+        stored: StoredTails | None = None,
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
-        self._prefixes, self._on_corrupt = prefixes, on_corrupt
+        self._prefixes, self._on_corrupt, self._stored = prefixes, on_corrupt, stored
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
-        self._inbox: queue.SimpleQueue[_Submitted | _Cancelled | _Loaded | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
-        self._tails = KeptTails(self.settings.tail_bytes, loaded.identity.fingerprint, self._release)
+        self._tails = KeptTails(
+            self.settings.tail_bytes,
+            loaded.identity.fingerprint,
+            self._release,
+            stored.offer if stored is not None else None,
+        )
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._open = 0
-        self._lock = threading.Lock()
-        self._closed = False
+        self._open = OpenRequests(self.settings.max_running + self.settings.max_waiting)
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,19 +94,20 @@ class Engine:
         Returns:
             Call it to cancel: the request leaves the batch before the next step.
         """
-        room = self._room(request)
         stops = (*request.settings.stop, *request.stops)
         sequence = Sequence(
             request,
             on_event,
             TextStream(self._decode, stops),
-            most=min(request.settings.max_new_tokens, room),
+            most=min(request.settings.max_new_tokens, room_for(request, self.loaded)),
             ends=self._ends,
         )
-        refusal = self._refusal(request) or self._enqueue(sequence)
+        refusal = refusal_of(request, self.loaded) or self._open.enter(
+            lambda: self._inbox.put(Submitted(sequence))
+        )
         if refusal is not None:
             sequence.fail(refusal)
-        return lambda: self._inbox.put(_Cancelled(sequence))
+        return lambda: self._inbox.put(Cancelled(sequence))
 
     @property
     def alive(self) -> bool:
@@ -128,12 +120,15 @@ class Engine:
         counters = dict(self._counters)
         if pool is not None:
             counters |= {f"prefixes_{name}": value for name, value in pool.counters.items()}
+        if self._stored is not None:
+            counters |= {f"tails_{name}": value for name, value in self._stored.counters().items()}
         return EngineState(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._loading),
             kept_tails=len(self._tails),
             prefix_bytes=pool.nbytes if pool is not None else 0,
             tail_bytes=self._tails.nbytes,
+            stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
             counters=counters,
         )
@@ -142,36 +137,6 @@ class Engine:
         """Stop; requests that are not done fail."""
         self._inbox.put(None)
         self._thread.join()
-
-    def _refusal(self, request: GenerationRequest) -> Failed | None:
-        if not request.token_ids:
-            return Failed("invalid", "the prompt is empty", hint="give at least one token")
-        vocabulary = self.loaded.model.get_input_embeddings().num_embeddings
-        if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
-            return Failed("invalid", f"the prompt has token ids outside of 0 to {vocabulary - 1}")
-        if self._room(request) < 1:
-            window = self.loaded.context_window
-            return Failed(
-                "invalid",
-                f"the prompt has {len(request.token_ids)} tokens, and the model's context window {window}",
-                hint="shorten it",
-            )
-        return None
-
-    def _enqueue(self, sequence: Sequence) -> Failed | None:
-        most = self.settings.max_running + self.settings.max_waiting
-        with self._lock:
-            if self._closed:
-                return _STOPPING
-            if self._open >= most:
-                return Failed("overloaded", f"{most} requests are being served or wait", retry_after_s=1.0)
-            self._open += 1
-            self._inbox.put(_Submitted(sequence))
-        return None
-
-    def _room(self, request: GenerationRequest) -> int:
-        window = self.loaded.context_window
-        return 2**62 if window is None else window - len(request.token_ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(
@@ -192,8 +157,7 @@ class Engine:
             _log.exception("the engine died")
             raise
         finally:
-            with self._lock:
-                self._closed = True
+            self._open.close()
             self._abandon()
 
     def _receive(self) -> bool:
@@ -208,11 +172,13 @@ class Engine:
                 message = self._inbox.get_nowait()
         return True
 
-    def _heed(self, message: _Submitted | _Cancelled | _Loaded) -> None:
-        if isinstance(message, _Submitted):
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, Submitted):
             self._waiting.append(message.sequence)
-        elif isinstance(message, _Cancelled):
+        elif isinstance(message, Cancelled):
             self._cancel(message.sequence)
+        elif isinstance(message, TailLoaded):
+            self._take_tail(message.sequence, message.tail)
         else:
             self._take_loaded(message.sequence, message.answer)
 
@@ -243,8 +209,7 @@ class Engine:
                 self._tails.keep(sequence.context, sequence.request.namespace, sequence.artifact_id)
             sequence.context = None
         self._counters[f"ended_{reason}"] += 1
-        with self._lock:
-            self._open -= 1
+        self._open.leave()
 
     def _admit(self) -> None:
         """Begin what waits, as far as there is room in the batch."""
@@ -285,7 +250,7 @@ class Engine:
             self._prefixes.request(
                 match.artifact_id,
                 match.tokens,
-                lambda answer: self._inbox.put(_Loaded(sequence, answer)),
+                lambda answer: self._inbox.put(Loaded(sequence, answer)),
             )
 
     def _take_loaded(self, sequence: Sequence, answer: Prefix | LoadFailure) -> None:
@@ -304,11 +269,39 @@ class Engine:
         self._start(sequence, empty_context(self.loaded.model), None)
 
     def _start(self, sequence: Sequence, context: Context, artifact_id: str | None) -> None:
+        """Go on from what is held, or from a stored tail that holds more."""
         sequence.begin(context, artifact_id)
+        request = sequence.request
+        if self._stored is None or not self._stored.request(
+            request.token_ids,
+            request.namespace,
+            context,
+            lambda tail: self._inbox.put(TailLoaded(sequence, tail)),
+        ):
+            self._join(sequence)
+            return
+        sequence.load_began = sequence.load_began or time.monotonic()
+        self._loading[id(sequence)] = sequence
+
+    def _take_tail(self, sequence: Sequence, tail: KeptTail | None) -> None:
+        if self._loading.pop(id(sequence), None) is None:  # it was cancelled, or took too long
+            if tail is not None:
+                self._tails.keep(tail.context, tail.namespace, tail.artifact_id)
+            return
+        if tail is not None:
+            self._release(sequence.artifact_id)
+            context, artifact_id = tail.context, tail.artifact_id
+        else:
+            context, artifact_id = _context_of(sequence), sequence.artifact_id
+        sequence.begin(context, artifact_id)
+        self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        """It runs from the next step on."""
         self._running.append(sequence)
-        held, prompt = len(context.ids), len(sequence.request.token_ids)
+        held, prompt = len(_context_of(sequence).ids), len(sequence.request.token_ids)
         self._count(prompt_tokens=prompt, cached_tokens=held)
-        self._counters["from_artifact" if artifact_id is not None else "without_artifact"] += 1
+        self._counters["from_artifact" if sequence.artifact_id is not None else "without_artifact"] += 1
         if sequence.miss is not None:
             self._counters[f"miss_{sequence.miss.reason}"] += 1
 
@@ -357,10 +350,14 @@ class Engine:
 
     def _note(self, parts: list[Part], seconds: float) -> None:
         self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
-        exact = [part for part in parts if part.sequence.artifact_id is None]
-        if self._prefixes is not None and len(parts) == 1 and exact:
-            start = len(_context_of(exact[0].sequence).ids) - exact[0].count
-            self._prefixes.rates.prefilled(start, exact[0].count, seconds)
+        if self._prefixes is None or len(parts) != 1:
+            return
+        part = parts[0]
+        start = len(_context_of(part.sequence).ids) - part.count
+        if part.sequence.artifact_id is None:
+            self._prefixes.rates.prefilled(start, part.count, seconds)
+        elif self._stored is not None:
+            self._stored.rates.computed(start, part.count, seconds)
 
     def _count(self, **more: float) -> None:
         for name, value in more.items():
@@ -378,8 +375,10 @@ class Engine:
                 if message is not None:
                     self._heed(message)
         for sequence in [*self._waiting, *self._loading.values(), *self._running]:
-            sequence.fail(_STOPPING)
+            sequence.fail(STOPPING)
             self._leave(sequence, "abandoned")
+        if self._stored is not None:
+            self._stored.wait_for_room()
         self._tails.clear()
 
 

@@ -36,13 +36,18 @@ class KeptTails:
         budget_bytes: of all tails together, the prefixes behind them not counted.
         fingerprint: of the model.
         on_drop: told the artifact of each tail that is dropped, if it has one: its prefix is held no longer.
+        on_evict: told before that of each tail that has to leave although its conversation may go on.
     """
 
     def __init__(
-        self, budget_bytes: int, fingerprint: str, on_drop: Callable[[str], None] = lambda _: None
+        self,
+        budget_bytes: int,
+        fingerprint: str,
+        on_drop: Callable[[str], None] = lambda _: None,
+        on_evict: Callable[[KeptTail], None] | None = None,
     ) -> None:
         self.budget_bytes, self.nbytes, self._fingerprint = budget_bytes, 0, fingerprint
-        self._on_drop = on_drop
+        self._on_drop, self._on_evict = on_drop, on_evict
         self._kept: OrderedDict[int, KeptTail] = OrderedDict()
         self._places: dict[bytes, list[int]] = {}
         self._names = itertools.count()
@@ -64,7 +69,7 @@ class KeptTails:
             if context.ids[: len(older.context.ids)] == older.context.ids:
                 self._drop(name)
         while self.nbytes + size > self.budget_bytes:
-            self._drop(next(iter(self._kept)))
+            self._evict(next(iter(self._kept)))
         name = next(self._names)
         self._kept[name] = KeptTail(context, artifact_id, namespace, digests, size)
         self.nbytes += size
@@ -101,13 +106,13 @@ class KeptTails:
             return False
         oldest = next(iter(last_used))
         for name in [name for name, kept in self._kept.items() if kept.artifact_id == oldest]:
-            self._drop(name)
+            self._evict(name)
         return True
 
     def clear(self) -> None:
-        """Drop all."""
-        for name in list(self._kept):
-            self._drop(name)
+        """Let all leave, the most recently used first: what is stored of them may have to end early."""
+        for name in reversed(list(self._kept)):
+            self._evict(name)
 
     def _sharing(self, digests: Sequence[bytes]) -> list[int]:
         """Names of contexts that share the most blocks."""
@@ -118,6 +123,11 @@ class KeptTails:
 
     def _digests(self, namespace: str, ids: Sequence[int]) -> tuple[bytes, ...]:
         return tuple(_pieces(joined_block_hashes(self._fingerprint, namespace, token_bytes(ids))))
+
+    def _evict(self, name: int) -> None:
+        if self._on_evict is not None:
+            self._on_evict(self._kept[name])
+        self._drop(name)
 
     def _drop(self, name: int) -> None:
         gone = self._kept.pop(name)

@@ -148,6 +148,7 @@ class EngineState:
     Args:
         running, waiting: requests. kept_tails: conversations between their turns.
         prefix_bytes, tail_bytes: resident. prefixes: artifact ids that are resident.
+        stored_tail_bytes: of all tails in the store, as this engine heard last.
         counters: by name, since the start: see `engine.counters`.
     """
 
@@ -158,3 +159,4 @@ class EngineState:
     tail_bytes: int
     prefixes: tuple[str, ...]
     counters: dict[str, float] = field(default_factory=dict)
+    stored_tail_bytes: int = 0

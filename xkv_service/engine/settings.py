@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from xkv_artifacts.retention import LONGEST_TTL_S
 from xkv_service.errors import InvalidSpec
 from xkv_service.numeric import is_integer
 from xkv_service.selection.spec import SelectionSpec
@@ -19,6 +20,8 @@ class EngineSettings:
         step_tokens: tokens of a prompt computed in one step while others decode: what a stream may stall.
         prefill_tokens: tokens of a prompt computed in one step while nothing decodes.
         tail_bytes: budget of conversations between their turns.
+        stored_tail_bytes: of those that had to leave it, in the store, all servers' together; 0: none is
+            stored. stored_tail_ttl_s: how long each of them stays there.
         selection: which tokens of a compressed prefix attention rebuilds.
 
     Raises:
@@ -30,11 +33,19 @@ class EngineSettings:
     step_tokens: int = 128
     prefill_tokens: int = 2048
     tail_bytes: int = 2**30
+    stored_tail_bytes: int = 4 * 2**30
+    stored_tail_ttl_s: float = 3600.0
     selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
-        least = {"max_running": 1, "max_waiting": 0, "step_tokens": 1, "prefill_tokens": 1, "tail_bytes": 0}
+        least = {"max_running": 1, "max_waiting": 0, "step_tokens": 1, "prefill_tokens": 1}
+        least |= {"tail_bytes": 0, "stored_tail_bytes": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not is_integer(value) or value < low:
                 raise InvalidSpec(f"{name}={value!r} is out of range", hint=f"use an integer from {low}")
+        if not 0 < self.stored_tail_ttl_s <= LONGEST_TTL_S:
+            raise InvalidSpec(
+                f"stored_tail_ttl_s={self.stored_tail_ttl_s!r} is out of range",
+                hint="use more than 0 s, at most 100 years",
+            )

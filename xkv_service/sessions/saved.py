@@ -130,6 +130,8 @@ def _check_fit(
     artifact_id: str | None,
     selection: SelectionSpec | None,
 ) -> None:
+    if manifest.prefix_tokens < 1:
+        raise CorruptArtifact("session: it has no prefix")
     if manifest.model.fingerprint != loaded.identity.fingerprint:
         raise ModelMismatch(
             f"the session was held with {manifest.model.name} in {manifest.model.dtype}, not with "

@@ -19,10 +19,12 @@ _Tensors = Mapping[str, torch.Tensor]
 
 def tail_tensors(context: Context) -> dict[str, torch.Tensor]:
     """Each layer's tail, window or states, on the CPU and contiguous, in the dtype it is cached in."""
-    tensors = {}
-    for name, tensor in _held(context):
-        tensors[name] = tensor.cpu().contiguous()
-    return tensors
+    return {name: tensor.cpu().contiguous() for name, tensor in tail_views(context).items()}
+
+
+def tail_views(context: Context) -> dict[str, torch.Tensor]:
+    """The same where they are. They stay as they are, since caches grow behind what they hold."""
+    return dict(_held(context))
 
 
 def fill_tail(context: Context, ids: list[int], tensors: _Tensors) -> None:
@@ -101,4 +103,6 @@ def _fill(layer: Any, layout: LayerLayout, tokens: int, parts: _Tensors, device:
     if part == "tail":
         layer.update(keys, values)
     else:
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, tokens

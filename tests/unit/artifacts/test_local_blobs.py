@@ -122,7 +122,7 @@ import sys, time
 from pathlib import Path
 from xkv_artifacts.local_blobs import LocalBlobStore
 def write(file):
-    file.write(b"x" * 1000); file.flush(); print("writing", flush=True); time.sleep(60)
+    file.write(b"x" * 1000); file.flush(); print("writing", flush=True); time.sleep(600)
 LocalBlobStore(Path(sys.argv[1])).put(sys.argv[2], write)
 """
 
@@ -266,7 +266,7 @@ def test_a_store_has_one_id_for_all_who_open_it_at_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    ids = {run.communicate(timeout=30)[0].strip() for run in runs}
+    ids = {run.communicate(timeout=300)[0].strip() for run in runs}
     assert len(ids) == 1 and len(ids.pop()) == 32
     assert files(LocalBlobStore(tmp_path / "store")) == {"xkv-store.json"}
 

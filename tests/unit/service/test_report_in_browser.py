@@ -63,7 +63,7 @@ def browse(path: Path, profile: Path) -> tuple[str, str]:
         "--window-size=1280,900",
     ]
     command = [str(CHROMIUM), *options, f"--user-data-dir={profile}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout, done.stderr
 
 

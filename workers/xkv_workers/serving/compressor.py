@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from contextlib import suppress
@@ -19,6 +20,8 @@ from xkv_workers.serving.settings import ServeSettings
 _log = logging.getLogger(__name__)
 COLLECT_S = 60.0
 """Between two looks at what has ended, or was lost: a time to live is kept to within a minute."""
+SWEEP_EVERY = 60
+"""Looks between two of all stored tails for those that the catalog lost: once an hour."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ class Compressor:
             self._store.close()
 
     def _collect(self) -> None:
-        while not self._ending.wait(COLLECT_S):
+        for number in itertools.count(1):
+            if self._ending.wait(COLLECT_S):
+                return
             try:
                 listed = self._store.list_if_lost()
                 found = self._store.collect()
+                if number % SWEEP_EVERY == 0:
+                    self._store.tails.sweep()
             except XKVError as error:
                 _log.warning("nothing was collected: %s", error.message)
             else:
@@ -64,3 +71,5 @@ class Compressor:
                     _log.warning("the catalog was lost: %d prefixes are listed again", listed.artifacts)
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))
+                if found.tails.tails:
+                    _log.info("%d stored tails were deleted", found.tails.tails)

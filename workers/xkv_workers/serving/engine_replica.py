@@ -14,6 +14,7 @@ from xkv_service.api.local import EngineBackend
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.stored_tails import StoredTails
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
 from xkv_workers.serving.logs import join_serve
@@ -40,7 +41,10 @@ class EngineReplica:
             fingerprint=self._loaded.identity.fingerprint,
         )
         self._compressor = compressor
-        self._engine = Engine(self._loaded, settings.engine, self._pool, self._make_anew)
+        self._stored = None
+        if settings.engine.stored_tail_bytes:
+            self._stored = StoredTails(self._loaded, self._store.tails, self._pool, settings.engine)
+        self._engine = Engine(self._loaded, settings.engine, self._pool, self._make_anew, self._stored)
         self._backend = EngineBackend(self._engine)
         self._board, self._name = board, _replica_name()
         self._reporting: asyncio.Task[None] | None = None
@@ -72,6 +76,8 @@ class EngineReplica:
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
             self._engine.close()
+            if self._stored is not None:
+                self._stored.close()
             self._pool.close()
             self._store.close()
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.local import EngineBackend
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.loading_rates import LoadingRates, Way
-from xkv_service.engine.messages import EngineState
+from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.modeling.models import LoadedModel
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    """An answer is told before its sender has put everything down; and machines may be slow."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
 
 
 class AlwaysLoad(LoadingRates):
@@ -28,17 +36,38 @@ class AlwaysLoad(LoadingRates):
 
 
 class PacedBackend(EngineBackend):
-    """A backend whose engine takes `step_s` seconds longer for each step.
+    """A backend whose engine takes `step_s` seconds longer for each step, and none while it is held.
 
     Attributes:
-        steps: forwards so far.
+        steps: forwards so far. asked: requests so far. closed: those of them that are over for the client.
     """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.engine = engine
         self.step_s = 0.0
-        self.steps = 0
+        self.steps = self.asked = self.closed = 0
+        self._go = threading.Event()
+        self._go.set()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """The events of one request."""
+        self.asked += 1
+        try:
+            async with aclosing(super().generate(request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.closed += 1
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No step begins until the block ends."""
+        self._go.clear()
+        try:
+            yield
+        finally:
+            self._go.set()
 
     @property
     def state(self) -> EngineState:
@@ -47,9 +76,11 @@ class PacedBackend(EngineBackend):
     @property
     def busy(self) -> int:
         """Requests that the engine has."""
-        return self.state.running + self.state.waiting
+        state = self.state
+        return state.running + state.waiting
 
-    def step(self, *_: Any) -> None:
+    def step(self) -> None:
+        self._go.wait()
         time.sleep(self.step_s)
         self.steps += 1
 
@@ -64,7 +95,9 @@ def paced_backend(
     try:
         with Engine(loaded, settings, pool) as engine:
             backend = PacedBackend(engine)
-            hook = model.register_forward_pre_hook(backend.step)
+            hook = model.register_forward_pre_hook(
+                lambda *_: backend.step()
+            )  # a copy of the model copies no backend
             try:
                 yield backend
             finally:

@@ -15,7 +15,8 @@ from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.prompts import render_prefix
 
 DOCUMENT = "The river Ume rises in the hills, flows by 3 towns and ends in the sea. " * 2
-SETTINGS = APISettings(min_fidelity=0.0)
+# What is looked up is found, however slow the machine is.
+SETTINGS = APISettings(min_fidelity=0.0, lookup_timeout_s=120.0)
 
 
 def publish(

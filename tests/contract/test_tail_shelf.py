@@ -1,0 +1,308 @@
+"""Stored tails of conversations in a real Redis and a folder: found by their tokens, kept for a while."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artifact_samples import FINGERPRINT, tail_sample
+from redis_server import RedisServer
+
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CatalogUnavailable,
+    CorruptArtifact,
+    ForeignTail,
+)
+from xkv_artifacts.keys import token_bytes
+from xkv_artifacts.readers import Readers
+from xkv_artifacts.store import ArtifactStore
+from xkv_artifacts.tail_index import PLACES_KEY, SUM_KEY, USED_KEY
+from xkv_artifacts.tail_shelf import UNLISTED_S
+
+ROOM: dict[str, Any] = {"ttl_s": 60.0, "budget": 1 << 20}
+WIDE = 1 << 30
+
+
+@pytest.fixture
+def store(tmp_path: Path, redis_server: RedisServer) -> Iterator[ArtifactStore]:
+    with ArtifactStore.open(str(tmp_path / "store"), redis_server.url) as store:
+        yield store
+
+
+def talk(length: int, start: int = 0) -> list[int]:
+    return [(start + 7 * place) % 1000 for place in range(length)]
+
+
+def put(store: ArtifactStore, ids: list[int], namespace: str = "default", **room: Any) -> str:
+    """Store a tail of a conversation of these tokens; its id."""
+    room = {**ROOM, **room}
+    limits = {name: room.pop(name) for name in ROOM}
+    manifest, tensors = tail_sample(ids, **room)
+    before = set(store.tails.blobs.ids())
+    store.tails.put(manifest, tensors, namespace, **limits)
+    new = set(store.tails.blobs.ids()) - before
+    return new.pop() if new else ""
+
+
+def found(store: ArtifactStore, ids: list[int], namespace: str = "default") -> list[tuple[str, int]]:
+    matches = store.tails.find(FINGERPRINT, namespace, token_bytes(ids))
+    return [(match.id, match.shared) for match in matches if match.shared]
+
+
+def keys(store: ArtifactStore) -> list[bytes]:
+    pattern = f"xkv:1:{store.catalog.store_id}:tail*"
+    return sorted(store.catalog.link.call(lambda client: client.keys(pattern)))
+
+
+def agree(store: ArtifactStore) -> set[str]:
+    """Ids of the blobs, which the catalog has to agree with, sum and places included."""
+    blobs = set(store.tails.blobs.ids())
+    link, name = store.catalog.link, store.catalog.store_id
+    assert set(store.tails.index.ids()) == blobs
+    assert link.call(lambda client: client.hlen(PLACES_KEY.format(store=name))) == len(blobs)
+    total = link.call(lambda client: client.get(SUM_KEY.format(store=name)))
+    assert int(total or 0) == sum(store.tails.blobs.sizes())
+    return blobs
+
+
+@pytest.mark.parametrize("length", [70, 128, 1000, 20_000])
+def test_a_tail_is_found_by_the_prompt_that_goes_on_from_it(store: ArtifactStore, length: int) -> None:
+    name = put(store, talk(length))
+    put(store, talk(length, start=1))
+    assert found(store, [*talk(length), 5, 6, 7])[0] == (name, length)
+    manifest, tensors = store.tails.load(name, FINGERPRINT, "default", WIDE)
+    assert tensors["tokens"].tolist() == talk(length) and manifest.artifact == "a" * 64
+    agree(store)
+
+
+def test_a_prompt_that_parts_from_a_tail_shares_what_it_shares(store: ArtifactStore) -> None:
+    name = put(store, talk(400))
+    assert found(store, [*talk(300), 1, 2, 3]) == [(name, 256)]  # inside a full block digests tell nothing
+    assert found(store, [*talk(390), 999, 2]) == [(name, 390)]
+    assert found(store, talk(400, start=3)) == []
+    match = store.tails.find(FINGERPRINT, "default", token_bytes(talk(390)))[0]
+    assert not match.whole and match.entry.tokens == 400
+
+
+def test_the_tail_that_holds_most_comes_first(store: ArtifactStore) -> None:
+    short, long = put(store, talk(130)), put(store, [*talk(130), *talk(100, start=9)])
+    assert short not in agree(store)  # its conversation went on
+    other = put(store, [*talk(130), *talk(30, start=4)])
+    prompt = [*talk(130), *talk(100, start=9), 1]
+    assert found(store, prompt)[0] == (long, 230)
+    assert found(store, [*talk(130), *talk(30, start=4), 1])[0] == (other, 160)
+
+
+def test_a_tail_behind_another_prefix_is_another_tail(store: ArtifactStore) -> None:
+    one, two = put(store, talk(200)), put(store, talk(200), artifact=None, selection=None, prefix_tokens=0)
+    assert one != two and agree(store) == {one, two}
+    assert {name for name, _ in found(store, talk(201))} == {one, two}
+    longer = put(store, talk(300))
+    assert agree(store) == {two, longer}
+
+
+def test_a_tail_that_is_there_is_not_written_again(store: ArtifactStore) -> None:
+    name = put(store, talk(200))
+    path = Path(store.blobs.url) / "tails" / name[:2] / f"{name}.xkv"
+    os.utime(path, (1, 1))
+    assert put(store, talk(200)) == "" and path.stat().st_mtime == 1
+    path.unlink()
+    assert put(store, talk(200)) == name and agree(store) == {name}
+
+
+def test_namespaces_do_not_see_each_other(store: ArtifactStore) -> None:
+    name = put(store, talk(200), "acme")
+    assert found(store, talk(300)) == [] and found(store, talk(300), "acme") == [(name, 200)]
+    with pytest.raises(ForeignTail):
+        store.tails.load(name, FINGERPRINT, "default", WIDE)
+    with pytest.raises(ForeignTail):
+        store.tails.load(name, "0" * 64, "acme", WIDE)
+    assert agree(store) == {name}  # nobody else's fault
+
+
+def test_a_redis_that_lies_gives_no_foreign_tail(store: ArtifactStore) -> None:
+    mine, theirs = put(store, talk(200)), put(store, talk(200), "acme")
+    link, start = store.catalog.link, f"xkv:1:{store.catalog.store_id}:tail"
+    link.call(lambda client: client.rename(f"{start}:{theirs}", f"{start}:{mine}"))
+    assert found(store, talk(300)) == []  # it says of itself that it is another namespace's
+    link.call(lambda client: client.hset(f"{start}:{mine}", "namespace", "default"))
+    assert found(store, talk(300)) == [(mine, 200)]
+    link.call(lambda client: client.hset(PLACES_KEY.format(store=store.catalog.store_id), mine, b"\xff" * 9))
+    assert found(store, talk(300)) == []
+    link.call(lambda client: client.hset(f"{start}:{mine}", "bytes", "junk"))
+    assert found(store, talk(300)) == []
+    link.call(lambda client: client.set(SUM_KEY.format(store=store.catalog.store_id), "junk"))
+    put(store, talk(500, start=8))
+    store.tails.sweep()
+    store.tails.index.recount()
+
+
+def test_the_budget_costs_what_is_longest_unused(store: ArtifactStore) -> None:
+    first = put(store, talk(200, start=1))
+    size = store.tails.blobs.size(first)
+    budget = 3 * size + size // 2
+    others = [put(store, talk(200, start=start), budget=budget) for start in (2, 3)]
+    store.tails.load(first, FINGERPRINT, "default", WIDE)
+    last = put(store, talk(200, start=4), budget=budget)
+    assert agree(store) == {first, others[1], last}
+    newest = put(store, talk(200, start=5), budget=size + 1)
+    assert agree(store) == {newest}
+
+
+def test_what_is_read_is_neither_collected_nor_evicted(store: ArtifactStore) -> None:
+    name = put(store, talk(200, start=1), ttl_s=0.2)
+    readers = Readers(store.tails.index)
+    with readers.hold(name):
+        time.sleep(0.3)
+        assert store.collect().tails.tails == 0
+        put(store, talk(200, start=2), budget=1)
+        assert name in agree(store)
+    collected = store.collect(dry_run=True).tails
+    assert collected.tails == 1 and name in agree(store)
+    assert store.collect().tails == collected and name not in agree(store)
+    with pytest.raises(ArtifactNotFound), readers.hold(name):
+        pass
+
+
+def test_what_has_ended_is_not_found_before_it_is_collected(store: ArtifactStore) -> None:
+    name = put(store, talk(200), ttl_s=0.2)
+    assert found(store, talk(300)) == [(name, 200)]
+    time.sleep(0.3)
+    assert found(store, talk(300)) == []
+    with pytest.raises(ArtifactNotFound):
+        store.tails.load(name, FINGERPRINT, "default", WIDE)
+
+
+def test_many_that_have_ended_are_collected(store: ArtifactStore) -> None:
+    for start in range(40):
+        put(store, talk(100, start=start), ttl_s=0.01)
+    kept = put(store, talk(100, start=500))
+    time.sleep(0.1)
+    report = store.collect()
+    assert report.tails.tails == 40 and report.removed == () and agree(store) == {kept}
+    assert store.tails.usage().bytes == store.tails.blobs.size(kept)
+
+
+@pytest.mark.parametrize("offset", [3, 60, -5])
+def test_a_damaged_blob_is_deleted(store: ArtifactStore, offset: int) -> None:
+    name = put(store, talk(200))
+    path = Path(store.blobs.url) / "tails" / name[:2] / f"{name}.xkv"
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtifact, match="deleted"):
+        store.tails.load(name, FINGERPRINT, "default", WIDE)
+    assert agree(store) == set() and found(store, talk(300)) == []
+    assert not (Path(store.blobs.url) / "quarantine").exists()
+
+
+def test_a_blob_that_is_gone_or_too_large_is_not_read(store: ArtifactStore) -> None:
+    name = put(store, talk(200))
+    with pytest.raises(ForeignTail, match="larger"):
+        store.tails.load(name, FINGERPRINT, "default", 100)
+    store.tails.blobs.remove(name)
+    with pytest.raises(ArtifactNotFound):
+        store.tails.load(name, FINGERPRINT, "default", WIDE)
+    assert agree(store) == set()
+
+
+def test_orphans_go_when_nobody_can_be_about_to_list_them(store: ArtifactStore) -> None:
+    old, young, gone = (put(store, talk(200, start=start)) for start in (1, 2, 3))
+    link = store.catalog.link
+    names = keys(store)
+    link.call(lambda client: client.delete(*names))  # a Redis that was emptied
+    folder = Path(store.blobs.url) / "tails"
+    for name in (old, gone):
+        then = time.time() - UNLISTED_S - 1
+        os.utime(folder / name[:2] / f"{name}.xkv", (then, then))
+    listed = put(store, talk(200, start=3))
+    assert listed == "" or listed == gone  # written anew, since nobody knows it
+    assert store.collect_orphans().tails == 1
+    assert set(store.tails.blobs.ids()) == {young, gone}
+    store.tails.blobs.remove(gone)
+    store.collect_orphans()
+    assert store.tails.index.ids() == []
+
+
+def test_nothing_is_left_in_redis_of_tails_that_are_gone(store: ArtifactStore) -> None:
+    for start in range(5):
+        put(store, talk(300, start=start), ttl_s=0.01)
+    time.sleep(0.1)
+    store.collect()
+    kinds = {name.decode().rsplit(":", 3)[-1] for name in keys(store)}
+    left = [name for name in keys(store) if not name.endswith((b"tail-bytes", b":default"))]
+    assert left == [] and len(kinds) <= 2, keys(store)
+
+
+def test_rebuilding_the_index_leaves_tails(store: ArtifactStore) -> None:
+    name = put(store, talk(200))
+    store.rebuild()
+    assert found(store, talk(300)) == [(name, 200)] and agree(store) == {name}
+    assert list(store.verify()) == [] and store.entries() == []
+
+
+def test_without_redis_nothing_is_stored(tmp_path: Path, own_redis: RedisServer) -> None:
+    own_redis.start()
+    with ArtifactStore.open(str(tmp_path / "s"), own_redis.url, patience_s=0.1) as store:
+        name = put(store, talk(200))
+        own_redis.kill()
+        began = time.monotonic()
+        with pytest.raises(CatalogUnavailable):
+            put(store, talk(300))
+        with pytest.raises(CatalogUnavailable):
+            found(store, talk(300))
+        assert time.monotonic() - began < 5
+        assert list(store.tails.blobs.ids()) == [name]
+        store.tails.load(name, FINGERPRINT, "default", WIDE)  # no collector runs without Redis either
+
+
+def test_many_writers_keep_the_budget(store: ArtifactStore) -> None:
+    size = store.tails.blobs.size(put(store, talk(200)))
+    faults: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for start in range(8):
+                put_quietly(store, talk(200, start=10 * start + number), 5 * size)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == [] and 3 <= len(agree(store)) <= 5
+
+
+def put_quietly(store: ArtifactStore, ids: list[int], budget: int) -> None:
+    put(store, ids, budget=budget)
+
+
+def test_the_order_is_that_of_use(store: ArtifactStore) -> None:
+    names = [put(store, talk(200, start=start)) for start in (1, 2, 3)]
+    assert store.tails.index.touch(names[0]) and not store.tails.index.touch("0" * 64)
+    used = store.catalog.link.call(
+        lambda client: client.zrange(USED_KEY.format(store=store.catalog.store_id), 0, -1)
+    )
+    assert [name.decode() for name in used] == [names[1], names[2], names[0]]
+
+
+def test_tails_in_a_bucket(bucket: str, redis_server: RedisServer) -> None:
+    with ArtifactStore.open(f"s3://{bucket}/store", redis_server.url) as store:
+        name, other = put(store, talk(200)), put(store, talk(200, start=1), ttl_s=0.2)
+        assert found(store, talk(300)) == [(name, 200)]
+        manifest, tensors = store.tails.load(name, FINGERPRINT, "default", WIDE)
+        assert manifest.tokens == 200 and tensors["tokens"].tolist() == talk(200)
+        time.sleep(0.3)
+        assert store.collect().tails.tails == 1 and agree(store) == {name} != {other}
+        names = keys(store)
+        store.catalog.link.call(lambda client: client.delete(*names))
+        assert store.collect_orphans().tails == 0  # too young
+        assert store.tails.usage().tails == 1

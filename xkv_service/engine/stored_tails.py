@@ -1,0 +1,186 @@
+"""`StoredTails`: tails that had to leave an engine's memory, in the store until their conversation goes on.
+
+One thread writes them and others read them: the engine hands over and is called back, and waits for neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from xkv_artifacts.errors import ForeignTail, XKVError
+from xkv_artifacts.keys import BLOCK_TOKENS
+from xkv_artifacts.tail_shelf import TailShelf
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.engine.alarm import Alarm
+from xkv_service.engine.kept_tails import KeptTail
+from xkv_service.engine.load_failure import failure_of
+from xkv_service.engine.loader_threads import LoaderThreads
+from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.settings import EngineSettings
+from xkv_service.engine.tail_files import leaving
+from xkv_service.engine.tail_rates import TailRates
+from xkv_service.engine.tail_search import NoTail, TailSearch, WantedTail
+from xkv_service.engine.tail_writer import LeavingTail, TailWriter
+from xkv_service.modeling.models import LoadedModel
+from xkv_service.sessions.context import Context
+
+_log = logging.getLogger(__name__)
+_THREADS = 2
+_QUEUE_BYTES = 256 << 20
+"""Memory of tails that wait to be written, on top of that for kept ones, and never more than that."""
+_CLOSING_S = 5.0
+"""How long the end of an engine waits for its tails: Ray Serve kills a replica after 20 s."""
+
+OnTail = Callable[[KeptTail | None], None]
+
+
+class _Search:
+    """One search, and whom it is for. It is over once it was answered or came too late."""
+
+    def __init__(self, wanted: WantedTail, on_done: OnTail) -> None:
+        self.wanted, self.on_done, self.over = wanted, on_done, False
+
+
+class StoredTails:
+    """Stored tails of one engine's model. `offer` and `request` return at once.
+
+    Args:
+        loaded: the model. shelf: where tails are stored. pool: holds the prefixes behind them.
+        settings: of the engine.
+
+    Attributes:
+        total_bytes: of all stored tails of the store, when this one stored its last.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, shelf: TailShelf, pool: PrefixPool, settings: EngineSettings
+    ) -> None:
+        self._loaded, self._shelf, self._pool, self._settings = loaded, shelf, pool, settings
+        self.rates = TailRates(pool.rates)
+        self.total_bytes = 0
+        self._search = TailSearch(loaded, shelf, pool, settings, self.rates)
+        self._lock = threading.Lock()
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._late: set[_Search] = set()
+        self._writer = TailWriter(self._store, min(settings.tail_bytes, _QUEUE_BYTES))
+        self._threads = LoaderThreads(_THREADS, _THREADS)
+        self._alarm = Alarm("stored-tail-deadlines")
+
+    def offer(self, tail: KeptTail) -> None:
+        """Have a tail stored, if loading it will be faster than computing it again; else it is lost."""
+        start = tail.context.prefix_tokens
+        tokens = len(tail.context.ids) - start
+        exact = tail.artifact_id is None
+        if not self.rates.load_is_faster(tail.context.tail_bytes, tokens, start, exact=exact):
+            self._count(not_worth=1)
+        elif not self._writer.put(leaving(tail, self._loaded)):
+            self._count(lost_queue_full=1)
+
+    def request(self, ids: Sequence[int], namespace: str, context: Context, on_done: OnTail) -> bool:
+        """Look for a stored tail that holds more of a prompt than a context does, and load it.
+
+        Args:
+            on_done: called once, on a thread of this object, with the tail, its prefix held once for the
+                caller, or with None: there is none, or computing what it would save has become faster. It
+                must be quick.
+
+        Returns:
+            False: none can help, or none can be had now; nobody will be called.
+        """
+        held, exact = len(context.ids), not isinstance(context.cache, XKVCache)
+        rest = len(ids) - 1 - held
+        worth = rest > 0 and self.rates.load_is_faster(0, rest, held, exact=exact)
+        if len(ids) <= BLOCK_TOKENS or not worth:
+            return False
+        with self._lock:
+            if self._late:  # others have stopped waiting; whoever comes now would wait in vain as well
+                self._counters["failed_slow_load"] += 1
+                return False
+        search = _Search(WantedTail(ids, namespace, held, exact, context.can_crop), on_done)
+        seconds = self.rates.compute_s(rest, held, exact=exact)
+        if not self._alarm.after(seconds, lambda: self._expire(search)):
+            return False
+        self._threads.submit(lambda: self._look(search))
+        return True
+
+    def counters(self) -> dict[str, float]:
+        """Since the start, by name: see docs/serving.md."""
+        with self._lock:
+            return dict(self._counters)
+
+    def wait_for_room(self) -> None:
+        """The engine ends: for some seconds, `offer` may wait for the writer."""
+        self._writer.wait_for_room(_CLOSING_S)
+
+    def close(self) -> None:
+        """Stop, after what is in the queue, or after some seconds. Who still waits is not called."""
+        self._alarm.close()
+        self._threads.close()
+        self._count(lost_closing=self._writer.close(_CLOSING_S))
+
+    def _store(self, tail: LeavingTail) -> None:
+        """On the writer's thread."""
+        began = time.perf_counter()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tail.tensors.items()}
+        ttl_s, budget = self._settings.stored_tail_ttl_s, self._settings.stored_tail_bytes
+        try:
+            put = self._shelf.put(tail.manifest, tensors, tail.namespace, ttl_s=ttl_s, budget=budget)
+        except XKVError as error:
+            _log.warning("a tail was lost: %s", error.message)
+            self._count(**{f"lost_{failure_of(error).reason}": 1})
+            return
+        if put.total is not None:
+            self.total_bytes = put.total
+        if put.bytes:
+            self._count(stored=1, stored_bytes=put.bytes, store_seconds=time.perf_counter() - began)
+
+    def _look(self, search: _Search) -> None:
+        """On a loader's thread: from the question to its answer."""
+        tail = None
+        try:
+            if not search.over:
+                tail = self._found(search)
+        except NoTail as none:
+            self._count_failure(str(none))
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the prompt can be computed
+            failure = failure_of(error)
+            _log.warning("no stored tail: %s", failure.detail)
+            self._count_failure("foreign" if isinstance(error, ForeignTail) else failure.reason)
+        with self._lock:
+            self._late.discard(search)
+            late, search.over = search.over, True
+        if not late:
+            search.on_done(tail)
+        elif tail is not None and tail.artifact_id is not None:
+            self._pool.release(tail.artifact_id)
+
+    def _found(self, search: _Search) -> KeptTail:
+        match, until = self._search.find(search.wanted)
+        self._alarm.after(until - time.monotonic(), lambda: self._expire(search))
+        tail = self._search.load(search.wanted, match)
+        seconds = time.monotonic() - search.wanted.began
+        self.rates.loaded(match.entry.bytes, seconds)
+        self._count(loaded=1, loaded_bytes=match.entry.bytes, load_seconds=seconds)
+        return tail
+
+    def _expire(self, search: _Search) -> None:
+        """On the alarm's thread: computing would be done by now."""
+        with self._lock:
+            if search.over:
+                return
+            search.over = True
+            self._late.add(search)
+            self._counters["failed_slow_load"] += 1
+        search.on_done(None)
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            for name, amount in more.items():
+                self._counters[name] += amount
+
+    def _count_failure(self, reason: str) -> None:
+        self._count(**{"none" if reason == "none" else f"failed_{reason}": 1})

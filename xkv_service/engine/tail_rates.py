@@ -1,0 +1,55 @@
+"""What loading a stored tail and computing it again cost now, and so which of the two it gets."""
+
+from __future__ import annotations
+
+import threading
+
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.robust_line import RobustLine
+
+_START_FIXED_S = 0.02
+_START_BYTES_PER_S = 200e6
+"""Before anything was loaded: hopeful, as for prefixes. A load that is waited for in vain costs no more than
+computing would, and one that is never tried teaches nothing."""
+
+
+class TailRates:
+    """Moving figures of both ways; safe to use from any thread.
+
+    Args:
+        prefill: what computing costs where everything before is exact. Behind factors it costs more, which is
+            learned here; until then it is believed to cost the same.
+    """
+
+    def __init__(self, prefill: LoadingRates) -> None:
+        self._exact, self._lock = prefill, threading.Lock()
+        self._behind = LoadingRates(prefill.prefill_s(1))
+        ends = (0.0, 64e6)
+        self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
+
+    def loaded(self, nbytes: int, seconds: float) -> None:
+        """Note a load of so many bytes, from the question for it to a context that can go on."""
+        with self._lock:
+            self._load.observe(nbytes, seconds)
+
+    def load_s(self, nbytes: int) -> float:
+        """Seconds that such a load takes."""
+        with self._lock:
+            return self._load(nbytes)
+
+    def computed(self, start: int, tokens: int, seconds: float) -> None:
+        """Note a chunk of `tokens` tokens behind factors, the first at position `start`."""
+        self._behind.prefilled(start, tokens, seconds)
+
+    def compute_s(self, tokens: int, start: int, *, exact: bool) -> float:
+        """Seconds that computing `tokens` tokens from position `start` on takes, and so the longest that a
+        load of them is waited for.
+
+        Args:
+            exact: whether no prefix in factors stands before them.
+        """
+        return (self._exact if exact else self._behind).prefill_s(tokens, start)
+
+    def load_is_faster(self, nbytes: int, tokens: int, start: int, *, exact: bool) -> bool:
+        """Whether loading so many bytes takes no longer than computing the tokens that they hold."""
+        return self.load_s(nbytes) <= self.compute_s(tokens, start, exact=exact)
