@@ -213,6 +213,9 @@ def main() -> None:
                 print(f"stopped after {arguments.seconds} s", flush=True)
                 break
             row = _measure(arguments, name, model, shape, tokens, batch, device)
+            while row is None and batch > 1 and not arguments.batches:  # the estimate was a little too high
+                batch = batch * 15 // 16
+                row = _measure(arguments, name, model, shape, tokens, batch, device)
             if row is not None:
                 report.add(**row)
     _compare(report)
