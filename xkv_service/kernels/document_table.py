@@ -154,7 +154,7 @@ class DocumentTable:
 
     @property
     def value_head_stride(self) -> int:
-        """Numbers from one head of the value bases to the next; `value_row_stride`: from one row."""
+        """Numbers from one head of the value bases to the next."""
         return self.documents[0].value_bases.stride(0)
 
     @property
