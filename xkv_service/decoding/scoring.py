@@ -69,6 +69,11 @@ class SketchScorer:
         self._scales = sketch.scales
         self._dims = sketch.planes.long().flatten(1)
 
+    @property
+    def sketch(self) -> KeySketch:
+        """What is scored: views."""
+        return KeySketch(self.planes, self._codes, self._scales)
+
     def first(self, tokens: int) -> SketchScorer:
         """The same of the first tokens: views."""
         other = copy.copy(self)

@@ -1,0 +1,396 @@
+"""A whole decode step of a Llama-3.1-8B-shaped model: full cache or factors, each at its largest batch.
+
+python benchmarks/gpu/decode_step.py --tokens 128 --sides full,int8 --out OUT/decode_step_128.json
+python benchmarks/gpu/decode_step.py --sides int8 --documents one --batches 32,128 --out OUT/one_document.json
+TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out smoke.json     # small, on a CPU
+
+Transformers' own modules with random weights, embedding to sampling, the new token's keys and values
+appended, in one CUDA graph; attention is all that differs. Full: the faster of cuDNN's and FlashAttention's
+decode over a contiguous cache. Factors: the decode kernels. Every sequence has a document of its own unless
+`--documents one`. Tails grow with every step that is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+import synthetic
+from compression import LLAMA_8B
+from report import Report, command
+
+from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
+from xkv_service.kernels.document_table import DocumentTable
+
+_NAME = "decode_step"
+_TAIL, _CAPACITY = 128, 512
+"""Tokens in every tail at the start, and most of them."""
+_RESERVED = 6 * 2**30
+"""Bytes left for activations, partial sums and the allocator."""
+_SMOKE = {
+    **LLAMA_8B, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+
+
+class Side(Protocol):
+    """Attention of every layer over what one kind of cache holds.
+
+    Attributes:
+        nbytes: of what sequences hold, tails included.
+    """
+
+    nbytes: int
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Append the new token at `lengths` and attend: [batch, 1, query_heads, D].
+
+        Args:
+            query, key, value: [batch, heads, 1, D]. lengths: int32 [batch], tokens in the tails before.
+        """
+
+
+class Tails:
+    """Keys and values [layers][batch, kv_heads, room, D]; the place of a new token is on the device."""
+
+    def __init__(self, shape: synthetic.Shape, batch: int, room: int, device: torch.device) -> None:
+        size = (batch, shape.kv_heads, room, shape.dim)
+        self.keys, self.values = (
+            [torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(shape.layers)]
+            for _ in range(2)
+        )
+        self.nbytes = sum(one.nbytes for one in (*self.keys, *self.values))
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
+        """Write [batch, kv_heads, 1, D] at int places [batch]."""
+        index = places.long()[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[3])
+        self.keys[layer].scatter_(2, index, key)
+        self.values[layer].scatter_(2, index, value)
+
+
+class Full:
+    """The whole cache, one contiguous tensor a layer.
+
+    A new token overwrites the last one read, so that every step reads as many.
+    """
+
+    def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
+        self._tails = Tails(shape, batch, tokens + _TAIL, device)
+        self._last = torch.full((batch,), tokens + _TAIL - 1, device=device)
+        self.nbytes = self._tails.nbytes
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Side`."""
+        self._tails.append(layer, key, value, self._last)
+        keys, values = self._tails.keys[layer], self._tails.values[layer]
+        found = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        return found.transpose(1, 2)
+
+
+class Factors:
+    """Factors and the exact tail, by the decode kernels.
+
+    Args:
+        repeats: of how many layers each one that chooses is the first; the others attend to what it chose.
+        once: shares are counted by the sums of the step before.
+    """
+
+    def __init__(
+        self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int,
+        device: torch.device, *, one: bool, repeats: int, once: bool, tiles: Tiles,
+    ) -> None:  # fmt: skip
+        count = -(-batch // 32) if one else batch
+        sessions = [min(32, batch - 32 * number) for number in range(count)] if one else [1] * batch
+        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else count, device)
+        by_layer = [layer * count if one else layer for layer in self.documents.by_layer]
+        self._tables = [DocumentTable(layer, sessions, [budget] * count) for layer in by_layer]
+        most = min(tokens, max(sessions) * budget + synthetic.RECENT)
+        self._attention = DecodeAttention(
+            self._tables[0], shape.query_heads, shape.dim, shape.dim, tokens, most,
+            synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
+        )  # fmt: skip
+        self._tails = Tails(shape, batch, _CAPACITY, device)
+        self._repeats = repeats
+        sums = torch.zeros(shape.layers, batch, shape.query_heads, device=device)
+        self._sums = list(sums) if once else [None] * shape.layers
+        self.nbytes = self.documents.nbytes + self._tails.nbytes
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Side`."""
+        self._tails.append(layer, key, value, lengths)
+        asked = query[:, :, 0].contiguous()
+        out = torch.empty_like(asked)
+        self._attention(
+            asked, self._tails.keys[layer], self._tails.values[layer], lengths + 1, self._tables[layer], out,
+            repeat=layer % self._repeats > 0, before=self._sums[layer],
+        )  # fmt: skip
+        return out[:, None]
+
+    @property
+    def rebuilt(self) -> int:
+        """Tokens of all lists in the layer that ran last."""
+        return int(self._attention.chosen.counts.sum())
+
+
+class Nothing:
+    """No attention at all: what the rest of a step takes."""
+
+    nbytes = 0
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """The query as it is."""
+        return query.transpose(1, 2)
+
+
+class Step:
+    """A step of a whole model: reads ids on the device, writes the next ones there."""
+
+    def __init__(self, model: LlamaForCausalLM, side: Side, batch: int, tokens: int) -> None:
+        self.model, self.side, device = model, side, model.device
+        self.ids = torch.randint(3, model.config.vocab_size, (batch, 1), device=device)
+        self.lengths = torch.full((batch,), _TAIL, dtype=torch.int32, device=device)
+        self._tokens = tokens
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """One token for every sequence, drawn at temperature 1."""
+        _CURRENT.append(self)
+        positions = (self._tokens + self.lengths.long())[:, None]
+        out: Any = self.model(input_ids=self.ids, position_ids=positions, use_cache=False)
+        logits = out.logits[:, -1].float()
+        noise = -torch.empty_like(logits).exponential_().log()
+        self.ids.copy_((logits + noise).argmax(-1, keepdim=True))
+        self.lengths += 1
+        _CURRENT.pop()
+
+
+_CURRENT: list[Step] = []
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    step = _CURRENT[-1]
+    return step.side.attend(module.layer_idx, query, key, value, step.lengths), None
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    arguments = _arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
+    model = _model(_SMOKE if arguments.smoke else LLAMA_8B, device)
+    if arguments.compile:
+        _compile(model)
+    report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
+    tokens = 160 if arguments.smoke else 1024 * arguments.tokens
+    started = time.monotonic()
+    for name in arguments.sides.split(","):
+        for batch in _batches(arguments, name, model, shape, tokens, device):
+            if time.monotonic() - started > arguments.seconds:
+                print(f"stopped after {arguments.seconds} s", flush=True)
+                break
+            row = _measure(arguments, name, model, shape, tokens, batch, device)
+            while row is None and batch > 1 and not arguments.batches:  # the estimate was a little too high
+                batch = batch * 15 // 16
+                row = _measure(arguments, name, model, shape, tokens, batch, device)
+            if row is not None:
+                report.add(**row)
+    _compare(report)
+    report.write(
+        arguments.out, model="Llama-3.1-8B shapes, random weights and factors", tail=_TAIL,
+        weight_bytes=sum(one.nbytes for one in model.parameters()),
+    )  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=128, help="thousands of tokens of a document")
+    parser.add_argument(
+        "--sides", default="full,bf16,int8,mixed20", help="full, bf16, int8, mixed20, nothing"
+    )
+    parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
+    parser.add_argument(
+        "--documents", choices=("own", "one"), default="own", help="one: all share a document"
+    )
+    parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
+    parser.add_argument("--repeats", type=int, default=1, help="layers that attend to one choice")
+    parser.add_argument("--once", action="store_true", help="read the index once: sums of the step before")
+    parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
+    parser.add_argument("--compile", action="store_true", help="torch.compile norms and MLPs")
+    parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks this script")
+    return parser.parse_args()
+
+
+def _model(fields: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+    config = LlamaConfig(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model.config._attn_implementation = _NAME
+    return model
+
+
+def _compile(model: LlamaForCausalLM) -> None:
+    for layer in model.model.layers:
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(layer, name, torch.compile(getattr(layer, name)))
+
+
+def _batches(
+    arguments: argparse.Namespace, name: str, model: LlamaForCausalLM, shape: synthetic.Shape, tokens: int,
+    device: torch.device,
+) -> list[int]:  # fmt: skip
+    """The sizes asked for, else 1 and the largest that fits beside the model."""
+    if arguments.smoke:
+        return [1, 2]
+    if arguments.batches:
+        return [int(one) for one in arguments.batches.split(",")]
+    free, _ = torch.cuda.mem_get_info(device)
+    most = 256
+    if name != "nothing" and arguments.documents == "own":
+        held, common = _sequence_bytes(name, shape, tokens)
+        most = int((free - _RESERVED - common) // held)
+    return sorted({1, most}) if most > 1 else [1]
+
+
+def _sequence_bytes(name: str, shape: synthetic.Shape, tokens: int) -> tuple[int, int]:
+    """Bytes a sequence holds, and bytes that all of them share; measured on a short document."""
+    tails = shape.layers * shape.full_bytes * _CAPACITY
+    if name == "full":
+        return shape.layers * shape.full_bytes * (tokens + _TAIL), 0
+    kind, short = synthetic.KINDS[name], 256
+    made = [synthetic.Documents(shape, kind, short, count, torch.device("cpu")).nbytes for count in (1, 2)]
+    constant = made[0] - (made[1] - made[0])
+    rows = synthetic.Documents(shape, kind, 2 * short, 1, torch.device("cpu")).nbytes - made[0]
+    own = made[1] - made[0] - rows
+    # Scores, marks, shares and partial sums of a batch grow with it too: 64 bytes a token are plenty.
+    return own + rows * tokens // short + tails + 64 * tokens, max(0, constant)
+
+
+def _measure(
+    arguments: argparse.Namespace, name: str, model: LlamaForCausalLM, shape: synthetic.Shape, tokens: int,
+    batch: int, device: torch.device,
+) -> dict[str, Any] | None:  # fmt: skip
+    """One row, or None where memory does not suffice."""
+    row: dict[str, Any] = {"side": name, "tokens": tokens, "batch": batch, "documents": arguments.documents}
+    if name not in ("full", "nothing"):
+        row |= {"index_read": 1 if arguments.once else 2, "repeats": arguments.repeats}
+    side: Any = None
+    try:
+        side = _side(arguments, name, shape, tokens, batch, device)
+        step = Step(model, side, batch, tokens)
+        backend = _backend(name, step, device)
+        with sdpa_kernel(backend):
+            took = _timed_steps(step, 2 if arguments.smoke else arguments.steps, device)
+        rest = _timed_steps(Step(model, Nothing(), batch, tokens), 2 if arguments.smoke else 10, device)
+        row |= {
+            "ms": 1000 * took, "tokens/s": batch / took, "outside_attention_ms": 1000 * rest,
+            "attention_us_a_layer": 1e6 * (took - rest) / shape.layers,
+            "GiB_held": side.nbytes / 2**30, "rebuilt": side.rebuilt if isinstance(side, Factors) else 0,
+            "backend": backend.name if name == "full" else "kernels",
+        }  # fmt: skip
+    except torch.OutOfMemoryError:
+        print(f"out of memory: {row}", flush=True)
+        return None
+    finally:
+        del side
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return row
+
+
+def _side(
+    arguments: argparse.Namespace, name: str, shape: synthetic.Shape, tokens: int, batch: int,
+    device: torch.device,
+) -> Side:  # fmt: skip
+    if name == "nothing":
+        return Nothing()
+    if name == "full":
+        return Full(shape, batch, tokens, device)
+    kinds = synthetic.SMOKE_KINDS if arguments.smoke else synthetic.KINDS
+    return Factors(
+        shape, kinds[name], batch, tokens, 24 if arguments.smoke else arguments.budget, device,
+        one=arguments.documents == "one", repeats=arguments.repeats, once=arguments.once,
+        tiles=Tiles(),
+    )  # fmt: skip
+
+
+def _backend(name: str, step: Step, device: torch.device) -> SDPBackend:
+    """The faster of the backends for attention over the whole cache, by three steps each."""
+    if name != "full" or device.type != "cuda":
+        return SDPBackend.MATH
+    times: dict[SDPBackend, float] = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                times[backend] = _timed_steps(step, 3, device)
+        except RuntimeError as error:
+            print(f"{backend}: {error}", flush=True)
+    return min(times, key=lambda backend: times[backend])
+
+
+def _timed_steps(step: Callable[[], None], count: int, device: torch.device) -> float:
+    """Median seconds of a step: of a captured graph's replays on a GPU."""
+    assert count + 8 < _CAPACITY - _TAIL, "the tails would run over"
+    if device.type != "cuda":
+        step()
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(count):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def _compare(report: Report) -> None:
+    """Throughput of every row over the best of the full cache's."""
+    best = max((row["tokens/s"] for row in report.rows if row["side"] == "full"), default=None)
+    for row in report.rows:
+        if best is not None:
+            row["times_full"] = row["tokens/s"] / best
+
+
+if __name__ == "__main__":
+    main()

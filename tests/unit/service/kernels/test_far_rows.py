@@ -1,0 +1,44 @@
+"""Offsets past 2^31 elements. Memory that nobody touches is not taken, so a CPU has enough of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import kernel_samples as samples
+import torch
+
+from xkv_service.kernels.choose_tokens import ChooseTokens
+from xkv_service.kernels.decode_plainly import latent_values_plainly, rebuilt_scores_plainly
+from xkv_service.kernels.document_table import DocumentTable
+from xkv_service.kernels.factor_rows import FactorRows, RowLayout
+from xkv_service.kernels.latent_values import LatentValues
+from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+
+TOKENS, RANK, COUNT = 2**22 + 64, 1024, 20
+SHAPES = samples.Shapes(kv_heads=1, group=2, rank_k=RANK, rank_v=RANK)
+
+
+def test_rows_behind_2_31_elements_are_read(device: torch.device) -> None:
+    positions = torch.tensor([*range(COUNT // 2), *range(TOKENS - COUNT // 2, TOKENS)], device=device)
+    rows = torch.empty(TOKENS, RANK, dtype=torch.int8, device=device)
+    rows[positions] = torch.randint(-127, 128, (COUNT, RANK), dtype=torch.int8, device=device)
+    turns = tuple(torch.empty(TOKENS, SHAPES.dim // 2, device=device) for _ in range(2))
+    for table in turns:
+        table[positions] = torch.randn(COUNT, SHAPES.dim // 2, device=device)
+    assert rows.numel() > 2**32 and bool((positions * RANK > 2**31).any())
+    far = FactorRows(RowLayout(RANK, torch.int8, RANK), rows.view(torch.uint8))
+    near = samples.document(30, "int8", torch.float32, device, SHAPES)
+    document = replace(near, key_rows=far, value_rows=far)
+    chosen = ChooseTokens(1, 1, 30, COUNT, device)
+    chosen.positions[0], chosen.members[0], chosen.counts[0] = positions, 1, COUNT
+    query, table = samples.queries(1, torch.float32, device, SHAPES), DocumentTable([document], [1], [8])
+    scores = torch.full((1, SHAPES.query_heads, COUNT), torch.nan, device=device)
+    rebuilt_scores(query, chosen, table, (turns[0], turns[1]), scores, 0.2, slots=32)
+    expected = rebuilt_scores_plainly(
+        query, document, chosen.positions[0], chosen.members[0], (turns[0], turns[1]), 0.2
+    )
+    assert samples.relative(scores, expected) < 1e-5
+    values = LatentValues(1, SHAPES.query_heads, RANK, device, splits=1)
+    values(scores, chosen, table, slots=32, columns=256)
+    latents, _ = latent_values_plainly(scores, document, chosen.positions[0])
+    assert samples.relative(values.latents[:, 0] / values.sums[:, 0, :, None], latents) < 1e-5

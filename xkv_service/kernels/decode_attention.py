@@ -1,0 +1,110 @@
+"""One layer's attention for a batch of sessions, kernel after kernel (reference: `decode_attention_plainly`).
+
+Nothing waits for the device and every shape is fixed, so a CUDA graph can hold it. Lengths, lists and their
+counts stay on the device. Nothing chooses these kernels by itself: docs/kernels.md says what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from xkv_service.kernels.choose_tokens import ChooseTokens
+from xkv_service.kernels.document_table import DocumentTable
+from xkv_service.kernels.index_scores import IndexScores
+from xkv_service.kernels.latent_values import LatentValues
+from xkv_service.kernels.projected_output import projected_output
+from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.tail_attention import tail_attention
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Options of the kernels, by name: what a benchmark tunes. Empty ones keep the kernels' own."""
+
+    index: dict[str, int] = field(default_factory=dict)
+    choose: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+    splits: int = 4
+    output: dict[str, int] = field(default_factory=dict)
+
+
+class DecodeAttention:
+    """Attention of one new token a session, for every layer of one shape; memory is taken once.
+
+    Args:
+        table: of any of the layers. query_heads, dim, value_dim: of the layers. capacity: most tokens of a
+            document. most: most tokens of a document's list (see `ChooseTokens`). turns: cos and sin
+            [positions, D / 2], contiguous. scaling: of products. interleaved: as `rebuilt_scores`.
+
+    Raises:
+        ValueError: a shape that kernels do not take.
+    """
+
+    def __init__(
+        self, table: DocumentTable, query_heads: int, dim: int, value_dim: int, capacity: int, most: int,
+        turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
+        tiles: Tiles | None = None,
+    ) -> None:  # fmt: skip
+        _refuse(table, query_heads, dim, value_dim, turns)
+        sessions, device = table.document_of.numel(), table.states.device
+        self.tiles, self._turns = tiles or Tiles(), turns
+        self._scaling, self._interleaved = scaling, interleaved
+        group, planes = query_heads // table.kv_heads, table.documents[0].sketch.planes.shape[1]
+        self.index = IndexScores(
+            sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
+        )
+        self.chosen = ChooseTokens(
+            sessions, table.lengths.numel(), capacity, most, device, bins=self.index.bins, **self.tiles.choose
+        )
+        self.values = LatentValues(
+            sessions, query_heads, table.value_layout.rank, device, splits=self.tiles.splits
+        )
+        self.scores = torch.empty(sessions, query_heads, most, device=device)
+        self._rest = torch.empty(sessions, query_heads, value_dim, device=device)
+        self._rest_log = torch.empty(sessions, query_heads, device=device)
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor,
+        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False, before: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attend.
+
+        Args:
+            query: [sessions, query_heads, D], rotated, contiguous. keys, values, lengths: the tails, as
+                `tail_attention`. table: the layer's. out: [sessions, query_heads, Dv], contiguous.
+            repeat: attend to what the layer before chose: this one has no index. before: as `IndexScores`.
+
+        Returns:
+            `out`.
+        """
+        tail_attention(query, keys, values, lengths, self._rest, self._rest_log, self._scaling)
+        if not repeat:
+            self.index(query, self._rest_log, table, before)
+            self.chosen(self.index.shares, self.index.histogram, table)
+        self.attend(query, table, out)
+        return out
+
+    def attend(self, query: torch.Tensor, table: DocumentTable, out: torch.Tensor) -> None:
+        """The stages behind the choice."""
+        options: dict[str, Any] = {"interleaved": self._interleaved, **self.tiles.scores}
+        rebuilt_scores(query, self.chosen, table, self._turns, self.scores, self._scaling, **options)
+        self.values(self.scores, self.chosen, table, **self.tiles.values)
+        projected_output(self.values, self._rest, self._rest_log, table, out, **self.tiles.output)
+
+
+def _refuse(
+    table: DocumentTable, query_heads: int, dim: int, value_dim: int, turns: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    if query_heads % table.kv_heads:
+        raise ValueError(f"{query_heads} query heads are no multiple of {table.kv_heads} KV heads")
+    for name, size in (("head", dim), ("value", value_dim)):
+        if size < 32 or size & (size - 1):
+            raise ValueError(f"{name} dimensions of {size}: kernels take powers of 2 from 32")
+    if any(tuple(one.shape[1:]) != (dim // 2,) for one in turns):
+        raise ValueError(
+            "kernels turn whole heads: cos and sin have half as many columns as a head dimensions"
+        )

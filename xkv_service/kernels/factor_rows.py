@@ -1,0 +1,168 @@
+"""Token factors laid out for gathering: every row one run of aligned bytes, whatever its columns' bits.
+
+A gather reads whole rows at scattered positions. `PackedFactors` keeps columns of each width in a tensor of
+their own, whose rows begin anywhere; here they follow one another in one row, each width at a multiple of 16
+bytes, so that a kernel reads 16 bytes at once and one token is one place in memory. Made when a prefix is
+loaded; the file does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from xkv_service.packed_factors import PackedFactors, packed_width
+
+_ALIGNED = 16
+KERNEL_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where a row keeps its columns: whole numbers first, then those of 4 bits, then those of 2.
+
+    Args:
+        stride: bytes from one row to the next, a multiple of 16.
+        whole: dtype of the first columns. whole_columns: how many.
+        four_columns, four_offset: columns of 4 bits, and the byte where they begin; two_*: of 2 bits.
+    """
+
+    stride: int
+    whole: torch.dtype
+    whole_columns: int
+    four_columns: int = 0
+    four_offset: int = 0
+    two_columns: int = 0
+    two_offset: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Columns in all."""
+        return self.whole_columns + self.four_columns + self.two_columns
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `row_columns` takes, by name."""
+        return {
+            "STRIDE": self.stride,
+            "WHOLE": KERNEL_TYPES[self.whole],
+            "WHOLE_BYTES": self.whole.itemsize,
+            "WHOLE_COLUMNS": self.whole_columns,
+            "FOUR_COLUMNS": self.four_columns,
+            "FOUR_OFFSET": self.four_offset,
+            "TWO_COLUMNS": self.two_columns,
+            "TWO_OFFSET": self.two_offset,
+        }
+
+
+@dataclass(frozen=True)
+class FactorRows:
+    """Token factors [T, r] of one group's keys or values.
+
+    Args:
+        layout: of each row. data: uint8 [T, layout.stride].
+    """
+
+    layout: RowLayout
+    data: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: torch.Tensor | PackedFactors) -> FactorRows:
+        """The rows of factors on their device; a view where they are aligned already.
+
+        Raises:
+            ValueError: a dtype that kernels do not read.
+        """
+        if isinstance(factors, torch.Tensor):
+            return cls._whole(factors)
+        if [bits for bits, _ in factors.runs] != sorted({bits for bits, _ in factors.runs}, reverse=True):
+            raise ValueError(f"runs={factors.runs}: rows have one run of each width, most bits first")
+        width, offsets = 0, {}
+        for bits, count in factors.runs:
+            offsets[bits] = width
+            width += _padded(packed_width(bits, count))
+        counts = dict(factors.runs)
+        layout = RowLayout(
+            width, torch.int8, counts.get(8, 0), counts.get(4, 0), offsets.get(4, 0), counts.get(2, 0),
+            offsets.get(2, 0),
+        )  # fmt: skip
+        first = factors.pieces[0]
+        data = torch.zeros(first.shape[0], width, dtype=torch.uint8, device=first.device)
+        for piece, (bits, count) in zip(factors.pieces, factors.runs, strict=True):
+            data[:, offsets[bits] : offsets[bits] + packed_width(bits, count)] = piece.view(torch.uint8)
+        return cls(layout, data)
+
+    @classmethod
+    def _whole(cls, factors: torch.Tensor) -> FactorRows:
+        if factors.dtype not in KERNEL_TYPES:
+            raise ValueError(f"token factors of {factors.dtype} have no kernel")
+        count, size = factors.shape[1], factors.element_size()
+        width = _padded(count * size)
+        layout = RowLayout(width, factors.dtype, count)
+        if factors.is_contiguous() and width == count * size:
+            return cls(layout, factors.view(torch.uint8))
+        data = torch.zeros(factors.shape[0], width // size, dtype=factors.dtype, device=factors.device)
+        data[:, :count] = factors
+        return cls(layout, data.view(torch.uint8))
+
+
+def _padded(width: int) -> int:
+    return -(-width // _ALIGNED) * _ALIGNED
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def whole_columns(  # type: ignore[no-untyped-def]
+    rows, first, DTYPE: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Columns first .. first + COUNT - 1 of whole numbers, [N, COUNT]; zeros behind the last.
+
+    `rows` are the addresses of the rows' first bytes, int64 [N, 1]; `first` is a multiple of 16.
+    """
+    column = first + tl.arange(0, COUNT)[None, :]
+    source = rows.to(tl.pointer_type(WHOLE)) + column
+    source = tl.multiple_of(source, [16, 16])
+    if WHOLE_COLUMNS % COUNT == 0:
+        columns = tl.load(source)
+    else:
+        columns = tl.load(source, mask=column < WHOLE_COLUMNS, other=0)
+    if WHOLE != DTYPE:
+        columns = columns.to(tl.float32).to(DTYPE)
+    return columns
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def packed_columns(  # type: ignore[no-untyped-def]
+    rows, first, DTYPE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """Columns first .. first + COUNT - 1 of those of BITS bits, [N, COUNT]; finite numbers behind the last.
+
+    `first` is a multiple of COUNT, and COUNT of 64.
+    """
+    each: tl.constexpr = 8 // BITS
+    size: tl.constexpr = COUNT // each
+    width: tl.constexpr = (COLUMNS + each - 1) // each
+    byte = first // each + tl.arange(0, size)[None, :]
+    source = tl.multiple_of(rows.to(tl.pointer_type(tl.uint8)) + OFFSET + byte, [16, 16])
+    if width % size == 0:
+        raw = tl.load(source)
+    else:
+        raw = tl.load(source, mask=byte < width, other=0)
+    if BITS == 4:
+        codes = tl.join(raw & 15, raw >> 4)
+    else:
+        even = tl.join(raw & 3, (raw >> 4) & 3)
+        odd = tl.join((raw >> 2) & 3, raw >> 6)
+        codes = tl.join(even, odd)
+    levels = codes.to(tl.int8) * 2 - ((1 << BITS) - 1)
+    return tl.reshape(levels, (rows.shape[0], COUNT)).to(tl.float32).to(DTYPE)
