@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.calibration_format import read_calibration
 from xkv_artifacts.keys import artifact_id
-from xkv_artifacts.manifest import DocumentRef, PrefixManifest
+from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, XKVCache, enable_xkv
 from xkv_service.calibration.calibration import Calibration
@@ -61,14 +61,14 @@ def main() -> None:
     question = torch.arange(3, 3 + QUESTION)[None]
     # Not in /tmp, which may be memory: then dropping pages would drop nothing.
     with tempfile.TemporaryDirectory(dir=arguments.store) as folder, ArtifactStore.open(folder) as store:
-        calibration = _stored_calibration(store)
+        calibration = stored_calibration(store)
         with torch.no_grad(), enable_xkv(loaded.model):
             for tokens in map(int, arguments.lengths.split(",")):
                 ids = document_ids(loaded, tokens)
                 exact = _exact(loaded, ids, question, arguments.prefills)
                 for ratio, shared in ((8.0, None), (20.0, calibration)):
-                    one = _published(store, loaded, ids, ratio, shared)
-                    other = _published(store, loaded, document_ids(loaded, OTHER, seed=1), ratio, shared)
+                    one = published(store, loaded, ids, ratio, shared)
+                    other = published(store, loaded, document_ids(loaded, OTHER, seed=1), ratio, shared)
                     measured = _Measured(store, loaded, one, other, tokens, shared, arguments.runs)
                     report.add(
                         tokens=tokens,
@@ -92,25 +92,31 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _stored_calibration(store: ArtifactStore) -> Calibration:
+def stored_calibration(store: ArtifactStore) -> Calibration:
+    """The bundled calibration, put into a store."""
     with demo_calibration_path().open("rb") as file:
         manifest, tensors = read_calibration(file)
     return load_calibration(store, store.calibrations.publish(manifest, tensors).id)
 
 
-def _published(
+def published(
     store: ArtifactStore,
     loaded: LoadedModel,
     ids: torch.Tensor,
     ratio: float,
     calibration: Calibration | None,
 ) -> str:
+    """Compress and publish a prefix; the artifact's id."""
     spec = CompressionSpec(ratio=ratio) if calibration is None else calibrated_spec(ratio, calibration)
-    factors = compress(loaded.model, ids, spec, calibration)
+    return publish_factors(store, loaded.identity, compress(loaded.model, ids, spec, calibration))
+
+
+def publish_factors(store: ArtifactStore, identity: ModelIdentity, factors: PrefixFactors) -> str:
+    """Publish the factors of a model's prefix; the artifact's id."""
     fields = factors.manifest_fields()
-    identity = loaded.identity
+    ids = factors.token_ids.tolist()
     manifest = PrefixManifest(
-        id=artifact_id(identity.fingerprint, "benchmark", ids.tolist(), fields["spec"]),
+        id=artifact_id(identity.fingerprint, "benchmark", ids, fields["spec"]),
         model=identity,
         namespace="benchmark",
         document=DocumentRef(uri="benchmark", sha256="0" * 64),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
+from xkv_service.artifact_parts import owner_of, owners
 from xkv_service.calibration.calibration import Calibration, Kind, SharedBasis
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
@@ -60,31 +61,36 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(
-    manifest: PrefixManifest, tensors: Tensors, calibration: Calibration | None = None
+    manifest: PrefixManifest,
+    tensors: Tensors,
+    calibration: Calibration | None = None,
+    groups: Collection[int] | None = None,
 ) -> PrefixFactors:
     """Factors from a file's tensors.
 
     Args:
         calibration: whose bases the artifact shares, where it has none of its own.
+        groups: numbers of those that are wanted, whose tensors alone are there besides what belongs to no
+            group; by default all.
 
     Raises:
         CorruptArtifact: names the first tensor that is not what the manifest says.
         InvalidSpec: the artifact needs another calibration.
     """
-    spec = checked_spec(manifest, len(tensors))
+    spec = checked_spec(manifest, max(len(tensors), len(manifest.tensors)))
     shared = _needed(spec, calibration)
     table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
-    _check(table, tensors)
-    layers = [layer for group in manifest.groups for layer in group.layers]
-    latent = {layer for group in manifest.groups if group.latent for layer in group.layers}
+    wanted = {n: one for n, one in enumerate(manifest.groups) if groups is None or n in groups}
+    left_out = {owner for n, one in enumerate(manifest.groups) if n not in wanted for owner in owners(n, one)}
+    _check({name: one for name, one in table.items() if owner_of(name) not in left_out}, tensors)
+    layers = [layer for group in wanted.values() for layer in group.layers]
+    latent = {layer for group in wanted.values() if group.latent for layer in group.layers}
     indexed = [layer for layer in layers if layer not in latent and layer not in spec.reuse]
     return PrefixFactors(
         spec=spec,
         bytes_full=manifest.bytes_full,
         token_ids=tensors["tokens"],
-        groups=tuple(
-            _group(number, group, spec, tensors, shared) for number, group in enumerate(manifest.groups)
-        ),
+        groups=tuple(_group(number, group, spec, tensors, shared) for number, group in wanted.items()),
         rotary=_rotary(manifest, tensors),
         sketches={layer: _sketch(layer, manifest, tensors) for layer in indexed if spec.index == "sketch"},
         planes={layer: _planes(layer, manifest, tensors) for layer in indexed if spec.index == "derived"},

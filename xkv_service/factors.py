@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +18,9 @@ from xkv_service.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from xkv_service.calibration.calibration import Calibration, SharedBasis
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,19 @@ class PrefixFactors:
                 return group, group.layout.layers.index(layer)
         raise KeyError(layer)
 
+    def joined(self, others: Iterable[PrefixFactors]) -> PrefixFactors:
+        """The factors of these groups and of other groups of the same prefix, in this order."""
+        parts = [self, *others]
+        return replace(
+            self,
+            groups=tuple(group for part in parts for group in part.groups),
+            sketches=_merged(part.sketches for part in parts),
+            landmarks=_merged(part.landmarks for part in parts),
+            planes=_merged(part.planes for part in parts),
+            exact=_merged(part.exact for part in parts),
+            rope_keys=_merged(part.rope_keys for part in parts),
+        )
+
     def with_fidelity(self, fidelity: Fidelity) -> PrefixFactors:
         """The same factors with what was measured."""
         return replace(self, fidelity=fidelity)
@@ -197,6 +213,10 @@ class PrefixFactors:
         from xkv_service.factor_tensors import from_tensors
 
         return from_tensors(manifest, tensors, calibration)
+
+
+def _merged(parts: Iterable[Mapping[int, Value]]) -> dict[int, Value]:
+    return {layer: value for part in parts for layer, value in part.items()}
 
 
 def _window_layout(layer: int, window: LayerWindow) -> WindowLayout:

@@ -70,6 +70,7 @@ class Catalog:
         self.calibrations = Listing(link, CalibrationEntry, *calibrations)
         self.prefixes = PrefixSearch(link, store_id, self._listing.entry_key(""), self._key(EXPIRY_KEY))
         self.candidates = self.prefixes.candidates
+        self.whole_candidates = self.prefixes.whole_candidates
 
     def publish(self, entry: Entry, tokens: bytes, quota: Quota = UNLIMITED) -> bool:
         """Add or replace an entry and its place in the prefix index, in one step.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol, TypeVar
 
 from xkv_artifacts.blobs import BlobStore, not_found, store_errors
@@ -48,16 +48,22 @@ class CheckedBlobs:
         self._delete = delete
 
     def read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
-        """What `read` makes of the blob.
+        """What `read` makes of the blob. Raises as `opened`."""
+        with self.opened(artifact_id) as file:
+            return read(file)
+
+    @contextmanager
+    def opened(self, artifact_id: str) -> Iterator[BinaryIO]:
+        """The blob's file. A fault that is found while the block runs puts it away.
 
         Raises:
             ArtifactNotFound, UnsupportedFormat, StoreError
-            CorruptArtifact: `read` found a fault; the blob is in quarantine, or deleted.
+            CorruptArtifact: a fault was found; the blob is in quarantine, or deleted.
         """
         try:
             with self._blobs.open(artifact_id) as file, store_errors("read", self._blobs.url):
                 try:
-                    return read(file)
+                    yield file
                 except FileNotFoundError:  # an object store's blob that was deleted while it is read
                     raise not_found(artifact_id, self._blobs) from None
         except CorruptArtifact as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts import format as blob_format
 from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.zstd_file import ZstdFile
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,17 @@ class CheckedPrefixes:
             return of_id(artifact_id, manifest), tensors
 
         return self._checked.read(artifact_id, read)
+
+    def read_parts(
+        self, artifact_id: str, parts: Iterable[Iterable[str]]
+    ) -> Generator[dict[str, torch.Tensor], None, None]:
+        """The tensors of each part, read when they are asked for. Raises MissingTensor too."""
+        with self._checked.opened(artifact_id) as file:
+            # Parts do not follow the order of the file, and going back in a packed one decodes it again.
+            source = BytesIO(file.read()) if isinstance(file, ZstdFile) else file
+            manifest, found = blob_format.read_parts(source, parts)
+            of_id(artifact_id, manifest)
+            yield from found
 
     def read_manifest(self, artifact_id: str) -> PrefixManifest:
         """The manifest alone."""

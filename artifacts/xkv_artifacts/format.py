@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts.checked_file import (
@@ -71,7 +71,20 @@ def read_prefix(
         MissingTensor: a name is not in the blob.
     """
     manifest, header = _open(file)
-    wanted = list(header.tensors) if names is None else list(names)
+    return manifest, _read(file, manifest, header, list(header.tensors) if names is None else list(names))
+
+
+def read_parts(
+    file: BinaryIO, parts: Iterable[Iterable[str]]
+) -> tuple[PrefixManifest, Iterator[dict[str, torch.Tensor]]]:
+    """As `read_prefix`, the tensors of each part only when it is asked for."""
+    manifest, header = _open(file)
+    return manifest, (_read(file, manifest, header, list(names)) for names in parts)
+
+
+def _read(
+    file: BinaryIO, manifest: PrefixManifest, header: Header, wanted: list[str]
+) -> dict[str, torch.Tensor]:
     missing = [name for name in wanted if name not in header.tensors]
     if missing:
         raise MissingTensor(f"artifact {manifest.id} has no tensor {missing[0]}")
@@ -80,7 +93,7 @@ def read_prefix(
         buffers[info.name] = read_checked(file, info, manifest.tensors[info.name])
     if TOKENS in buffers:
         _check_id(manifest, buffers[TOKENS])
-    return manifest, {name: as_tensor(header.tensors[name], buffers[name]) for name in wanted}
+    return {name: as_tensor(header.tensors[name], buffers[name]) for name in wanted}
 
 
 def read_tokens(file: BinaryIO) -> tuple[PrefixManifest, bytes]:

@@ -35,18 +35,11 @@ FIRST_BLOCKS = 128
 MOST_SPECS = 8
 """Artifacts of the same tokens that one lookup tells apart."""
 
-# KEYS: the sorted set, the most blocks of any artifact, when artifacts end. ARGV: digests, tokens (4 bytes
-# each, most significant first), the block that the tokens begin at, prefix of entry keys. Answers how many
-# blocks the nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and ids.
-# Members whose artifact has no entry any more, or whose time is over, are removed on the way, so they never
-# hide another.
-LOOKUP = f"""
-local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local longest = redis.call('GET', KEYS[2]) or redis.call('EXISTS', key) == 0 and '0'
-local found, seen = {{}}, {{}}
-
-local function place(member)
-  return string.sub(member, 1, -{ID_BYTES + 1})
+_FUNCTIONS = f"""
+local function id_of(member)
+  return (string.gsub(string.sub(member, -{ID_BYTES}), '.', function(c)
+    return string.format('%02x', string.byte(c))
+  end))
 end
 
 local time = redis.call('TIME')
@@ -55,28 +48,6 @@ local now = time[1] + time[2] / 1000000
 local function is_there(id)
   local ends = redis.call('ZSCORE', KEYS[3], id)
   return redis.call('EXISTS', entry .. id) == 1 and not (ends and tonumber(ends) <= now)
-end
-
-local function live(command, from, to)
-  local nearest, count = nil, 0
-  while count < {MOST_SPECS} do
-    local member = redis.call(command, key, from, to, 'LIMIT', count, 1)[1]
-    if not member or (nearest and place(member) ~= place(nearest)) then break end
-    local id = string.gsub(string.sub(member, -{ID_BYTES}), '.', function(c)
-      return string.format('%02x', string.byte(c))
-    end)
-    if is_there(id) then
-      if not seen[id] then
-        seen[id] = true
-        found[#found + 1] = id
-      end
-      nearest = nearest or member
-      count = count + 1
-    else
-      redis.call('ZREM', key, member)
-    end
-  end
-  return nearest
 end
 
 local function digest(text, block)
@@ -90,6 +61,41 @@ local function common_blocks(member)
     if digest(member, middle) == digest(digests, middle) then low = middle else high = middle - 1 end
   end
   return low
+end
+"""
+
+# KEYS: the sorted set, the most blocks of any artifact, when artifacts end. ARGV: digests, tokens (4 bytes
+# each, most significant first), the block that the tokens begin at, prefix of entry keys. Answers how many
+# blocks the nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and ids.
+# Members whose artifact has no entry any more, or whose time is over, are removed on the way, so they never
+# hide another.
+LOOKUP = f"""
+local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local longest = redis.call('GET', KEYS[2]) or redis.call('EXISTS', key) == 0 and '0'
+local found, seen = {{}}, {{}}
+
+local function place(member)
+  return string.sub(member, 1, -{ID_BYTES + 1})
+end
+{_FUNCTIONS}
+local function live(command, from, to)
+  local nearest, count = nil, 0
+  while count < {MOST_SPECS} do
+    local member = redis.call(command, key, from, to, 'LIMIT', count, 1)[1]
+    if not member or (nearest and place(member) ~= place(nearest)) then break end
+    local id = id_of(member)
+    if is_there(id) then
+      if not seen[id] then
+        seen[id] = true
+        found[#found + 1] = id
+      end
+      nearest = nearest or member
+      count = count + 1
+    else
+      redis.call('ZREM', key, member)
+    end
+  end
+  return nearest
 end
 
 local function ask(blocks)
@@ -105,6 +111,41 @@ local all = #digests / {DIGEST_BYTES}
 local deepest = ask(all)
 if sent <= deepest and deepest < all then ask(deepest) end
 return {{deepest, longest, found}}
+"""
+
+# KEYS as above. ARGV: digests, all tokens, prefix of entry keys. Answers the ids of the longest artifacts
+# that these tokens begin with, whole. Those that end inside a block stand right behind all that go on beyond
+# it, so the member behind those that were looked through says which block can be next.
+LOOKUP_WHOLE = f"""
+local key, digests, tokens, entry = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+{_FUNCTIONS}
+local last = string.rep('\\255', {ID_BYTES + 1})
+
+local function ending_in(block)
+  local first = block * {4 * BLOCK_TOKENS} + 1
+  local tail = string.sub(tokens, first, first + {4 * (BLOCK_TOKENS - 1)} - 1)
+  for length = #tail, 0, -4 do
+    local place = string.sub(digests, 1, block * {DIGEST_BYTES}) .. '\\255' .. string.sub(tail, 1, length)
+    place = place .. '\\255\\255\\255\\255'
+    local found = {{}}
+    for _, member in ipairs(redis.call('ZRANGEBYLEX', key, '[' .. place, '(' .. place .. last)) do
+      local id = id_of(member)
+      if is_there(id) and #found < {MOST_SPECS} then found[#found + 1] = id end
+    end
+    if #found > 0 then return found end
+  end
+end
+
+local block = #digests / {DIGEST_BYTES}
+while block >= 0 do
+  local found = ending_in(block)
+  if found then return found end
+  local beyond = string.sub(digests, 1, block * {DIGEST_BYTES}) .. '\\255\\255\\255\\255\\255' .. last
+  local behind = redis.call('ZRANGEBYLEX', key, '(' .. beyond, '+', 'LIMIT', 0, 1)[1]
+  if not behind then break end
+  block = math.min(common_blocks(behind), block - 1)
+end
+return {{}}
 """
 
 

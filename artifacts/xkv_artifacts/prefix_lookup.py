@@ -26,19 +26,20 @@ class PrefixLookup:
         self._checked = checked
         self._tokens = TokenCache()
 
-    def find(self, fingerprint: str, namespace: str, token_ids: TokenIds) -> Match | None:
+    def find(self, fingerprint: str, namespace: str, token_ids: TokenIds, *, whole: bool) -> Match | None:
         """See `ArtifactStore.lookup`."""
         prompt = token_bytes(token_ids)
         owner = (fingerprint, check_namespace(namespace))
+        ask = self._catalog.whole_candidates if whole else self._catalog.candidates
         while True:
-            candidates = self._catalog.candidates(*owner, prompt)
-            matches = [self._match(artifact_id, owner, prompt) for artifact_id in candidates]
+            candidates = ask(*owner, prompt)
+            matches = [self._match(artifact_id, owner, prompt, whole=whole) for artifact_id in candidates]
             if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
                 break
         found = [match for match in matches if match is not None and match.tokens > 0]
         return max(found, key=lambda match: match.rank, default=None)
 
-    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes) -> Match | None:
+    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes, *, whole: bool) -> Match | None:
         """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
         try:
             item = self._tokens_of(artifact_id)
@@ -47,7 +48,7 @@ class PrefixLookup:
             return None
         except UnsupportedFormat:
             return Match(artifact_id, 0)
-        if item.owner != owner:
+        if item.owner != owner or (whole and not prompt.startswith(item.tokens)):
             return Match(artifact_id, 0)
         return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size)
 

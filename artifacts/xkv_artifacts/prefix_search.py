@@ -82,6 +82,27 @@ class PrefixSearch:
             found = self._search(owner, tokens, min(whole, longest))[2]
         return list(dict.fromkeys(found))
 
+    def whole_candidates(self, fingerprint: str, namespace: str, tokens: bytes) -> list[str]:
+        """The longest artifacts that a prompt begins with, to their last token. One round trip.
+
+        Args:
+            tokens: the prompt's token ids as little-endian int32 bytes.
+
+        Raises:
+            CatalogError: the answer holds something else than ids.
+        """
+        owner = (fingerprint, check_namespace(namespace))
+        keys = [*self.keys(*owner), self._expiry_key]
+        arguments: list[str | bytes] = [
+            joined_block_hashes(*owner, tokens),
+            big_endian(tokens),
+            self._entry_prefix,
+        ]
+        match self._link.script(prefix_index.LOOKUP_WHOLE, keys, arguments):
+            case [*found]:
+                return [_artifact_id(raw) for raw in found]
+        raise CatalogError("the prefix index gave no list of ids", hint=REBUILD_HINT)
+
     def _search(self, owner: tuple[str, str], tokens: bytes, blocks: int) -> tuple[int, int, list[str]]:
         """What `_nearest` says of a prompt's first blocks and the partial one that follows them."""
         tokens = tokens[: (blocks + 1) * BLOCK_BYTES - 4]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -180,6 +180,13 @@ class ArtifactStore:
         with self.reading(artifact_id):
             return self._checked.read_prefix(artifact_id, names)
 
+    def load_parts(
+        self, artifact_id: str, parts: Iterable[Iterable[str]]
+    ) -> Generator[dict[str, torch.Tensor], None, None]:
+        """As `load`, the tensors that each part names when they are asked for, in one read of the blob."""
+        with self.reading(artifact_id):
+            yield from self._checked.read_parts(artifact_id, parts)
+
     def reading(self, artifact_id: str) -> AbstractContextManager[None]:
         """Keep every collector away from an artifact while the block runs, over several `load`s for example.
 
@@ -246,7 +253,9 @@ class ArtifactStore:
         """An artifact's manifest, from the blob's own header. Raises as `load`."""
         return self._checked.read_manifest(artifact_id)
 
-    def lookup(self, fingerprint: str, namespace: str, token_ids: TokenIds) -> Match | None:
+    def lookup(
+        self, fingerprint: str, namespace: str, token_ids: TokenIds, *, whole: bool = False
+    ) -> Match | None:
         """The artifact that shares the longest prefix with a prompt.
 
         Exact when the prompt contains the whole artifact; where prompt and artifact part inside a block of
@@ -254,10 +263,13 @@ class ArtifactStore:
         Of artifacts that share equally many the one of the highest fidelity is taken, then the largest blob.
         Ids in an int32 or int64 array or tensor are faster: 134k take under 0.1 ms to read, a list 2 ms.
 
+        Args:
+            whole: only artifacts that the prompt contains to their last token; exact then.
+
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
         """
-        return self._lookup.find(fingerprint, namespace, token_ids)
+        return self._lookup.find(fingerprint, namespace, token_ids, whole=whole)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
         """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An

@@ -88,6 +88,25 @@ def test_lookup_is_as_good_as_looking_at_every_artifact(
     catalog.clear()
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(documents, min_size=1, max_size=20), documents, st.integers(0, 2**32))
+def test_the_longest_artifact_that_a_prompt_contains_whole(
+    catalog: Catalog, stored: list[list[int]], prompt: list[int], salt: int
+) -> None:
+    catalog = Catalog(catalog.link, uuid.uuid4().hex)
+    tokens_of = {publish(catalog, tokens, salt=salt): tokens for tokens in stored}
+    whole = {i: len(tokens) for i, tokens in tokens_of.items() if tokens == prompt[: len(tokens)]}
+    longest = max(whole.values(), default=0)
+    found = catalog.whole_candidates(FINGERPRINT, "n", token_bytes(prompt))
+    assert set(found) == {i for i, length in whole.items() if length == longest}
+    for one in found:
+        catalog.drop(one)
+    shorter = max((length for length in whole.values() if length < longest), default=0)
+    left = catalog.whole_candidates(FINGERPRINT, "n", token_bytes(prompt))
+    assert {whole[i] for i in left} == ({shorter} if shorter else set())
+    catalog.clear()
+
+
 def test_among_artifacts_of_every_length_the_longest_is_found(catalog: Catalog, few_blocks: None) -> None:
     length_of = {publish(catalog, list(range(length))): length for length in range(1, 200)}
     for asked in range(1, 250):

@@ -120,17 +120,29 @@ class PrefixFinder:
         return answer
 
     def _find(self, prompt: array[int], namespace: str) -> Found:
-        owners = dict.fromkeys((namespace, self._settings.public_namespace))
-        matches = [self._store.lookup(self._fingerprint, owner, prompt) for owner in owners]
-        found = sorted((match for match in matches if match is not None), key=lambda match: match.rank)
+        found = self._longest(prompt, namespace)
         if not found:
             return None, Miss("no_artifact", "no stored prefix begins like this prompt")
-        result: Found = (None, None)
-        for match in reversed(found):
-            result = self._usable(match, prompt)
-            if result[0] is not None:
-                break
-        return result
+        miss: Miss | None = None
+        for match in found:
+            usable, miss = self._usable(match, prompt)
+            if usable is not None:
+                return usable, miss
+        # Where prefixes serve whole or not at all, the longest may hide a shorter one that fits.
+        shared = prompt[: min(found[0].tokens, len(prompt) - 1)]
+        if miss is not None and miss.reason == "diverges":
+            for match in self._longest(shared, namespace, whole=True):
+                usable, _ = self._usable(match, prompt)
+                if usable is not None:
+                    return usable, miss
+        return None, miss
+
+    def _longest(self, prompt: array[int], namespace: str, *, whole: bool = False) -> list[Match]:
+        """The longest match of each namespace that may be used, the best first."""
+        owners = dict.fromkeys((namespace, self._settings.public_namespace))
+        matches = [self._store.lookup(self._fingerprint, owner, prompt, whole=whole) for owner in owners]
+        found = [match for match in matches if match is not None]
+        return sorted(found, key=lambda match: match.rank, reverse=True)
 
     def _usable(self, match: Match, prompt: array[int]) -> Found:
         """How much of a match can serve, and why not all of it."""

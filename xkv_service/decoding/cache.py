@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
 from xkv_service.decoding.fold import FOLD_ERROR, fold_tail
@@ -50,7 +51,7 @@ class XKVCache(Cache):  # type: ignore[misc]
     def __init__(self, prefix: Prefix, selection: SelectionSpec | None = None) -> None:
         self.prefix, self.selection = prefix, selection or SelectionSpec()
         layers = list(DynamicCache(config=prefix.model.config).layers)
-        for index in prefix.layers:
+        for index in prefix.compressed:
             layers[index] = self._prefix_layer(index)
         for index, (keys, values) in prefix.windows.items():
             layers[index] = WindowLayer(layers[index].sliding_window, keys, values, prefix.tokens)
@@ -207,7 +208,7 @@ class XKVCache(Cache):  # type: ignore[misc]
             else:
                 self.layers[index] = layer
 
-    def _prefix_layer(self, index: int) -> PrefixLayer:
+    def _prefix_layer(self, index: int) -> DynamicLayer:
         leaders = self.prefix.leaders if self.selection.by_index else {}
         selection = Selection(self.prefix.layers[index], self.selection, reuses=index in leaders)
         return PrefixLayer(index, selection, followed=index in leaders.values())

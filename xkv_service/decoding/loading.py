@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.artifact_parts import part_names
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch
+from xkv_service.factor_tensors import from_tensors
 from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
 from xkv_service.modeling.model_files import fingerprint_of
@@ -65,6 +69,26 @@ def load_factors(
         for name, tensor in store.load(artifact_id, names)[1].items()
     }
     return PrefixFactors.from_tensors(cut, tensors, calibration)
+
+
+def load_parts(
+    store: ArtifactStore, manifest: PrefixManifest, calibration: Calibration | None
+) -> Generator[PrefixFactors, None, None]:
+    """The factors of an artifact in parts, on the CPU, each read and checked when it is asked for: first what
+    belongs to no group of layers, then group by group.
+
+    Args:
+        manifest: of the artifact. calibration: whose bases it shares, or None.
+
+    Raises:
+        ArtifactNotFound, CorruptArtifact, MissingTensor: as `load_factors`, for the part that is asked for.
+    """
+    head: dict[str, torch.Tensor] = {}
+    with closing(store.load_parts(manifest.id, part_names(manifest))) as parts:
+        for number, tensors in enumerate(parts):
+            head = head or tensors
+            groups = () if number == 0 else (number - 1,)
+            yield from_tensors(manifest, {**head, **tensors}, calibration, groups)
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:

@@ -6,9 +6,12 @@ of a few tokens shows whether this very model, adapters and revision included, m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from xkv_artifacts.manifest import GroupLayout
 from xkv_service.errors import ModelMismatch
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
@@ -25,7 +28,7 @@ def check_model(model: PreTrainedModel, factors: PrefixFactors) -> None:
         ModelMismatch: layers or heads differ, or the first tokens' keys do.
         UnsupportedModel: the model's cache cannot be compressed.
     """
-    _check_shapes(model, factors)
+    check_shapes(model, [group.layout for group in factors.groups])
     count = min((_leading(factors, layer) for layer in factors.layers), default=0)
     if not count:
         return
@@ -46,14 +49,17 @@ def check_model(model: PreTrainedModel, factors: PrefixFactors) -> None:
         )
 
 
-def _check_shapes(model: PreTrainedModel, factors: PrefixFactors) -> None:
+def check_shapes(model: PreTrainedModel, groups: Iterable[GroupLayout]) -> None:
+    """Refuse groups whose layers or heads are not those of `model`.
+
+    Raises:
+        ModelMismatch, UnsupportedModel: as `check_model`.
+    """
     found = {layer.index: layer for layer in inspect_loaded(model).layout.compressible}
     expected = {
         layer: (heads, width)
-        for group in factors.groups
-        for layer, heads, width in zip(
-            group.layout.layers, group.layout.kv_heads, group.layout.key_widths, strict=True
-        )
+        for group in groups
+        for layer, heads, width in zip(group.layers, group.kv_heads, group.key_widths, strict=True)
     }
     if {index: (layer.kv_heads, layer.key_width) for index, layer in found.items()} != expected:
         raise ModelMismatch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkv_artifacts.manifest import GroupLayout
 from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.latent import Expansion, LatentPrefix
 from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
@@ -55,8 +56,13 @@ class Prefix:
     @cached_property
     def leaders(self) -> dict[int, int]:
         """By layer of `reuse`, the one whose choice it takes."""
-        order = sorted(self.layers)
+        order = self.compressed
         return {mine: before for before, mine in zip(order, order[1:], strict=False) if mine in self.reuse}
+
+    @property
+    def compressed(self) -> list[int]:
+        """The compressed layers, in order."""
+        return sorted(layer for group in self.groups for layer in group)
 
     @property
     def tokens(self) -> int:
@@ -108,37 +114,56 @@ def _check_tokens(
 
 
 def _bind(model: PreTrainedModel, factors: PrefixFactors) -> Prefix:
-    device, dtype = model.device, product_dtype(model)
-    factors = on_device(factors, device)
-    turns = [Turns(table, factors.tokens, device) for table in factors.rotary]
-    support = inspect_loaded(model)
-    refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
-    modules = support.modules
-    layers: dict[int, LayerPrefix | LatentPrefix] = {}
-    for group in factors.groups:
-        for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
-            if group.layout.latent:
-                expansion = Expansion(modules[layer], model.dtype, dtype)
-                layers[layer] = LatentPrefix(factors, layer, expansion, device)
-            else:
-                layers[layer] = LayerPrefix(factors, layer, turns[table], device, dtype)
-    _derive_indexes(layers, factors)
-    _share_positions(layers.values())
-    windows = {
-        layer: (as_cached(window.keys, model), as_cached(window.values, model))
-        for layer, window in factors.windows.items()
-    }
-    groups = tuple(group.layout.layers for group in factors.groups)
-    return Prefix(
-        model=model,
-        token_ids=factors.token_ids.long(),
-        layers=layers,
-        modules=modules,
-        groups=groups,
-        windows=windows,
-        states=factors.states,
-        reuse=frozenset(factors.spec.reuse),
-    )
+    binding = Binding(model, factors, [group.layout for group in factors.groups])
+    binding.add(factors)
+    return binding.prefix
+
+
+class Binding:
+    """A prefix in the making: its groups of layers come one after the other.
+
+    Args:
+        model: the model it is bound to. factors: what belongs to no group. groups: all there will be.
+
+    Attributes:
+        prefix: it; `layers` holds those that have come.
+    """
+
+    def __init__(self, model: PreTrainedModel, factors: PrefixFactors, groups: Sequence[GroupLayout]) -> None:
+        support = inspect_loaded(model)
+        refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
+        self._turns = [Turns(table, factors.tokens, model.device) for table in factors.rotary]
+        windows = {
+            layer: (as_cached(window.keys, model), as_cached(window.values, model))
+            for layer, window in factors.windows.items()
+        }
+        self.prefix = Prefix(
+            model=model,
+            token_ids=factors.token_ids.long(),
+            layers={},
+            modules=support.modules,
+            groups=tuple(group.layers for group in groups),
+            windows=windows,
+            states=factors.states,
+            reuse=frozenset(factors.spec.reuse),
+        )
+
+    def add(self, factors: PrefixFactors) -> None:
+        """Bind the groups of `factors`."""
+        model, known = self.prefix.model, self.prefix.layers
+        device, dtype = model.device, product_dtype(model)
+        factors = on_device(factors, device)
+        layers: dict[int, LayerPrefix | LatentPrefix] = {}
+        for group in factors.groups:
+            for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
+                if group.layout.latent:
+                    expansion = Expansion(self.prefix.modules[layer], model.dtype, dtype)
+                    layers[layer] = LatentPrefix(factors, layer, expansion, device)
+                else:
+                    layers[layer] = LayerPrefix(factors, layer, self._turns[table], device, dtype)
+        _derive_indexes(layers, factors)
+        _share_positions([*known.values(), *layers.values()])
+        known.update(layers)
 
 
 def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: PrefixFactors) -> None:

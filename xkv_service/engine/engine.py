@@ -20,13 +20,14 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.engine.admission import refusal_of, room_for
+from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
-from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss
+from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.runners import Runner, make_runner
+from xkv_service.engine.runners import PackedRunner, Runner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
@@ -67,6 +68,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
+        self._head_starts: HeadStarts | None = None
         self._tails = KeptTails(
             self.settings.tail_bytes,
             loaded.identity.fingerprint,
@@ -149,6 +151,8 @@ class Engine:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
                 runner = make_runner(self.loaded.model)
+                if isinstance(runner, PackedRunner):  # others may depend on what runs beside them
+                    self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
                     self._admit()
@@ -180,7 +184,7 @@ class Engine:
         elif isinstance(message, TailLoaded):
             self._take_tail(message.sequence, message.tail)
         else:
-            self._take_loaded(message.sequence, message.answer)
+            self._take_loaded(message.sequence, message.answer, message.ran)
 
     def _cancel(self, sequence: Sequence) -> None:
         if not sequence.done:
@@ -199,7 +203,8 @@ class Engine:
         """A sequence is done: whoever it waited for, its place is free, and what it holds is kept."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-        self._loading.pop(id(sequence), None)
+        if self._loading.pop(id(sequence), None) and sequence.head_start is not None:
+            sequence.head_start.stop()
         if sequence in self._running:
             self._running.remove(sequence)
         if sequence.context is not None:
@@ -245,15 +250,23 @@ class Engine:
             self._prefixes.prefetch(match.artifact_id)
             self._start(sequence, empty_context(self.loaded.model), None)
         else:
-            sequence.load_began = time.monotonic()
-            self._loading[id(sequence)] = sequence
-            self._prefixes.request(
-                match.artifact_id,
-                match.tokens,
-                lambda answer: self._inbox.put(Loaded(sequence, answer)),
-            )
+            self._load(sequence, match, self._prefixes)
 
-    def _take_loaded(self, sequence: Sequence, answer: Prefix | LoadFailure) -> None:
+    def _load(self, sequence: Sequence, match: PrefixMatch, prefixes: PrefixPool) -> None:
+        """Wait for a prefix; where nothing else runs, with a forward behind it that begins meanwhile."""
+
+        def told(answer: Prefix | LoadFailure, ran: Ran | None = None) -> None:
+            self._inbox.put(Loaded(sequence, answer, ran))
+
+        sequence.load_began = time.monotonic()
+        self._loading[id(sequence)] = sequence
+        if self._head_starts is None or self._running:
+            prefixes.request(match.artifact_id, match.tokens, told)
+        else:
+            ids = sequence.request.token_ids[match.tokens :][: self.settings.prefill_tokens]
+            sequence.head_start = self._head_starts.request(prefixes, match, ids, told)
+
+    def _take_loaded(self, sequence: Sequence, answer: Prefix | LoadFailure, ran: Ran | None) -> None:
         match = sequence.request.match
         assert match is not None
         if self._loading.pop(id(sequence), None) is None:  # it was cancelled, or took too long
@@ -261,17 +274,26 @@ class Engine:
                 self._release(match.artifact_id)
             return
         if isinstance(answer, Prefix):
-            self._start(sequence, self._context(answer), match.artifact_id)
+            context = self._context(answer) if ran is None else ran.context
+            self._start(sequence, context, match.artifact_id, ran)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
         if answer.reason == "corrupt" and self._on_corrupt is not None:
             self._on_corrupt(sequence.request)
         self._start(sequence, empty_context(self.loaded.model), None)
 
-    def _start(self, sequence: Sequence, context: Context, artifact_id: str | None) -> None:
+    def _start(
+        self, sequence: Sequence, context: Context, artifact_id: str | None, ran: Ran | None = None
+    ) -> None:
         """Go on from what is held, or from a stored tail that holds more."""
-        sequence.begin(context, artifact_id)
+        sequence.begin(context, artifact_id, ran.tokens if ran is not None else 0)
         request = sequence.request
+        if ran is not None:
+            self._count(head_starts=1, head_start_tokens=ran.tokens)
+            if not sequence.todo:
+                self._join(sequence)
+                self._accept(sequence, ran.logits)
+                return
         if self._stored is None or not self._stored.request(
             request.token_ids,
             request.namespace,
@@ -290,16 +312,16 @@ class Engine:
             return
         if tail is not None:
             self._release(sequence.artifact_id)
-            context, artifact_id = tail.context, tail.artifact_id
+            sequence.begin(tail.context, tail.artifact_id)
         else:
-            context, artifact_id = _context_of(sequence), sequence.artifact_id
-        sequence.begin(context, artifact_id)
+            sequence.begin(_context_of(sequence), sequence.artifact_id, sequence.computed)
         self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
         """It runs from the next step on."""
         self._running.append(sequence)
-        held, prompt = len(_context_of(sequence).ids), len(sequence.request.token_ids)
+        held = len(_context_of(sequence).ids) - sequence.computed
+        prompt = len(sequence.request.token_ids)
         self._count(prompt_tokens=prompt, cached_tokens=held)
         self._counters["from_artifact" if sequence.artifact_id is not None else "without_artifact"] += 1
         if sequence.miss is not None:
@@ -339,10 +361,11 @@ class Engine:
         self._leave(sequence, "failed")
 
     def _advance(self, part: Part, logits: torch.Tensor) -> None:
-        sequence = part.sequence
-        del sequence.todo[: part.count]
-        if sequence.todo:
-            return
+        del part.sequence.todo[: part.count]
+        if not part.sequence.todo:
+            self._accept(part.sequence, logits)
+
+    def _accept(self, sequence: Sequence, logits: torch.Tensor) -> None:
         sequence.accept(logits)
         self._counters["generated_tokens"] += 1
         if sequence.done:

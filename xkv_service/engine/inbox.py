@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xkv_service.decoding.prefix import Prefix
+from xkv_service.engine.head_start import Ran
 from xkv_service.engine.kept_tails import KeptTail
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.sequence import Sequence
@@ -26,10 +27,11 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Its prefix, held once for it, or why there is none."""
+    """Its prefix, held once for it, or why there is none, and what was run behind it meanwhile."""
 
     sequence: Sequence
     answer: Prefix | LoadFailure
+    ran: Ran | None
 
 
 @dataclass(frozen=True)

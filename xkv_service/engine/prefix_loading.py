@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,14 @@ from transformers import PreTrainedModel
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.decoding.loading import load_factors, needed_calibration
-from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.arriving import Arriving
+from xkv_service.decoding.loading import load_parts, needed_calibration
+from xkv_service.decoding.matching import check_model, check_shapes
+from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
 from xkv_service.errors import ModelMismatch
+from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
@@ -97,22 +101,49 @@ class PrefixLoading:
         return found
 
     @torch.no_grad()
-    def bind(self, artifact_id: str, calibration: Calibration | None) -> Prefix:
+    def bind(
+        self,
+        artifact_id: str,
+        calibration: Calibration | None,
+        on_arriving: Callable[[Arriving], None] = lambda arriving: None,
+    ) -> Prefix:
         """Read an artifact, every byte checked, and make the prefix ready on the model's device.
 
         While it runs, the host holds the blob's bytes once or twice more.
 
         Args:
             calibration: whose bases it shares, or None.
+            on_arriving: told of the prefix before the first of its layers is there.
 
         Raises:
             as `announce`; InvalidSpec: it has no index of the kind that the selection names.
         """
         device = self._model.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            factors = load_factors(self._store, artifact_id, calibration_of=lambda *_: calibration)
-            prefix = Prefix.of(self._model, factors)
-            Selection(next(iter(prefix.layers.values())), self._selection)
+        manifest = self._store.manifest(artifact_id)
+        check_shapes(self._model, manifest.groups)
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            closing(load_parts(self._store, manifest, calibration)) as parts,
+        ):
+            head = next(parts)
+            binding = Binding(self._model, head, manifest.groups)
+            arriving = Arriving(binding.prefix)
+            on_arriving(arriving)
+            try:
+                check_model(self._model, head.joined(self._bound(parts, binding, arriving)))
+            finally:
+                arriving.end()
+        Selection(next(iter(binding.prefix.layers.values())), self._selection)
+        return binding.prefix
+
+    def _bound(
+        self, parts: Iterable[PrefixFactors], binding: Binding, arriving: Arriving
+    ) -> Iterator[PrefixFactors]:
+        """The parts, each bound as soon as it is read."""
+        device = self._model.device
+        for part in parts:
+            binding.add(part)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
-        return prefix
+            arriving.came()
+            yield part

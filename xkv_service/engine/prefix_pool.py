@@ -12,20 +12,21 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.alarm import Alarm
 from xkv_service.engine.bound_prefix import BoundPrefix
 from xkv_service.engine.footprint import calibration_bytes
 from xkv_service.engine.load_failure import LoadFailure, failure_of
-from xkv_service.engine.loader_threads import Job, LoaderThreads
+from xkv_service.engine.loader_threads import LoaderThreads
 from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.pool_loads import Answer, Load, NoRoom, OnArriving, OnDone, Waiter
 from xkv_service.engine.pool_state import PoolState
 from xkv_service.engine.prefix_loading import Announced, PrefixLoading
 from xkv_service.engine.residents import Residents
@@ -36,8 +37,6 @@ from xkv_service.selection.spec import SelectionSpec
 
 _log = logging.getLogger(__name__)
 
-Answer = Prefix | LoadFailure
-OnDone = Callable[[Answer], None]
 OnCorrupt = Callable[[str, LoadFailure], None]
 
 _SPARE_THREADS = 6
@@ -45,32 +44,6 @@ _SPARE_THREADS = 6
 _TOUCH_EVERY_S = 10.0
 _CALIBRATION = "calibration "
 """Before the ids of calibrations, which are kept among the prefixes that share their bases."""
-
-
-@dataclass(eq=False)
-class _Waiter:
-    tokens: int
-    on_done: OnDone
-
-
-@dataclass(eq=False)
-class _Load:
-    artifact_id: str
-    waiters: list[_Waiter] = field(default_factory=list)
-    job: Job | None = None
-    began: float | None = None  # when its thread took it
-    announced: Announced | None = None
-    shared_bytes: int = 0  # of a calibration that had to be read for it
-    overdue: bool = False
-
-    @property
-    def needed_bytes(self) -> int:
-        """As far as that is known."""
-        return self.shared_bytes + (self.announced.resident_bytes if self.announced else 0)
-
-
-class _NoRoom(Exception):
-    """Prefixes in use leave no room for a load now."""
 
 
 class PrefixPool:
@@ -104,8 +77,8 @@ class PrefixPool:
         self._model, self._store, self._on_corrupt = model, store, on_corrupt
         self._lock = threading.RLock()
         self._residents = Residents(budget_bytes)
-        self._loads: dict[str, _Load] = {}
-        self._parked: list[_Load] = []
+        self._loads: dict[str, Load] = {}
+        self._parked: list[Load] = []
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._used: set[str] = set()
         self._closed = False
@@ -121,7 +94,13 @@ class PrefixPool:
             return found if isinstance(found, Prefix) else None
 
     def request(
-        self, artifact_id: str, tokens: int, on_done: OnDone, *, deadline_s: float | None = None
+        self,
+        artifact_id: str,
+        tokens: int,
+        on_done: OnDone,
+        *,
+        deadline_s: float | None = None,
+        on_arriving: OnArriving | None = None,
     ) -> None:
         """Have the prefix of an artifact's first `tokens` tokens loaded.
 
@@ -130,8 +109,10 @@ class PrefixPool:
                 what went wrong. It must be quick.
             deadline_s: when to be told "slow_load" (or "no_room") at the latest; by default after the time
                 that prefilling the tokens takes. The load goes on.
+            on_arriving: called at most once, on another thread, when the whole prefix begins to be read for
+                this request. It must be quick. What is done with it may not be told before `on_done`.
         """
-        waiter = _Waiter(tokens, on_done)
+        waiter = Waiter(tokens, on_done, on_arriving)
         wait_s = self.rates.deadline_s(tokens) if deadline_s is None else deadline_s
         with self._lock:
             answer = self._at_once(artifact_id, tokens)
@@ -238,16 +219,16 @@ class PrefixPool:
         self._count(hits=1)
         return prefix
 
-    def _begin(self, artifact_id: str) -> _Load:
-        load = self._loads[artifact_id] = _Load(artifact_id)
+    def _begin(self, artifact_id: str) -> Load:
+        load = self._loads[artifact_id] = Load(artifact_id)
         self._submit(load)
         return load
 
-    def _submit(self, load: _Load) -> None:
+    def _submit(self, load: Load) -> None:
         load.began = None
         load.job = self._threads.submit(lambda: self._run(load))
 
-    def _run(self, load: _Load) -> None:
+    def _run(self, load: Load) -> None:
         """On a loader's thread: one load from its header to the answers."""
         with self._lock:
             if self._closed:
@@ -256,7 +237,7 @@ class PrefixPool:
         bound = failure = None
         try:
             bound = self._loaded(load)
-        except _NoRoom:
+        except NoRoom:
             if self._park(load):
                 return
             failure = self._no_room(load)
@@ -266,7 +247,7 @@ class PrefixPool:
                 _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.detail)
         self._finish(load, bound, failure)
 
-    def _loaded(self, load: _Load) -> BoundPrefix:
+    def _loaded(self, load: Load) -> BoundPrefix:
         """Read and bind, within the room reserved for it."""
         load.announced = announced = self._loading.announce(load.artifact_id)
         with ExitStack() as stack:
@@ -274,15 +255,23 @@ class PrefixPool:
             shared = self._resident_calibration(announced, stack)
             with self._lock:
                 if not self._residents.reserve(load.artifact_id, announced.resident_bytes):
-                    raise _NoRoom
+                    raise NoRoom
             if shared is None and announced.calibration is not None:
                 shared = self._read_calibration(load, stack)
-            return self._bound(announced, shared)
+            return self._bound(load, announced, shared)
 
-    def _bound(self, announced: Announced, shared: Calibration | None) -> BoundPrefix:
+    def _bound(self, load: Load, announced: Announced, shared: Calibration | None) -> BoundPrefix:
         """Read and bind what there is room for, measure it, and keep it, held once."""
+
+        def on_arriving(arriving: Arriving) -> None:
+            with self._lock:
+                waiters = [waiter for waiter in load.waiters if waiter.tokens == announced.tokens]
+            for waiter in waiters:
+                if waiter.on_arriving is not None:
+                    waiter.on_arriving(arriving)
+
         begin = time.perf_counter()
-        bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared))
+        bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared, on_arriving))
         seconds = time.perf_counter() - begin
         self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)
@@ -304,7 +293,7 @@ class PrefixPool:
                 self._hold_for(stack, _CALIBRATION + announced.calibration)
             return found
 
-    def _read_calibration(self, load: _Load, stack: ExitStack) -> Calibration:
+    def _read_calibration(self, load: Load, stack: ExitStack) -> Calibration:
         """Read the calibration that an artifact needs, keep it, and hold it until the stack closes."""
         assert load.announced is not None
         found = self._loading.calibration(load.announced)
@@ -313,7 +302,7 @@ class PrefixPool:
             if name in self._residents:
                 found = self._residents.get(name)  # another load was faster
             elif not self._residents.put(name, found, load.shared_bytes):
-                raise _NoRoom
+                raise NoRoom
             self._hold_for(stack, name)
         return found
 
@@ -321,15 +310,15 @@ class PrefixPool:
         self._residents.hold(name)
         stack.callback(self.release, name)
 
-    def _no_room(self, load: _Load) -> LoadFailure:
+    def _no_room(self, load: Load) -> LoadFailure:
         return LoadFailure(
             "no_room",
             f"artifact {load.artifact_id[:12]} needs {load.needed_bytes} bytes of the "
             f"{self._residents.budget} for prefixes",
         )
 
-    def _finish(self, load: _Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
-        answers: list[tuple[_Waiter, Answer]] = []
+    def _finish(self, load: Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
+        answers: list[tuple[Waiter, Answer]] = []
         with self._lock:
             self._loads.pop(load.artifact_id, None)
             if failure is not None:
@@ -347,7 +336,7 @@ class PrefixPool:
         if failure is not None and failure.reason == "corrupt" and self._on_corrupt is not None:
             self._on_corrupt(load.artifact_id, failure)
 
-    def _park(self, load: _Load) -> bool:
+    def _park(self, load: Load) -> bool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""
         with self._lock:
             self._residents.cancel(load.artifact_id)
@@ -366,7 +355,7 @@ class PrefixPool:
                 self._parked.remove(load)
                 self._submit(load)
 
-    def _expire(self, load: _Load, waiter: _Waiter) -> None:
+    def _expire(self, load: Load, waiter: Waiter) -> None:
         """On the alarm's thread: a waiter's time is up."""
         with self._lock:
             if waiter not in load.waiters:
@@ -384,7 +373,7 @@ class PrefixPool:
             self._count_failure(failure, 1)
         self._tell([(waiter, failure)])
 
-    def _later_tell(self, waiter: _Waiter, answer: Answer) -> None:
+    def _later_tell(self, waiter: Waiter, answer: Answer) -> None:
         """Tell on a thread of the pool, never on the caller's, which may hold a lock."""
 
         def tell() -> None:
@@ -393,7 +382,7 @@ class PrefixPool:
         if not self._alarm.after(0, tell):
             threading.Thread(target=tell, daemon=True).start()
 
-    def _tell(self, answers: Iterable[tuple[_Waiter, Answer]]) -> None:
+    def _tell(self, answers: Iterable[tuple[Waiter, Answer]]) -> None:
         for waiter, answer in answers:
             try:
                 waiter.on_done(answer)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from xkv_service.engine.head_start import HeadStart
 from xkv_service.engine.messages import (
     Delta,
     Event,
@@ -36,6 +37,8 @@ class Sequence:
         context: what is held of it, once it has begun. artifact_id: whose factors its prefix is, or None.
         todo: ids to run next: the prompt's rest, then each token chosen.
         miss: why it is not, or not further, served from factors.
+        head_start: while it waits for a prefix, the forward that has begun, or may begin.
+        computed: tokens of the context that were computed for this request before it joined the batch.
         done: whether it got its last event. failed: whether that was a failure.
     """
 
@@ -55,6 +58,8 @@ class Sequence:
         self.done = self.failed = False
         self.arrived = time.monotonic()
         self.load_began: float | None = None
+        self.head_start: HeadStart | None = None
+        self.computed = 0
         self._tell, self._text, self._most, self._ends = on_event, text, most, ends
         self._sample = Sampler(request.settings)
         self._cached = self._prefix_tokens = 0
@@ -73,12 +78,17 @@ class Sequence:
         """Whether its prompt is done and it runs a token at a time."""
         return bool(self._chosen)
 
-    def begin(self, context: Context, artifact_id: str | None) -> None:
-        """Go on from a context that holds the beginning of the prompt, and leaves a token of it."""
-        self.context, self.artifact_id = context, artifact_id
-        self._cached = len(context.ids)
+    def begin(self, context: Context, artifact_id: str | None, computed: int = 0) -> None:
+        """Go on from a context that holds the beginning of the prompt.
+
+        Args:
+            computed: tokens at its end that were computed for this very request; only with some may nothing
+                be left to do.
+        """
+        self.context, self.artifact_id, self.computed = context, artifact_id, computed
+        self._cached = len(context.ids) - computed
         self._prefix_tokens = context.prefix_tokens if artifact_id is not None else 0
-        self.todo = list(self.request.token_ids[self._cached :])
+        self.todo = list(self.request.token_ids[len(context.ids) :])
         self._begun = time.monotonic()
         if self.load_began is not None:
             self._loaded = self._begun - self.load_began

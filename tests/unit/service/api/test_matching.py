@@ -14,6 +14,7 @@ import torch
 from families import tiny_model as family_model
 from redis_server import RedisServer
 from rivers import DOCUMENT, SETTINGS, publish
+from transformers import PreTrainedModel
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
@@ -141,25 +142,52 @@ def test_a_damaged_prefix(tmp_path: Path, loaded: LoadedModel) -> None:
         assert reason(find(finder, prompt)) == "no_artifact"  # it was dropped
 
 
-def test_a_prefix_that_can_be_used_whole_only(tmp_path: Path) -> None:
-    model = family_model("gemma3", vocab_size=260, max_position_embeddings=1024)
-    identity = ModelIdentity(fingerprint="a" * 64, name="tiny", architecture="Gemma3", dtype="float32")
+@pytest.fixture(scope="module")
+def gemma() -> PreTrainedModel:
+    """A model whose prefixes serve whole or not at all: it has sliding windows."""
+    return family_model("gemma3", vocab_size=260, max_position_embeddings=1024)
+
+
+def publish_whole(store: ArtifactStore, model: PreTrainedModel, tokens: list[int]) -> str:
+    factors = compress(model, tokens, CompressionSpec(rank_k=24, rank_v=24))
+    assert factors.whole_only
+    fields = factors.manifest_fields()
+    manifest = PrefixManifest(
+        id=artifact_id("a" * 64, "default", tokens, fields["spec"]),
+        model=ModelIdentity(fingerprint="a" * 64, name="tiny", architecture="Gemma3", dtype="float32"),
+        namespace="default",
+        document=DocumentRef(uri="a", sha256="0" * 64),
+        created=datetime.now(timezone.utc),
+        **fields,
+    )
+    return store.publish(manifest, factors.to_tensors()).id
+
+
+def test_a_prefix_that_can_be_used_whole_only(tmp_path: Path, gemma: PreTrainedModel) -> None:
     with ArtifactStore.open(str(tmp_path)) as store:
         tokens = torch.randint(3, 250, (150,), generator=torch.Generator().manual_seed(0)).tolist()
-        factors = compress(model, tokens, CompressionSpec(rank_k=24, rank_v=24))
-        assert factors.whole_only
-        fields = factors.manifest_fields()
-        name = artifact_id("a" * 64, "default", tokens, fields["spec"])
-        document = DocumentRef(uri="a", sha256="0" * 64)
-        created = datetime.now(timezone.utc)
-        manifest = PrefixManifest(
-            id=name, model=identity, namespace="default", document=document, created=created, **fields
-        )
-        store.publish(manifest, factors.to_tensors())
+        name = publish_whole(store, gemma, tokens)
         finder = PrefixFinder(store, "a" * 64, SETTINGS)
         assert find(finder, [*tokens, 5]) == (PrefixMatch(name, 150), None)
         for prompt in ([*tokens[:100], 251, 251], tokens, tokens[:120]):
             assert reason(find(finder, prompt)) == "diverges"
+
+
+def test_a_shorter_prefix_that_fits_whole_is_found_behind_a_longer_one_that_does_not(
+    tmp_path: Path, gemma: PreTrainedModel
+) -> None:
+    with ArtifactStore.open(str(tmp_path)) as store:
+        tokens = torch.randint(3, 250, (230,), generator=torch.Generator().manual_seed(0)).tolist()
+        system = publish_whole(store, gemma, tokens[:80])
+        for other in (1, 2, 255):  # share 170 tokens with the prompt, and stand around it in the index
+            publish_whole(store, gemma, [*tokens[:170], *[other] * 30])
+        finder = PrefixFinder(store, "a" * 64, replace(SETTINGS, min_fidelity=0.0))
+        match, miss = find(finder, tokens)
+        assert match == PrefixMatch(system, 80)
+        assert miss is not None and miss.reason == "diverges"
+        longer = publish_whole(store, gemma, tokens[:140])
+        assert find(finder, tokens)[0] == PrefixMatch(longer, 140)
+        assert reason(find(finder, [*tokens[:79], 251])) == "diverges"
 
 
 @pytest.fixture
