@@ -32,13 +32,21 @@ from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.shared_weights import sharing_weights
 
 
+class Gate(threading.Event):
+    """Nothing is compressed before it is set; `reached` is set when something is to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+
 @pytest.fixture
-def going(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is compressed before it is set."""
-    event = threading.Event()
+def going(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    event = Gate()
     compress = prefix_maker.compress
 
     def held(*arguments: Any) -> Any:
+        event.reached.set()
         assert event.wait(300)
         return compress(*arguments)
 
@@ -85,7 +93,7 @@ def seen(records: PrefixRecords, prefix_id: str, *statuses: str) -> PrefixRecord
 
 
 def test_jobs_wait_their_turn_and_too_many_are_refused(
-    opened: Open, loaded: LoadedModel, going: threading.Event
+    opened: Open, loaded: LoadedModel, going: Gate
 ) -> None:
     store, elsewhere = opened(), PrefixRecords(opened())
     maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=2)
@@ -153,9 +161,7 @@ def test_what_is_asked_while_it_is_published_holds(
         maker.close()
 
 
-def test_a_maker_that_is_closed_fails_what_waits(
-    opened: Open, loaded: LoadedModel, going: threading.Event
-) -> None:
+def test_a_maker_that_is_closed_fails_what_waits(opened: Open, loaded: LoadedModel, going: Gate) -> None:
     store, elsewhere = opened(), PrefixRecords(opened())
     maker = PrefixMaker(store, loaded, ratio=2.0)
     first, second = (asyncio.run(maker.create(new(number))) for number in (0, 1))
@@ -176,7 +182,7 @@ def test_a_maker_that_is_closed_fails_what_waits(
 
 
 def test_a_quota_that_is_found_exceeded_late_is_the_reason_of_the_failure(
-    opened: Open, loaded: LoadedModel, going: threading.Event, tmp_path: Path
+    opened: Open, loaded: LoadedModel, going: Gate, tmp_path: Path
 ) -> None:
     store = opened()
     maker = PrefixMaker(store, loaded, ratio=2.0)
@@ -196,7 +202,7 @@ def test_a_quota_that_is_found_exceeded_late_is_the_reason_of_the_failure(
 
 
 def test_a_redis_that_comes_back_empty_knows_the_jobs_again(
-    opened: Open, loaded: LoadedModel, redis: RedisServer, going: threading.Event,
+    opened: Open, loaded: LoadedModel, redis: RedisServer, going: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(prefix_maker, "VOUCH_S", 0.3)
@@ -205,6 +211,7 @@ def test_a_redis_that_comes_back_empty_knows_the_jobs_again(
     try:
         made = asyncio.run(maker.create(new(0)))
         seen(elsewhere, made.id, "running")
+        assert going.reached.wait(240)  # its lease is taken: that needs Redis
         redis.kill()
         with pytest.raises(CatalogUnavailable):
             elsewhere.get(["a"], made.id)
@@ -218,7 +225,7 @@ def test_a_redis_that_comes_back_empty_knows_the_jobs_again(
 
 
 def test_over_http_every_process_tells_the_same(
-    opened: Open, loaded: LoadedModel, served_model: ServedModel, redis: RedisServer, going: threading.Event,
+    opened: Open, loaded: LoadedModel, served_model: ServedModel, redis: RedisServer, going: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Two HTTP processes, one maker; it goes away without a word, then Redis does."""
