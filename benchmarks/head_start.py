@@ -4,15 +4,16 @@ python benchmarks/head_start.py --out benchmarks/results/head_start.json
 
 Through a pool, as a server's engine does where nothing else runs. The store is a folder whose pages are in
 memory, as it is; slowed down to 100 MB/s; and besides with 20 ms before each read, as an object store may
-have. The baseline is waiting for the whole load, in the same process, turn about. Beside the bundled model
-stands a wider one of random weights, whose prefix is one of 256 tokens with its token factors and index
-repeated: times are those of its shapes, answers mean nothing. `load_ms` is the load alone, `ratio` the
-baseline's time over that of the head start.
+have, and then as much read ahead as the service does there. The baseline is waiting for the whole load, in
+the same process, turn about. Beside the bundled model stands a wider one of random weights, whose prefix is
+one of 256 tokens with its token factors and index repeated: times are those of its shapes, answers mean
+nothing. `load_ms` is the load alone, `ratio` the baseline's time over that of the head start.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import queue
 import tempfile
 import time
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from bundled import document_ids, load
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from xkv_artifacts.local_blobs import LocalBlobStore
 from xkv_artifacts.manifest import ModelIdentity
+from xkv_artifacts.object_blobs import _AHEAD_BYTES
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.engine.head_start import HeadStarts
@@ -77,11 +79,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class SlowFile:
+class SlowFile(io.RawIOBase):
     """A file that is read at so many bytes a second, each read after a wait."""
 
     def __init__(self, file: BinaryIO, bytes_per_s: float, wait_s: float) -> None:
         self._file, self._bytes_per_s, self._wait_s = file, bytes_per_s, wait_s
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As the file."""
+        return self._file.seek(offset, whence)
 
     def readinto(self, view: Any) -> int:
         """Fill the view, and take the time that it takes."""
@@ -89,14 +103,10 @@ class SlowFile:
         time.sleep(self._wait_s + count / self._bytes_per_s)
         return count
 
-    def __enter__(self) -> SlowFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file too."""
         self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+        super().close()
 
 
 class SlowFolder(LocalBlobStore):
@@ -111,7 +121,8 @@ class SlowFolder(LocalBlobStore):
         file = super().open(artifact_id)
         if not self._mb_per_s:
             return file
-        return SlowFile(file, 1e6 * self._mb_per_s, self._wait_ms / 1e3)  # type: ignore[return-value]
+        slow = SlowFile(file, 1e6 * self._mb_per_s, self._wait_ms / 1e3)
+        return cast("BinaryIO", io.BufferedReader(slow, _AHEAD_BYTES))
 
 
 def _cases(
