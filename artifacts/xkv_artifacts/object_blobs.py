@@ -23,8 +23,8 @@ from xkv_artifacts.errors import StoreError, first_line
 
 # Parts of an upload; S3 allows 10,000 of them, so this holds up to 320 GB.
 _PART_BYTES = 32 << 20
-# Fetched beyond what is read. Many tensors are small, each answer takes its time (some 20 ms at S3), and so many
-# bytes are 2.5 ms of 100 MB/s. More would be thrown away where a header is all that is read.
+# Fetched beyond what is read: many tensors are small, and each request takes some 20 ms, so many bytes 2.5 ms
+# at 100 MB/s. More would be thrown away where a header is all that is read.
 _AHEAD_BYTES = 256 << 10
 
 

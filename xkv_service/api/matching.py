@@ -30,6 +30,7 @@ from xkv_service.api.breaker import Breaker
 from xkv_service.api.errors import APIError
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.messages import Miss, PrefixMatch
+from xkv_service.numeric import is_number
 
 Found = tuple[PrefixMatch | None, Miss | None]
 Result = TypeVar("Result")
@@ -51,6 +52,7 @@ class _Facts:
     tokens: int
     whole_only: bool
     fidelity: float
+    ratio: float | None
 
     @classmethod
     def of(cls, manifest: PrefixManifest) -> _Facts:
@@ -60,6 +62,7 @@ class _Facts:
             manifest.tokens,
             bool(manifest.windows or manifest.states),
             manifest.fidelity.top1_agreement,
+            ratio if is_number(ratio := manifest.spec.get("ratio")) else None,
         )
 
 
@@ -159,9 +162,9 @@ class PrefixFinder:
         if facts.fidelity < self._settings.min_fidelity:
             detail = f"artifact {name} agrees to {facts.fidelity:.3f} with the exact cache, "
             return None, Miss("low_fidelity", detail + f"and {self._settings.min_fidelity:g} are asked for")
-        shared = PrefixMatch(match.artifact_id, tokens)
         if tokens == facts.tokens:
-            return shared, None
+            return PrefixMatch(match.artifact_id, tokens, facts.namespace, facts.ratio), None
+        shared = PrefixMatch(match.artifact_id, tokens)
         detail = f"artifact {name} and the prompt share {match.tokens} of its {facts.tokens} tokens"
         if facts.whole_only:
             return None, Miss("diverges", f"{detail}, and its model can use it whole only")

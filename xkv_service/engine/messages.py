@@ -28,10 +28,13 @@ class PrefixMatch:
 
     Args:
         artifact_id: whose factors. tokens: how many of the prompt's first tokens it holds.
+        namespace, ratio: of the artifact, where the prompt holds all of it, so that it can be made again.
     """
 
     artifact_id: str
     tokens: int
+    namespace: str | None = field(default=None, compare=False)
+    ratio: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

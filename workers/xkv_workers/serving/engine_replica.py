@@ -82,11 +82,13 @@ class EngineReplica:
             self._store.close()
 
     def _make_anew(self, request: GenerationRequest) -> None:
-        """Have the part of the prompt that a damaged artifact held compressed again."""
-        assert request.match is not None
-        ids = request.token_ids[: request.match.tokens]
+        """Have what a prompt shared with a damaged artifact made again; all of it as it was before."""
+        match = request.match
+        assert match is not None
+        ids = request.token_ids[: match.tokens]
         digest = hashlib.sha256(token_bytes(ids)).hexdigest()
-        new = NewPrefix(request.namespace, ids, f"again-{request.match.artifact_id[:12]}", digest)
+        owner = match.namespace or request.namespace
+        new = NewPrefix(owner, ids, f"again-{match.artifact_id[:12]}", digest, match.ratio)
         self._compressor.create.remote(new)
 
     def _report_from_now_on(self) -> None:
