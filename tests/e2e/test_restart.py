@@ -33,7 +33,7 @@ def test_a_conversation_goes_on_after_a_restart(xkv: Xkv, tmp_path: Path) -> Non
                 {"role": "assistant", "content": reply.choices[0].message.content or ""},
                 {"role": "user", "content": "And then?"},
             ]
-            end = time.monotonic() + 20  # replicas say once a second what they did
+            end = time.monotonic() + 120  # replicas say once a second what they did
             name = "xkv_engine_tails_loaded_total 1.0" if turn else "xkv_engine_tails_none_total 1.0"
             while name not in (metrics := httpx.get(f"{server.url}/metrics").text):
                 assert time.monotonic() < end, metrics
