@@ -69,6 +69,7 @@ class Engine:
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._head_starts: HeadStarts | None = None
+        self._beat = time.monotonic()
         self._tails = KeptTails(
             self.settings.tail_bytes,
             loaded.identity.fingerprint,
@@ -115,6 +116,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether it still answers."""
         return self._thread.is_alive()
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds since it last looked for messages: a step takes them, or a device that hangs."""
+        return time.monotonic() - self._beat
 
     def state(self) -> EngineState:
         """What it holds and does now."""
@@ -166,13 +172,18 @@ class Engine:
 
     def _receive(self) -> bool:
         """Take what came in; wait for it where there is nothing else to do. False: it is time to stop."""
-        idle = not self._running and not self._waiting
+        self._beat = time.monotonic()
+        full = len(self._loading) >= self.settings.max_running
+        idle = not self._running and (full or not self._waiting)
         with suppress(queue.Empty):
             message = self._inbox.get(timeout=_IDLE_S) if idle else self._inbox.get_nowait()
             while True:
                 if message is None:
                     return False
-                self._heed(message)
+                try:
+                    self._heed(message)
+                except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+                    self._fail(message.sequence, error)
                 message = self._inbox.get_nowait()
         return True
 
@@ -203,18 +214,27 @@ class Engine:
         """A sequence is done: whoever it waited for, its place is free, and what it holds is kept."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-        if self._loading.pop(id(sequence), None) and sequence.head_start is not None:
+        self._loading.pop(id(sequence), None)
+        if sequence.head_start is not None:
             sequence.head_start.stop()
+            sequence.head_start = None
         if sequence in self._running:
             self._running.remove(sequence)
-        if sequence.context is not None:
-            if sequence.failed:
-                self._release(sequence.artifact_id)
-            else:
-                self._tails.keep(sequence.context, sequence.request.namespace, sequence.artifact_id)
-            sequence.context = None
-        self._counters[f"ended_{reason}"] += 1
-        self._open.leave()
+        sequence.left = True
+        try:
+            self._put_away(sequence)
+        finally:
+            self._counters[f"ended_{reason}"] += 1
+            self._open.leave()
+
+    def _put_away(self, sequence: Sequence) -> None:
+        context, sequence.context = sequence.context, None
+        if context is None:
+            return
+        if sequence.failed:
+            self._release(sequence.artifact_id)
+        else:
+            self._tails.keep(context, sequence.request.namespace, sequence.artifact_id)
 
     def _admit(self) -> None:
         """Begin what waits, as far as there is room in the batch."""
@@ -244,7 +264,7 @@ class Engine:
             return
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
         if prefix is not None:
-            self._start(sequence, self._context(prefix), match.artifact_id)
+            self._start(sequence, self._context(prefix, match.artifact_id), match.artifact_id)
         elif self._prefixes.rates.decide(match.tokens) == "prefill":
             sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")
             self._prefixes.prefetch(match.artifact_id)
@@ -273,8 +293,9 @@ class Engine:
             if isinstance(answer, Prefix):
                 self._release(match.artifact_id)
             return
+        sequence.head_start = None
         if isinstance(answer, Prefix):
-            context = self._context(answer) if ran is None else ran.context
+            context = self._context(answer, match.artifact_id) if ran is None else ran.context
             self._start(sequence, context, match.artifact_id, ran)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
@@ -327,10 +348,14 @@ class Engine:
         if sequence.miss is not None:
             self._counters[f"miss_{sequence.miss.reason}"] += 1
 
-    def _context(self, prefix: Prefix) -> Context:
-        return Context(
-            self.loaded.model, XKVCache(prefix, self.settings.selection), prefix.token_ids.tolist()
-        )
+    def _context(self, prefix: Prefix, artifact_id: str) -> Context:
+        """Of a prefix that is held, and held no longer where this fails."""
+        try:
+            cache = XKVCache(prefix, self.settings.selection)
+            return Context(self.loaded.model, cache, prefix.token_ids.tolist())
+        except Exception:
+            self._release(artifact_id)
+            raise
 
     def _step(self, runner: Runner) -> None:
         parts = plan_step(self._running, self.settings)
@@ -340,8 +365,12 @@ class Engine:
         logits = self._run(runner, parts)
         self._note(parts, time.perf_counter() - began)
         for part, row in zip(parts, logits, strict=True):
-            if row is not None:
+            if row is None:
+                continue
+            try:
                 self._advance(part, row)
+            except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
+                self._fail(part.sequence, error)
 
     def _run(self, runner: Runner, parts: list[Part]) -> list[torch.Tensor | None]:
         """Logits of each part; None of one that failed, alone, and was told so."""
@@ -357,8 +386,9 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         name = sequence.request.id
         _log.error("request %s failed", name, exc_info=error, extra={"request_id": name})
-        sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
-        self._leave(sequence, "failed")
+        if not sequence.left:
+            sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
+            self._leave(sequence, "failed")
 
     def _advance(self, part: Part, logits: torch.Tensor) -> None:
         del part.sequence.todo[: part.count]

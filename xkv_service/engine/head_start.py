@@ -80,33 +80,39 @@ class HeadStart:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._arriving: Arriving | None = None
-        self._running = False
-        self._answer: Prefix | LoadFailure | None = None
+        self._running = self._answered = False
+        self._prefix: Prefix | None = None  # loaded, and not told yet
         self._ran: Ran | None = None
 
     def begin(self, arriving: Arriving) -> None:
         """The prefix's layers are about to come: start, unless another one runs."""
         with self._lock:
-            wanted = self._answer is None and not self._stopped.is_set()
+            wanted = not self._answered and not self._stopped.is_set()
             if not wanted or not self._starts.turn.acquire(blocking=False):
                 return
             self._arriving, self._running = arriving, True
-        threading.Thread(target=self._run, args=(arriving,), name="head-start", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(arriving,), name="head-start", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._ended(None)
 
     def loaded(self, answer: Prefix | LoadFailure) -> None:
         """The load has ended. What is told of it waits for the forward, if one runs that is of use."""
         with self._lock:
-            self._answer = answer
+            self._answered = True
             if self._running and isinstance(answer, Prefix):
+                self._prefix = answer
                 return
+            ran, self._ran = self._ran, None
         self.stop()
-        self._on_end(answer, self._useful())
+        self._tell(answer, ran)
 
     def stop(self) -> None:
         """Nobody wants it any more: the forward ends at its next layer."""
         self._stopped.set()
-        if self._arriving is not None:
-            self._arriving.came()
+        arriving = self._arriving
+        if arriving is not None:
+            arriving.came()
 
     def _run(self, arriving: Arriving) -> None:
         ran = None
@@ -117,12 +123,21 @@ class HeadStart:
         except Exception:  # noqa: BLE001 - the engine runs the tokens again, and tells what is wrong with them
             _log.warning("a forward beside a load failed", exc_info=True)
         finally:
-            self._starts.turn.release()
+            self._ended(ran)
+
+    def _ended(self, ran: Ran | None) -> None:
+        self._starts.turn.release()
         with self._lock:
-            self._running, self._ran = False, ran
-            answer = self._answer
-        if isinstance(answer, Prefix):
-            self._on_end(answer, self._useful())
+            prefix, self._prefix = self._prefix, None
+            self._running, self._ran = False, ran if not self._answered else None
+        if prefix is not None:
+            self._tell(prefix, ran)
+
+    def _tell(self, answer: Prefix | LoadFailure, ran: Ran | None) -> None:
+        """Told once; nothing of the prefix is kept here any longer."""
+        self._arriving = None
+        useful = ran is not None and ran.context.cache.prefix is answer
+        self._on_end(answer, ran if useful else None)
 
     @torch.no_grad()
     def _forward(self, arriving: Arriving) -> Ran:
@@ -134,8 +149,3 @@ class HeadStart:
         settled = Context(model, XKVCache(prefix, selection), ids[: prefix.tokens])
         settled.cache, settled.ids = cache.settled(), ids
         return Ran(settled, len(self._ids), logits)
-
-    def _useful(self) -> Ran | None:
-        """What ran behind the very prefix that was loaded."""
-        ran = self._ran if isinstance(self._answer, Prefix) else None
-        return ran if ran is not None and ran.context.cache.prefix is self._answer else None

@@ -40,6 +40,7 @@ class Sequence:
         head_start: while it waits for a prefix, the forward that has begun, or may begin.
         computed: tokens of the context that were computed for this request before it joined the batch.
         done: whether it got its last event. failed: whether that was a failure.
+        left: whether its place is free again.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Sequence:
         self.load_began: float | None = None
         self.head_start: HeadStart | None = None
         self.computed = 0
+        self.left = False
         self._tell, self._text, self._most, self._ends = on_event, text, most, ends
         self._sample = Sampler(request.settings)
         self._cached = self._prefix_tokens = 0

@@ -19,10 +19,17 @@ class Sampler:
             self._generator.seed()
 
     def __call__(self, logits: torch.Tensor) -> int:
-        """A token for logits [vocabulary]."""
+        """A token for logits [vocabulary].
+
+        Raises:
+            ArithmeticError: they are not numbers.
+        """
+        if bool(logits.isnan().any()):
+            raise ArithmeticError("the model's logits are not numbers")
         if self._settings.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.double().cpu() / self._settings.temperature
+        logits = logits.double().cpu()
+        scaled = (logits - logits.max()) / self._settings.temperature  # beyond any float: the likeliest alone
         likely = _nucleus(scaled.softmax(-1), self._settings.top_p)
         return int(torch.multinomial(likely, 1, generator=self._generator))
 

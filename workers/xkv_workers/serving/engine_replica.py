@@ -21,6 +21,8 @@ from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.settings import ServeSettings
 
 _REPORT_S = 1.0
+_STUCK_S = 600.0
+"""A step that takes longer than a request may is not one that goes on."""
 
 
 class EngineReplica:
@@ -72,6 +74,8 @@ class EngineReplica:
         self._report_from_now_on()
         if not self._engine.alive:
             raise WorkerFailed("the engine died", hint="its log says why")
+        if self._engine.stuck_s > _STUCK_S:
+            raise WorkerFailed("the engine hangs", hint="look at its device")
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up

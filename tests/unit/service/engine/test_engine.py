@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 from asking import SHORT, Asked, generated
 from talking import DOCUMENT, SELECTION, Talker
 
@@ -240,6 +241,34 @@ def test_a_model_that_fails_on_one_sequence_answers_the_others(
     asked = [Asked(engine, prompt), Asked(engine, [7, 200, 7]), Asked(engine, prompt, namespace="b")]
     assert isinstance(asked[1].wait().end, Failed) and asked[1].end.kind == "internal"
     assert asked[0].wait().tokens == asked[2].wait().tokens == generated(talker, prompt)
+
+
+def test_a_choice_that_fails_ends_one_answer_alone(
+    talker: Talker, engine: Engine, artifact: str, pool: PrefixPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xkv_service.engine.sequence import Sequence
+
+    accept = Sequence.accept
+
+    def bad(sequence: Sequence, logits: torch.Tensor) -> None:
+        accept(sequence, logits if sequence.request.settings.top_p == 1 else logits * float("nan"))
+
+    monkeypatch.setattr(Sequence, "accept", bad)
+    match = PrefixMatch(artifact, talker.factors.tokens)
+    prompt, nucleus = _prompt(talker, "n" * 70), replace(SHORT, temperature=1.0, top_p=0.5)
+    good, failing = Asked(engine, prompt, match=match), Asked(engine, prompt, match=match, settings=nucleus)
+    assert isinstance(failing.wait().end, Failed) and failing.end.kind == "internal"
+    assert good.wait().tokens == generated(talker, prompt, prefix=True)
+    assert engine.alive
+    _until(lambda: engine.state().running == 0)
+    assert pool.state().holds[artifact] == engine.state().kept_tails == 1
+
+
+def test_the_smallest_temperature_is_that_of_the_likeliest(talker: Talker, engine: Engine) -> None:
+    prompt = _prompt(talker, "t" * 70, document=False)
+    greedy = Asked(engine, prompt).wait()
+    coldest = Asked(engine, prompt, settings=replace(SHORT, temperature=5e-324)).wait()
+    assert coldest.tokens == greedy.tokens
 
 
 def test_any_traffic_is_answered_right(talker: Talker, engine: Engine, artifact: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from xkv_service.decoding.arriving import Arriving, ArrivingCache, NotArriving
 from xkv_service.decoding.loading import load_factors, load_parts
 from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.engine.engine import Engine
+from xkv_service.engine.head_start import HeadStart, Ran
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import Finished, PrefixMatch, Started
 from xkv_service.engine.prefix_pool import PrefixPool
@@ -115,7 +117,7 @@ def _prompt(talker: Talker, question: str = "Who?") -> list[int]:
     return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _until(met: Callable[[], bool], seconds: float = 20.0) -> None:
+def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end
@@ -192,7 +194,7 @@ def test_the_answer_is_that_of_the_prefix_and_comes_after_the_load(
 ) -> None:
     prompt = _prompt(talker, "Who?" if rest == "short" else "Who? " * 40)
     asked = Asked(engine, prompt, match=match)
-    assert blobs.reached.wait(20)
+    assert blobs.reached.wait(60)
     _until(lambda: _head_starts() == 1)
     time.sleep(0.1)
     assert not asked.events  # not every byte has been checked
@@ -209,6 +211,38 @@ def test_the_answer_is_that_of_the_prefix_and_comes_after_the_load(
     assert again.tokens == asked.tokens
 
 
+def test_nothing_of_a_prefix_is_kept_behind_its_answer(
+    talker: Talker, engine: Engine, blobs: GatedBlobs, match: PrefixMatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    begin = HeadStart.begin
+    monkeypatch.setattr(HeadStart, "begin", lambda start, one: begun.append(start) or begin(start, one))
+    asked = Asked(engine, _prompt(talker), match=match)
+    assert blobs.reached.wait(60)
+    _until(lambda: _head_starts() == 1)
+    blobs.gate.set()
+    asked.wait()
+    assert engine.state().counters["head_starts"] == 1
+    (start,) = begun
+    assert not [one for one in vars(start).values() if isinstance(one, Prefix | Arriving | Ran)]
+
+
+def test_while_loads_wait_the_engine_does_not_spin(
+    talker: Talker, pool: PrefixPool, blobs: GatedBlobs, match: PrefixMatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    state = pool.state
+    with Engine(talker.loaded, replace(SETTINGS, max_running=2), pool) as engine:
+        asked = [Asked(engine, _prompt(talker, f"{number}?"), match=match) for number in range(5)]
+        assert blobs.reached.wait(60)
+        _until(lambda: engine.state().waiting == 5)
+        monkeypatch.setattr(pool, "state", lambda: states.append(1) or state())
+        time.sleep(1.0)
+        assert len(states) < 20  # one a turn of the engine's thread
+        blobs.gate.set()
+        assert all(isinstance(one.wait().end, Finished) for one in asked)
+
+
 def test_damage_that_is_found_late_is_told_to_nobody_but_as_a_miss(
     talker: Talker, gated: ArtifactStore, engine: Engine, blobs: GatedBlobs, match: PrefixMatch
 ) -> None:
@@ -218,7 +252,7 @@ def test_damage_that_is_found_late_is_told_to_nobody_but_as_a_miss(
     blob.write_bytes(content)
     prompt = _prompt(talker)
     asked = Asked(engine, prompt, match=match)
-    assert blobs.reached.wait(20)
+    assert blobs.reached.wait(60)
     _until(lambda: _head_starts() == 1)
     blobs.gate.set()
     assert asked.wait().tokens == generated(talker, prompt)
@@ -233,7 +267,7 @@ def test_a_request_that_is_cancelled_ends_its_head_start(
     talker: Talker, pool: PrefixPool, engine: Engine, blobs: GatedBlobs, match: PrefixMatch
 ) -> None:
     asked = Asked(engine, _prompt(talker), match=match)
-    assert blobs.reached.wait(20)
+    assert blobs.reached.wait(60)
     _until(lambda: _head_starts() == 1)
     asked.cancel()
     assert isinstance(asked.wait().end, Finished)
@@ -285,7 +319,7 @@ def test_beside_a_stream_nothing_is_begun_early(
     stream = Asked(engine, _prompt(talker, "And?"), settings=endless)
     _until(lambda: any(isinstance(event, Started) for event in stream.events))
     asked = Asked(engine, _prompt(talker), match=match)
-    assert blobs.reached.wait(20)
+    assert blobs.reached.wait(60)
     told = len(stream.events)
     _until(lambda: len(stream.events) > told)
     assert not _head_starts() and not asked.events
@@ -299,7 +333,7 @@ def test_only_one_runs_at_a_time(
 ) -> None:
     prompts = [_prompt(talker, question) for question in ("Who?", "Where?", "When?")]
     asked = [Asked(engine, prompt, match=match, settings=SHORT) for prompt in prompts]
-    assert blobs.reached.wait(20)
+    assert blobs.reached.wait(60)
     _until(lambda: _head_starts() == 1)
     blobs.gate.set()
     for one, prompt in zip(asked, prompts, strict=True):

@@ -96,7 +96,7 @@ def serving(
         made.close()
 
 
-def until(met: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(met: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end
@@ -279,13 +279,14 @@ class SlowBlobs:
     """A shelf's blobs that open when they are let."""
 
     def __init__(self, blobs: BlobStore) -> None:
-        self.blobs, self.let = blobs, threading.Event()
+        self.blobs, self.let, self.reached = blobs, threading.Event(), threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.blobs, name)
 
     def open(self, artifact_id: str) -> BinaryIO:
-        assert self.let.wait(20)
+        self.reached.set()
+        assert self.let.wait(120)
         return self.blobs.open(artifact_id)
 
 
@@ -324,9 +325,9 @@ def test_cancelled_while_its_tail_is_loaded(
     longer = [*held, *prompt_of(talker, "And then?", document=False)]
     with serving(talker, own_store) as served:
         asked = Asked(served.engine, longer, match=match)
-        until(lambda: served.engine.state().waiting == 1 and bool(served.pool.state().holds))
+        assert slow.reached.wait(60)
         asked.cancel()
-        asked.wait(5)
+        asked.wait()
         slow.let.set()
         until(lambda: served.counter("loaded") == 1)
         two = Asked(served.engine, longer, match=match).wait()  # it is in memory now
@@ -339,12 +340,12 @@ def test_a_full_queue_loses_tails_and_keeps_nobody_waiting(
     talker: Talker, own_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let, put = threading.Event(), own_store.tails.put
-    monkeypatch.setattr(own_store.tails, "put", lambda *a, **k: (let.wait(20), put(*a, **k))[1])
+    monkeypatch.setattr(own_store.tails, "put", lambda *a, **k: (let.wait(120), put(*a, **k))[1])
     monkeypatch.setattr(stored_tails, "_QUEUE_BYTES", 1000)
     match = match_of(talker, own_store)
     with serving(talker, own_store, replace(SETTINGS, tail_bytes=300_000)) as served:
         for number in range(8):
-            Asked(served.engine, prompt_of(talker, f"{number}" * 90), match=match).wait(5)
+            Asked(served.engine, prompt_of(talker, f"{number}" * 90), match=match).wait()
         until(lambda: served.counter("lost_queue_full") > 0)
         let.set()
         until(lambda: served.counter("stored") > 0)

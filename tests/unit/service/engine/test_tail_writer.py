@@ -100,7 +100,7 @@ def test_computing_behind_factors_is_learned_apart() -> None:
     assert rates.load_is_faster(1_000_000, 1000, 1000, exact=False)
 
 
-def until(met: object, seconds: float = 10.0) -> None:
+def until(met: object, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not met():  # type: ignore[operator]
         assert time.monotonic() < end
