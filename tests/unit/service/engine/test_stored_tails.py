@@ -279,12 +279,13 @@ class SlowBlobs:
     """A shelf's blobs that open when they are let."""
 
     def __init__(self, blobs: BlobStore) -> None:
-        self.blobs, self.let = blobs, threading.Event()
+        self.blobs, self.asked, self.let = blobs, threading.Event(), threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.blobs, name)
 
     def open(self, artifact_id: str) -> BinaryIO:
+        self.asked.set()
         assert self.let.wait(20)
         return self.blobs.open(artifact_id)
 
@@ -324,7 +325,7 @@ def test_cancelled_while_its_tail_is_loaded(
     longer = [*held, *prompt_of(talker, "And then?", document=False)]
     with serving(talker, own_store) as served:
         asked = Asked(served.engine, longer, match=match)
-        until(lambda: served.engine.state().waiting == 1 and bool(served.pool.state().holds))
+        assert slow.asked.wait(10)
         asked.cancel()
         asked.wait(5)
         slow.let.set()
