@@ -75,7 +75,7 @@ class TailIndex:
         answer = self._run(tail_scripts.PUBLISH, texts, self._search.keys(*owner), patience_s=_ONCE)
         match answer:
             case [int(total), [*dropped]]:
-                return total, [_tail_id(raw) for raw in dropped]
+                return total, [name for name in map(_text, dropped) if is_artifact_id(name)]
         raise CatalogError("the list of stored tails gave no ids", hint=REBUILD_HINT)
 
     def find(self, fingerprint: str, namespace: str, tokens: bytes) -> list[TailMatch]:
@@ -124,14 +124,27 @@ class TailIndex:
         arguments = [f"{self._start}-readers:", repr(ttl_s), *texts]
         self._link.script(entry_scripts.RENEW_READS, [], arguments, patience_s=_ONCE)
 
-    def expired(self, start: int = 0) -> list[TailEntry]:
-        """A page of the tails whose time is over, longest first, from rank `start` on."""
+    def expired(self, start: int = 0) -> dict[str, TailEntry | None]:
+        """A page of the tails whose time is over by id, longest first, from rank `start` on.
+
+        None stands for an entry that is lost or damaged; such an id may be anything.
+        """
         seconds, microseconds = self._link.call(lambda client: client.time())
         now = float(seconds) + microseconds / 1e6
         raw: Any = self._link.call(
             lambda client: client.zrangebyscore(self._keys[1], "-inf", now, start, _PAGE)
         )
-        return self._listing.entries(ids=[_tail_id(item) for item in raw])
+        names = [_text(item) for item in raw]
+        entries = {entry.id: entry for entry in self._listing.entries(ids=names)}
+        return {name: entries.get(name) for name in names}
+
+    def drop_damaged(self) -> None:
+        """Drop what is listed without a good entry, unless it is read: nobody finds it."""
+        names = self.ids()
+        good = {entry.id for entry in self._listing.entries(ids=names)}
+        for name in names:
+            if name not in good:
+                self.drop(name, "unused")
 
     def ids(self) -> list[str]:
         """The ids of all tails, last used first (and whatever else somebody put there)."""
@@ -156,8 +169,5 @@ class TailIndex:
         return self._link.script(script, keys, [self._start, *texts], patience_s=patience_s)
 
 
-def _tail_id(raw: Any) -> str:
-    text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else str(raw)
-    if not is_artifact_id(text):
-        raise CatalogError(f"the list of stored tails holds {text[:80]!r}, which is no id", hint=REBUILD_HINT)
-    return text
+def _text(raw: Any) -> str:
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)

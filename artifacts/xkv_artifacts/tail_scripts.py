@@ -35,10 +35,9 @@ local function drop(id)
     if place then redis.pcall('ZREM', start .. '-prefixes:' .. found[1] .. ':' .. found[2], place) end
     count(0 - number(found[3]))
   end
-  redis.call('ZREM', USED, id)
-  redis.call('ZREM', EXPIRY, id)
+  local listed = redis.call('ZREM', USED, id) + redis.call('ZREM', EXPIRY, id)
   redis.call('HDEL', PLACES, id)
-  return redis.call('DEL', key)
+  return math.min(1, listed + redis.call('DEL', key))
 end
 
 local function is_read(id)

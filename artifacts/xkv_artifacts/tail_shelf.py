@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Final
 
 from xkv_artifacts.blobs import TAIL_SUFFIX, TAILS, BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs
-from xkv_artifacts.errors import ArtifactNotFound, CatalogError, CatalogUnavailable, ForeignTail
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CatalogError,
+    CatalogUnavailable,
+    ForeignTail,
+    QuotaExceeded,
+)
 from xkv_artifacts.format import TOKENS
-from xkv_artifacts.keys import tail_id, token_bytes
+from xkv_artifacts.keys import is_artifact_id, tail_id, token_bytes
 from xkv_artifacts.readers import Readers
 from xkv_artifacts.redis_link import RedisLink
 from xkv_artifacts.reports import TailUsage
@@ -73,6 +79,7 @@ class TailShelf:
 
         Raises:
             CorruptArtifact: manifest and tensors do not fit together; nothing is written.
+            QuotaExceeded: it is larger than the budget; nothing is written, and none has to go for it.
             CatalogUnavailable, CatalogError, StoreError: it is not stored.
         """
         tokens = token_bytes(tensors[TOKENS])
@@ -81,10 +88,15 @@ class TailShelf:
             return PutTail(0)
         older = self._continued(manifest, namespace, tokens)
         ready = lay_out_session(manifest, tensors)
+        size = len(ready.head) + sum(len(view) for view in ready.views.values())
+        if size > budget:
+            raise QuotaExceeded(
+                f"a tail of {size} bytes is larger than the budget for stored tails, {budget}"
+            )
         self.blobs.put(name, ready.write)
         entry = TailEntry(
             id=name,
-            bytes=len(ready.head) + sum(len(view) for view in ready.views.values()),
+            bytes=size,
             fingerprint=manifest.model.fingerprint,
             namespace=namespace,
             artifact=manifest.artifact,
@@ -145,13 +157,15 @@ class TailShelf:
         removed = size = start = 0
         while page := self.index.expired(start):
             gone = 0
-            for entry in page:
-                if dry_run or self.index.drop(entry.id, "ended"):
-                    gone += 1
-                    size += entry.bytes
-                    if not dry_run:
-                        self.blobs.remove(entry.id, durably=False)
-            removed += gone
+            for name, entry in page.items():
+                if not dry_run and not self.index.drop(name, "ended"):
+                    continue
+                gone += 1
+                held = entry.bytes if entry is not None else self._blob_bytes(name)
+                removed += held > 0
+                size += held
+                if held and not dry_run:
+                    self.blobs.remove(name, durably=False)
             start += len(page) if dry_run else len(page) - gone
         return TailUsage(removed, size)
 
@@ -171,8 +185,9 @@ class TailShelf:
             CatalogUnavailable, CatalogError, StoreError
         """
         stored = set(self.blobs.ids())
+        self.index.drop_damaged()
         listed = set(self.index.ids())  # after the blobs: what is listed meanwhile is among these
-        for name in listed - stored:
+        for name in filter(is_artifact_id, listed - stored):
             if not self.blobs.exists(name):
                 self.index.drop(name, "gone")
         removed = 0
@@ -182,6 +197,12 @@ class TailShelf:
                     removed += self.blobs.remove(name, durably=False)
         self.index.recount()
         return removed
+
+    def _blob_bytes(self, name: str) -> int:
+        """Of a tail of which the catalog knows no more than a name, if that."""
+        with suppress(ArtifactNotFound):
+            return self.blobs.size(name) if is_artifact_id(name) else 0
+        return 0
 
     def _continued(self, manifest: SessionManifest, namespace: str, tokens: bytes) -> list[str]:
         """Stored tails that end inside of this one, behind the same prefix."""

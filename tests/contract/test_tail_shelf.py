@@ -13,16 +13,19 @@ import pytest
 from artifact_samples import FINGERPRINT, tail_sample
 from redis_server import RedisServer
 
+from xkv_artifacts import tail_index
 from xkv_artifacts.errors import (
     ArtifactNotFound,
     CatalogUnavailable,
     CorruptArtifact,
     ForeignTail,
+    QuotaExceeded,
 )
 from xkv_artifacts.keys import token_bytes
 from xkv_artifacts.readers import Readers
+from xkv_artifacts.reports import TailUsage
 from xkv_artifacts.store import ArtifactStore
-from xkv_artifacts.tail_index import PLACES_KEY, SUM_KEY, USED_KEY
+from xkv_artifacts.tail_index import ENTRY_KEY, EXPIRY_KEY, PLACES_KEY, SUM_KEY, USED_KEY
 from xkv_artifacts.tail_shelf import UNLISTED_S
 
 ROOM: dict[str, Any] = {"ttl_s": 60.0, "budget": 1 << 20}
@@ -155,13 +158,21 @@ def test_the_budget_costs_what_is_longest_unused(store: ArtifactStore) -> None:
     assert agree(store) == {newest}
 
 
+def test_a_tail_larger_than_the_budget_costs_no_other(store: ArtifactStore) -> None:
+    names = {put(store, talk(200, start=start)) for start in (1, 2)}
+    size = store.tails.blobs.size(next(iter(names)))
+    with pytest.raises(QuotaExceeded, match="budget for stored tails"):
+        put(store, talk(200, start=3), budget=size - 1)
+    assert agree(store) == names
+
+
 def test_what_is_read_is_neither_collected_nor_evicted(store: ArtifactStore) -> None:
     name = put(store, talk(200, start=1), ttl_s=0.2)
     readers = Readers(store.tails.index)
     with readers.hold(name):
         time.sleep(0.3)
         assert store.collect().tails.tails == 0
-        put(store, talk(200, start=2), budget=1)
+        put(store, talk(200, start=2), budget=store.tails.blobs.size(name))
         assert name in agree(store)
     collected = store.collect(dry_run=True).tails
     assert collected.tails == 1 and name in agree(store)
@@ -187,6 +198,50 @@ def test_many_that_have_ended_are_collected(store: ArtifactStore) -> None:
     report = store.collect()
     assert report.tails.tails == 40 and report.removed == () and agree(store) == {kept}
     assert store.tails.usage().bytes == store.tails.blobs.size(kept)
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "of another type"])
+def test_entries_that_are_lost_or_damaged_keep_no_blob(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(tail_index, "_PAGE", 2)
+    bad = [put(store, talk(200, start=start), ttl_s=0.01) for start in range(4)]
+    ended, kept = put(store, talk(200, start=5), ttl_s=0.02), put(store, talk(200, start=6))
+    for name in bad:
+        damage(store, name, how)
+    store.catalog.link.call(lambda client: client.zadd(key_of(EXPIRY_KEY, store), {"no id": 0}))
+    time.sleep(0.1)
+    size = sum(store.tails.blobs.size(name) for name in [*bad, ended])
+    assert store.collect(dry_run=True).tails == TailUsage(5, size)
+    assert store.collect().tails == TailUsage(5, size)
+    assert set(store.tails.blobs.ids()) == set(store.tails.index.ids()) == {kept}
+    assert store.collect().tails == TailUsage(0, 0)
+
+
+def test_orphans_are_also_those_whose_entry_is_lost(store: ArtifactStore) -> None:
+    lost, damaged, kept = (put(store, talk(200, start=start)) for start in (1, 2, 3))
+    damage(store, lost, "lost")
+    damage(store, damaged, "damaged")
+    store.catalog.link.call(lambda client: client.zadd(key_of(USED_KEY, store), {"no id": 0}))
+    then = time.time() - UNLISTED_S - 1
+    for name in (lost, damaged, kept):
+        os.utime(Path(store.blobs.url) / "tails" / name[:2] / f"{name}.xkv", (then, then))
+    assert store.collect_orphans().tails == 2
+    assert agree(store) == {kept}
+
+
+def damage(store: ArtifactStore, name: str, how: str) -> None:
+    key, link = ENTRY_KEY.format(store=store.catalog.store_id, id=name), store.catalog.link
+    if how == "damaged":
+        link.call(lambda client: client.hset(key, "tokens", "junk"))
+        return
+    link.call(lambda client: client.delete(key))
+    if how == "of another type":
+        link.call(lambda client: client.set(key, "junk"))
+
+
+def key_of(key: str, store: ArtifactStore) -> str:
+    return key.format(store=store.catalog.store_id)
 
 
 @pytest.mark.parametrize("offset", [3, 60, -5])

@@ -26,9 +26,9 @@ from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.reports import Match
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.api.breaker import Breaker
 from xkv_service.api.errors import APIError
 from xkv_service.api.settings import APISettings
+from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.messages import Miss, PrefixMatch
 from xkv_service.numeric import is_number
 

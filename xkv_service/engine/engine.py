@@ -315,15 +315,18 @@ class Engine:
                 self._join(sequence)
                 self._accept(sequence, ran.logits)
                 return
+        began = time.monotonic()
+
+        def told(tail: KeptTail | None) -> None:
+            if tail is not None:  # one that loads nothing waits for no load
+                sequence.load_began = sequence.load_began or began
+            self._inbox.put(TailLoaded(sequence, tail))
+
         if self._stored is None or not self._stored.request(
-            request.token_ids,
-            request.namespace,
-            context,
-            lambda tail: self._inbox.put(TailLoaded(sequence, tail)),
+            request.token_ids, request.namespace, context, told
         ):
             self._join(sequence)
             return
-        sequence.load_began = sequence.load_began or time.monotonic()
         self._loading[id(sequence)] = sequence
 
     def _take_tail(self, sequence: Sequence, tail: KeptTail | None) -> None:

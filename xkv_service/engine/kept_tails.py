@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from xkv_artifacts.keys import DIGEST_BYTES, joined_block_hashes, token_bytes
 from xkv_service.decoding.growing_layer import GrowingLayer
 from xkv_service.sessions.answer import common_tokens
 from xkv_service.sessions.context import Context
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class KeptTails:
         fingerprint: of the model.
         on_drop: told the artifact of each tail that is dropped, if it has one: its prefix is held no longer.
         on_evict: told before that of each tail that has to leave although its conversation may go on.
+            Where that fails, the tail is lost, and nothing else.
     """
 
     def __init__(
@@ -126,7 +130,10 @@ class KeptTails:
 
     def _evict(self, name: int) -> None:
         if self._on_evict is not None:
-            self._on_evict(self._kept[name])
+            try:
+                self._on_evict(self._kept[name])
+            except Exception:  # noqa: BLE001 - the room is needed, and the others must not go with it
+                _log.exception("a tail was lost as it left memory")
         self._drop(name)
 
     def _drop(self, name: int) -> None:

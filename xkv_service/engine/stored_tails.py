@@ -11,11 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from xkv_artifacts.errors import ForeignTail, XKVError
+from xkv_artifacts.errors import CatalogUnavailable, ForeignTail, QuotaExceeded, XKVError
 from xkv_artifacts.keys import BLOCK_TOKENS
+from xkv_artifacts.tail_entry import TailMatch
 from xkv_artifacts.tail_shelf import TailShelf
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.engine.alarm import Alarm
+from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.kept_tails import KeptTail
 from xkv_service.engine.load_failure import failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
@@ -32,6 +34,10 @@ _log = logging.getLogger(__name__)
 _THREADS = 2
 _QUEUE_BYTES = 256 << 20
 """Memory of tails that wait to be written, on top of that for kept ones, and never more than that."""
+_SEARCH_S = 1.0
+"""How long a prompt waits for Redis to say whether there is a tail, as it does for its prefix."""
+_PAUSE_S = 5.0
+"""How long Redis is left alone after it did not say so."""
 _CLOSING_S = 5.0
 """How long the end of an engine waits for its tails: Ray Serve kills a replica after 20 s."""
 
@@ -42,7 +48,8 @@ class _Search:
     """One search, and whom it is for. It is over once it was answered or came too late."""
 
     def __init__(self, wanted: WantedTail, on_done: OnTail) -> None:
-        self.wanted, self.on_done, self.over = wanted, on_done, False
+        self.wanted, self.on_done = wanted, on_done
+        self.found = self.over = False
 
 
 class StoredTails:
@@ -67,11 +74,23 @@ class StoredTails:
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._late: set[_Search] = set()
         self._writer = TailWriter(self._store, min(settings.tail_bytes, _QUEUE_BYTES))
-        self._threads = LoaderThreads(_THREADS, _THREADS)
+        self._breaker = Breaker(_PAUSE_S)
+        self._searchers = LoaderThreads(_THREADS, _THREADS)
+        self._loaders = LoaderThreads(_THREADS, _THREADS)
         self._alarm = Alarm("stored-tail-deadlines")
 
     def offer(self, tail: KeptTail) -> None:
-        """Have a tail stored, if loading it will be faster than computing it again; else it is lost."""
+        """Have a tail stored, if loading it will be faster than computing it again; else it is lost.
+
+        What goes wrong here is counted, and raised.
+        """
+        try:
+            self._offer(tail)
+        except Exception:
+            self._count(lost_failed=1)
+            raise
+
+    def _offer(self, tail: KeptTail) -> None:
         start = tail.context.prefix_tokens
         tokens = len(tail.context.ids) - start
         exact = tail.artifact_id is None
@@ -100,11 +119,14 @@ class StoredTails:
             if self._late:  # others have stopped waiting; whoever comes now would wait in vain as well
                 self._counters["failed_slow_load"] += 1
                 return False
+            if not self._breaker.allows():
+                self._counters["failed_unavailable"] += 1
+                return False
         search = _Search(WantedTail(ids, namespace, held, exact, context.can_crop), on_done)
         seconds = self.rates.compute_s(rest, held, exact=exact)
-        if not self._alarm.after(seconds, lambda: self._expire(search)):
+        if not self._alarm.after(min(seconds, _SEARCH_S), lambda: self._expire_search(search, seconds)):
             return False
-        self._threads.submit(lambda: self._look(search))
+        self._searchers.submit(lambda: self._look(search))
         return True
 
     def counters(self) -> dict[str, float]:
@@ -119,7 +141,8 @@ class StoredTails:
     def close(self) -> None:
         """Stop, after what is in the queue, or after some seconds. Who still waits is not called."""
         self._alarm.close()
-        self._threads.close()
+        self._searchers.close()
+        self._loaders.close()
         self._count(lost_closing=self._writer.close(_CLOSING_S))
 
     def _store(self, tail: LeavingTail) -> None:
@@ -129,6 +152,10 @@ class StoredTails:
         ttl_s, budget = self._settings.stored_tail_ttl_s, self._settings.stored_tail_bytes
         try:
             put = self._shelf.put(tail.manifest, tensors, tail.namespace, ttl_s=ttl_s, budget=budget)
+        except QuotaExceeded as error:
+            _log.warning("a tail was lost: %s", error.message)
+            self._count(lost_too_large=1)
+            return
         except XKVError as error:
             _log.warning("a tail was lost: %s", error.message)
             self._count(**{f"lost_{failure_of(error).reason}": 1})
@@ -139,17 +166,55 @@ class StoredTails:
             self._count(stored=1, stored_bytes=put.bytes, store_seconds=time.perf_counter() - began)
 
     def _look(self, search: _Search) -> None:
-        """On a loader's thread: from the question to its answer."""
-        tail = None
+        """On a searcher's thread: to a match, which a loader's thread reads."""
+        if search.over:
+            self._answer(search, None)
+            return
         try:
-            if not search.over:
-                tail = self._found(search)
-        except NoTail as none:
-            self._count_failure(str(none))
+            match, until = self._search.find(search.wanted)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the prompt can be computed
+            self._heard(search, failed=isinstance(error, CatalogUnavailable))
+            self._fail(search, error)
+            return
+        self._heard(search, failed=False)
+        if search.over:
+            self._answer(search, None)
+            return
+        self._alarm.after(until - time.monotonic(), lambda: self._expire(search))
+        self._loaders.submit(lambda: self._load(search, match))
+
+    def _heard(self, search: _Search, *, failed: bool) -> None:
+        """Redis said whether there is a tail, or failed to; an answer that came too late proves nothing."""
+        with self._lock:
+            search.found = not search.over
+            if failed:
+                self._breaker.failed()
+            elif not search.over:
+                self._breaker.succeeded()
+
+    def _load(self, search: _Search, match: TailMatch) -> None:
+        """On a loader's thread: from a match to the answer."""
+        try:
+            tail = None if search.over else self._search.load(search.wanted, match)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(search, error)
+            return
+        if tail is not None:
+            seconds = time.monotonic() - search.wanted.began
+            self.rates.loaded(match.entry.bytes, seconds)
+            self._count(loaded=1, loaded_bytes=match.entry.bytes, load_seconds=seconds)
+        self._answer(search, tail)
+
+    def _fail(self, search: _Search, error: Exception) -> None:
+        if isinstance(error, NoTail):
+            self._count_failure(str(error))
+        else:
             failure = failure_of(error)
             _log.warning("no stored tail: %s", failure.detail)
             self._count_failure("foreign" if isinstance(error, ForeignTail) else failure.reason)
+        self._answer(search, None)
+
+    def _answer(self, search: _Search, tail: KeptTail | None) -> None:
         with self._lock:
             self._late.discard(search)
             late, search.over = search.over, True
@@ -158,23 +223,24 @@ class StoredTails:
         elif tail is not None and tail.artifact_id is not None:
             self._pool.release(tail.artifact_id)
 
-    def _found(self, search: _Search) -> KeptTail:
-        match, until = self._search.find(search.wanted)
-        self._alarm.after(until - time.monotonic(), lambda: self._expire(search))
-        tail = self._search.load(search.wanted, match)
-        seconds = time.monotonic() - search.wanted.began
-        self.rates.loaded(match.entry.bytes, seconds)
-        self._count(loaded=1, loaded_bytes=match.entry.bytes, load_seconds=seconds)
-        return tail
+    def _expire_search(self, search: _Search, seconds: float) -> None:
+        """On the alarm's thread: Redis was to answer by now, or computing, of so many seconds, is done."""
+        with self._lock:
+            if search.found or search.over:
+                return
+            hangs = seconds >= _SEARCH_S
+            if hangs:
+                self._breaker.failed()
+        self._expire(search, "unavailable" if hangs else "slow_load")
 
-    def _expire(self, search: _Search) -> None:
-        """On the alarm's thread: computing would be done by now."""
+    def _expire(self, search: _Search, reason: str = "slow_load") -> None:
+        """On the alarm's thread: the prompt is computed."""
         with self._lock:
             if search.over:
                 return
             search.over = True
             self._late.add(search)
-            self._counters["failed_slow_load"] += 1
+            self._counters[f"failed_{reason}"] += 1
         search.on_done(None)
 
     def _count(self, **more: float) -> None:

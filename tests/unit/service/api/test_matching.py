@@ -20,9 +20,9 @@ from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, compress
-from xkv_service.api.breaker import Breaker
 from xkv_service.api.errors import APIError
 from xkv_service.api.matching import Found, PrefixFinder
+from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.messages import PrefixMatch
 from xkv_service.modeling.models import LoadedModel
 
