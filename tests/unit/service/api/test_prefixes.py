@@ -34,7 +34,7 @@ def keeping(
     """A server that keeps prefixes, each key in a namespace of its own."""
     folder = str(tmp_path_factory.mktemp("kept"))
     with ArtifactStore.open(folder, patience_s=0) as store:
-        maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=3)
+        maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=12)
         finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
         try:
             with paced_backend(loaded, store) as backend:
