@@ -324,6 +324,8 @@ class PrefixPool:
             if failure is not None:
                 self._residents.cancel(load.artifact_id)
                 self._count_failure(failure, max(1, len(load.waiters)))
+                if failure.reason == "corrupt":
+                    self._count(damaged=1)
             for waiter in load.waiters:
                 answer = failure or self._take(load.artifact_id, waiter.tokens)
                 assert answer is not None, "a prefix that is held is there"
@@ -337,9 +339,7 @@ class PrefixPool:
             self._tell_damage(load.artifact_id, failure)
 
     def _tell_damage(self, artifact_id: str, failure: LoadFailure) -> None:
-        """Count it and tell it, once, whether anybody waits for the artifact or not."""
-        with self._lock:
-            self._count(damaged=1)
+        """Once, whether anybody waits for the artifact or not."""
         if self._on_corrupt is None:
             return
         try:
