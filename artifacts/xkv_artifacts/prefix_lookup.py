@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xkv_artifacts.blobs import BlobStore
@@ -26,26 +27,38 @@ class PrefixLookup:
         self._checked = checked
         self._tokens = TokenCache()
 
-    def find(self, fingerprint: str, namespace: str, token_ids: TokenIds, *, whole: bool) -> Match | None:
+    def find(
+        self,
+        fingerprint: str,
+        namespace: str,
+        token_ids: TokenIds,
+        *,
+        whole: bool,
+        on_corrupt: Callable[[str], None] | None = None,
+    ) -> Match | None:
         """See `ArtifactStore.lookup`."""
         prompt = token_bytes(token_ids)
         owner = (fingerprint, check_namespace(namespace))
         ask = self._catalog.whole_candidates if whole else self._catalog.candidates
         while True:
             candidates = ask(*owner, prompt)
-            matches = [self._match(artifact_id, owner, prompt, whole=whole) for artifact_id in candidates]
-            if None not in matches:  # else a bad candidate was dropped, and may have hidden a good one
+            matches = []
+            for artifact_id in candidates:
+                try:
+                    matches.append(self._match(artifact_id, owner, prompt, whole=whole))
+                except (ArtifactNotFound, CorruptArtifact) as error:
+                    self._catalog.drop(artifact_id)
+                    if on_corrupt is not None and isinstance(error, CorruptArtifact):
+                        on_corrupt(artifact_id)
+            if len(matches) == len(candidates):  # else a bad one was dropped, and may have hidden a good one
                 break
-        found = [match for match in matches if match is not None and match.tokens > 0]
+        found = [match for match in matches if match.tokens > 0]
         return max(found, key=lambda match: match.rank, default=None)
 
-    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes, *, whole: bool) -> Match | None:
-        """How far a candidate really agrees with the prompt; None when it was bad and is gone now."""
+    def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes, *, whole: bool) -> Match:
+        """How far a candidate really agrees with the prompt. Raises ArtifactNotFound, CorruptArtifact."""
         try:
             item = self._tokens_of(artifact_id)
-        except (ArtifactNotFound, CorruptArtifact):
-            self._catalog.drop(artifact_id)
-            return None
         except UnsupportedFormat:
             return Match(artifact_id, 0)
         if item.owner != owner or (whole and not prompt.startswith(item.tokens)):

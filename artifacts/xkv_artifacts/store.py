@@ -254,7 +254,13 @@ class ArtifactStore:
         return self._checked.read_manifest(artifact_id)
 
     def lookup(
-        self, fingerprint: str, namespace: str, token_ids: TokenIds, *, whole: bool = False
+        self,
+        fingerprint: str,
+        namespace: str,
+        token_ids: TokenIds,
+        *,
+        whole: bool = False,
+        on_corrupt: Callable[[str], None] | None = None,
     ) -> Match | None:
         """The artifact that shares the longest prefix with a prompt.
 
@@ -265,11 +271,12 @@ class ArtifactStore:
 
         Args:
             whole: only artifacts that the prompt contains to their last token; exact then.
+            on_corrupt: told of each candidate that was found damaged now, and dropped.
 
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
         """
-        return self._lookup.find(fingerprint, namespace, token_ids, whole=whole)
+        return self._lookup.find(fingerprint, namespace, token_ids, whole=whole, on_corrupt=on_corrupt)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
         """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
+from xkv_service.spec import CompressionSpec
 
 PrefixStatus = Literal["queued", "running", "ready", "failed"]
 
@@ -29,7 +30,7 @@ class NewPrefix:
     Args:
         namespace: whose it will be. token_ids: all of it.
         name: what people call it. sha256: of what it was made from.
-        ratio: as `CompressionSpec.ratio`; None: the server's.
+        ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio says.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
     """
 
@@ -40,6 +41,7 @@ class NewPrefix:
     ratio: float | None = None
     ttl_s: float | None = None
     pinned: bool = False
+    spec: CompressionSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.errors import APIError
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.breaker import Breaker
-from xkv_service.engine.messages import Miss, PrefixMatch
-from xkv_service.numeric import is_number
+from xkv_service.engine.messages import Miss, Origin, PrefixMatch
 
 Found = tuple[PrefixMatch | None, Miss | None]
 Result = TypeVar("Result")
@@ -48,21 +47,23 @@ class _Facts:
     """What decides whether an artifact may be used: it never changes under one id."""
 
     fingerprint: str
-    namespace: str
-    tokens: int
+    origin: Origin
     whole_only: bool
     fidelity: float
-    ratio: float | None
 
     @classmethod
     def of(cls, manifest: PrefixManifest) -> _Facts:
         return cls(
             manifest.model.fingerprint,
-            manifest.namespace,
-            manifest.tokens,
+            Origin(
+                manifest.namespace,
+                manifest.spec,
+                manifest.tokens,
+                manifest.document.uri,
+                manifest.document.sha256,
+            ),
             bool(manifest.windows or manifest.states),
             manifest.fidelity.top1_agreement,
-            ratio if is_number(ratio := manifest.spec.get("ratio")) else None,
         )
 
 
@@ -123,7 +124,14 @@ class PrefixFinder:
         return answer
 
     def _find(self, prompt: array[int], namespace: str) -> Found:
-        found = self._longest(prompt, namespace)
+        damaged: list[str] = []
+        usable, miss = self._best(prompt, namespace, damaged.append)
+        if damaged:  # whatever else is found, this might have gone further
+            miss = Miss("corrupt", f"artifact {damaged[0][:12]} is damaged")
+        return usable, miss
+
+    def _best(self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None]) -> Found:
+        found = self._longest(prompt, namespace, on_corrupt)
         if not found:
             return None, Miss("no_artifact", "no stored prefix begins like this prompt")
         miss: Miss | None = None
@@ -134,16 +142,21 @@ class PrefixFinder:
         # Where prefixes serve whole or not at all, the longest may hide a shorter one that fits.
         shared = prompt[: min(found[0].tokens, len(prompt) - 1)]
         if miss is not None and miss.reason == "diverges":
-            for match in self._longest(shared, namespace, whole=True):
+            for match in self._longest(shared, namespace, on_corrupt, whole=True):
                 usable, _ = self._usable(match, prompt)
                 if usable is not None:
                     return usable, miss
         return None, miss
 
-    def _longest(self, prompt: array[int], namespace: str, *, whole: bool = False) -> list[Match]:
+    def _longest(
+        self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None], *, whole: bool = False
+    ) -> list[Match]:
         """The longest match of each namespace that may be used, the best first."""
         owners = dict.fromkeys((namespace, self._settings.public_namespace))
-        matches = [self._store.lookup(self._fingerprint, owner, prompt, whole=whole) for owner in owners]
+        matches = [
+            self._store.lookup(self._fingerprint, owner, prompt, whole=whole, on_corrupt=on_corrupt)
+            for owner in owners
+        ]
         found = [match for match in matches if match is not None]
         return sorted(found, key=lambda match: match.rank, reverse=True)
 
@@ -162,14 +175,15 @@ class PrefixFinder:
         if facts.fidelity < self._settings.min_fidelity:
             detail = f"artifact {name} agrees to {facts.fidelity:.3f} with the exact cache, "
             return None, Miss("low_fidelity", detail + f"and {self._settings.min_fidelity:g} are asked for")
-        if tokens == facts.tokens:
-            return PrefixMatch(match.artifact_id, tokens, facts.namespace, facts.ratio), None
-        shared = PrefixMatch(match.artifact_id, tokens)
-        detail = f"artifact {name} and the prompt share {match.tokens} of its {facts.tokens} tokens"
+        whole = facts.origin.tokens
+        usable = PrefixMatch(match.artifact_id, tokens, facts.origin if match.tokens == whole else None)
+        if tokens == whole:
+            return usable, None
+        detail = f"artifact {name} and the prompt share {match.tokens} of its {whole} tokens"
         if facts.whole_only:
             return None, Miss("diverges", f"{detail}, and its model can use it whole only")
         prompt_ends = match.tokens == len(prompt)
-        return shared, None if prompt_ends else Miss("diverges", detail)
+        return usable, None if prompt_ends else Miss("diverges", detail)
 
     def _named(self, prefix_id: str, prompt: array[int], namespace: str) -> Found:
         name = prefix_id[:12]
@@ -183,8 +197,8 @@ class PrefixFinder:
         except _BROKEN as error:
             return None, _miss_of(error, prefix_id)
         tokens = common_tokens(token_bytes(stored), token_bytes(prompt))
-        if tokens < facts.tokens:
-            message = f"the prompt and prefix {name} share {tokens} of its {facts.tokens} tokens"
+        if tokens < (whole := facts.origin.tokens):
+            message = f"the prompt and prefix {name} share {tokens} of its {whole} tokens"
             raise APIError(400, message, param="prefix_id", code="prefix_mismatch")
         return self._usable(Match(prefix_id, tokens), prompt)
 
@@ -196,7 +210,7 @@ class PrefixFinder:
         if not self._store.catalog.namespaces.holds(allowed, prefix_id):
             return gone
         facts = self._facts_of(prefix_id)
-        return gone if isinstance(facts, _Facts) and facts.namespace not in allowed else facts
+        return gone if isinstance(facts, _Facts) and facts.origin.namespace not in allowed else facts
 
     def _facts_of(self, artifact_id: str) -> _Facts | Miss:
         facts = self._facts.get(artifact_id)

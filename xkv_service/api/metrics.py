@@ -13,6 +13,7 @@ from xkv_service.engine.messages import EngineState
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_DAMAGED = "prefixes_damaged"
 _NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -43,12 +44,12 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens", "Tokens of answers")
         self.hits = counter("prefix_hits", "Answers from an artifact's factors")
         self.misses = counter("prefix_misses", "Answers without an artifact, or not as far", "reason")
-        self.corrupt = counter("verification_failures", "Artifacts found damaged when they were needed")
         self.sessions = gauge("sessions", "Requests running and waiting, kept tails", "state")
         self.resident_bytes = gauge("resident_bytes", "Bytes on the engines' devices", "kind")
         self.stored_tail_bytes = gauge("stored_tail_bytes", "Bytes of tails in the store, as heard last")
         self.resident_prefixes = gauge("resident_prefixes", "Artifacts on the engines' devices")
         self.engines = gauge("engines", "Engines that answered")
+        self.damaged_at_lookup = 0
         self._states: Sequence[EngineState] = ()
         registry.register(self)
 
@@ -69,7 +70,9 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The engines' own counters, added up."""
+        """The engines' own counters, added up; damage is found by lookups too."""
+        damaged = self.damaged_at_lookup + sum(state.counters.get(_DAMAGED, 0.0) for state in self._states)
+        yield CounterMetricFamily("xkv_verification_failures", "Times that damage was found", value=damaged)
         names = sorted({name for state in self._states for name in state.counters})
         for name in names:
             total = sum(state.counters.get(name, 0.0) for state in self._states)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -28,6 +31,8 @@ from xkv_service.modeling.shared_weights import sharing_weights
 from xkv_service.spec import DEFAULT_RATIO, CompressionSpec
 
 MOST_WAITING = 64
+_SHARE = 4
+"""A namespace has one of so many places for waiting prefixes: one key cannot take them all."""
 _LOOK_AGAIN_S = 0.5
 _log = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class _Task:
     job: Job
     new: NewPrefix
     spec: CompressionSpec
+    not_before: float = 0.0  # monotonic: another process was making it a moment ago
 
 
 class PrefixMaker:
@@ -49,7 +55,7 @@ class PrefixMaker:
         store: where they are kept. loaded: what they are made with. Make this before an engine runs the
             model: it takes a second model object over the same weights, so that neither waits for the other.
         calibration: the model's, or None. ratio: of prefixes that ask for none.
-        most_waiting: more are refused.
+        most_waiting: more are refused, and more than a quarter of them of one namespace.
 
     Raises:
         CacheMisuse: the model is in use already.
@@ -68,6 +74,7 @@ class PrefixMaker:
         self._loaded, self._records = sharing_weights(loaded), PrefixRecords(store)
         self._owner, self._most_waiting = f"serve-{uuid.uuid4().hex}", most_waiting
         self._waiting: deque[_Task] = deque()
+        self._entering: list[str] = []  # namespaces of those whose places are taken already
         self._making: _Task | None = None
         self._changed = threading.Condition()
         self._telling = threading.Lock()  # so that a job which ended is not told of again
@@ -94,32 +101,56 @@ class PrefixMaker:
         return await asyncio.to_thread(self._create, new)
 
     def _create(self, new: NewPrefix) -> PrefixRecord:
-        spec = self._spec(self._ratio if new.ratio is None else new.ratio)
+        spec = new.spec or self._spec(self._ratio if new.ratio is None else new.ratio)
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
         size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         if (known := self._records.change([new.namespace], name, changes)) and known.status != "failed":
             return known
-        if self._closed.is_set() or len(self._waiting) >= self._most_waiting:
-            raise Overloaded(f"{len(self._waiting)} prefixes wait to be made")
-        self._store.check_room(new.namespace, size.bytes_tensors, name)
-        job = Job(
-            id=name,
-            namespace=new.namespace,
-            status="queued",
-            model=identity.name,
-            tokens=len(new.token_ids),
-            name=new.name,
-            pinned=new.pinned,
-            ttl_s=new.ttl_s,
-            created=self._store.catalog.now(),
-        )
-        if self._store.jobs.add(job):
-            with self._changed:
-                self._waiting.append(_Task(job, new, spec))
-                self._changed.notify_all()
+        with self._place(new.namespace):
+            self._store.check_room(new.namespace, size.bytes_tensors, name)
+            job = Job(
+                id=name,
+                namespace=new.namespace,
+                status="queued",
+                model=identity.name,
+                tokens=len(new.token_ids),
+                name=new.name,
+                pinned=new.pinned,
+                ttl_s=new.ttl_s,
+                created=self._store.catalog.now(),
+            )
+            if self._store.jobs.add(job):
+                self._wait(_Task(job, new, spec))
         return of_job(job)
+
+    @contextmanager
+    def _place(self, namespace: str) -> Iterator[None]:
+        """Keep a place among those that wait while a job is put on the board."""
+        with self._changed:
+            taken = [*(task.new.namespace for task in self._waiting), *self._entering]
+            if self._closed.is_set() or len(taken) >= self._most_waiting:
+                raise Overloaded(f"{len(taken)} prefixes wait to be made")
+            if (own := taken.count(namespace)) >= max(1, self._most_waiting // _SHARE):
+                raise Overloaded(f"{own} prefixes of namespace {namespace} wait to be made")
+            self._entering.append(namespace)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._entering.remove(namespace)
+
+    def _wait(self, task: _Task) -> None:
+        """Put a task behind all others."""
+        with self._changed:
+            if self._making is task:
+                self._making = None
+            if not (closed := self._closed.is_set()):
+                self._waiting.append(task)
+                self._changed.notify_all()
+        if closed:
+            self._fail(task, STOPPED)
 
     def _spec(self, ratio: float) -> CompressionSpec:
         if self._calibration is None:
@@ -140,11 +171,12 @@ class PrefixMaker:
     def _next(self) -> _Task | None:
         with self._changed:
             self._making = None
-            while not self._waiting:
+            while (task := self._first_due()) is None:
                 if self._closed.is_set():
                     return None
-                self._changed.wait()
-            task = self._making = self._waiting.popleft()
+                self._changed.wait(_LOOK_AGAIN_S if self._waiting else None)
+            self._making = task
+            self._waiting.remove(task)
             task.job = task.job.model_copy(update={"status": "running"})
             return task
 
@@ -174,12 +206,18 @@ class PrefixMaker:
         except XKVError as unsaid:  # nobody vouches for it any more: it will be seen as failed
             _log.warning("prefix %s failed: %s; and %s", task.job.id[:12], error, unsaid.message)
 
+    def _first_due(self) -> _Task | None:
+        now = time.monotonic()
+        return next((task for task in self._waiting if task.not_before <= now), None)
+
     def _make(self, task: _Task) -> None:
-        """Compress and publish, unless another process does, or nobody wants it any more."""
-        while (lease := self._store.catalog.lease(task.job.id, self._owner)) is None:
-            if self._closed.wait(_LOOK_AGAIN_S):
-                self._fail(task, STOPPED)
-                return
+        """Compress and publish, unless another process does (then look again later: others wait as well), or
+        nobody wants it any more."""
+        lease = self._store.catalog.lease(task.job.id, self._owner)
+        if lease is None:
+            task.not_before = time.monotonic() + _LOOK_AGAIN_S
+            self._wait(task)
+            return
         with lease:
             stored = self._wanted(task) is None or self._store.get(task.job.id) is not None
             self._finish(task, None if stored else self._publish(task))

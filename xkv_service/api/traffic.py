@@ -83,5 +83,3 @@ class Traffic:
         if started.miss is not None:
             here.misses[started.miss.reason] += 1
             metrics.misses.labels(started.miss.reason).inc()
-            if started.miss.reason == "corrupt":
-                metrics.corrupt.inc()

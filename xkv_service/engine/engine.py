@@ -49,7 +49,6 @@ class Engine:
         loaded: the model; nobody else changes its attention meanwhile.
         settings: limits.
         prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
-        on_corrupt: told on the engine's thread of a request whose artifact is damaged; it must be quick.
         stored: keeps what leaves the memory for tails; None: it is lost. The engine does not close it.
     """
 
@@ -58,11 +57,10 @@ class Engine:
         loaded: LoadedModel,
         settings: EngineSettings | None = None,
         prefixes: PrefixPool | None = None,
-        on_corrupt: Callable[[GenerationRequest], None] | None = None,
         stored: StoredTails | None = None,
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
-        self._prefixes, self._on_corrupt, self._stored = prefixes, on_corrupt, stored
+        self._prefixes, self._stored = prefixes, stored
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
@@ -299,8 +297,6 @@ class Engine:
             self._start(sequence, context, match.artifact_id, ran)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
-        if answer.reason == "corrupt" and self._on_corrupt is not None:
-            self._on_corrupt(sequence.request)
         self._start(sequence, empty_context(self.loaded.model), None)
 
     def _start(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from xkv_service.sessions.settings import GenerationSettings
 
@@ -13,7 +13,7 @@ MissReason = Literal[
     "other_model",  # the prefix that was named belongs to another model
     "low_fidelity",  # there is one, less faithful than this server accepts
     "evicted",  # the prefix that was named, or one that was found, is gone
-    "corrupt",  # its blob is damaged: quarantined, and being computed again
+    "corrupt",  # its blob is damaged, and in quarantine
     "unavailable",  # the catalog or the store does not answer
     "slow_load",  # prefilling is faster than loading it would be
     "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use
@@ -23,18 +23,33 @@ FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What an artifact was made from, as its manifest says: with its tokens, all that makes it again.
+
+    Args:
+        namespace: whose it is. spec: `CompressionSpec.canonical()`, not checked. tokens: how many it holds.
+        name, sha256: of its document.
+    """
+
+    namespace: str
+    spec: dict[str, Any]
+    tokens: int
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class PrefixMatch:
     """A stored prefix of the prompt, as the catalog found it.
 
     Args:
         artifact_id: whose factors. tokens: how many of the prompt's first tokens it holds.
-        namespace, ratio: of the artifact, where the prompt holds all of it, so that it can be made again.
+        origin: of the artifact, where the prompt holds all of it, so that it can be made again.
     """
 
     artifact_id: str
     tokens: int
-    namespace: str | None = field(default=None, compare=False)
-    ratio: float | None = field(default=None, compare=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -324,6 +324,8 @@ class PrefixPool:
             if failure is not None:
                 self._residents.cancel(load.artifact_id)
                 self._count_failure(failure, max(1, len(load.waiters)))
+                if failure.reason == "corrupt":
+                    self._count(damaged=1)
             for waiter in load.waiters:
                 answer = failure or self._take(load.artifact_id, waiter.tokens)
                 assert answer is not None, "a prefix that is held is there"
@@ -333,8 +335,17 @@ class PrefixPool:
                 self._residents.release(load.artifact_id)
             self._unpark()
         self._tell(answers)
-        if failure is not None and failure.reason == "corrupt" and self._on_corrupt is not None:
-            self._on_corrupt(load.artifact_id, failure)
+        if failure is not None and failure.reason == "corrupt":
+            self._tell_damage(load.artifact_id, failure)
+
+    def _tell_damage(self, artifact_id: str, failure: LoadFailure) -> None:
+        """Once, whether anybody waits for the artifact or not."""
+        if self._on_corrupt is None:
+            return
+        try:
+            self._on_corrupt(artifact_id, failure)
+        except Exception:  # noqa: BLE001 - the thread has other loads to do
+            _log.exception("artifact %s is damaged, and nobody could be told", artifact_id[:12])
 
     def _park(self, load: Load) -> bool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from xkv_artifacts.keys import token_bytes
-from xkv_service.api.backend import NewPrefix
 from xkv_service.api.local import EngineBackend
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
@@ -18,6 +16,7 @@ from xkv_service.engine.stored_tails import StoredTails
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
 from xkv_workers.serving.logs import join_serve
+from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
 
 _REPORT_S = 1.0
@@ -35,18 +34,20 @@ class EngineReplica:
     def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
         join_serve()
         self._loaded, self._store = open_place(settings.place)
+        fingerprint = self._loaded.identity.fingerprint
+        self._remakes = Remakes(fingerprint, lambda new: compressor.create.remote(new))
         self._pool = PrefixPool(
             self._loaded.model,
             self._store,
             settings.engine.selection,
             settings.prefix_bytes,
-            fingerprint=self._loaded.identity.fingerprint,
+            fingerprint=fingerprint,
+            on_corrupt=self._remakes.damaged,
         )
-        self._compressor = compressor
         self._stored = None
         if settings.engine.stored_tail_bytes:
             self._stored = StoredTails(self._loaded, self._store.tails, self._pool, settings.engine)
-        self._engine = Engine(self._loaded, settings.engine, self._pool, self._make_anew, self._stored)
+        self._engine = Engine(self._loaded, settings.engine, self._pool, self._stored)
         self._backend = EngineBackend(self._engine)
         self._board, self._name = board, _replica_name()
         self._reporting: asyncio.Task[None] | None = None
@@ -54,6 +55,7 @@ class EngineReplica:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """The events of one request. Cancelling the call takes it out of the batch."""
         self._report_from_now_on()
+        self._remakes.note(request)
         events = self._backend.generate(request)
         try:
             async for event in events:
@@ -63,7 +65,7 @@ class EngineReplica:
 
     async def state(self) -> EngineState:
         """What the engine holds and does now."""
-        return self._engine.state()
+        return self._state()
 
     async def check_health(self) -> None:
         """Asked by Serve again and again; a replica that raises is replaced.
@@ -85,15 +87,9 @@ class EngineReplica:
             self._pool.close()
             self._store.close()
 
-    def _make_anew(self, request: GenerationRequest) -> None:
-        """Have what a prompt shared with a damaged artifact made again; all of it as it was before."""
-        match = request.match
-        assert match is not None
-        ids = request.token_ids[: match.tokens]
-        digest = hashlib.sha256(token_bytes(ids)).hexdigest()
-        owner = match.namespace or request.namespace
-        new = NewPrefix(owner, ids, f"again-{match.artifact_id[:12]}", digest, match.ratio)
-        self._compressor.create.remote(new)
+    def _state(self) -> EngineState:
+        state = self._engine.state()
+        return replace(state, counters=state.counters | self._remakes.counters)
 
     def _report_from_now_on(self) -> None:
         """Tell the board every second, on the loop that Serve calls this replica on."""
@@ -102,7 +98,7 @@ class EngineReplica:
 
     async def _report(self) -> None:
         while self._engine.alive:
-            self._board.put.remote(self._name, self._engine.state())
+            self._board.put.remote(self._name, self._state())
             await asyncio.sleep(_REPORT_S)
 
 

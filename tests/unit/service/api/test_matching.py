@@ -23,7 +23,7 @@ from xkv_service import CompressionSpec, compress
 from xkv_service.api.errors import APIError
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.engine.breaker import Breaker
-from xkv_service.engine.messages import PrefixMatch
+from xkv_service.engine.messages import Origin, PrefixMatch
 from xkv_service.modeling.models import LoadedModel
 
 
@@ -140,6 +140,31 @@ def test_a_damaged_prefix(tmp_path: Path, loaded: LoadedModel) -> None:
         finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
         assert reason(named(finder, manifest.id, prompt)) == "corrupt"
         assert reason(find(finder, prompt)) == "no_artifact"  # it was dropped
+
+
+def test_damage_that_the_lookup_finds_is_told(tmp_path: Path, loaded: LoadedModel) -> None:
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        long, short = publish(store, loaded, DOCUMENT * 2), publish(store, loaded, DOCUMENT)
+        prompt = [*store.load(long.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        (blob,) = (tmp_path / "store").rglob(f"{long.id}.safetensors")
+        content = bytearray(blob.read_bytes())
+        content[100] ^= 1
+        blob.write_bytes(content)
+        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        match, miss = find(finder, prompt)
+        assert match is not None and match.artifact_id == short.id
+        assert miss is not None and (miss.reason, long.id[:12] in miss.detail) == ("corrupt", True)
+        match, miss = find(finder, prompt)  # it was dropped
+        assert match is not None and (miss is None or miss.reason == "diverges")
+
+
+def test_what_makes_a_prefix_again_comes_with_a_prompt_that_holds_all_of_it(
+    finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
+) -> None:
+    origin = Origin(stored.namespace, stored.spec, len(ids), "river.txt", "0" * 64)
+    for prompt, expected in (([*ids, 70], origin), (ids, origin), (ids[:-1], None), ([*ids[:-1], 70], None)):
+        match, _ = find(finder, prompt)
+        assert match is not None and match.origin == expected
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving import serve
 from xkv_artifacts import jobs
 from xkv_artifacts.errors import CatalogUnavailable, QuotaExceeded
 from xkv_artifacts.jobs import STOPPED
+from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api import prefix_maker
 from xkv_service.api.app import create_app
@@ -30,6 +32,7 @@ from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.errors import CacheMisuse, Overloaded
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.shared_weights import sharing_weights
+from xkv_service.spec import CompressionSpec
 
 
 class Gate(threading.Event):
@@ -96,7 +99,7 @@ def test_jobs_wait_their_turn_and_too_many_are_refused(
     opened: Open, loaded: LoadedModel, going: Gate
 ) -> None:
     store, elsewhere = opened(), PrefixRecords(opened())
-    maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=2)
+    maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=8)
 
     def create(prefix: NewPrefix) -> PrefixRecord:
         return asyncio.run(maker.create(prefix))
@@ -106,7 +109,7 @@ def test_jobs_wait_their_turn_and_too_many_are_refused(
         seen(elsewhere, first.id, "running")
         waiting = [create(new(number)) for number in (1, 2)]
         assert [record.status for record in waiting] == ["queued", "queued"]
-        with pytest.raises(Overloaded, match="2 prefixes wait"):
+        with pytest.raises(Overloaded, match="2 prefixes of namespace a wait"):
             create(new(3))
         assert create(new(1)) == waiting[0]
         assert elsewhere.page("a", None, 10).records == [*waiting[::-1], seen(elsewhere, first.id, "running")]
@@ -124,6 +127,63 @@ def test_jobs_wait_their_turn_and_too_many_are_refused(
         assert elsewhere.page("a", None, 10).records == [made] and store.jobs.all("a") == []
     finally:
         going.set()
+        maker.close()
+
+
+def test_all_together_get_no_more_than_all_places(opened: Open, loaded: LoadedModel, going: Gate) -> None:
+    maker = PrefixMaker(opened(), loaded, ratio=2.0, most_waiting=8)
+    refused: list[str] = []
+
+    def create(number: int) -> None:
+        try:
+            asyncio.run(maker.create(replace(new(number), namespace=f"n{number % 6}")))
+        except Overloaded as error:
+            refused.append(error.message)
+
+    asyncio.run(maker.create(new(0)))
+    assert going.reached.wait(240)
+    callers = [threading.Thread(target=create, args=(number,)) for number in range(1, 25)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    waiting = [task.new.namespace for task in maker._waiting]
+    assert len(waiting) == 8 and max(map(waiting.count, waiting)) <= 2
+    assert len(refused) == 16 and all("wait to be made" in message for message in refused)
+    closing = threading.Thread(target=maker.close)
+    closing.start()
+    going.set()
+    closing.join()
+
+
+def test_a_prefix_that_another_process_makes_keeps_nobody_waiting(opened: Open, loaded: LoadedModel) -> None:
+    store, other = opened(), opened()
+    expected = artifact_id(
+        loaded.identity.fingerprint, "a", new(0).token_ids, CompressionSpec(ratio=2.0).canonical()
+    )
+    lease = other.catalog.lease(expected, "another")
+    assert lease is not None
+    maker, records = PrefixMaker(store, loaded, ratio=2.0), PrefixRecords(other)
+    try:
+        with lease:
+            first, second, third = (asyncio.run(maker.create(new(number))) for number in range(3))
+            assert first.id == expected
+            seen(records, second.id, "ready")
+            seen(records, third.id, "ready")
+            seen(records, first.id, "queued", "running")
+        seen(records, first.id, "ready")
+    finally:
+        maker.close()
+
+
+def test_a_spec_is_used_as_it_is(opened: Open, loaded: LoadedModel) -> None:
+    store, spec = opened(), CompressionSpec(rank_k=24, rank_v=24, sink=2)
+    maker = PrefixMaker(store, loaded, ratio=2.0)
+    try:
+        made = asyncio.run(maker.create(new(0, spec=spec)))
+        seen(PrefixRecords(store), made.id, "ready")
+        assert store.manifest(made.id).spec == spec.canonical()
+    finally:
         maker.close()
 
 

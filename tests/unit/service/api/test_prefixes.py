@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from xkv_service.api.prefix_maker import PrefixMaker
 from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.models import LoadedModel
 
-KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True)))
+KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True), key("operator", operator=True)))
 SYSTEM = "You answer questions about rivers, and about nothing else, in one short sentence. " * 2
 Keeping = tuple[Served, ArtifactStore]
 
@@ -34,7 +35,7 @@ def keeping(
     """A server that keeps prefixes, each key in a namespace of its own."""
     folder = str(tmp_path_factory.mktemp("kept"))
     with ArtifactStore.open(folder, patience_s=0) as store:
-        maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=3)
+        maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=12)
         finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
         try:
             with paced_backend(loaded, store) as backend:
@@ -263,3 +264,30 @@ def test_what_cannot_be_made(alpha: httpx.Client, body: dict[str, Any], param: s
         param = "document"
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(("place", "word"), [(100, "Hydra"), (-100, "Lerna")])
+def test_damage_is_told_and_counted_once(
+    keeping: Keeping, alpha: httpx.Client, place: int, word: str
+) -> None:
+    """In the header, where the lookup finds it, or in a factor, where the load does."""
+
+    def counted() -> float:
+        with keeping[0].http("sk-operator") as http:
+            told = http.get("/metrics").text
+        (figure,) = re.findall(r"^xkv_verification_failures_total (\S+)$", told, re.M)
+        return float(figure)
+
+    document, before = f"{word} lives in the swamp. " * 6, counted()
+    made = make(alpha, document=document)
+    blob = next(Path(keeping[1].blobs.url).rglob(f"{made['id']}.safetensors"))
+    content = bytearray(blob.read_bytes())
+    content[place] ^= 1
+    blob.write_bytes(content)
+    reasons = []
+    for question in ("Where?", "Since when?"):
+        answer = chat(alpha, ("user", f"{document}\n\n{question}"))
+        assert answer.status_code == 200
+        reasons.append(answer.json()["xkv"]["miss"]["reason"])
+    assert reasons == ["corrupt", "no_artifact"]
+    assert counted() == before + 1

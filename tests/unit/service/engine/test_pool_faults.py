@@ -104,6 +104,23 @@ def test_a_damaged_blob_is_quarantined_and_told_once(store: ArtifactStore, model
     pool.close()
 
 
+def test_damage_that_nobody_waits_for_is_told(store: ArtifactStore, model: PreTrainedModel) -> None:
+    bad, worse = publish_some(store, model, SIZES[:2])
+    told: list[str] = []
+
+    def tell(name: str, failure: LoadFailure) -> None:
+        told.append(name)
+        raise RuntimeError("the loader's thread goes on")
+
+    pool = _pool(model, store, threads=1, on_corrupt=tell)
+    for name in (bad, worse):
+        _damage(_path(store, name))
+        pool.prefetch(name)
+    until(lambda: told == [bad, worse])
+    assert pool.state().counters["damaged"] == 2
+    pool.close()
+
+
 def test_a_removed_blob_is_evicted(store: ArtifactStore, model: PreTrainedModel) -> None:
     (gone,) = publish_some(store, model, SIZES[:1])
     store.remove(gone)

@@ -402,7 +402,7 @@ def test_a_redis_that_hangs_costs_one_prompt_a_second(
                 prompt = prompt_of(talker, f"{number} " * 90)
                 Asked(served.engine, prompt, namespace=f"other-{number}").wait()
                 times.append(time.monotonic() - began)
-            assert 1 <= times[0] and min(times[1:]) < 1  # others are told at once
+            assert times[0] >= 1 and min(times[1:]) < 1  # others are told at once
             redis.thaw()
             until(lambda: not served.stored._late)
             assert served.counter("failed_unavailable") >= 1
