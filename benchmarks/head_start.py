@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from xkv_artifacts.local_blobs import LocalBlobStore
 from xkv_artifacts.manifest import ModelIdentity
-from xkv_artifacts.object_blobs import _AHEAD_BYTES
+from xkv_artifacts.object_blobs import AHEAD_BYTES
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.engine.head_start import HeadStarts
@@ -122,7 +122,7 @@ class SlowFolder(LocalBlobStore):
         if not self._mb_per_s:
             return file
         slow = SlowFile(file, 1e6 * self._mb_per_s, self._wait_ms / 1e3)
-        return cast("BinaryIO", io.BufferedReader(slow, _AHEAD_BYTES))
+        return cast("BinaryIO", io.BufferedReader(slow, AHEAD_BYTES))
 
 
 def _cases(

@@ -25,7 +25,7 @@ from xkv_artifacts.errors import StoreError, first_line
 _PART_BYTES = 32 << 20
 # Fetched beyond what is read: many tensors are small, and each request takes some 20 ms, so many bytes 2.5 ms
 # at 100 MB/s. More would be thrown away where a header is all that is read.
-_AHEAD_BYTES = 256 << 10
+AHEAD_BYTES = 256 << 10
 
 
 class ObjectBlobStore(BlobStore):
@@ -51,7 +51,7 @@ class ObjectBlobStore(BlobStore):
         with self._errors(f"read artifact {artifact_id} in"):
             try:
                 file: BinaryIO = self._fs.open(
-                    self._blob(artifact_id), "rb", cache_type="readahead", block_size=_AHEAD_BYTES
+                    self._blob(artifact_id), "rb", cache_type="readahead", block_size=AHEAD_BYTES
                 )
             except FileNotFoundError:
                 raise not_found(artifact_id, self) from None

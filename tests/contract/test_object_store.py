@@ -15,7 +15,7 @@ from redis_server import RedisServer
 from xkv_artifacts import object_blobs
 from xkv_artifacts.blobs import PACKED_SUFFIX, blob_name, open_blob_store
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
-from xkv_artifacts.object_blobs import _AHEAD_BYTES, ObjectBlobStore
+from xkv_artifacts.object_blobs import AHEAD_BYTES, ObjectBlobStore
 from xkv_artifacts.store import ArtifactStore, Match
 
 ID = "ab" * 32
@@ -218,7 +218,7 @@ def test_what_is_fetched_is_what_is_asked_for_in_few_requests(
         patch.setattr(s3fs.S3File, "_fetch_range", record)
         store.load(manifest.id, ["group.0.key.factors.1"])
         size, wanted = store.blobs.size(manifest.id), 30_000 * 6 * 2
-        assert len(fetched) == 2 and wanted <= fetched[1] <= wanted + _AHEAD_BYTES
+        assert len(fetched) == 2 and wanted <= fetched[1] <= wanted + AHEAD_BYTES
         assert sum(fetched) < size / 4
         fetched.clear()
         store.load(manifest.id)

@@ -178,22 +178,22 @@ class Engine:
             while True:
                 if message is None:
                     return False
-                try:
-                    self._heed(message)
-                except Exception as error:  # noqa: BLE001 - one bad request must not end the others
-                    self._fail(message.sequence, error)
+                self._heed(message)
                 message = self._inbox.get_nowait()
         return True
 
     def _heed(self, message: Message) -> None:
-        if isinstance(message, Submitted):
-            self._waiting.append(message.sequence)
-        elif isinstance(message, Cancelled):
-            self._cancel(message.sequence)
-        elif isinstance(message, TailLoaded):
-            self._take_tail(message.sequence, message.tail)
-        else:
-            self._take_loaded(message.sequence, message.answer, message.ran)
+        try:
+            if isinstance(message, Submitted):
+                self._waiting.append(message.sequence)
+            elif isinstance(message, Cancelled):
+                self._cancel(message.sequence)
+            elif isinstance(message, TailLoaded):
+                self._take_tail(message.sequence, message.tail)
+            else:
+                self._take_loaded(message.sequence, message.answer, message.ran)
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+            self._fail(message.sequence, error)
 
     def _cancel(self, sequence: Sequence) -> None:
         if not sequence.done:

@@ -68,7 +68,9 @@ class Compressor:
                 _log.warning("nothing was collected: %s", error.message)
             else:
                 if listed is not None:
-                    _log.warning("the catalog was lost: %d prefixes are listed again", listed.artifacts)
+                    _log.warning(
+                        "the catalog did not know this store: %d prefixes are listed", listed.artifacts
+                    )
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))
                 if found.tails.tails:
