@@ -106,8 +106,11 @@ class PrefixMaker:
         size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
-        if (known := self._records.change([new.namespace], name, changes)) and known.status != "failed":
-            return known
+        last = self._store.jobs.last(new.namespace, name)
+        if last is None or last.status != "deleted":  # else what is stored may go at any moment
+            known = self._records.change([new.namespace], name, changes)
+            if known is not None and known.status != "failed":
+                return known
         with self._place(new.namespace):
             self._store.check_room(new.namespace, size.bytes_tensors, name)
             job = Job(
@@ -240,6 +243,7 @@ class PrefixMaker:
         )
         job = self._wanted(task)
         if job is not None:
+            self._store.jobs.publishing(job, manifest.created.timestamp())
             self._store.publish(manifest, factors.to_tensors(), pinned=job.pinned, ttl_s=job.ttl_s)
         return job
 
@@ -247,10 +251,11 @@ class PrefixMaker:
         """End the job. What was asked of it while it was published is done now."""
         with self._telling:
             self._making = None
-            job = self._store.jobs.finish(task.job) or task.job
+            job = self._store.jobs.finish(task.job.namespace, task.job.id) or task.job
         if job.status == "deleted":
             if published is not None:
                 self._store.remove(job.id)
+            self._store.jobs.finish(job.namespace, job.id, deleted=True)
             return
         pinned, ttl_s = (published.pinned, published.ttl_s) if published else (False, None)
         changes = PrefixChanges(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.errors import ArtifactNotFound
-from xkv_artifacts.jobs import Job
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.jobs import Job, Publication
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.backend import PrefixChanges, PrefixPage, PrefixRecord, PrefixStatus
@@ -59,6 +60,34 @@ class PrefixRecords:
         jobs = [self._store.jobs.remove(namespace, prefix_id) for namespace in namespaces]
         stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
         return stored or any(jobs)
+
+    def remove_left(self) -> int:
+        """Remove what jobs published that were deleted meanwhile and whose makers died before they saw it;
+        how many artifacts.
+
+        Raises:
+            CatalogUnavailable, CatalogError, StoreError
+        """
+        return sum(map(self._end, self._store.jobs.publications()))
+
+    def _end(self, found: Publication) -> bool:
+        """End a deleted job that nobody is at; whether what it published was removed."""
+        lease = self._store.catalog.lease(found.id, f"end-{uuid.uuid4().hex}")
+        if lease is None:
+            return False
+        with lease:
+            job = self._store.jobs.last(found.namespace, found.id)
+            if job is not None and job.status != "deleted":
+                return False  # it was asked for again, or may be
+            removed = job is not None and self._made(found.id) == found.made and self._store.remove(found.id)
+            self._store.jobs.finish(found.namespace, found.id, deleted=True)
+        return removed
+
+    def _made(self, prefix_id: str) -> float | None:
+        try:
+            return self._store.manifest(prefix_id).created.timestamp()
+        except (ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
+            return None
 
     def _entry(self, namespaces: Sequence[str], prefix_id: str) -> Entry | None:
         """The entry of a stored prefix in these namespaces; nothing more is read of another one."""
