@@ -30,7 +30,8 @@ class NewPrefix:
     Args:
         namespace: whose it will be. token_ids: all of it.
         name: what people call it. sha256: of what it was made from.
-        ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio says.
+        ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio
+            says, where its calibration can be; else its ratio is.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
     """
 

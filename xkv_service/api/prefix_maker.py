@@ -101,7 +101,7 @@ class PrefixMaker:
         return await asyncio.to_thread(self._create, new)
 
     def _create(self, new: NewPrefix) -> PrefixRecord:
-        spec = new.spec or self._spec(self._ratio if new.ratio is None else new.ratio)
+        spec = self._spec_of(new)
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
         size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
@@ -155,10 +155,16 @@ class PrefixMaker:
         if closed:
             self._fail(task, STOPPED)
 
-    def _spec(self, ratio: float) -> CompressionSpec:
-        if self._calibration is None:
-            return CompressionSpec(ratio=ratio)
-        return best_spec(ratio, self._calibration)
+    def _spec_of(self, new: NewPrefix) -> CompressionSpec:
+        """The spec that was asked for, or of the ratio; over bases that the store still has."""
+        own, spec = self._calibration, new.spec
+        if spec is None or spec.calibration not in (None, own and own.id):
+            ratio = new.ratio or (spec and spec.ratio) or self._ratio
+            spec = CompressionSpec(ratio=ratio) if own is None else best_spec(ratio, own)
+        shared = spec.calibration if spec.basis == "calibrated" else None
+        if shared is not None and not self._store.calibrations.blobs.exists(shared):
+            spec = spec.over("document")
+        return spec
 
     def _make_all(self) -> None:
         while (task := self._next()) is not None:
