@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, InvalidCursor, UnsupportedFormat
 from xkv_artifacts.jobs import Job, Publication
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.store import ArtifactStore
@@ -22,13 +22,29 @@ class PrefixRecords:
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
 
-    def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
-        """As `PrefixService`. The first page has the jobs beside its `limit` others."""
-        jobs = self._store.jobs.all(namespace) if cursor is None else []
-        entries, following = self._store.page(namespace, cursor, limit)
+    def page(self, namespace: str, after: str | None, limit: int) -> PrefixPage:
+        """As `PrefixService`."""
+        cursor = None if after is None else self._store.catalog.namespaces.cursor_of(namespace, after)
+        records = [] if cursor else self._waiting(namespace, after)
+        while len(records) <= limit:  # what has ended is left out of the store's own pages
+            entries, cursor = self._store.page(namespace, cursor, limit + 1 - len(records))
+            records += map(_of_entry, entries)
+            if cursor is None:
+                break
+        return PrefixPage(records[:limit], len(records) > limit)
+
+    def _waiting(self, namespace: str, after: str | None) -> list[PrefixRecord]:
+        """Those that are being made or failed, or only those that follow one of them."""
+        jobs = self._store.jobs.all(namespace)
         made = {entry.id for entry in self._store.catalog.entries(ids=[job.id for job in jobs])}
-        waiting = [of_job(job) for job in jobs if job.id not in made]
-        return PrefixPage([*waiting, *map(_of_entry, entries)], following)
+        left = [job for job in jobs if job.id not in made]
+        if after is None:
+            return [*map(of_job, left)]
+        ids = [job.id for job in left]
+        if after not in ids:
+            message = f"no prefix {after[:80]!r} in the list to go on after"
+            raise InvalidCursor(message, hint="give the last id of the page before, or list from the start")
+        return [*map(of_job, left[ids.index(after) + 1 :])]
 
     def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
         """As `PrefixService`."""
