@@ -115,12 +115,10 @@ class Factors:
         self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int,
         device: torch.device, *, one: bool, repeats: int, tiles: Tiles,
     ) -> None:  # fmt: skip
-        count = -(-batch // 32) if one else batch
-        sessions = [min(32, batch - 32 * number) for number in range(count)] if one else [1] * batch
-        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else count, device)
-        by_layer = [layer * count if one else layer for layer in self.documents.by_layer]
-        self._tables = [DocumentTable(layer, sessions, [budget] * count) for layer in by_layer]
-        most = min(tokens, max(sessions) * budget + synthetic.RECENT)
+        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else batch, device)
+        by_layer = [layer * batch if one else layer for layer in self.documents.by_layer]
+        self._tables = [DocumentTable(layer, [budget] * batch) for layer in by_layer]
+        most = min(tokens, budget + synthetic.RECENT)
         self._attention = DecodeAttention(
             self._tables[0], shape.query_heads, shape.dim, shape.dim, tokens, most,
             synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
@@ -362,6 +360,7 @@ def _timed_steps(step: Callable[[], None], count: int, device: torch.device) -> 
         started = time.perf_counter()
         step()
         return time.perf_counter() - started
+    torch.cuda.synchronize()
     side_stream = torch.cuda.Stream()
     with torch.cuda.stream(side_stream):
         for _ in range(3):

@@ -1,12 +1,12 @@
 """Score every token of a prefix by its key sketch (reference: `index_shares_plainly` in `decode_plainly.py`).
 
 The index is read twice, since a head's shares need the sum over all tokens first. Storing the scores of 32
-heads instead would take as many bytes as reading the index again. Codes become half precision without rounding;
-the picked dimensions of all query heads of a few KV heads stand in one matrix that is zero where a code
-belongs to another KV head, so that a product on tensor cores fills its columns though each KV head has only
-four queries.
+heads instead would take as many bytes as reading the index again. Codes become half precision without
+rounding; the picked dimensions of all query heads of a few KV heads stand in one matrix that is zero where a
+code belongs to another KV head, so that a product on tensor cores fills its columns though each KV head has
+only four queries.
 
-A program scores a few tiles of tokens for every session on the document, which finds them in the cache.
+A program scores a few tiles of tokens for one session; sessions on one document find it in the L2 cache.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _PARTS = 4
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _picked_queries(  # type: ignore[no-untyped-def]
-    query, planes_at, document_of, matrices, gains, offsets, scaling, HEADS: tl.constexpr,
+    query, planes_at, matrices, gains, offsets, scaling, HEADS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     session, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    planes = tl.load(planes_at + tl.load(document_of + session)).to(tl.pointer_type(tl.int16))
+    planes = tl.load(planes_at + session).to(tl.pointer_type(tl.int16))
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     mine = (row < TOGETHER * PLANES // 2) & (column < TOGETHER * GROUP)
     mine = mine & (row // (PLANES // 2) == column // GROUP)
@@ -136,7 +136,7 @@ def _tile_scores(  # type: ignore[no-untyped-def]
     return products * step.to(tl.float32) + unseen[:, None]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _own(chunk, HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Query heads of a chunk's columns; which columns have one."""
     column = tl.arange(0, COLUMNS)
@@ -146,45 +146,46 @@ def _own(chunk, HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block_sums(  # type: ignore[no-untyped-def]
-    codes_at, scales_at, lengths, starts, matrices, gains, offsets, peaks, sums, blocks, HEADS: tl.constexpr,
+    codes_at, scales_at, lengths, matrices, gains, offsets, peaks, sums, blocks, HEADS: tl.constexpr,
     GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The largest score of each head in a block of tiles, and the sum of the powers of 2 below it."""
-    block, chunk, document = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS, tl.program_id(1)
-    length = tl.load(lengths + document)
+    block, chunk, session = (
+        tl.program_id(0) // CHUNKS,
+        tl.program_id(0) % CHUNKS,
+        tl.program_id(1).to(tl.int64),
+    )
+    length = tl.load(lengths + session)
     if block * TILES * TILE >= length:
         return
-    codes = tl.load(codes_at + document).to(tl.pointer_type(tl.uint16))
-    scales = tl.load(scales_at + document).to(tl.pointer_type(tl.float16))
+    codes = tl.load(codes_at + session).to(tl.pointer_type(tl.uint16))
+    scales = tl.load(scales_at + session).to(tl.pointer_type(tl.float16))
     stop = tl.minimum((block + 1) * TILES, (length + TILE - 1) // TILE)
-    begin = tl.load(starts + document).to(tl.int64)
+    peak = tl.full((COLUMNS,), -float("inf"), tl.float32)
+    total = tl.full((COLUMNS,), 0, tl.float32)
+    for tile in range(block * TILES, stop):
+        tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        scores = _tile_scores(
+            codes, scales, tokens, tokens < length, matrices, gains, offsets, session, chunk, HEADS, GROUP,
+            PLANES, TOGETHER, ROWS, COLUMNS, CHUNKS,
+        )  # fmt: skip
+        higher = tl.maximum(peak, tl.max(scores, axis=0))
+        total = total * _exp2(peak - higher) + tl.sum(_exp2(scores - higher[None, :]), axis=0)
+        peak = higher
     head, valid = _own(chunk, HEADS, GROUP, TOGETHER, COLUMNS)
-    for number in range(0, tl.load(starts + document + 1) - tl.load(starts + document)):
-        session = begin + number
-        peak = tl.full((COLUMNS,), -float("inf"), tl.float32)
-        total = tl.full((COLUMNS,), 0, tl.float32)
-        for tile in range(block * TILES, stop):
-            tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-            scores = _tile_scores(
-                codes, scales, tokens, tokens < length, matrices, gains, offsets, session, chunk, HEADS,
-                GROUP, PLANES, TOGETHER, ROWS, COLUMNS, CHUNKS,
-            )  # fmt: skip
-            higher = tl.maximum(peak, tl.max(scores, axis=0))
-            total = total * _exp2(peak - higher) + tl.sum(_exp2(scores - higher[None, :]), axis=0)
-            peak = higher
-        place = (session * blocks + block) * (HEADS * GROUP) + head
-        tl.store(peaks + place, peak, mask=valid)
-        tl.store(sums + place, total, mask=valid)
+    place = (session * blocks + block) * (HEADS * GROUP) + head
+    tl.store(peaks + place, peak, mask=valid)
+    tl.store(sums + place, total, mask=valid)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _totals(  # type: ignore[no-untyped-def]
-    peaks, sums, others, lengths, document_of, totals, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    peaks, sums, others, lengths, totals, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     session = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + tl.load(document_of + session))
+    length = tl.load(lengths + session)
     row = tl.arange(0, PADDED)
     best = tl.load(others + session * ROWS + row, mask=row < ROWS, other=0.0) * 1.4426950408889634
     total = tl.full((PADDED,), 1.0, tl.float32)
@@ -202,34 +203,31 @@ def _totals(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block_shares(  # type: ignore[no-untyped-def]
-    codes_at, scales_at, lengths, starts, matrices, gains, offsets, totals, shares, capacity,
+    codes_at, scales_at, lengths, matrices, gains, offsets, totals, shares, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The logarithm of the largest share of any head, of a block of tiles."""
-    block, document = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + document)
+    block, session = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + session)
     if block * TILES * TILE >= length:
         return
-    codes = tl.load(codes_at + document).to(tl.pointer_type(tl.uint16))
-    scales = tl.load(scales_at + document).to(tl.pointer_type(tl.float16))
+    codes = tl.load(codes_at + session).to(tl.pointer_type(tl.uint16))
+    scales = tl.load(scales_at + session).to(tl.pointer_type(tl.float16))
     stop = tl.minimum((block + 1) * TILES, (length + TILE - 1) // TILE)
-    begin = tl.load(starts + document).to(tl.int64)
-    for number in range(0, tl.load(starts + document + 1) - tl.load(starts + document)):
-        session = begin + number
-        for tile in range(block * TILES, stop):
-            tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-            inside = tokens < length
-            share = tl.full((TILE,), -float("inf"), tl.float32)
-            for chunk in tl.static_range(CHUNKS):
-                scores = _tile_scores(
-                    codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS, GROUP,
-                    PLANES, TOGETHER, ROWS, COLUMNS, CHUNKS,
-                )  # fmt: skip
-                head, valid = _own(chunk, HEADS, GROUP, TOGETHER, COLUMNS)
-                total = tl.load(totals + session * (HEADS * GROUP) + head, mask=valid, other=float("inf"))
-                share = tl.maximum(share, tl.max(scores - total[None, :], axis=1))
-            tl.store(shares + session * capacity + tokens, share * 0.6931471805599453, mask=inside)
+    for tile in range(block * TILES, stop):
+        tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        inside = tokens < length
+        share = tl.full((TILE,), -float("inf"), tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            scores = _tile_scores(
+                codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS, GROUP, PLANES,
+                TOGETHER, ROWS, COLUMNS, CHUNKS,
+            )  # fmt: skip
+            head, valid = _own(chunk, HEADS, GROUP, TOGETHER, COLUMNS)
+            total = tl.load(totals + session * (HEADS * GROUP) + head, mask=valid, other=float("inf"))
+            share = tl.maximum(share, tl.max(scores - total[None, :], axis=1))
+        tl.store(shares + session * capacity + tokens, share * 0.6931471805599453, mask=inside)
 
 
 class IndexScores:
@@ -282,21 +280,20 @@ class IndexScores:
                 the log of the sum of exponentials of the scores of all that is attended to besides.
             table: the layer's `DocumentTable`.
         """
-        documents = table.lengths.shape[0]
         read = (self._matrices, self._gains, self._offsets)
-        document = (table.codes, table.scales, table.lengths, table.starts)
+        document = (table.codes, table.scales, table.lengths)
         options = {**self._sizes, **self._launch, **self._shape}
         _picked_queries[self.sessions, self.chunks](
-            query, table.planes, table.document_of, *read, self.scaling, DIM=self._dim, **self._shape
+            query, table.planes, *read, self.scaling, DIM=self._dim, **self._shape
         )
-        _block_sums[self._blocks * self.chunks, documents](
+        _block_sums[self._blocks * self.chunks, self.sessions](
             *document, *read, self._peaks, self._sums, self._blocks, **options
         )
         _totals[(self.sessions,)](
-            self._peaks, self._sums, others, table.lengths, table.document_of, self.totals, self._blocks,
+            self._peaks, self._sums, others, table.lengths, self.totals, self._blocks,
             ROWS=self.rows, PADDED=triton.next_power_of_2(self.rows), SIZE=64,
             BLOCK=self._sizes["TILE"] * self._sizes["TILES"],
         )  # fmt: skip
-        _block_shares[self._blocks, documents](
+        _block_shares[self._blocks, self.sessions](
             *document, *read, self.totals, self.shares, self.capacity, **options
         )

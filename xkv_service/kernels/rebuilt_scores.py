@@ -1,10 +1,10 @@
 """Attention scores of chosen tokens from their token factors (reference: `rebuilt_scores_plainly` in
 `decode_plainly.py`).
 
-A program gathers a block of rows of A, multiplies them with the bases of one or a few KV heads, turns the keys
-in registers by the tokens' own angles, and multiplies them with the queries of every session on the document.
-Rebuilt keys never reach memory. Programs of one block's KV heads stand next to each other in the grid, so that
-all but one find its rows in the L2 cache.
+A program gathers a block of rows of A, multiplies them with the bases of one or a few KV heads, turns the
+keys in registers by the tokens' own angles, and multiplies them with the session's queries. Rebuilt keys
+never reach memory. Programs of one block's KV heads stand next to each other in the grid, so that all but one
+find its rows in the L2 cache.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def _added(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt(  # type: ignore[no-untyped-def]
     rows, bases, scales, DTYPE: tl.constexpr, SCALED: tl.constexpr, BASE_STRIDE: tl.constexpr,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr,
-    FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr,
+    TWO_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Keys before RoPE, float32 [SLOTS, WIDTH], of rows at addresses int64 [SLOTS, 1]."""
     keys = tl.full((SLOTS, WIDTH), 0, tl.float32)
@@ -73,24 +74,27 @@ def _rebuilt(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt_scores(  # type: ignore[no-untyped-def]
-    query, positions, members, counts, starts, rows_at, bases_at, scales_at, cos, sin, scores, scaling, most,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    query, positions, counts, rows_at, bases_at, scales_at, cos, sin, scores, scaling, most,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, INTERLEAVED: tl.constexpr,
     QUERIES: tl.constexpr, TOGETHER: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
     BASE_STRIDE: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
     WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr,
     TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    first_head, block, document = tl.program_id(0) * TOGETHER, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    count = tl.load(counts + document)
+    first_head, block, session = (
+        tl.program_id(0) * TOGETHER,
+        tl.program_id(1),
+        tl.program_id(2).to(tl.int64),
+    )
+    count = tl.load(counts + session)
     if block * SLOTS >= count:
         return
     slot = block * SLOTS + tl.arange(0, SLOTS)
-    listed = document * most + slot
-    position = tl.load(positions + listed, mask=slot < count, other=0).to(tl.int64)
-    rows = tl.load(rows_at + document) + position[:, None] * STRIDE
-    bases = tl.load(bases_at + document).to(tl.pointer_type(DTYPE)) + first_head * DIM
-    scales = tl.load(scales_at + document).to(tl.pointer_type(DTYPE))
+    position = tl.load(positions + session * most + slot, mask=slot < count, other=0).to(tl.int64)
+    rows = tl.load(rows_at + session) + position[:, None] * STRIDE
+    bases = tl.load(bases_at + session).to(tl.pointer_type(DTYPE)) + first_head * DIM
+    scales = tl.load(scales_at + session).to(tl.pointer_type(DTYPE))
     keys = _rebuilt(
         rows, bases, scales, DTYPE, SCALED, BASE_STRIDE, TOGETHER * DIM, SLOTS, STEP, PRECISION, STRIDE,
         WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
@@ -106,57 +110,49 @@ def _rebuilt_scores(  # type: ignore[no-untyped-def]
     angle = position[:, None] * half + plane[None, :]
     c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
     turned_x, turned_y = (x * c - y * s).to(DTYPE), (y * c + x * s).to(DTYPE)
-    first, stop = tl.load(starts + document), tl.load(starts + document + 1)
-    member = tl.load(members + listed, mask=slot < count, other=0)
     column = tl.arange(0, QUERIES)
     step: tl.constexpr = 1 if INTERLEAVED else half
     dim = plane * (2 if INTERLEAVED else 1)
-    lines: tl.constexpr = TOGETHER * GROUP
-    for begin in range(first, stop, QUERIES // lines):
-        session = begin + (column // lines).to(tl.int64)
-        there = (session < stop) & (column < QUERIES // lines * lines)
-        row = (session * HEADS + first_head) * GROUP + column % lines
-        mine = tl.arange(0, halves)[:, None] // half == (column % lines // GROUP)[None, :]
-        source = query + row[None, :] * DIM + dim[:, None]
-        left = tl.load(source, mask=there[None, :] & mine, other=0.0).to(DTYPE)
-        right = tl.load(source + step, mask=there[None, :] & mine, other=0.0).to(DTYPE)
-        found = product(turned_x, left, tl.full((SLOTS, QUERIES), 0, tl.float32), PRECISION)
-        found = product(turned_y, right, found, PRECISION)
-        seen = (slot < count)[:, None] & there[None, :]
-        if SHARED:
-            seen = seen & (((member[:, None] >> (session - first).to(tl.int32)[None, :]) & 1) != 0)
-        found = tl.where(seen, found * scaling, -float("inf"))
-        target = scores + row[None, :] * most + slot[:, None]
-        tl.store(target, found, mask=there[None, :] & (slot < most)[:, None])
+    there = column < TOGETHER * GROUP
+    row = (session * HEADS + first_head) * GROUP + column
+    mine = there[None, :] & (tl.arange(0, halves)[:, None] // half == (column // GROUP)[None, :])
+    source = query + row[None, :] * DIM + dim[:, None]
+    left = tl.load(source, mask=mine, other=0.0).to(DTYPE)
+    right = tl.load(source + step, mask=mine, other=0.0).to(DTYPE)
+    found = product(turned_x, left, tl.full((SLOTS, QUERIES), 0, tl.float32), PRECISION)
+    found = product(turned_y, right, found, PRECISION)
+    found = tl.where((slot < count)[:, None], found * scaling, -float("inf"))
+    target = scores + row[None, :] * most + slot[:, None]
+    tl.store(target, found, mask=there[None, :] & (slot < most)[:, None])
 
 
 def rebuilt_scores(
     query: torch.Tensor, chosen: Any, table: Any, turns: tuple[torch.Tensor, torch.Tensor],
     scores: torch.Tensor, scaling: float, *, interleaved: bool = False, slots: int = 64, step: int = 64,
-    queries: int = 16, together: int = 2, warps: int = 4, stages: int = 3,
+    together: int = 2, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """Write scores of chosen tokens.
 
     Args:
         query: [sessions, query_heads, D], rotated, contiguous. chosen: a `ChooseTokens`. table: the layer's
             `DocumentTable`. turns: cos and sin [positions, D / 2], contiguous, of every position.
-        scores: float32 [sessions, query_heads, most]: written up to the count of each document, rounded up
-            to `slots`; minus infinity for tokens that the session did not choose.
+        scores: float32 [sessions, query_heads, most]: written up to the count of each session, rounded up
+            to `slots`, minus infinity behind it.
         interleaved: planes are dimensions 2 i and 2 i + 1, not i and i + D / 2.
-        slots, step, queries, together: tokens, ranks, queries and KV heads of a tile. warps, stages: warps;
+        slots, step, together: tokens, ranks and KV heads of a tile. warps, stages: warps;
             loads in flight.
     """
-    heads, documents = table.kv_heads, chosen.counts.shape[0]
-    group = query.shape[1] // heads
+    sessions, query_heads, dim = query.shape
+    heads = table.kv_heads
+    group = query_heads // heads
     if heads % together:
         together = 1
-    queries = max(queries, triton.next_power_of_2(together * group))
-    _rebuilt_scores[heads // together, triton.cdiv(chosen.most, slots), documents](
-        query, chosen.positions, chosen.members, chosen.counts, table.starts, table.key_rows, table.key_bases,
-        table.key_scales, *turns, scores, scaling, chosen.most, HEADS=heads, GROUP=group,
-        SHARED=table.most_sessions > 1, INTERLEAVED=interleaved, QUERIES=queries, TOGETHER=together,
+    _rebuilt_scores[heads // together, triton.cdiv(chosen.most, slots), sessions](
+        query, chosen.positions, chosen.counts, table.key_rows, table.key_bases, table.key_scales, *turns,
+        scores, scaling, chosen.most, HEADS=heads, GROUP=group, INTERLEAVED=interleaved,
+        QUERIES=max(16, triton.next_power_of_2(together * group)), TOGETHER=together,
         DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.key_scaled, BASE_STRIDE=table.key_base_stride,
-        DIM=query.shape[2], SLOTS=slots, STEP=step,
+        DIM=dim, SLOTS=slots, STEP=step,
         PRECISION="ieee" if table.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
         **table.key_layout.arguments,
     )  # fmt: skip
