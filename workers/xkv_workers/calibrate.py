@@ -124,7 +124,7 @@ class _Calibrating:
         seen = [one for one in used if document_digest(one) in known]
         new = [one for one in used if document_digest(one) not in known]
         model = self._job.model
-        sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*new, *held], self._settings)
+        sums = PartialSums(self._job.store, model.fingerprint, model.layout, new, held, self._settings)
         if sums.done:
             self._observer.note(f"going on: {len(sums.done)} of {len(new)} documents were observed before")
         with sums.in_use():
