@@ -174,8 +174,9 @@ class _Calibrating:
         if len(documents) >= least:
             return
         first = self._errors[0] if self._errors else None
+        needed = "two, with --from too: one" if self._request.earlier else "two, one of them"
         raise CorpusError(
-            f"usable documents: {len(documents)}; a calibration needs two, one of them to check it on",
+            f"usable documents: {len(documents)}; a calibration needs {needed} to check it on",
             hint=f"{first.document}: {first.reason}" if first else "give more documents",
         )
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.bootstrap import Groups, bootstrap, chosen_again, too_small
+from xkv_service.calibration.bootstrap import Groups, bootstrap, chosen_again
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.certificates import fidelity_thresholds
@@ -26,6 +26,7 @@ from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.sample_warnings import sample_warnings
 from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
@@ -63,7 +64,7 @@ def split(
             "every document of the sample is in the earlier calibration",
             hint="give others: one in four is kept to check the result on",
         )
-    step = max(2, round(1 / settings.held_out))
+    step = settings.held_out_every
     wanted = max(1, len(sample) // step)
     every = max(1, min(step, len(fresh) // wanted))
     held = set(fresh[every - 1 :: every][:wanted])
@@ -139,7 +140,6 @@ def decide(
         "sample": _sample_figures(folds, used, held, found.moments),
         **choices,
         "stability": stability,
-        "warnings": [text for text in [too_small(stability)] if text],
         "selection": selection,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
@@ -147,6 +147,7 @@ def decide(
         "plans": plans(best, settings.ratios, candidates.layers),
         "spectra": spectra(found.moments),
     }
+    figures["warnings"] = sample_warnings(figures, len(folds.parts), settings)
     measured = replace(best, figures=figures)
     thresholds = fidelity_thresholds(model, held, settings.ratios, measured)
     return replace(measured, figures={**figures, "thresholds": thresholds})

@@ -25,6 +25,9 @@ from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
 
+NOT_FINITE = "no finite divergence"
+"""Reason of an outcome whose predictions are none."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -66,7 +69,7 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: the reason where nothing, or no number, was measured."""
         if not math.isfinite(self.kl):
-            return {"reason": self.reason or "no finite divergence"}
+            return {"reason": self.reason or NOT_FINITE}
         count = len(self.divergence)
         return {
             "kl": self.kl,
