@@ -53,6 +53,7 @@ def description(found: CalibrationDescription) -> None:
             *certainty(manifest.figures),
         ],
     )
+    _validation(manifest.figures, chosen=True)
     _warnings(manifest.figures)
 
 
@@ -88,8 +89,7 @@ def report(result: CalibrationReport) -> None:
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
-    validation = result.figures["validation"]
-    table(("asked", "step", "KL", "agreement"), [_step(row) for row in validation], right=("KL", "agreement"))
+    _validation(result.figures)
     _warnings(result.figures)
     errors(result.errors)
 
@@ -101,8 +101,30 @@ def _warnings(figures: Mapping[str, Any]) -> None:
         warn(str(text))
 
 
-def _step(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    asked = f"{row['asked']:g}x"
-    if "reason" in row:
-        return asked, row["step"], "-", "-"
-    return asked, row["step"], f"{row['kl']:.4f}", percent(row["agreement"])
+def _validation(figures: Mapping[str, Any], *, chosen: bool = False) -> None:
+    """What was measured at each ratio, of every step or of the chosen ones; answers where any are known."""
+    from xkv_service.calibration.report.reading import Validation
+
+    found = Validation.of(figures)
+    shown = [(asked, step, trial) for (asked, step), trial in found.trials.items()]
+    if chosen:
+        shown = [(asked, *best) for asked in found.ratios if (best := found.chosen(asked))]
+    heads = ("asked", "step", "KL", "agreement", "right answers")
+    most = max((trial for *_, trial in shown), key=lambda trial: trial.questions or 0, default=None)
+    if most is None:
+        return
+    if not most.questions:
+        heads = heads[:-1]
+    lines = [
+        (
+            f"{asked:g}x",
+            step,
+            "-" if trial.kl is None else f"{trial.kl:.4f}",
+            percent(trial.agreement),
+            percent(trial.answers),
+        )[: len(heads)]
+        for asked, step, trial in shown
+    ]
+    table(heads, lines, right=heads[2:])
+    if most.questions:
+        rows("", [("questions", f"{most.questions:g}, with the exact cache {percent(most.answers_exact)}")])

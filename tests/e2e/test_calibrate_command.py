@@ -13,6 +13,7 @@ from command_runs import Xkv, words
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.limits import ENOUGH
+from xkv_service.calibration.steps import SHARED
 from xkv_service.calibration.storage import known_documents
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,6 +53,8 @@ def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
     assert (result["documents"], result["held_out"], result["errors"]) == (4, 1, [])
     assert 0.9 < result["figures"]["stability"]["kept"]["mean"] <= 1
     assert {row["asked"] for row in result["figures"]["validation"]} == {8, 20, 32, 48}
+    (row,) = (one for one in result["figures"]["validation"] if (one["asked"], one["step"]) == (8, SHARED))
+    assert (row["questions"], row["answers_exact"], row["answers"]) == (1, 1.0, 1.0)
     assert list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
 
     compress = ["precompute", "--docs", paths[2], "--ratio", "20", *at, *ray, "--json"]

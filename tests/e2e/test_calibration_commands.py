@@ -47,6 +47,10 @@ def test_one_is_drawn_as_a_page_and_as_pictures(xkv: Xkv, tmp_path: Path) -> Non
     measured = manifest.model_copy(update={"figures": calibration_figures()})
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = store.calibrations.publish(measured, tensors).id
+    out = xkv("calibrations", "show", made[:10], "--store", tmp_path / "store").out
+    shown = [" ".join(line.split()) for line in out.splitlines()]
+    assert "20x calibrated bases, bits 0.0000 100.0 % 100.0 %" in shown
+    assert not any(line.startswith("20x recipe") for line in shown)
     page, plots = tmp_path / "page.html", tmp_path / "plots"
     show = ["calibrations", "show", made[:10], "--store", tmp_path / "store"]
     done = xkv(*show, "--report", page, "--plots", plots)
