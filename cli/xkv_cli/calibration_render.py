@@ -48,13 +48,44 @@ def description(found: CalibrationDescription) -> None:
             ("sample sha256", sample.sha256),
             ("stored", size(found.bytes)),
             ("groups", _partition(manifest.groups)),
-            ("settings", ", ".join(f"{k}={v}" for k, v in manifest.settings.items() if v is not None)),
-            *((name.replace("_", " "), str(value)) for name, value in found.figures.items()),
+            ("settings", _settings(manifest.settings)),
+            *((_words(name), _value(value)) for name, value in found.figures.items() if value is not None),
+            *_index(manifest.figures),
             *certainty(manifest.figures),
         ],
     )
     _validation(manifest.figures, chosen=True)
     _warnings(manifest.figures)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Names and values; those that are not set are left out."""
+    return "; ".join(f"{_words(name)} {_value(one)}" for name, one in settings.items() if one is not None)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: object) -> str:
+    """A setting or a figure as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{_words(str(name))} {_value(one)}" for name, one in value.items() if one is not None
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _index(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which layers keep an index, as a line; nothing of a calibration that does not say."""
+    from xkv_service.calibration.report.selection import index_line
+
+    found = index_line(figures)
+    return [("index", found.replace("\u00a0", " "))] if found else []
 
 
 def _layers(group: tuple[int, ...]) -> str:
@@ -85,6 +116,7 @@ def report(result: CalibrationReport) -> None:
             ("tokens", f"{result.tokens:,}"),
             ("metric", str(result.figures["weighting"])),
             ("groups", _partition(result.figures["groups"])),
+            *_index(result.figures),
             *certainty(result.figures),
             ("time", f"{result.seconds:.1f} s"),
         ],

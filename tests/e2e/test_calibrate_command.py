@@ -84,6 +84,7 @@ def test_what_fails_is_reported_and_the_others_go_on(
     assert "failed corpus/empty.txt: empty" in done.err and "failed corpus/long.txt: too long" in done.err
     shown = " ".join(done.out.split())
     assert "documents 3, 1 of them only to check it on" in shown and "2x" in shown
+    assert "index every layer: no document held out is long enough" in shown
     listed = xkv("calibrations", "ls", "--store", tmp_path / "store", "--json").json["calibrations"]
     assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
 
@@ -93,6 +94,10 @@ def test_what_fails_is_reported_and_the_others_go_on(
     again = xkv(*show, "--report", page)
     assert again.code == 0
     said = [line for line in done.err.splitlines() if line.startswith("warning ")]
+    out = " ".join(again.out.split())
+    assert "settings ratio 2; ratios 2, 8, 20, 32, 48; group size 4" in out
+    assert not re.search(r"[\[\]{}=]", out) and "None" not in out
+    assert "index every layer: no document held out" in out
     assert [line for line in again.err.splitlines() if line.startswith("warning ")] == said
     held, parts, energy, divergence = said
     assert "Held out to check on: 1 document, 3 is the least" in held
@@ -106,6 +111,11 @@ def test_what_fails_is_reported_and_the_others_go_on(
     few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
     assert few.code == 1 and "usable documents: 1; a calibration needs two" in few.err
     assert "hint: long.txt: too long" in few.err
+    far = xkv(*command, "--docs", corpus, "--ratio", "999")
+    assert far.code == 1 and "no document held out can be compressed at 999x: the longest" in far.err
+    assert (
+        "observed" not in far.err and list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
+    )
     (tmp_path / "none").mkdir()
     unasked = xkv(*command, "--docs", corpus, "--questions", tmp_path / "none")
     assert unasked.code == 1 and "has no questions about any document" in unasked.err

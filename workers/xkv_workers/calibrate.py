@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xkv_artifacts.calibration_format import CalibrationManifest
-from xkv_service.calibration.calibrate import split
+from xkv_service.calibration.calibrate import refuse_unreachable, split
 from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.report.about import report_figures
@@ -121,6 +121,7 @@ class _Calibrating:
     def run(self) -> CalibrationReport:
         earlier, known = self._earlier()
         used, held = split(self._sample(), self._settings, known)
+        refuse_unreachable(self._job.model.layout, held, self._settings)
         seen = [one for one in used if document_digest(one) in known]
         new = [one for one in used if document_digest(one) not in known]
         model = self._job.model

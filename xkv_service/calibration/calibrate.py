@@ -34,7 +34,9 @@ from xkv_service.calibration.steps import STEPS
 from xkv_service.calibration.tolerance import SHARES, Tolerances, measure, no_tolerances
 from xkv_service.calibration.validation import Candidate, Outcome, validate
 from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.factorization.ranks import most_ratio
 from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.layout import ModelLayout
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.spec import CompressionSpec
 
@@ -74,6 +76,24 @@ def split(
     )
 
 
+def refuse_unreachable(
+    layout: ModelLayout, held: Sequence[ProbedPrefix], settings: CalibrationSettings
+) -> None:
+    """See, before anything is run, that the settings' ratio can be reached by one document held out.
+
+    Raises:
+        RatioUnreachable: all are too short for it.
+    """
+    longest = max(len(one.token_ids) for one in held)
+    most = most_ratio(layout, longest, settings.group_size)
+    if settings.ratio > most:
+        raise RatioUnreachable(
+            f"no document held out can be compressed at {settings.ratio:g}x: the longest, of {longest:,} "
+            f"tokens, reaches {most:.0f}x at most",
+            hint="calibrate on longer documents, or at a lower ratio",
+        )
+
+
 def calibrate(
     model: PreTrainedModel,
     sample: Sequence[ProbedPrefix],
@@ -95,6 +115,7 @@ def calibrate(
     layout = inspect_loaded(model).layout
     settings = settings or CalibrationSettings.of(calibrated_layers(layout))
     used, held = split(sample, settings)
+    refuse_unreachable(layout, held, settings)
     reach, count = reach_of(layout, settings), min(len(used), fold_count(layout, settings))
     parts = [Observed.nothing(model, reach) for _ in range(count)]
     for number, document in enumerate(used):

@@ -18,6 +18,7 @@ def test_the_summary_says_how_sure_the_plan_is_and_warns(capsys: pytest.CaptureF
     assert "93.7 % (92.1 % to 95.1 %) of what others' own directions hold" in lines["energy kept"]
     assert "in 71 % of draws" in lines["same metric"] and "in 99.3 % of draws" in lines["same groups"]
     assert "0–3 | 4–7 | 8–9 in 85 % of draws" in lines["searched groups"]
+    assert lines["index"] == "index layers 0, 2, 4, 6, 8 of 10"
     assert "warning Few documents: standard errors are wide." in shown.err
 
 

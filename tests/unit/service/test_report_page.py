@@ -85,6 +85,15 @@ def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:
     )
 
 
+def test_a_gain_that_rounds_to_nothing_is_none(tmp_path: Path) -> None:
+    rows = [
+        {"asked": 20.0, "step": step, **trial(kl), "kl_error": 1e-9}
+        for step, kl in (("recipe", 0.1000), ("derived index", 0.0996), ("bits", 0.08))
+    ]
+    page = report({"validation": rows}, tmp_path)
+    assert "about the same" in page and "1.0x" not in page
+
+
 def test_right_answers_are_drawn_where_any_are_known(tmp_path: Path) -> None:
     page = words_of(report(FIGURES, tmp_path))
     assert "Of 24\u00a0questions those whose every token" in page

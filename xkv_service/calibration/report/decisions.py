@@ -66,11 +66,12 @@ def _gain(trial: Trial, before: Trial | None) -> Markup:
     known = apart(before, trial)
     if known is False:
         return element("small", WITHIN)
-    if before.kl == trial.kl:
-        return element("small", "the same")
     low, high = sorted((before.kl, trial.kl))
+    by = short(min(_MOST, high / low))
+    if by == short(1.0):
+        return element("small", "the same" if low == high else "about the same")
     less = trial.kl == low
-    words = f"{short(min(_MOST, high / low))}x {'less' if less else 'more'}"
+    words = f"{by}x {'less' if less else 'more'}"
     if known is None:
         return element("small", words)
     return element("small", words, class_="good" if less else "bad")
