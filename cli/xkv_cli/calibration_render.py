@@ -141,7 +141,7 @@ def _validation(figures: Mapping[str, Any], *, chosen: bool = False) -> None:
     shown = [(asked, step, trial) for (asked, step), trial in found.trials.items()]
     if chosen:
         shown = [(asked, *best) for asked in found.ratios if (best := found.chosen(asked))]
-    heads = ("asked", "step", "KL", "agreement", "right answers")
+    heads = ["asked", "step", "KL", "agreement", "right answers"]
     most = max((trial for *_, trial in shown), key=lambda trial: trial.questions or 0, default=None)
     if most is None:
         return

@@ -234,7 +234,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreachable:
     return RatioUnreachable(
-        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index={spec.index!r} and "
+        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index {spec.index} and "
         f"{spec.sink}+{spec.recent} exact tokens even rank 1 gives {least.ratio:.2f}x",
         hint="lower the ratio, or join short documents: a document this short has too few bytes to save",
     )
