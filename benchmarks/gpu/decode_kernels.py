@@ -49,13 +49,17 @@ _TAIL = 128
 _TOLERANCE = 2e-2
 SWEEP: dict[str, list[dict[str, int]]] = {
     "index": [
-        {"tile": tile, "together": together, "warps": warps}
-        for tile, together, warps in itertools.product((128, 256, 512), (4, 8), (4, 8))
+        {"tile": tile, "tiles": tiles, "warps": warps}
+        for tile, tiles, warps in itertools.product((64, 128, 256), (1, 2, 4, 8), (1, 2, 4))
+        if 64 <= tile // warps <= 128
     ],
+    "choose": [{"block": block} for block in (1024, 2048, 4096, 8192)],
     "scores": [
-        {"slots": slots, "step": step, "warps": warps, "stages": stages}
-        for slots, step, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
-        if slots * step <= 16384
+        {"slots": slots, "step": step, "together": together, "warps": warps, "stages": stages}
+        for slots, step, (together, warps), stages in itertools.product(
+            (64, 128), (32, 64), ((1, 4), (2, 4), (2, 8)), (2, 3, 4)
+        )
+        if slots * together // warps <= 32
     ],
     "values": [
         {"slots": slots, "columns": columns, "warps": warps, "stages": stages}
@@ -91,7 +95,6 @@ class Case:
         self.keys, self.values = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.lengths = torch.full((batch,), _TAIL, dtype=torch.int32, device=device)
         self.out = torch.empty_like(self.query)
-        self._before = torch.zeros(batch, shape.query_heads, device=device)
 
     def attention(self, tiles: Tiles | None = None) -> DecodeAttention:
         """The kernels for this batch."""
@@ -107,8 +110,7 @@ class Case:
         return {
             "tail": lambda table: tail_attention(*tail, layer._rest, layer._rest_log, self.scaling),
             "index": lambda table: layer.index(self.query, layer._rest_log, table),
-            "index, read once": lambda table: layer.index(self.query, layer._rest_log, table, self._before),
-            "choose": lambda table: layer.chosen(layer.index.shares, layer.index.histogram, table),
+            "choose": lambda table: layer.chosen(layer.index.shares, table),
             "scores": lambda table: rebuilt_scores(
                 self.query, layer.chosen, table, self.turns, layer.scores, self.scaling, **scores
             ),
@@ -147,7 +149,6 @@ class Case:
             "output": (bases * rank_v * width * 2, 2.0 * self.batch * shape.query_heads * rank_v * shape.dim),
         }
         found["all"] = (sum(one for one, _ in found.values()), sum(one for _, one in found.values()))
-        found["index, read once"] = (index, 0.0)
         return found
 
 

@@ -28,7 +28,7 @@ class Tiles:
     choose: dict[str, int] = field(default_factory=dict)
     scores: dict[str, int] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
-    splits: int = 4
+    splits: int = 2
     output: dict[str, int] = field(default_factory=dict)
 
 
@@ -58,7 +58,7 @@ class DecodeAttention:
             sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
         )
         self.chosen = ChooseTokens(
-            sessions, table.lengths.numel(), capacity, most, device, bins=self.index.bins, **self.tiles.choose
+            sessions, table.lengths.numel(), capacity, most, device, **self.tiles.choose
         )
         self.values = LatentValues(
             sessions, query_heads, table.value_layout.rank, device, splits=self.tiles.splits
@@ -69,22 +69,22 @@ class DecodeAttention:
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor,
-        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False, before: torch.Tensor | None = None,
+        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Attend.
 
         Args:
             query: [sessions, query_heads, D], rotated, contiguous. keys, values, lengths: the tails, as
                 `tail_attention`. table: the layer's. out: [sessions, query_heads, Dv], contiguous.
-            repeat: attend to what the layer before chose: this one has no index. before: as `IndexScores`.
+            repeat: attend to what the layer before chose: this one has no index.
 
         Returns:
             `out`.
         """
         tail_attention(query, keys, values, lengths, self._rest, self._rest_log, self._scaling)
         if not repeat:
-            self.index(query, self._rest_log, table, before)
-            self.chosen(self.index.shares, self.index.histogram, table)
+            self.index(query, self._rest_log, table)
+            self.chosen(self.index.shares, table)
         self.attend(query, table, out)
         return out
 

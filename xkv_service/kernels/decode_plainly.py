@@ -133,7 +133,7 @@ def projected_output_plainly(
 def decode_attention_plainly(
     query: torch.Tensor, tail: tuple[torch.Tensor, torch.Tensor], tail_lengths: torch.Tensor,
     documents: Sequence[DocumentLayer], sessions: Sequence[int], budgets: Sequence[int],
-    turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, bins: int = 2048, interleaved: bool = False,
+    turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, bins: int = 512, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """All stages: a layer's attention [sessions, query_heads, Dv], float32."""
     rest, rest_log = tail_attention_plainly(query, *tail, tail_lengths, scaling)

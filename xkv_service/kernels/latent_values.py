@@ -129,7 +129,7 @@ class LatentValues:
 
     def __call__(
         self, scores: torch.Tensor, chosen: Any, table: Any, *, slots: int = 64, columns: int = 128,
-        together: int = 1, warps: int = 4, stages: int = 3,
+        together: int = 1, warps: int = 4, stages: int = 2,
     ) -> None:  # fmt: skip
         """Fill the sums.
 

@@ -72,7 +72,7 @@ def _projected(  # type: ignore[no-untyped-def]
 
 def projected_output(
     values: Any, rest: torch.Tensor, rest_log: torch.Tensor, table: Any, out: torch.Tensor, *,
-    together: int = 4, columns: int = 64, step: int = 64, warps: int = 4, stages: int = 3,
+    together: int = 4, columns: int = 64, step: int = 64, warps: int = 2, stages: int = 3,
 ) -> None:  # fmt: skip
     """Write a layer's attention.
 

@@ -23,7 +23,7 @@ from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 SIZES = {"slots": 32, "step": 64}
 TILES = Tiles(
-    index={"tile": 128, "bins": 256}, choose={"block": 128}, scores=SIZES,
+    index={"tile": 128}, choose={"block": 128, "bins": 256}, scores=SIZES,
     values={"slots": 32, "columns": 64},
     splits=2, output={"columns": 32, "step": 64},
 )  # fmt: skip
