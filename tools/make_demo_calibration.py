@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=6, help="questions about each")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=WEIGHTINGS, metavar="METRIC")
+    parser.add_argument("--group-size", type=int, default=CalibrationSettings.group_size, help="at most")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     sample = [_document(loaded, number, arguments) for number in range(arguments.documents)]
-    settings = CalibrationSettings(weightings=tuple(arguments.weightings))
+    settings = CalibrationSettings(weightings=tuple(arguments.weightings), group_size=arguments.group_size)
     with torch.no_grad():
         found = calibrate(loaded.model, sample, settings, print)
     write_calibration_file(arguments.out, calibration_manifest(found, loaded.identity, sample), found)
