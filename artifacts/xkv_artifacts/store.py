@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.collector import Collector
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
+from xkv_artifacts.embedded_keeper import kept_alive
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import (
     ArtifactNotFound,
@@ -113,6 +114,13 @@ class ArtifactStore:
     def redis_url(self) -> str:
         """The catalog's Redis URL, for other processes (on this machine only when it is embedded)."""
         return self.catalog.link.url
+
+    def keeping_catalog(self) -> AbstractContextManager[None]:
+        """While the block runs, an embedded server that dies is started again at once, whoever needs it or not.
+
+        One process does so for all that share it. A Redis of the user's own is left to the user.
+        """
+        return kept_alive(self._embedded, self._fill_embedded) if self._embedded else nullcontext()
 
     def close(self) -> None:
         """Close the catalog; an embedded server stops when nobody else uses it."""
@@ -444,6 +452,7 @@ class ArtifactStore:
         if self._embedded.damaged:
             _log.warning("the embedded catalog was damaged; rebuilding it from %s", self.blobs.url)
         report = self._list_all()
+        self._embedded.damaged = False
         for bad in report.faults:
             _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
 
