@@ -1,4 +1,4 @@
-"""Brings an embedded Redis back when it dies: for servers, whose requests cannot wait until one of them tries."""
+"""Brings an embedded Redis back when it dies, for servers: their requests do not wait until one tries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LONGEST_PAUSE_S = 60.0
 def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], None]) -> Iterator[None]:
     """While the block runs, the server is started again within a second of its death.
 
-    The first try comes at once. While it does not start, or dies again within a minute, tries come after 1, 2,
-    4 and more seconds, then once a minute. Each is logged.
+    The first try comes at once. While it does not start, or dies again within a minute, tries come after 1,
+    2, 4 and more seconds, then once a minute. Each is logged.
 
     Args:
         on_back: called on a thread, after each time; what it raises of XKVError is logged.

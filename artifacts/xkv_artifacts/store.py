@@ -116,7 +116,7 @@ class ArtifactStore:
         return self.catalog.link.url
 
     def keeping_catalog(self) -> AbstractContextManager[None]:
-        """While the block runs, an embedded server that dies is started again at once, whoever needs it or not.
+        """While the block runs, an embedded server that dies is started again at once.
 
         One process does so for all that share it. A Redis of the user's own is left to the user.
         """
