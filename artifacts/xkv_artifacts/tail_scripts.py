@@ -1,8 +1,8 @@
 """The steps that change what the catalog knows of stored tails: one script each.
 
 KEYS of each: ids by last use, ids by their end, the sum of bytes, places in the prefix index by id,
-namespaces by the bytes they hold. ARGV of each begins with the start of all keys of stored tails. What an entry
-says may be junk: sizes that are no number count nothing.
+namespaces by the bytes they hold. ARGV of each begins with the start of all keys of stored tails. What an
+entry says may be junk: sizes that are no number count nothing.
 """
 
 from __future__ import annotations
