@@ -1,4 +1,4 @@
-"""The services of docker-compose.yml as plain processes: their own commands, on free ports of this machine."""
+"""The services of docker-compose.yml as processes: their own commands, on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from ray._private import state
 ray.init(address="auto", logging_level=logging.ERROR)
 cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
 alive = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
-print(json.dumps([cpus[actor["Address"]["NodeID"]] for actor in alive if "engine" in actor["ActorClassName"]]))
+engines = [actor for actor in alive if "engine" in actor["ActorClassName"]]
+print(json.dumps([cpus[actor["Address"]["NodeID"]] for actor in engines]))
 """
 
 
@@ -123,10 +124,10 @@ class Composed:
         for process in reversed(self._processes.values()):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(15)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
-        _until(lambda: not _end_all_with(self._ray_folder))
+        until(lambda: not _end_all_with(self._ray_folder))
         shutil.rmtree(self._ray_folder, ignore_errors=True)
 
     def _run(
@@ -180,7 +181,7 @@ def _end_all_with(word: str) -> bool:
     return bool(found)
 
 
-def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(met: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""The services of docker-compose.yml work together, as processes: Redis, Ray, a worker, a job and the server."""
+"""The services of docker-compose.yml work together, as processes of one machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from composed import ROOT, Composed
+from composed import ROOT, Composed, until
 
 DOCUMENT = "bulletin-houston-lucky-dove-society"
 SECRETS = {"XKV_REDIS_PASSWORD": "secret9", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
@@ -33,9 +33,11 @@ def test_a_chat_is_answered_from_what_a_job_on_the_cluster_stored(composed: Comp
     for service in ("redis", "ray-head"):
         composed.wait_healthy(service)
     composed.start("worker")
+    until(lambda: "Ray runtime started" in composed.log("worker"))
+    composed.wait_healthy("worker")
     job = composed.run("precompute", "--ratio", "20", "--pin", "--json")
     assert job.returncode == 0, job.stderr
-    assert json.loads(job.stdout)["computed"] == 1
+    (stored,) = json.loads(job.stdout)["artifacts"]
 
     composed.start("server")
     composed.wait_healthy("server")
@@ -55,5 +57,6 @@ def test_a_chat_is_answered_from_what_a_job_on_the_cluster_stored(composed: Comp
             break
         assert time.monotonic() < end, answer
     assert answer["choices"][0]["message"]["content"] == item["answer"]
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 1000
+    assert answer["xkv"]["artifact"] == stored["id"]
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= stored["tokens"] - 1
     assert composed.engine_cpus() == [2], "the engine runs on the worker, and nothing on the other nodes"
