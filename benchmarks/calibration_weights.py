@@ -29,7 +29,7 @@ from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.metrics import WEIGHTINGS
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
-from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
+from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions, right_answers
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.compression import factorize_prefill
 from xkv_service.decoding.cache import XKVCache
@@ -149,19 +149,9 @@ def _measure(
                 cache = XKVCache.from_factors(model, factors, selection)
                 other = predictions(model, cache, document.probes)
             _, kl = compare_distributions(base, other)
-            found.setdefault((ratio, name), []).append((kl, _right(other, document)))
+            right = right_answers(other, document.probes)
+            found.setdefault((ratio, name), []).append((kl, fmean(right) if right else 0.0))
     exact.free()
-
-
-def _right(logits: torch.Tensor, document: ProbedPrefix) -> float:
-    """Share of probes whose answer is said word for word."""
-    right, position = 0, 0
-    for probe in document.probes:
-        answer = torch.tensor(probe.token_ids[1 - probe.counted :] if probe.counted > 1 else ())
-        said = logits[position : position + len(answer)].argmax(-1).cpu()
-        right += bool((said == answer).all())
-        position += probe.counted
-    return right / len(document.probes)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from xkv_artifacts.errors import (
     CatalogUnavailable,
     CorruptArtifact,
     UnsupportedFormat,
+    XKVError,
 )
 from xkv_artifacts.listing import Listing
 from xkv_artifacts.relisting import list_all, list_orphans
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+
+
+def _log_fault(fault: XKVError) -> None:
+    _log.warning("%s", fault.message)
 
 
 class CalibrationShelf:
@@ -105,15 +110,24 @@ class CalibrationShelf:
         found = self.catalog.entries(on_fault)
         return [entry for entry in found if fingerprint in (None, entry.fingerprint)]
 
-    def newest(self, fingerprint: str) -> CalibrationManifest | None:
+    def newest(
+        self, fingerprint: str, on_fault: Callable[[XKVError], None] | None = None
+    ) -> CalibrationManifest | None:
         """The model's newest calibration that can be read, or None. The catalog names candidates; what their
         blobs say counts.
+
+        Args:
+            on_fault: told of each entry or blob that is skipped because it is damaged, or of another version.
 
         Raises:
             CatalogUnavailable, StoreError
         """
-        entries = self.entries(fingerprint, on_fault=lambda fault: _log.warning("%s", fault.message))
-        found = [manifest for entry in entries if (manifest := self._candidate(entry.id)) is not None]
+        told = on_fault or _log_fault
+        found = [
+            manifest
+            for entry in self.entries(fingerprint, told)
+            if (manifest := self._candidate(entry.id, told)) is not None
+        ]
         own = [manifest for manifest in found if manifest.model.fingerprint == fingerprint]
         return max(own, key=lambda manifest: (manifest.created, manifest.id), default=None)
 
@@ -153,13 +167,15 @@ class CalibrationShelf:
         size = self.blobs.size(manifest.id)
         self.catalog.put(CalibrationEntry.of_manifest(manifest, size=size))
 
-    def _candidate(self, calibration_id: str) -> CalibrationManifest | None:
+    def _candidate(
+        self, calibration_id: str, on_fault: Callable[[XKVError], None]
+    ) -> CalibrationManifest | None:
         try:
             return self.manifest(calibration_id)
         except ArtifactNotFound:
             self.catalog.drop(calibration_id)
         except (CorruptArtifact, UnsupportedFormat) as error:
-            _log.warning("%s", error.message)
+            on_fault(error)
         return None
 
     def _forget(self, calibration_id: str) -> None:

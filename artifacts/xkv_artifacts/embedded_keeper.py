@@ -20,7 +20,7 @@ _LONGEST_PAUSE_S = 60.0
 
 
 @contextmanager
-def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], None]) -> Iterator[None]:
+def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], object]) -> Iterator[None]:
     """While the block runs, the server is started again within a second of its death.
 
     The first try comes at once. While it does not start, or dies again within a minute, tries come after 1,
@@ -41,7 +41,9 @@ def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], None]) -> Iterator
 
 
 class _Keeper:
-    def __init__(self, embedded: EmbeddedRedis, on_back: Callable[[], None], ending: threading.Event) -> None:
+    def __init__(
+        self, embedded: EmbeddedRedis, on_back: Callable[[], object], ending: threading.Event
+    ) -> None:
         self._embedded, self._on_back, self._ending = embedded, on_back, ending
         self._path = embedded.url.removeprefix("unix://")
         self._failures = 0

@@ -9,10 +9,12 @@ are advice: what is stored is for the store to say.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from xkv_artifacts.errors import InvalidNamespace
 from xkv_artifacts.keys import check_namespace, is_artifact_id
 from xkv_artifacts.listing import STORE_KEYS
 from xkv_artifacts.manifest import Namespace, Sha256
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 JOB_KEY: Final = STORE_KEYS + "job:{namespace}:{id}"  # hash: see Job, and "vouched", the second until when
 JOBS_KEY: Final = STORE_KEYS + "jobs:{namespace}"  # sorted set: its artifact ids, by when they were asked for
+PUBLISHING_KEY: Final = STORE_KEYS + "publishing"  # hash: artifact id -> namespace, second it was made
 VOUCH_S: Final = 30.0
 """Seconds for which a maker vouches: as long as a lease on an artifact outlives its owner."""
 KEEP_S: Final = 86_400
@@ -79,10 +82,14 @@ if type(status) ~= 'string' or status == 'deleted' then return 0 end
 redis.call('HSET', KEYS[1], unpack(ARGV))
 return 1
 """
-# KEYS: job, jobs. ARGV: id. Answers the fields; none of one that was deleted and asked for again meanwhile.
+# KEYS: job, jobs, publishing. ARGV: id, whether to forget a deleted one too. Answers the fields; none of one
+# that was deleted and asked for again meanwhile.
 _FINISH = """
 local fields = redis.pcall('HGETALL', KEYS[1])
-if not fields.err and redis.call('HGET', KEYS[1], 'status') == 'queued' then return {} end
+local status = not fields.err and redis.call('HGET', KEYS[1], 'status')
+if status == 'deleted' and ARGV[2] == '' then return fields end
+redis.call('HDEL', KEYS[3], ARGV[1])
+if status == 'queued' then return {} end
 redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 return fields.err and {} or fields
@@ -121,6 +128,17 @@ class Job(BaseModel):
         return [text for pair in texts.items() for text in pair]
 
 
+@dataclass(frozen=True)
+class Publication:
+    """An artifact that is about to be stored, or is. `made`: the second of its manifest's `created`, by which
+    it can be told from the same artifact made another time.
+    """
+
+    namespace: str
+    id: str
+    made: float
+
+
 class JobBoard:
     """The jobs of one store.
 
@@ -130,6 +148,7 @@ class JobBoard:
     def __init__(self, link: RedisLink, store_id: str) -> None:
         self._link = link
         self._store_id = store_id
+        self._publishing = PUBLISHING_KEY.format(store=store_id)
 
     def add(self, job: Job) -> bool:
         """Record a job; False where somebody vouches for the same one already. A failed one is replaced."""
@@ -144,12 +163,28 @@ class JobBoard:
         line = " ".join(error.split())[:_MOST_TEXT] or "unknown"
         self.tell(job.model_copy(update={"status": "failed", "error": line}))
 
-    def finish(self, job: Job) -> Job | None:
+    def publishing(self, job: Job, made: float) -> None:
+        """Say before the artifact of a job is published that it will be; until the job is finished it stands
+        among the `publications`. `made`: see there.
+        """
+        text = f"{job.namespace} {made!r}"
+        self._link.call(lambda client: client.hset(self._publishing, job.id, text))
+
+    def publications(self) -> list[Publication]:
+        """The artifacts that were to be published, and whose jobs are not finished."""
+        raw: Any = self._link.call(lambda client: client.hgetall(self._publishing))
+        return [found for item in raw.items() if (found := _publication(*item)) is not None]
+
+    def finish(self, namespace: str, job_id: str, *, deleted: bool = False) -> Job | None:
         """Forget a job that is done; its record as it was last, None where Redis had lost it. One that is
         queued (again) stays.
+
+        Args:
+            deleted: forget one that was deleted, too. Else it stays until what it published is removed.
         """
-        raw: Any = self._link.script(_FINISH, self._keys(job.namespace, job.id), [job.id])
-        return _parse(job.namespace, job.id, dict(zip(raw[::2], raw[1::2], strict=True)), None)
+        keys = [*self._keys(namespace, job_id), self._publishing]
+        raw: Any = self._link.script(_FINISH, keys, [job_id, "yes" if deleted else ""])
+        return _parse(namespace, job_id, dict(zip(raw[::2], raw[1::2], strict=True)), None)
 
     def change(
         self, namespace: str, job_id: str, *, pinned: bool | None = None, ttl_s: float | None = None
@@ -229,3 +264,15 @@ def _parse(namespace: str, job_id: str, fields: Any, now: float | None) -> Job |
     if now is None or job.status not in ("queued", "running") or vouched > now:
         return job
     return job.model_copy(update={"status": "failed", "error": STOPPED})
+
+
+def _publication(field: bytes, text: bytes) -> Publication | None:
+    job_id = field.decode("utf-8", "replace")
+    namespace, _, made = text.decode("utf-8", "replace").partition(" ")
+    try:
+        if is_artifact_id(job_id):
+            return Publication(check_namespace(namespace), job_id, float(made))
+    except (InvalidNamespace, ValueError):
+        pass
+    _log.warning("the record of what job %r publishes is damaged: it counts as none", job_id[:80])
+    return None

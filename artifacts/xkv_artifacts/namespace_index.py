@@ -107,7 +107,11 @@ def page_of(
         answer = link.script(_PAGE, [key], [match[1], match[2], str(limit)])
         found = [(_text(answer[i]), float(answer[i + 1])) for i in range(0, len(answer), 2)]
     last = found[-1] if len(found) == limit else None
-    return found, last and f"{last[1]!r}:{last[0]}"
+    return found, last and _cursor(*last)
+
+
+def _cursor(member: str, score: float) -> str:
+    return f"{score!r}:{member}"
 
 
 class NamespaceIndex:
@@ -138,6 +142,12 @@ class NamespaceIndex:
         """Some of a namespace's ids with the second of their last use, last used first; see `page_of`."""
         self.ensure()
         return page_of(self._link, self.key(namespace), cursor, limit)
+
+    def cursor_of(self, namespace: str, artifact_id: str) -> str | None:
+        """The cursor of the page behind an artifact; None: it is none of this namespace."""
+        self.ensure()
+        score = self._link.call(lambda client: client.zscore(self.key(namespace), artifact_id))
+        return None if score is None else _cursor(artifact_id, float(score))
 
     def holds(self, namespaces: Iterable[str], artifact_id: str) -> bool:
         """Whether an artifact is of one of these namespaces.

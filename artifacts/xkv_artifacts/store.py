@@ -104,7 +104,8 @@ class ArtifactStore:
         store = cls(blobs, Catalog(link, store_id), embedded)
         try:
             link.check()
-            store._fill_embedded()
+            if embedded is not None:
+                store.list_if_lost()
         except BaseException:
             store.close()
             raise
@@ -120,7 +121,7 @@ class ArtifactStore:
 
         One process does so for all that share it. A Redis of the user's own is left to the user.
         """
-        return kept_alive(self._embedded, self._fill_embedded) if self._embedded else nullcontext()
+        return kept_alive(self._embedded, self.list_if_lost) if self._embedded else nullcontext()
 
     def close(self) -> None:
         """Close the catalog; an embedded server stops when nobody else uses it."""
@@ -393,22 +394,29 @@ class ArtifactStore:
         return self._list_all()
 
     def list_if_lost(self) -> Rebuild | None:
-        """List what the store holds in a catalog that lost it, or never knew: that of a Redis that came back
-        empty. What works meanwhile goes on.
+        """List what the store holds in a catalog that lost it, or some of it, or never knew: that of a Redis
+        that came back empty. What works meanwhile goes on.
 
         Returns:
-            None: the catalog is complete, or somebody else is at it.
+            None: the catalog is complete, or somebody else is at it (who starts an embedded one does it too).
 
         Raises:
             CatalogUnavailable, StoreError
         """
-        if self.catalog.is_built():
+        embedded = self._embedded
+        if self.catalog.is_built() and not (embedded and embedded.damaged):
             return None
         lease = self.catalog.lease("listing", uuid.uuid4().hex)
-        if lease is None:
+        if lease is None and embedded is None:
             return None
-        with lease:
-            return self._list_all()
+        with lease or nullcontext():
+            listed = self._list_all()
+        if embedded is not None and embedded.damaged:
+            _log.warning("the embedded catalog was damaged: it is made again from %s", self.blobs.url)
+            embedded.damaged = False
+        for bad in listed.faults:
+            _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
+        return listed
 
     def collect_orphans(self) -> Orphans:
         """Remove what killed processes left behind; no artifact is deleted. Sums of a calibration that was
@@ -444,17 +452,6 @@ class ArtifactStore:
             known[needed] = self.calibrations.fault(needed) if present else "it is not in the store"
         fault = known[needed]
         return fault and f"it cannot be decoded without calibration {needed[:12]}: {fault}"
-
-    def _fill_embedded(self) -> None:
-        """An embedded catalog that is new or lost its data lists what the store holds before it is used."""
-        if self._embedded is None or (self.catalog.is_built() and not self._embedded.damaged):
-            return
-        if self._embedded.damaged:
-            _log.warning("the embedded catalog was damaged; rebuilding it from %s", self.blobs.url)
-        report = self._list_all()
-        self._embedded.damaged = False
-        for bad in report.faults:
-            _log.warning("artifact %s is left out of the catalog: %s", bad.artifact_id, bad.fault)
 
     def _list_all(self) -> Rebuild:
         artifacts, faults = self._listing.list_all()

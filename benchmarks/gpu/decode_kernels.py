@@ -49,13 +49,17 @@ _TAIL = 128
 _TOLERANCE = 2e-2
 SWEEP: dict[str, list[dict[str, int]]] = {
     "index": [
-        {"tile": tile, "together": together, "warps": warps}
-        for tile, together, warps in itertools.product((128, 256, 512), (4, 8), (4, 8))
+        {"tile": tile, "tiles": tiles, "warps": warps}
+        for tile, tiles, warps in itertools.product((64, 128, 256), (1, 2, 4, 8), (1, 2, 4))
+        if 64 <= tile // warps <= 128
     ],
+    "choose": [{"block": block} for block in (1024, 2048, 4096, 8192)],
     "scores": [
-        {"slots": slots, "step": step, "warps": warps, "stages": stages}
-        for slots, step, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
-        if slots * step <= 16384
+        {"slots": slots, "step": step, "together": together, "warps": warps, "stages": stages}
+        for slots, step, (together, warps), stages in itertools.product(
+            (64, 128), (32, 64), ((1, 4), (2, 4), (2, 8)), (2, 3, 4)
+        )
+        if slots * together // warps <= 32
     ],
     "values": [
         {"slots": slots, "columns": columns, "warps": warps, "stages": stages}
@@ -77,13 +81,12 @@ class Case:
         shared: bool, device: torch.device, layers: int,
     ) -> None:  # fmt: skip
         self.shape, self.batch, self.tokens, self.budget, self.device = shape, batch, tokens, budget, device
-        count = -(-batch // 32) if shared else batch
-        self.sessions = [min(32, batch - 32 * number) for number in range(count)] if shared else [1] * batch
-        loaded = 1 if shared else count
-        self.documents = synthetic.Documents(shape, kind, tokens, loaded, device, layers=layers)
-        by_layer = [layer * count if shared else layer for layer in self.documents.by_layer]
-        self.tables = [DocumentTable(layer, self.sessions, [budget] * count) for layer in by_layer]
-        self.most = min(tokens, max(self.sessions) * budget + synthetic.RECENT)
+        self.documents = synthetic.Documents(
+            shape, kind, tokens, 1 if shared else batch, device, layers=layers
+        )
+        by_layer = [layer * batch if shared else layer for layer in self.documents.by_layer]
+        self.tables = [DocumentTable(layer, [budget] * batch) for layer in by_layer]
+        self.most = min(tokens, budget + synthetic.RECENT)
         self.turns = synthetic.turns(shape, tokens + 1024, device)
         self.scaling = shape.dim**-0.5
         self.query = torch.randn(batch, shape.query_heads, shape.dim, dtype=torch.bfloat16, device=device)
@@ -91,7 +94,6 @@ class Case:
         self.keys, self.values = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.lengths = torch.full((batch,), _TAIL, dtype=torch.int32, device=device)
         self.out = torch.empty_like(self.query)
-        self._before = torch.zeros(batch, shape.query_heads, device=device)
 
     def attention(self, tiles: Tiles | None = None) -> DecodeAttention:
         """The kernels for this batch."""
@@ -107,8 +109,7 @@ class Case:
         return {
             "tail": lambda table: tail_attention(*tail, layer._rest, layer._rest_log, self.scaling),
             "index": lambda table: layer.index(self.query, layer._rest_log, table),
-            "index, read once": lambda table: layer.index(self.query, layer._rest_log, table, self._before),
-            "choose": lambda table: layer.chosen(layer.index.shares, layer.index.histogram, table),
+            "choose": lambda table: layer.chosen(layer.index.shares, table),
             "scores": lambda table: rebuilt_scores(
                 self.query, layer.chosen, table, self.turns, layer.scores, self.scaling, **scores
             ),
@@ -123,7 +124,7 @@ class Case:
         """Fewest bytes and floating-point operations of each stage and layer.
 
         Args:
-            rebuilt: tokens of all documents' lists.
+            rebuilt: tokens of all sessions' lists.
         """
         shape, table = self.shape, self.tables[0]
         documents = len({int(address) for address in table.key_rows.tolist()})
@@ -131,7 +132,7 @@ class Case:
         rank_k, rank_v = table.key_layout.rank, table.value_layout.rank
         bases = documents if self.documents.kind.shared is False else 1
         index = documents * self.tokens * shape.kv_heads * (shape.planes + 2)
-        kept = rebuilt * shape.query_heads * 4 * max(self.sessions)
+        kept = rebuilt * shape.query_heads * 4
         found = {
             "tail": (self.batch * _TAIL * shape.full_bytes, 0.0),
             "index": (2 * index, 0.0),
@@ -142,12 +143,11 @@ class Case:
             ),
             "values": (
                 rebuilt * table.value_layout.stride + kept,
-                2.0 * rebuilt * max(self.sessions) * shape.query_heads * rank_v,
+                2.0 * rebuilt * shape.query_heads * rank_v,
             ),
             "output": (bases * rank_v * width * 2, 2.0 * self.batch * shape.query_heads * rank_v * shape.dim),
         }
         found["all"] = (sum(one for one, _ in found.values()), sum(one for _, one in found.values()))
-        found["index, read once"] = (index, 0.0)
         return found
 
 
@@ -334,34 +334,24 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
     found: dict[str, float] = {}
     rest, rest_log = tail_attention_plainly(case.query, case.keys, case.values, case.lengths, case.scaling)
     found["tail"] = _relative(layer._rest, rest)
-    first = 0
-    for number, document in enumerate(case.tables[0].documents):
-        mine = slice(first, first + case.sessions[number])
-        first = mine.stop
-        count = int(layer.chosen.counts[number])
-        positions, members = layer.chosen.positions[number, :count], layer.chosen.members[number, :count]
-        shares = index_shares_plainly(case.query[mine], rest_log[mine], document, case.scaling)
-        chosen = (document.states == 1).nonzero()[:, 0]
-        best = shares[:, chosen].topk(min(case.budget, len(chosen))).values
-        taken = ((members[None] >> torch.arange(len(shares), device=case.device)[:, None]) & 1) == 1
+    for session, document in enumerate(case.tables[0].documents):
+        query, count = case.query[session], int(layer.chosen.counts[session])
+        positions = layer.chosen.positions[session, :count]
+        shares = index_shares_plainly(query, rest_log[session], document, case.scaling)
+        candidates = (document.states == 1).nonzero()[:, 0]
+        best = shares[candidates].topk(min(case.budget, len(candidates))).values
         open_ = document.states[positions.long()] == 1
-        for row, kept, theirs in zip(shares, taken & open_, best, strict=True):
-            mine_ = row[positions.long()][kept].sort(descending=True).values
-            assert len(mine_) == len(theirs), "the budget is not spent"
-            found["choice"] = max(found.get("choice", 0.0), float((mine_ - theirs).abs().max()) / 4)
-        scores = rebuilt_scores_plainly(
-            case.query[mine], document, positions, members, case.turns, case.scaling
-        )
-        seen, mine_scores = scores > -torch.inf, layer.scores[mine, :, :count]
-        assert torch.equal(mine_scores > -torch.inf, seen), "tokens that others chose are seen"
+        kept = shares[positions.long()][open_].sort(descending=True).values
+        assert len(kept) == len(best), "the budget is not spent"
+        found["choice"] = max(found.get("choice", 0.0), float((kept - best).abs().max()) / 4)
+        scores = rebuilt_scores_plainly(query, document, positions, case.turns, case.scaling)
+        latents = latent_values_plainly(scores, document, positions)
         parts = {
-            "shares": _relative(layer.index.shares[mine, : case.tokens], shares),
-            "scores": _relative(mine_scores[seen], scores[seen]),
+            "shares": _relative(layer.index.shares[session, : case.tokens], shares),
+            "scores": _relative(layer.scores[session, :, :count], scores),
             "output": _relative(
-                case.out[mine],
-                projected_output_plainly(
-                    *latent_values_plainly(scores, document, positions), rest[mine], rest_log[mine], document
-                ),
+                case.out[session],
+                projected_output_plainly(*latents, rest[session], rest_log[session], document),
             ),
         }
         found |= {name: max(found.get(name, 0.0), error) for name, error in parts.items()}
@@ -381,10 +371,10 @@ def _far_gather(device: torch.device) -> float:
     assert document.key_rows.data.numel() > 2**32
     case.stages(layer)["all"](case.tables[0])
     count = int(layer.chosen.counts[0])
-    positions, members = layer.chosen.positions[0, :count], layer.chosen.members[0, :count]
+    positions = layer.chosen.positions[0, :count]
     assert int(positions[-1]) == tokens - 1 and factors_of(document.key_rows, positions).isfinite().all()
-    expected = rebuilt_scores_plainly(case.query, document, positions, members, case.turns, case.scaling)
-    return _relative(layer.scores[:, :, :count], expected)
+    expected = rebuilt_scores_plainly(case.query[0], document, positions, case.turns, case.scaling)
+    return _relative(layer.scores[0, :, :count], expected)
 
 
 if __name__ == "__main__":

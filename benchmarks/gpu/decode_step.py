@@ -109,27 +109,22 @@ class Factors:
 
     Args:
         repeats: of how many layers each one that chooses is the first; the others attend to what it chose.
-        once: shares are counted by the sums of the step before.
     """
 
     def __init__(
         self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int,
-        device: torch.device, *, one: bool, repeats: int, once: bool, tiles: Tiles,
+        device: torch.device, *, one: bool, repeats: int, tiles: Tiles,
     ) -> None:  # fmt: skip
-        count = -(-batch // 32) if one else batch
-        sessions = [min(32, batch - 32 * number) for number in range(count)] if one else [1] * batch
-        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else count, device)
-        by_layer = [layer * count if one else layer for layer in self.documents.by_layer]
-        self._tables = [DocumentTable(layer, sessions, [budget] * count) for layer in by_layer]
-        most = min(tokens, max(sessions) * budget + synthetic.RECENT)
+        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else batch, device)
+        by_layer = [layer * batch if one else layer for layer in self.documents.by_layer]
+        self._tables = [DocumentTable(layer, [budget] * batch) for layer in by_layer]
+        most = min(tokens, budget + synthetic.RECENT)
         self._attention = DecodeAttention(
             self._tables[0], shape.query_heads, shape.dim, shape.dim, tokens, most,
             synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
         )  # fmt: skip
         self._tails = Tails(shape, batch, _CAPACITY, device)
         self._repeats = repeats
-        sums = torch.zeros(shape.layers, batch, shape.query_heads, device=device)
-        self._sums = list(sums) if once else [None] * shape.layers
         self.nbytes = self.documents.nbytes + self._tails.nbytes
 
     def attend(
@@ -141,7 +136,7 @@ class Factors:
         out = torch.empty_like(asked)
         self._attention(
             asked, self._tails.keys[layer], self._tails.values[layer], lengths + 1, self._tables[layer], out,
-            repeat=layer % self._repeats > 0, before=self._sums[layer],
+            repeat=layer % self._repeats > 0,
         )  # fmt: skip
         return out[:, None]
 
@@ -240,7 +235,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
     parser.add_argument("--repeats", type=int, default=1, help="layers that attend to one choice")
-    parser.add_argument("--once", action="store_true", help="read the index once: sums of the step before")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile norms and MLPs")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
@@ -301,8 +295,9 @@ def _measure(
     """One row, or None where memory does not suffice."""
     row: dict[str, Any] = {"side": name, "tokens": tokens, "batch": batch, "documents": arguments.documents}
     if name not in ("full", "nothing"):
-        row |= {"index_read": 1 if arguments.once else 2, "repeats": arguments.repeats}
+        row |= {"repeats": arguments.repeats}
     side: Any = None
+    step: Any = None
     try:
         side = _side(arguments, name, shape, tokens, batch, device)
         step = Step(model, side, batch, tokens)
@@ -320,7 +315,7 @@ def _measure(
         print(f"out of memory: {row}", flush=True)
         return None
     finally:
-        del side
+        del side, step  # which holds the side too
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -338,7 +333,7 @@ def _side(
     kinds = synthetic.SMOKE_KINDS if arguments.smoke else synthetic.KINDS
     return Factors(
         shape, kinds[name], batch, tokens, 24 if arguments.smoke else arguments.budget, device,
-        one=arguments.documents == "one", repeats=arguments.repeats, once=arguments.once,
+        one=arguments.documents == "one", repeats=arguments.repeats,
         tiles=Tiles(),
     )  # fmt: skip
 
@@ -365,6 +360,7 @@ def _timed_steps(step: Callable[[], None], count: int, device: torch.device) -> 
         started = time.perf_counter()
         step()
         return time.perf_counter() - started
+    torch.cuda.synchronize()
     side_stream = torch.cuda.Stream()
     with torch.cuda.stream(side_stream):
         for _ in range(3):

@@ -48,12 +48,44 @@ def description(found: CalibrationDescription) -> None:
             ("sample sha256", sample.sha256),
             ("stored", size(found.bytes)),
             ("groups", _partition(manifest.groups)),
-            ("settings", ", ".join(f"{k}={v}" for k, v in manifest.settings.items() if v is not None)),
-            *((name.replace("_", " "), str(value)) for name, value in found.figures.items()),
+            ("settings", _settings(manifest.settings)),
+            *((_words(name), _value(value)) for name, value in found.figures.items() if value is not None),
+            *_index(manifest.figures),
             *certainty(manifest.figures),
         ],
     )
+    _validation(manifest.figures, chosen=True)
     _warnings(manifest.figures)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Names and values; those that are not set are left out."""
+    return "; ".join(f"{_words(name)} {_value(one)}" for name, one in settings.items() if one is not None)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: object) -> str:
+    """A setting or a figure as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{_words(str(name))} {_value(one)}" for name, one in value.items() if one is not None
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _index(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which layers keep an index, as a line; nothing of a calibration that does not say."""
+    from xkv_service.calibration.report.selection import index_line
+
+    found = index_line(figures)
+    return [("index", found.replace("\u00a0", " "))] if found else []
 
 
 def _layers(group: tuple[int, ...]) -> str:
@@ -84,12 +116,12 @@ def report(result: CalibrationReport) -> None:
             ("tokens", f"{result.tokens:,}"),
             ("metric", str(result.figures["weighting"])),
             ("groups", _partition(result.figures["groups"])),
+            *_index(result.figures),
             *certainty(result.figures),
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
-    validation = result.figures["validation"]
-    table(("asked", "step", "KL", "agreement"), [_step(row) for row in validation], right=("KL", "agreement"))
+    _validation(result.figures)
     _warnings(result.figures)
     errors(result.errors)
 
@@ -101,8 +133,30 @@ def _warnings(figures: Mapping[str, Any]) -> None:
         warn(str(text))
 
 
-def _step(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    asked = f"{row['asked']:g}x"
-    if "reason" in row:
-        return asked, row["step"], "-", "-"
-    return asked, row["step"], f"{row['kl']:.4f}", percent(row["agreement"])
+def _validation(figures: Mapping[str, Any], *, chosen: bool = False) -> None:
+    """What was measured at each ratio, of every step or of the chosen ones; answers where any are known."""
+    from xkv_service.calibration.report.reading import Validation
+
+    found = Validation.of(figures)
+    shown = [(asked, step, trial) for (asked, step), trial in found.trials.items()]
+    if chosen:
+        shown = [(asked, *best) for asked in found.ratios if (best := found.chosen(asked))]
+    heads = ["asked", "step", "KL", "agreement", "right answers"]
+    most = max((trial for *_, trial in shown), key=lambda trial: trial.questions or 0, default=None)
+    if most is None:
+        return
+    if not most.questions:
+        heads = heads[:-1]
+    lines = [
+        (
+            f"{asked:g}x",
+            step,
+            "-" if trial.kl is None else f"{trial.kl:.4f}",
+            percent(trial.agreement),
+            percent(trial.answers),
+        )[: len(heads)]
+        for asked, step, trial in shown
+    ]
+    table(heads, lines, right=heads[2:])
+    if most.questions:
+        rows("", [("questions", f"{most.questions:g}, with the exact cache {percent(most.answers_exact)}")])

@@ -66,7 +66,8 @@ def show(
     """Show one calibration: model, sample, settings, groups, figures.
 
     ID may be shortened to its first digits (4 or more) as long as they are unique. Of the figures, lists and
-    tables are left out; --report and --plots show them.
+    tables are left out but for what each ratio costs; --report and --plots show them. Warnings say why the
+    sample is too small, or a ratio too high.
 
     \b
     Examples:

@@ -80,8 +80,8 @@ class RankType(click.ParamType[int | str]):
     "--on-low-fidelity",
     type=click.Choice(["retry", "keep", "fail"]),
     help="An artifact, new or stored already, that is less faithful than documents of the calibration's"
-    " sample (without a calibration: below --min-fidelity, else 0.9) is compressed again at half the ratio,"
-    " kept, or refused. Default: retry with a calibration, else keep.",
+    " sample, or further than 0.02 nats from exact (without a calibration: below --min-fidelity, else 0.9)"
+    " is compressed again at half the ratio, kept, or refused. Default: retry with a calibration, else keep.",
 )
 @click.option(
     "--pin", is_flag=True, help="Keep the artifacts whatever happens (xkv pin), those stored already too."

@@ -43,9 +43,9 @@ def rebuild(store_url: str, redis_url: str | None, as_json: bool) -> int:
         counts = {"artifacts": result.artifacts, "calibrations": result.calibrations}
         render.as_json({**counts, "failed": len(faults), "faults": faults})
     else:
-        click.echo(f"{result.artifacts} artifacts listed")
-        if result.calibrations:
-            click.echo(f"{result.calibrations} calibrations listed")
+        for count, noun in ((result.artifacts, "artifact"), (result.calibrations, "calibration")):
+            if count or noun == "artifact":
+                click.echo(f"{count} {noun}{'' if count == 1 else 's'} listed")
         render.faults(result.faults)
     return 1 if result.faults else 0
 

@@ -198,6 +198,26 @@ def test_a_damaged_data_file_is_rebuilt_from_the_blobs(store_path: Path, damage:
         assert store.lookup(samples[0][0].model.fingerprint, "default", range(100))
 
 
+def test_a_data_file_damaged_in_mid_run_is_rebuilt_when_somebody_looks(store_path: Path) -> None:
+    samples = [sample(range(number, number + 100)) for number in range(3)]
+    data = store_path / "catalog" / "catalog.aof"
+    with ArtifactStore.open(str(store_path)) as store:
+        for manifest, tensors in samples:
+            store.publish(manifest, tensors)
+        assert store.list_if_lost() is None
+        pid = server_pid(store_path)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_for_end(pid)
+        content = data.read_bytes()
+        data.write_bytes(content[: content.rindex(samples[2][0].id.encode()) - 700])  # and still built
+        assert len(store.entries()) < 3 and store.catalog.is_built()
+        listed = store.list_if_lost()
+        assert listed is not None and listed.artifacts == 3
+        assert {entry.id for entry in store.entries()} == {manifest.id for manifest, _ in samples}
+        assert store.list_if_lost() is None
+
+
 def test_leftovers_of_a_crash_do_not_stop_a_start(store_path: Path) -> None:
     with ArtifactStore.open(str(store_path)):
         pid = server_pid(store_path)

@@ -12,7 +12,7 @@ import pytest
 from xkv_artifacts import jobs as module
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.errors import CatalogUnavailable, InvalidNamespace
-from xkv_artifacts.jobs import JOB_KEY, JOBS_KEY, STOPPED, Job, JobBoard
+from xkv_artifacts.jobs import JOB_KEY, JOBS_KEY, PUBLISHING_KEY, STOPPED, Job, JobBoard, Publication
 from xkv_artifacts.redis_link import RedisLink
 
 
@@ -43,8 +43,10 @@ def test_a_job_is_queued_then_running_then_gone(board: JobBoard) -> None:
     assert board.get("acme", one.id) == one and board.all("acme") == [one]
     board.tell(running(one))
     assert board.get("acme", one.id) == running(one)
-    assert board.finish(one) == running(one)
-    assert board.get("acme", one.id) is None and board.all("acme") == [] and board.finish(one) is None
+    assert board.finish("acme", one.id) == running(one)
+    assert (
+        board.get("acme", one.id) is None and board.all("acme") == [] and board.finish("acme", one.id) is None
+    )
 
 
 def test_a_failure_is_one_line_and_gives_way_to_another_try(board: JobBoard) -> None:
@@ -91,7 +93,7 @@ def test_what_is_changed_is_kept_until_its_maker_sees_it(board: JobBoard) -> Non
     assert board.change("acme", job().id, ttl_s=0)
     assert not board.change("other", job().id, pinned=False) and not board.change("acme", job().id)
     board.tell(running(job(ttl_s=5.0)))
-    done = board.finish(job())
+    done = board.finish("acme", job().id)
     assert done is not None and done.pinned and done.ttl_s is None
 
 
@@ -105,8 +107,31 @@ def test_a_deleted_job_is_seen_by_its_maker_alone(board: JobBoard) -> None:
     last = board.last("acme", job().id)
     assert last is not None and last.status == "deleted"
     assert board.add(job())  # wanted again
-    assert board.finish(running(job())) is None  # the first maker is done: this is not its job
+    assert board.finish("acme", job().id) is None  # the first maker is done: this is not its job
     assert board.get("acme", job().id) == job()
+
+
+def test_what_is_published_is_told_until_its_job_is_finished(board: JobBoard, catalog: Catalog) -> None:
+    one, other = job(), job(1, "other")
+    for number, each in enumerate((one, other)):
+        board.add(each)
+        board.tell(running(each))
+        board.publishing(each, 1.5e9 + number / 3)
+    both = [Publication("acme", one.id, 1.5e9), Publication("other", other.id, 1.5e9 + 1 / 3)]
+    assert sorted(board.publications(), key=lambda found: found.id) == both
+    board.finish("other", other.id)
+    assert board.publications() == both[:1]
+    board.remove("acme", one.id)
+    for _ in range(2):  # its maker has yet to remove what it published
+        deleted = board.finish("acme", one.id)
+        assert deleted is not None and deleted.status == "deleted" and board.publications() == both[:1]
+    assert board.finish("acme", one.id, deleted=True) == deleted
+    assert board.publications() == [] and board.last("acme", one.id) is None
+
+    key = PUBLISHING_KEY.format(store=catalog.store_id)
+    junk = {"x": "acme 1.0", one.id: "acme", job(1).id: "../x 1.0", job(2).id: "acme soon", b"\xff": b"\xff"}
+    catalog.link.call(lambda client: client.hset(key, mapping=junk))
+    assert board.publications() == []
 
 
 def test_a_redis_that_lost_its_records_has_them_again(board: JobBoard, catalog: Catalog) -> None:
@@ -188,7 +213,7 @@ def test_a_damaged_job_counts_as_none_and_hides_no_other(
     assert board.add(job(0))
     assert board.get("acme", job(0).id) == job(0)
     catalog.link.call(lambda client: HOSTILE[spoil](client, key))
-    assert board.finish(running(job(0))) is None
+    assert board.finish("acme", job(0).id) is None
 
 
 def test_strange_members_are_left_out(board: JobBoard, catalog: Catalog) -> None:

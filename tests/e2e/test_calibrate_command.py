@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_runs import Xkv, words
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.limits import ENOUGH
+from xkv_service.calibration.steps import SHARED
 from xkv_service.calibration.storage import known_documents
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,6 +53,8 @@ def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
     assert (result["documents"], result["held_out"], result["errors"]) == (4, 1, [])
     assert 0.9 < result["figures"]["stability"]["kept"]["mean"] <= 1
     assert {row["asked"] for row in result["figures"]["validation"]} == {8, 20, 32, 48}
+    (row,) = (one for one in result["figures"]["validation"] if (one["asked"], one["step"]) == (8, SHARED))
+    assert (row["questions"], row["answers_exact"], row["answers"]) == (1, 1.0, 1.0)
     assert list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
 
     compress = ["precompute", "--docs", paths[2], "--ratio", "20", *at, *ray, "--json"]
@@ -80,19 +84,38 @@ def test_what_fails_is_reported_and_the_others_go_on(
     assert "failed corpus/empty.txt: empty" in done.err and "failed corpus/long.txt: too long" in done.err
     shown = " ".join(done.out.split())
     assert "documents 3, 1 of them only to check it on" in shown and "2x" in shown
+    assert "index every layer: no document held out is long enough" in shown
     listed = xkv("calibrations", "ls", "--store", tmp_path / "store", "--json").json["calibrations"]
     assert [(entry["model"], entry["documents"]) for entry in listed] == [("tiny", 3)]
 
     assert "drawn again 20 times, from 2 parts of 2 documents" in shown
-    said = " ".join(done.err.split())
-    kept = re.search(r"warning The sample is small: bases of documents drawn from it keep ([\d.]+) %", said)
-    assert kept is not None and float(kept[1]) < 100 * ENOUGH and "98.0 % is enough" in said
-    again = xkv("calibrations", "show", listed[0]["id"][:8], "--store", tmp_path / "store")
-    assert again.code == 0 and kept[0] in " ".join(again.err.split())
+    page = tmp_path / "page.html"
+    show = ["calibrations", "show", listed[0]["id"][:8], "--store", tmp_path / "store"]
+    again = xkv(*show, "--report", page)
+    assert again.code == 0
+    said = [line for line in done.err.splitlines() if line.startswith("warning ")]
+    out = " ".join(again.out.split())
+    assert "settings ratio 2; ratios 2, 8, 20, 32, 48; group size 4" in out
+    assert not re.search(r"[\[\]{}=]", out) and "None" not in out
+    assert "index every layer: no document held out" in out
+    assert [line for line in again.err.splitlines() if line.startswith("warning ")] == said
+    held, parts, energy, divergence = said
+    assert "Held out to check on: 1 document, 3 is the least" in held
+    assert "can be drawn again from: 2, 4 is the least" in parts
+    kept = re.search(r"keep ([\d.]+) % .* of the energy", energy)
+    assert kept is not None and float(kept[1]) < 100 * ENOUGH and "98.0 % is enough" in energy
+    assert "more than 0.02 nats" in divergence and re.search(r" 8x \(0?[\d.]+\)", divergence)
+    shown_there = unescape(page.read_text())
+    assert all(line.removeprefix("warning ") in shown_there for line in said)
 
     few = xkv(*command, "--docs", corpus / "a.txt", corpus / "long.txt")
     assert few.code == 1 and "usable documents: 1; a calibration needs two" in few.err
     assert "hint: long.txt: too long" in few.err
+    far = xkv(*command, "--docs", corpus, "--ratio", "999")
+    assert far.code == 1 and "no document held out can be compressed at 999x: the longest" in far.err
+    assert (
+        "observed" not in far.err and list((tmp_path / "store" / "calibrating").rglob("*.safetensors")) == []
+    )
     (tmp_path / "none").mkdir()
     unasked = xkv(*command, "--docs", corpus, "--questions", tmp_path / "none")
     assert unasked.code == 1 and "has no questions about any document" in unasked.err
@@ -127,6 +150,16 @@ def test_documents_are_added_to_an_earlier_calibration(
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         known = known_documents(store, second["id"])
         assert len(known) == 4 and known > known_documents(store, first["id"])
+
+    first, other = folders[1] / "0.txt", tmp_path / "other.txt"
+    other.write_text(words(400, seed=77))
+    one = xkv(*command, "--docs", first, other, "--from", second["id"])
+    assert one.code == 0 and one.json["figures"]["stability"] is None
+    warned = " ".join(one.json["figures"]["warnings"])
+    assert "drawn again from: 0 beside 4 of the earlier calibration, which cannot" in warned
+    assert "two documents" not in warned and "is is" not in warned
+    alone = xkv(*command, "--docs", other, "--from", second["id"])
+    assert alone.code == 1 and "usable documents: 1; a calibration needs two, with --from too" in alone.err
 
     seen = xkv(*command, "--docs", folders[1] / "0.txt", folders[1] / "1.txt", "--from", second["id"])
     assert seen.code == 1 and "every document of the sample is in the earlier calibration" in seen.err

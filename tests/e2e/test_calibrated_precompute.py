@@ -83,7 +83,7 @@ def test_the_models_calibration_is_taken_and_found_again(
     assert made in xkv("show", artifact["id"], "--store", store).out
 
     refused = xkv("calibrations", "rm", made[:8], "--store", store)
-    assert refused.code == 1 and "1 stored artifacts cannot be used without it" in refused.err
+    assert refused.code == 1 and "1 stored artifact cannot be used without it" in refused.err
 
 
 def test_asking_and_precomputing_make_the_same_artifact(run: Run, tmp_path: Path) -> None:

@@ -38,7 +38,12 @@ def test_one_is_shown_by_its_first_digits(xkv: Xkv, two: tuple[Path, str, str]) 
     assert shown["figures"] == {"seconds": 1.5, "kept": "all"}
     assert "tensors" not in shown and shown["bytes"] > 1000
     out = xkv("calibrations", "show", new[:10], "--store", store).out
-    assert "2 documents, 80 tokens" in out and "0-1, 2-3" in out and "ridge=0.5" in out and "1.5" in out
+    assert (
+        "2 documents, 80 tokens" in out
+        and "0-1, 2-3" in out
+        and "group size 2; ridge 0.5" in out
+        and "1.5" in out
+    )
 
 
 def test_one_is_drawn_as_a_page_and_as_pictures(xkv: Xkv, tmp_path: Path) -> None:
@@ -47,6 +52,10 @@ def test_one_is_drawn_as_a_page_and_as_pictures(xkv: Xkv, tmp_path: Path) -> Non
     measured = manifest.model_copy(update={"figures": calibration_figures()})
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = store.calibrations.publish(measured, tensors).id
+    out = xkv("calibrations", "show", made[:10], "--store", tmp_path / "store").out
+    shown = [" ".join(line.split()) for line in out.splitlines()]
+    assert "20x calibrated bases, bits 0.0000 100.0 % 100.0 %" in shown
+    assert not any(line.startswith("20x recipe") for line in shown)
     page, plots = tmp_path / "page.html", tmp_path / "plots"
     show = ["calibrations", "show", made[:10], "--store", tmp_path / "store"]
     done = xkv(*show, "--report", page, "--plots", plots)
@@ -104,7 +113,7 @@ def test_the_whole_store_is_checked_cleaned_and_listed_again(xkv: Xkv, two: tupl
     assert xkv("gc", "--orphans", *at, "--json").json["entries_dropped"] == 1
     rebuilt = xkv("index", "rebuild", *at, "--json").json
     assert (rebuilt["artifacts"], rebuilt["calibrations"], rebuilt["failed"]) == (0, 1, 0)
-    assert "1 calibrations listed" in xkv("index", "rebuild", *at).out
+    assert "1 calibration listed" in xkv("index", "rebuild", *at).out
 
 
 @pytest.mark.parametrize("command", ["show", "rm"])

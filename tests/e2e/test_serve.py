@@ -23,7 +23,11 @@ from served import Server, use_factors
 from xkv_artifacts.embedded import embedded_redis_url
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("bulletin-houston-lucky-dove-society", "register-chicago-broken-wren-council")
+NAMES = (
+    "bulletin-houston-lucky-dove-society",
+    "register-chicago-broken-wren-council",
+    "report-mendoza-grey-hill-company",
+)
 
 
 class Asker:
@@ -55,7 +59,7 @@ def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("server"), "--store", store_url)
+    started = Server(tmp_path_factory.mktemp("server"), "--store", store_url, "--stored-tails", "64MiB")
     yield started
     assert started.stop() == 0, started.log.read_text()
 
@@ -187,7 +191,7 @@ def test_a_corrupt_prefix_is_computed_instead_and_made_again(
     that reading one took longer than computing it."""
     for name in (
         "rules-nagoya-open-swan-foundation",
-        "report-mendoza-grey-hill-company",
+        "rules-salzburg-vivid-ferry-association",
         "index-tokyo-orange-crow-council",
     ):
         document, questions = _document(name)
@@ -252,6 +256,34 @@ def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
     assert reply.choices[0].message.content == item["answer"]
     found: str | None = reply.xkv["artifact"]
     return found
+
+
+def test_a_conversation_goes_on_after_a_restart(
+    server: Server, store_url: str, xkv: Xkv, tmp_path: Path
+) -> None:
+    """From the store; the server of the other tests ends here."""
+    document, questions = _document(NAMES[2])
+    messages = _first(document, questions[0]["question"])
+    reply = Asker(server.url).ask(messages, max_tokens=8)
+    assert reply.usage.prompt_tokens_details.cached_tokens == 0
+    messages += [
+        {"role": "assistant", "content": reply.choices[0].message.content or ""},
+        {"role": "user", "content": questions[1]["question"]},
+    ]
+    assert server.stop() == 0, server.log.read_text()
+    again = Server(tmp_path, "--store", store_url, "--stored-tails", "64MiB")
+    try:
+        held = reply.usage.prompt_tokens
+        reply = Asker(again.url).ask(messages, max_tokens=8)
+        assert reply.usage.prompt_tokens_details.cached_tokens >= held
+        # Replicas say once a second what they did.
+        _until(lambda: "xkv_engine_tails_loaded_total 1.0" in _metrics(again))
+        assert "xkv_stored_tail_bytes" in _metrics(again)
+    finally:
+        assert again.stop() == 0, again.log.read_text()
+    told = xkv("ls", "--store", store_url, "--json").json["stored_tails"]
+    assert told["tails"] > 0 and told["bytes"] > 0
+    assert f"stored tails of conversations: {told['tails']} (" in xkv("gc", "--store", store_url).out
 
 
 def _answers(asker: Asker, document: str, item: dict[str, str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xkv_artifacts.calibration_format import CalibrationManifest
-from xkv_service.calibration.calibrate import split
+from xkv_service.calibration.calibrate import refuse_unreachable, split
 from xkv_service.calibration.observed import calibrated_layers
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.report.about import report_figures
@@ -121,10 +121,11 @@ class _Calibrating:
     def run(self) -> CalibrationReport:
         earlier, known = self._earlier()
         used, held = split(self._sample(), self._settings, known)
+        refuse_unreachable(self._job.model.layout, held, self._settings)
         seen = [one for one in used if document_digest(one) in known]
         new = [one for one in used if document_digest(one) not in known]
         model = self._job.model
-        sums = PartialSums(self._job.store, model.fingerprint, model.layout, [*new, *held], self._settings)
+        sums = PartialSums(self._job.store, model.fingerprint, model.layout, new, held, self._settings)
         if sums.done:
             self._observer.note(f"going on: {len(sums.done)} of {len(new)} documents were observed before")
         with sums.in_use():
@@ -174,8 +175,9 @@ class _Calibrating:
         if len(documents) >= least:
             return
         first = self._errors[0] if self._errors else None
+        needed = "two, with --from too: one" if self._request.earlier else "two, one of them"
         raise CorpusError(
-            f"usable documents: {len(documents)}; a calibration needs two, one of them to check it on",
+            f"usable documents: {len(documents)}; a calibration needs {needed} to check it on",
             hint=f"{first.document}: {first.reason}" if first else "give more documents",
         )
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 from xkv_artifacts.calibration_format import CalibrationManifest, read_calibration
+from xkv_artifacts.errors import XKVError
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
@@ -11,11 +15,14 @@ from xkv_service.demo import demo_calibration_path
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.inventory import resolve_calibration
 
+_log = logging.getLogger(__name__)
+
 
 def choose_calibration(
     store: ArtifactStore, model: ModelIdentity, options: CompressionOptions
 ) -> Calibration | None:
-    """The calibration to compress with; None where there is none or none is wanted.
+    """The calibration to compress with; None where there is none or none is wanted. Newer ones whose headers
+    cannot be read are skipped, and the log says so.
 
     Raises:
         ArtifactNotFound: the one asked for is not there, or its digits fit several.
@@ -25,11 +32,22 @@ def choose_calibration(
     if not options.may_calibrate:
         return None
     if options.calibration == "auto":
-        found = store.calibrations.newest(model.fingerprint) or _bundled(store, model.fingerprint)
+        faults: list[XKVError] = []
+        found = store.calibrations.newest(model.fingerprint, faults.append)
+        found = found or _bundled(store, model.fingerprint)
+        if faults:
+            _log.warning("%s", _skipped(faults, found))
         return None if found is None else load_calibration(store, found.id)
     wanted = resolve_calibration(store, options.calibration)
     check_made_for(wanted, store.calibrations.manifest(wanted).model, model)
     return load_calibration(store, wanted)
+
+
+def _skipped(faults: Sequence[XKVError], used: CalibrationManifest | None) -> str:
+    """What was left out and why, what is used instead, and what to do, in one line."""
+    why = "; ".join(f"skipped {fault.message}" for fault in faults)
+    instead = "none" if used is None else f"calibration {used.id[:12]} of {used.created:%d %B %Y}"
+    return f"{why}. Used instead: {instead}. Run `xkv calibrate` again, or give --calibration ID or none."
 
 
 def _bundled(store: ArtifactStore, fingerprint: str) -> CalibrationManifest | None:

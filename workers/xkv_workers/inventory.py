@@ -102,9 +102,11 @@ def refuse_needed(store: ArtifactStore, calibration_id: str) -> None:
     """
     count = sum(_needs(store, artifact_id, calibration_id) for artifact_id in store.blobs.ids())
     if count:
+        several = count > 1
         raise CalibrationNeeded(
-            f"calibration {calibration_id[:12]}: {count:,} stored artifacts cannot be used without it",
-            hint="remove them first (`xkv rm`), or give --force",
+            f"calibration {calibration_id[:12]}: {count:,} stored artifact{'s' * several} cannot be used"
+            " without it",
+            hint=f"remove {'them' if several else 'it'} first (`xkv rm`), or give --force",
         )
 
 

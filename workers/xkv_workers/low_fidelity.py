@@ -45,8 +45,8 @@ class Standard:
     def is_low(self, fidelity: Fidelity, ratio: float | None) -> bool:
         """Whether answers from an artifact may well be wrong.
 
-        It is further from the exact cache than documents of the calibration's sample were, or it agrees less
-        than is asked for.
+        It is further from the exact cache than documents of the calibration's sample were, or than answers
+        survive, or it agrees less than is asked for.
 
         Args:
             ratio: that the artifact was made for, None where ranks were given.

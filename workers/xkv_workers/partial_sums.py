@@ -22,7 +22,7 @@ from xkv_artifacts.manifest import Sha256
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.folds import fold_count
 from xkv_service.calibration.observed import Observed
-from xkv_service.calibration.observed_tensors import observed_of, observed_tensors
+from xkv_service.calibration.observed_tensors import check_observed, observed_of, observed_tensors
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.layout import ModelLayout
@@ -50,6 +50,10 @@ class PartialSums:
     """Sums over the documents of a sample in a few parts (`folds.fold_count`), by their positions.
 
     The file's name is a hash over model, documents, probes and settings: nothing else is ever gone on with.
+    One that is damaged, or holds what no run wrote, is begun again.
+
+    Args:
+        used: documents that are summed. held: those that are not.
     """
 
     def __init__(
@@ -57,11 +61,13 @@ class PartialSums:
         store: ArtifactStore,
         fingerprint: str,
         layout: ModelLayout,
-        sample: Sequence[ProbedPrefix],
+        used: Sequence[ProbedPrefix],
+        held: Sequence[ProbedPrefix],
         settings: CalibrationSettings,
     ) -> None:
         self._store, self._blobs = store, store.blobs.of(CALIBRATING)
-        self._layout, self._settings = layout, settings
+        self._layout, self._settings, self._documents = layout, settings, len(used)
+        sample = [*used, *held]
         self._key = calibration_id(
             fingerprint,
             sample_sha256([one.token_ids for one in sample]),
@@ -123,11 +129,28 @@ class PartialSums:
             header = open_header(file)
             manifest = parse_manifest(header, _SumsManifest, FORMAT, VERSION)
             named = read_tensors(file, header, manifest.tensors)
-        known = {str(number): part for number, part in enumerate(self._parts)}
+        parts: list[Tensors] = [{} for _ in self._parts]
+        known = {str(number): part for number, part in enumerate(parts)}
         for name, tensor in named.items():
             number, _, own = name.partition(".")
+            if number not in known:
+                raise CorruptArtifact(f"tensor {name[:40]} is of no part")
             known[number][own] = tensor
-        self.done = set(manifest.done)
+        self._check(manifest.done, parts)
+        self._parts, self.done = parts, set(manifest.done)
+
+    def _check(self, done: Sequence[int], parts: Sequence[Tensors]) -> None:
+        """See that each part holds all sums, and those of documents that are done.
+
+        Raises:
+            CorruptArtifact
+        """
+        if not all(0 <= position < self._documents for position in done):
+            raise CorruptArtifact(f"documents {list(done)[:5]} are done, of {self._documents}")
+        if {position % len(parts) for position in done} != {n for n, part in enumerate(parts) if part}:
+            raise CorruptArtifact("the parts are not those of the documents that are done")
+        for part in filter(None, parts):
+            check_observed(part, self._layout, self._settings)
 
 
 def _probes_sha256(sample: Sequence[ProbedPrefix]) -> str:

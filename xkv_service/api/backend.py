@@ -30,7 +30,8 @@ class NewPrefix:
     Args:
         namespace: whose it will be. token_ids: all of it.
         name: what people call it. sha256: of what it was made from.
-        ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio says.
+        ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio
+            says, where its calibration can be; else its ratio is.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
     """
 
@@ -72,10 +73,10 @@ class PrefixRecord:
 
 @dataclass(frozen=True)
 class PrefixPage:
-    """Some prefixes of a namespace, and the cursor of the next page, None where there is none."""
+    """Some prefixes of a namespace, and whether there are more behind them."""
 
     records: list[PrefixRecord]
-    cursor: str | None
+    more: bool
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,16 @@ class PrefixService(Protocol):
             QuotaExceeded: its namespace has no room for it.
         """
 
-    async def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
-        """Some prefixes, those being made first, then last used first.
+    async def page(self, namespace: str, after: str | None, limit: int) -> PrefixPage:
+        """Some prefixes, those being made or failed first, newest first, then last used first.
+
+        What is made, used or deleted between two pages may be missed, or come twice.
 
         Args:
-            cursor: the one that the page before came with; None: the first page. limit: at most so many.
+            after: the last id of the page before; None: the first page. limit: at most so many.
 
         Raises:
-            InvalidCursor: that is none.
+            InvalidCursor: there is no such prefix (any more) to go on after.
         """
 
     async def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:

@@ -62,7 +62,8 @@ def health_routes(server: Server) -> APIRouter:
     async def metrics(request: Request) -> Response:
         """Figures of all namespaces together, for Prometheus."""
         refuse_others(request)
-        content = server.metrics.exposition(await states_of(server))
+        lookups = server.finder.counters if server.finder is not None else {}
+        content = server.metrics.exposition(await states_of(server), lookups)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -27,6 +27,7 @@ from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.reports import Match
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.errors import APIError
+from xkv_service.api.remaker import Remaker
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.messages import Miss, Origin, PrefixMatch
@@ -73,13 +74,26 @@ class PrefixFinder:
     Args:
         store: best opened with `patience_s=0`: a prompt that cannot be looked up is computed, not waited for.
         fingerprint: of the served model. settings: what may be used.
+        remaker: asked to make again what is found damaged; None: nobody is.
     """
 
-    def __init__(self, store: ArtifactStore, fingerprint: str, settings: APISettings) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        fingerprint: str,
+        settings: APISettings,
+        remaker: Remaker | None = None,
+    ) -> None:
         self._store, self._fingerprint, self._settings = store, fingerprint, settings
+        self._remaker = remaker
         self._threads = ThreadPoolExecutor(_THREADS, "xkv-lookup")
         self._breaker = Breaker(settings.lookup_pause_s)
         self._facts: OrderedDict[str, _Facts] = OrderedDict()
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Those of its `Remaker`."""
+        return {} if self._remaker is None else self._remaker.counters
 
     def close(self) -> None:
         """Let the threads end."""
@@ -126,9 +140,17 @@ class PrefixFinder:
     def _find(self, prompt: array[int], namespace: str) -> Found:
         damaged: list[str] = []
         usable, miss = self._best(prompt, namespace, damaged.append)
+        for name in damaged:
+            self._tell_damage(name, prompt)
         if damaged:  # whatever else is found, this might have gone further
-            miss = Miss("corrupt", f"artifact {damaged[0][:12]} is damaged")
+            miss = _damaged(damaged[0])
         return usable, miss
+
+    def _tell_damage(self, artifact_id: str, prompt: array[int]) -> None:
+        facts = self._facts.get(artifact_id)
+        origin = None if facts is None else facts.origin
+        if self._remaker is not None:
+            self._remaker.ask(artifact_id, origin, prompt, "a lookup found it damaged")
 
     def _best(self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None]) -> Found:
         found = self._longest(prompt, namespace, on_corrupt)
@@ -163,7 +185,7 @@ class PrefixFinder:
     def _usable(self, match: Match, prompt: array[int]) -> Found:
         """How much of a match can serve, and why not all of it."""
         name, least = match.artifact_id[:12], self._settings.min_match_tokens
-        facts = self._facts_of(match.artifact_id)
+        facts = self._facts_of(match.artifact_id, prompt)
         if isinstance(facts, Miss):
             return None, facts
         tokens = min(match.tokens, len(prompt) - 1)
@@ -187,7 +209,7 @@ class PrefixFinder:
 
     def _named(self, prefix_id: str, prompt: array[int], namespace: str) -> Found:
         name = prefix_id[:12]
-        facts = self._facts_of_own(prefix_id, namespace)
+        facts = self._facts_of_own(prefix_id, namespace, prompt)
         if isinstance(facts, Miss):
             return None, facts
         if facts.fingerprint != self._fingerprint:
@@ -195,38 +217,43 @@ class PrefixFinder:
         try:
             stored = self._store.load(prefix_id, (TOKENS,))[1][TOKENS]
         except _BROKEN as error:
-            return None, _miss_of(error, prefix_id)
+            return None, self._broken(error, prefix_id, prompt)
         tokens = common_tokens(token_bytes(stored), token_bytes(prompt))
         if tokens < (whole := facts.origin.tokens):
             message = f"the prompt and prefix {name} share {tokens} of its {whole} tokens"
             raise APIError(400, message, param="prefix_id", code="prefix_mismatch")
         return self._usable(Match(prefix_id, tokens), prompt)
 
-    def _facts_of_own(self, prefix_id: str, namespace: str) -> _Facts | Miss:
+    def _facts_of_own(self, prefix_id: str, namespace: str, prompt: array[int]) -> _Facts | Miss:
         """Facts of an artifact that this namespace may use. Of others no more is asked than of none at all:
         neither the answer nor the time it takes tells them apart."""
         gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: it was removed, or is not ready yet")
         allowed = (namespace, self._settings.public_namespace)
         if not self._store.catalog.namespaces.holds(allowed, prefix_id):
             return gone
-        facts = self._facts_of(prefix_id)
+        facts = self._facts_of(prefix_id, prompt)
         return gone if isinstance(facts, _Facts) and facts.origin.namespace not in allowed else facts
 
-    def _facts_of(self, artifact_id: str) -> _Facts | Miss:
+    def _facts_of(self, artifact_id: str, prompt: array[int]) -> _Facts | Miss:
         facts = self._facts.get(artifact_id)
         if facts is not None:
             return facts
         try:
             facts = _Facts.of(self._store.manifest(artifact_id))
         except _BROKEN as error:
-            return _miss_of(error, artifact_id)
+            return self._broken(error, artifact_id, prompt)
         self._facts[artifact_id] = facts
         if len(self._facts) > _MOST_FACTS:
             self._facts.popitem(last=False)
         return facts
 
+    def _broken(self, error: XKVError, artifact_id: str, prompt: array[int]) -> Miss:
+        if isinstance(error, ArtifactNotFound):
+            return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
+        if isinstance(error, CorruptArtifact):
+            self._tell_damage(artifact_id, prompt)
+        return _damaged(artifact_id)
 
-def _miss_of(error: XKVError, artifact_id: str) -> Miss:
-    if isinstance(error, ArtifactNotFound):
-        return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
+
+def _damaged(artifact_id: str) -> Miss:
     return Miss("corrupt", f"artifact {artifact_id[:12]} is damaged")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -51,11 +51,12 @@ class Metrics:
         self.engines = gauge("engines", "Engines that answered")
         self.damaged_at_lookup = 0
         self._states: Sequence[EngineState] = ()
+        self._lookups: Mapping[str, float] = {}
         registry.register(self)
 
-    def exposition(self, states: Sequence[EngineState]) -> bytes:
-        """The text that Prometheus reads, with what the engines say now."""
-        self._states = states
+    def exposition(self, states: Sequence[EngineState], lookups: Mapping[str, float] | None = None) -> bytes:
+        """The text that Prometheus reads, with what the engines, and lookups here, say now."""
+        self._states, self._lookups = states, lookups or {}
         for name, values in (
             ("running", [state.running for state in states]),
             ("waiting", [state.waiting for state in states]),
@@ -70,7 +71,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The engines' own counters, added up; damage is found by lookups too."""
+        """The engines' own counters, added up, and those of lookups; damage is found by both."""
         damaged = self.damaged_at_lookup + sum(state.counters.get(_DAMAGED, 0.0) for state in self._states)
         yield CounterMetricFamily("xkv_verification_failures", "Times that damage was found", value=damaged)
         names = sorted({name for state in self._states for name in state.counters})
@@ -78,3 +79,5 @@ class Metrics:
             total = sum(state.counters.get(name, 0.0) for state in self._states)
             text = f"Engines' counter {name}"
             yield CounterMetricFamily(f"xkv_engine_{_NAME.sub('_', name)}", text, value=total)
+        for name, value in sorted(self._lookups.items()):
+            yield CounterMetricFamily(f"xkv_lookup_{name}", f"Lookups' counter {name}", value=value)

@@ -101,13 +101,16 @@ class PrefixMaker:
         return await asyncio.to_thread(self._create, new)
 
     def _create(self, new: NewPrefix) -> PrefixRecord:
-        spec = new.spec or self._spec(self._ratio if new.ratio is None else new.ratio)
+        spec = self._spec_of(new)
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
         size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
-        if (known := self._records.change([new.namespace], name, changes)) and known.status != "failed":
-            return known
+        last = self._store.jobs.last(new.namespace, name)
+        if last is None or last.status != "deleted":  # else what is stored may go at any moment
+            known = self._records.change([new.namespace], name, changes)
+            if known is not None and known.status != "failed":
+                return known
         with self._place(new.namespace):
             self._store.check_room(new.namespace, size.bytes_tensors, name)
             job = Job(
@@ -152,10 +155,16 @@ class PrefixMaker:
         if closed:
             self._fail(task, STOPPED)
 
-    def _spec(self, ratio: float) -> CompressionSpec:
-        if self._calibration is None:
-            return CompressionSpec(ratio=ratio)
-        return best_spec(ratio, self._calibration)
+    def _spec_of(self, new: NewPrefix) -> CompressionSpec:
+        """The spec that was asked for, or of the ratio; over bases that the store still has."""
+        own, spec = self._calibration, new.spec
+        if spec is None or spec.calibration not in (None, own and own.id):
+            ratio = new.ratio or (spec and spec.ratio) or self._ratio
+            spec = CompressionSpec(ratio=ratio) if own is None else best_spec(ratio, own)
+        shared = spec.calibration if spec.basis == "calibrated" else None
+        if shared is not None and not self._store.calibrations.blobs.exists(shared):
+            spec = spec.over("document")
+        return spec
 
     def _make_all(self) -> None:
         while (task := self._next()) is not None:
@@ -240,6 +249,7 @@ class PrefixMaker:
         )
         job = self._wanted(task)
         if job is not None:
+            self._store.jobs.publishing(job, manifest.created.timestamp())
             self._store.publish(manifest, factors.to_tensors(), pinned=job.pinned, ttl_s=job.ttl_s)
         return job
 
@@ -247,10 +257,11 @@ class PrefixMaker:
         """End the job. What was asked of it while it was published is done now."""
         with self._telling:
             self._making = None
-            job = self._store.jobs.finish(task.job) or task.job
+            job = self._store.jobs.finish(task.job.namespace, task.job.id) or task.job
         if job.status == "deleted":
             if published is not None:
                 self._store.remove(job.id)
+            self._store.jobs.finish(job.namespace, job.id, deleted=True)
             return
         pinned, ttl_s = (published.pinned, published.ttl_s) if published else (False, None)
         changes = PrefixChanges(

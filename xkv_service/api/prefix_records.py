@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.errors import ArtifactNotFound
-from xkv_artifacts.jobs import Job
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, InvalidCursor, UnsupportedFormat
+from xkv_artifacts.jobs import Job, Publication
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.backend import PrefixChanges, PrefixPage, PrefixRecord, PrefixStatus
@@ -21,13 +22,29 @@ class PrefixRecords:
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
 
-    def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
-        """As `PrefixService`. The first page has the jobs beside its `limit` others."""
-        jobs = self._store.jobs.all(namespace) if cursor is None else []
-        entries, following = self._store.page(namespace, cursor, limit)
+    def page(self, namespace: str, after: str | None, limit: int) -> PrefixPage:
+        """As `PrefixService`."""
+        cursor = None if after is None else self._store.catalog.namespaces.cursor_of(namespace, after)
+        records = [] if cursor else self._waiting(namespace, after)
+        while len(records) <= limit:  # what has ended is left out of the store's own pages
+            entries, cursor = self._store.page(namespace, cursor, limit + 1 - len(records))
+            records += map(_of_entry, entries)
+            if cursor is None:
+                break
+        return PrefixPage(records[:limit], len(records) > limit)
+
+    def _waiting(self, namespace: str, after: str | None) -> list[PrefixRecord]:
+        """Those that are being made or failed, or only those that follow one of them."""
+        jobs = self._store.jobs.all(namespace)
         made = {entry.id for entry in self._store.catalog.entries(ids=[job.id for job in jobs])}
-        waiting = [of_job(job) for job in jobs if job.id not in made]
-        return PrefixPage([*waiting, *map(_of_entry, entries)], following)
+        left = [job for job in jobs if job.id not in made]
+        if after is None:
+            return [*map(of_job, left)]
+        ids = [job.id for job in left]
+        if after not in ids:
+            message = f"no prefix {after[:80]!r} in the list to go on after"
+            raise InvalidCursor(message, hint="give the last id of the page before, or list from the start")
+        return [*map(of_job, left[ids.index(after) + 1 :])]
 
     def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
         """As `PrefixService`."""
@@ -59,6 +76,34 @@ class PrefixRecords:
         jobs = [self._store.jobs.remove(namespace, prefix_id) for namespace in namespaces]
         stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
         return stored or any(jobs)
+
+    def remove_left(self) -> int:
+        """Remove what jobs published that were deleted meanwhile and whose makers died before they saw it;
+        how many artifacts.
+
+        Raises:
+            CatalogUnavailable, CatalogError, StoreError
+        """
+        return sum(map(self._end, self._store.jobs.publications()))
+
+    def _end(self, found: Publication) -> bool:
+        """End a deleted job that nobody is at; whether what it published was removed."""
+        lease = self._store.catalog.lease(found.id, f"end-{uuid.uuid4().hex}")
+        if lease is None:
+            return False
+        with lease:
+            job = self._store.jobs.last(found.namespace, found.id)
+            if job is not None and job.status != "deleted":
+                return False  # it was asked for again, or may be
+            removed = job is not None and self._made(found.id) == found.made and self._store.remove(found.id)
+            self._store.jobs.finish(found.namespace, found.id, deleted=True)
+        return removed
+
+    def _made(self, prefix_id: str) -> float | None:
+        try:
+            return self._store.manifest(prefix_id).created.timestamp()
+        except (ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
+            return None
 
     def _entry(self, namespaces: Sequence[str], prefix_id: str) -> Entry | None:
         """The entry of a stored prefix in these namespaces; nothing more is read of another one."""

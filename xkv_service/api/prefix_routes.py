@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
-from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixRecord, PrefixService, PrefixStatus
+from xkv_service.api.backend import (
+    NewPrefix,
+    PrefixChanges,
+    PrefixPage,
+    PrefixRecord,
+    PrefixService,
+    PrefixStatus,
+)
 from xkv_service.api.errors import APIError
 from xkv_service.api.keys import Key
 from xkv_service.api.requests import Body, Message, Text
@@ -90,11 +97,20 @@ class PrefixObject(BaseModel):
 
 
 class PrefixList(BaseModel):
-    """A page of prefixes; `next_cursor` is null on the last one."""
+    """A page of prefixes. Where it `has_more`, the next one comes `after` its `last_id`."""
 
     object: Literal["list"]
     data: list[PrefixObject]
-    next_cursor: str | None
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, page: PrefixPage) -> PrefixList:
+        """As the service knows it."""
+        data = [PrefixObject.of(record) for record in page.records]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(object="list", data=data, first_id=first, last_id=last, has_more=page.more)
 
 
 class DeletedPrefix(BaseModel):
@@ -141,17 +157,16 @@ def prefix_routes(server: Server) -> APIRouter:
     async def list_prefixes(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        cursor: Annotated[str | None, Query(max_length=256)] = None,
+        after: Annotated[str | None, Query(max_length=64)] = None,
         namespace: Annotated[str | None, Query(max_length=64)] = None,
     ) -> PrefixList:
-        """Prefixes of the key's namespace, or of the public one: those being made, then last used first."""
+        """Prefixes of the key's namespace, or of the public one: those being made or failed, newest first,
+        then last used first."""
         key = key_of(request)
         wanted = namespace or key.namespace
         if wanted not in readable(key):
             raise APIError(403, f"this key may not read namespace {wanted!r}", param="namespace")
-        page = await _service(server).page(wanted, cursor, limit)
-        data = [PrefixObject.of(record) for record in page.records]
-        return PrefixList(object="list", data=data, next_cursor=page.cursor)
+        return PrefixList.of(await _service(server).page(wanted, after, limit))
 
     @router.get("/{prefix_id}")
     async def retrieve_prefix(prefix_id: str, request: Request) -> PrefixObject:

@@ -34,9 +34,9 @@ class StoredPrefixes:
         await asyncio.to_thread(link.call, lambda client: client.ping(), patience_s=_PATIENCE_S)
         return await self._maker.create(new)
 
-    async def page(self, namespace: str, cursor: str | None, limit: int) -> PrefixPage:
+    async def page(self, namespace: str, after: str | None, limit: int) -> PrefixPage:
         """As `PrefixService`."""
-        return await asyncio.to_thread(self._records.page, namespace, cursor, limit)
+        return await asyncio.to_thread(self._records.page, namespace, after, limit)
 
     async def get(self, namespaces: Sequence[str], prefix_id: str) -> PrefixRecord | None:
         """As `PrefixService`."""

@@ -21,7 +21,6 @@ from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.figures import PLAN_TOKENS
 from xkv_service.calibration.folds import Folds
-from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.metrics import Weighting
 from xkv_service.calibration.observed import Observed
 from xkv_service.calibration.plan import ColumnPlan, factor_bits
@@ -178,19 +177,3 @@ def chosen_again(divergences: Mapping[str, Sequence[float]], chosen: str) -> flo
     draws = torch.randint(count, (_CHOICES, count), generator=torch.Generator().manual_seed(0))
     best = measured[:, draws].mean(-1).argmin(0)
     return float((best == compared.index(chosen)).double().mean())
-
-
-def too_small(stability: Mapping[str, Any] | None) -> str | None:
-    """Why the sample is too small, in a sentence; None where it is large enough."""
-    kept = (stability or {}).get("kept")
-    if kept is None:
-        return (
-            "How sure the plan is is unknown: there are no two documents to draw from. Give more documents."
-        )
-    if kept["mean"] >= ENOUGH:
-        return None
-    mean, low, high, enough = (f"{100 * one:.1f} %" for one in (*kept.values(), ENOUGH))
-    return (
-        f"The sample is small: bases of documents drawn from it keep {mean} ({low} to {high}) of the energy "
-        f"that others have in as many directions of their own, {enough} is enough. Give more documents."
-    )

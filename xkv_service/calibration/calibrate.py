@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from xkv_service.calibration.bootstrap import Groups, bootstrap, chosen_again, too_small
+from xkv_service.calibration.bootstrap import Groups, bootstrap, chosen_again
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.candidates import Candidates
 from xkv_service.calibration.certificates import fidelity_thresholds
@@ -26,6 +26,7 @@ from xkv_service.calibration.likeness import layer_likeness
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, calibrated_layers, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.sample_warnings import sample_warnings
 from xkv_service.calibration.selection_choice import choose_selection
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
@@ -33,7 +34,9 @@ from xkv_service.calibration.steps import STEPS
 from xkv_service.calibration.tolerance import SHARES, Tolerances, measure, no_tolerances
 from xkv_service.calibration.validation import Candidate, Outcome, validate
 from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.factorization.ranks import most_ratio
 from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.layout import ModelLayout
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.spec import CompressionSpec
 
@@ -63,7 +66,7 @@ def split(
             "every document of the sample is in the earlier calibration",
             hint="give others: one in four is kept to check the result on",
         )
-    step = max(2, round(1 / settings.held_out))
+    step = settings.held_out_every
     wanted = max(1, len(sample) // step)
     every = max(1, min(step, len(fresh) // wanted))
     held = set(fresh[every - 1 :: every][:wanted])
@@ -71,6 +74,24 @@ def split(
         [one for number, one in enumerate(sample) if number not in held],
         [one for number, one in enumerate(sample) if number in held],
     )
+
+
+def refuse_unreachable(
+    layout: ModelLayout, held: Sequence[ProbedPrefix], settings: CalibrationSettings
+) -> None:
+    """See, before anything is run, that the settings' ratio can be reached by one document held out.
+
+    Raises:
+        RatioUnreachable: all are too short for it.
+    """
+    longest = max(len(one.token_ids) for one in held)
+    most = most_ratio(layout, longest, settings.group_size)
+    if settings.ratio > most:
+        raise RatioUnreachable(
+            f"no document held out can be compressed at {settings.ratio:g}x: the longest, of {longest:,} "
+            f"tokens, reaches {most:.0f}x at most",
+            hint="calibrate on longer documents, or at a lower ratio",
+        )
 
 
 def calibrate(
@@ -94,6 +115,7 @@ def calibrate(
     layout = inspect_loaded(model).layout
     settings = settings or CalibrationSettings.of(calibrated_layers(layout))
     used, held = split(sample, settings)
+    refuse_unreachable(layout, held, settings)
     reach, count = reach_of(layout, settings), min(len(used), fold_count(layout, settings))
     parts = [Observed.nothing(model, reach) for _ in range(count)]
     for number, document in enumerate(used):
@@ -139,7 +161,6 @@ def decide(
         "sample": _sample_figures(folds, used, held, found.moments),
         **choices,
         "stability": stability,
-        "warnings": [text for text in [too_small(stability)] if text],
         "selection": selection,
         "tolerances": _tolerance_figures(tolerances, found.moments),
         "validation": _validation(model, held, settings, best),
@@ -147,6 +168,7 @@ def decide(
         "plans": plans(best, settings.ratios, candidates.layers),
         "spectra": spectra(found.moments),
     }
+    figures["warnings"] = sample_warnings(figures, len(folds.parts), settings)
     measured = replace(best, figures=figures)
     thresholds = fidelity_thresholds(model, held, settings.ratios, measured)
     return replace(measured, figures={**figures, "thresholds": thresholds})

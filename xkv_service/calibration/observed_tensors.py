@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from xkv_artifacts.errors import CorruptArtifact
 from xkv_service.calibration.calibration import KINDS
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.observed import Observed, calibrated_layers, reach_of
@@ -35,8 +36,9 @@ def observed_of(
         device: None is the CPU.
 
     Raises:
-        KeyError: a sum is missing.
+        CorruptArtifact: as `check_observed`.
     """
+    check_observed(tensors, layout, settings)
     layers = calibrated_layers(layout)
     count = len(layers)
     own = {name: tensor.to(device or "cpu", copy=True) for name, tensor in tensors.items()}
@@ -49,6 +51,44 @@ def observed_of(
     queries = [own[f"queries.{place}"] for place in range(count)]
     planes = [own[f"planes.{place}"] for place in range(count) if f"planes.{place}" in own]
     return Observed(moments, queries, query_tokens, planes)
+
+
+def check_observed(
+    tensors: Mapping[str, torch.Tensor], layout: ModelLayout, settings: CalibrationSettings
+) -> None:
+    """See that tensors are what `observed_tensors` makes of one document or more.
+
+    Raises:
+        CorruptArtifact: one is missing, unknown, or not of the shape and dtype it must have.
+    """
+    layers = calibrated_layers(layout)
+    empty = Moments.empty(layers, reach_of(layout, settings), torch.device("meta"))
+    latent = layers[0].kind == "latent"
+    wanted: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {"counts": (torch.int64, (2,))}
+    for kind in empty.kinds:
+        moments = empty.kind(kind)
+        for name, sums in ((f"{kind}.products", moments.products), (f"{kind}.sums", moments.sums)):
+            wanted |= {f"{name}.{place}": (one.dtype, tuple(one.shape)) for place, one in enumerate(sums)}
+    for place, layer in enumerate(layers):
+        dim = None if latent else layer.head_dim
+        wanted[f"queries.{place}"] = (torch.float64, (layer.query_heads, dim, dim))
+        if not latent:
+            wanted[f"planes.{place}"] = (torch.int64, (None, 2))
+    if differing := sorted(tensors.keys() ^ wanted.keys()):
+        known = "unknown" if differing[0] in tensors else "missing"
+        raise CorruptArtifact(f"sum {differing[0][:40]} is {known}")
+    for name, (dtype, shape) in wanted.items():
+        _check_tensor(name, tensors[name], dtype, shape)
+    if int(tensors["counts"].min()) < 1:
+        raise CorruptArtifact("sums of no tokens")
+
+
+def _check_tensor(name: str, found: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    fits = found.ndim == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, found.shape, strict=True)
+    )
+    if found.dtype != dtype or not fits:
+        raise CorruptArtifact(f"sum {name} is {found.dtype} {list(found.shape)}")
 
 
 def _numbered(name: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:

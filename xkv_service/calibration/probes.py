@@ -23,6 +23,12 @@ class Probe:
     token_ids: tuple[int, ...]
     counted: int
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The known answer, at whose tokens and the one before predictions are compared; () of a text's own
+        end."""
+        return self.token_ids[1 - self.counted :] if 1 < self.counted < len(self.token_ids) else ()
+
 
 @dataclass(frozen=True)
 class ProbedPrefix:
@@ -55,6 +61,21 @@ def predictions(model: PreTrainedModel, cache: Cache, probes: Sequence[Probe]) -
         output: Any = model(ids, past_key_values=_fork(cache), logits_to_keep=probe.counted)
         found.append(output.logits[0])
     return torch.cat(found)
+
+
+def right_answers(logits: torch.Tensor, probes: Sequence[Probe]) -> list[bool]:
+    """Of each probe with a known answer, whether all of its tokens are the likeliest ones, the right tokens
+    before each given.
+
+    Args:
+        logits: [positions, vocabulary], as `predictions` gives them.
+    """
+    said, position, found = logits.argmax(-1).tolist(), 0, []
+    for probe in probes:
+        if probe.answer:
+            found.append(said[position : position + len(probe.answer)] == list(probe.answer))
+        position += probe.counted
+    return found
 
 
 def exact_cache(

@@ -75,6 +75,11 @@ class CalibrationSettings:
             most_ratio=stored(_MOST_RATIO_LATENT) if exact else cls.most_ratio,
         )
 
+    @property
+    def held_out_every(self) -> int:
+        """Of so many documents one is held out."""
+        return max(2, round(1 / self.held_out))
+
     def __post_init__(self) -> None:
         for name in ("ratio", "ratios", "most_ratio"):
             value = getattr(self, name)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Kind
+from xkv_service.calibration.limits import LOST
 from xkv_service.calibration.moments import Moments
 from xkv_service.calibration.probes import Probe, exact_cache, predictions
 from xkv_service.fidelity import compare_distributions
@@ -24,7 +25,7 @@ from xkv_service.prefilling.prefilled import Prefill
 
 SHARES = (0.01, 0.1, 1.0)
 """Noise tried, as a share of the layer's own variance."""
-LIMIT = 0.02
+LIMIT = LOST
 """Divergence (nats) that a single layer's error may cause."""
 _MOST = 4.0
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.probes import ProbedPrefix, exact_cache, predictions
+from xkv_service.calibration.probes import Probe, ProbedPrefix, exact_cache, predictions, right_answers
 from xkv_service.compression import factorize_prefill, rotary_tables
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.xkv_attention import enable_xkv
@@ -24,6 +24,9 @@ from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
+
+NOT_FINITE = "no finite divergence"
+"""Reason of an outcome whose predictions are none."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Outcome:
         divergence: nats, decoding from the factors with selection as a session does. agreement: share of
             positions with the same likeliest token. ratio: bytes of the exact cache / bytes stored.
         key_error, value_error: relative reconstruction errors, the mean over groups.
+        right, exact_right: whether each known answer is predicted, here and by the exact cache.
         reason: why there is nothing of a document.
     """
 
@@ -51,12 +55,17 @@ class Outcome:
     ratio: list[float] = field(default_factory=list)
     key_error: list[float] = field(default_factory=list)
     value_error: list[float] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    exact_right: list[bool] = field(default_factory=list)
     reason: str | None = None
 
-    def note(self, agreement: float, divergence: float) -> None:
-        """The predictions of one more document."""
+    def note(self, exact: torch.Tensor, other: torch.Tensor, probes: Sequence[Probe]) -> None:
+        """The predictions of one more document: logits [positions, vocabulary] of its probes."""
+        agreement, divergence = compare_distributions(exact, other)
         self.agreement.append(agreement)
         self.divergence.append(divergence)
+        self.right += right_answers(other, probes)
+        self.exact_right += right_answers(exact, probes)
 
     @property
     def kl(self) -> float:
@@ -66,7 +75,7 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: the reason where nothing, or no number, was measured."""
         if not math.isfinite(self.kl):
-            return {"reason": self.reason or "no finite divergence"}
+            return {"reason": self.reason or NOT_FINITE}
         count = len(self.divergence)
         return {
             "kl": self.kl,
@@ -78,6 +87,17 @@ class Outcome:
             "key_error": fmean(self.key_error),
             "value_error": fmean(self.value_error),
             "documents": count,
+            **self._answers(),
+        }
+
+    def _answers(self) -> dict[str, float]:
+        """Shares of the questions that are answered right; nothing where no answer is known."""
+        if not self.right:
+            return {}
+        return {
+            "answers": fmean(self.right),
+            "answers_exact": fmean(self.exact_right),
+            "questions": len(self.right),
         }
 
 
@@ -101,7 +121,7 @@ def validate(
                 factors = _factors(model, exact, candidate, found[candidate.name])
                 if factors is not None:
                     other = _predictions(model, factors, document, selection)
-                    found[candidate.name].note(*compare_distributions(base, other))
+                    found[candidate.name].note(base, other, document.probes)
         finally:
             exact.free()
     return found

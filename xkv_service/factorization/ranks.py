@@ -98,6 +98,25 @@ def size_of(
     return sized(density)
 
 
+def most_ratio(layout: ModelLayout, tokens: int, group_size: int) -> float:
+    """A ratio that no calibration in groups of up to `group_size` layers passes.
+
+    It stands for shared bases, a column of two bits for each group's keys and values, and no rotary tables.
+    """
+    spec = CompressionSpec(ratio=1.0, calibration="0" * 64, factor_dtype="mixed", index="derived").over(
+        "calibrated"
+    )
+    free = RotaryUse(_assumed_rotary(layout).table_of, 0, 0)
+    least = (((2, 1),), ((2, 1),))
+    groups = tuple(
+        _group(layers, free, 1, 1, *least)
+        if layers[0].kind == "full"
+        else _group(layers, free, 1, 0, least[0])
+        for layers in layout.groups(group_size)
+    )
+    return _size(layout, tokens, spec, groups, _windows(layout, tokens), free).ratio
+
+
 def _named(spec: CompressionSpec, calibration: Calibration | None) -> Calibration | None:
     """The calibration, checked to be the one that the spec names, if it names one."""
     given = None if calibration is None else calibration.id
@@ -215,7 +234,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreachable:
     return RatioUnreachable(
-        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index={spec.index!r} and "
+        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index {spec.index} and "
         f"{spec.sink}+{spec.recent} exact tokens even rank 1 gives {least.ratio:.2f}x",
         hint="lower the ratio, or join short documents: a document this short has too few bytes to save",
     )

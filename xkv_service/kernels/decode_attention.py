@@ -22,7 +22,10 @@ from xkv_service.kernels.tail_attention import tail_attention
 
 @dataclass(frozen=True)
 class Tiles:
-    """Options of the kernels, by name: what a benchmark tunes. Empty ones keep the kernels' own."""
+    """Options of the kernels, by name: what a benchmark tunes. Empty ones keep the kernels' own.
+
+    `splits` are parts of the budget whose latent values are summed apart, so that programs fill the device.
+    """
 
     index: dict[str, int] = field(default_factory=dict)
     choose: dict[str, int] = field(default_factory=dict)
@@ -37,7 +40,7 @@ class DecodeAttention:
 
     Args:
         table: of any of the layers. query_heads, dim, value_dim: of the layers. capacity: most tokens of a
-            document. most: most tokens of a document's list (see `ChooseTokens`). turns: cos and sin
+            document. most: most tokens of a session's list (see `ChooseTokens`). turns: cos and sin
             [positions, D / 2], contiguous. scaling: of products. interleaved: as `rebuilt_scores`.
 
     Raises:
@@ -50,18 +53,20 @@ class DecodeAttention:
         tiles: Tiles | None = None,
     ) -> None:  # fmt: skip
         _refuse(table, query_heads, dim, value_dim, turns)
-        sessions, device = table.document_of.numel(), table.states.device
+        sessions, device = table.lengths.numel(), table.states.device
         self.tiles, self._turns = tiles or Tiles(), turns
         self._scaling, self._interleaved = scaling, interleaved
         group, planes = query_heads // table.kv_heads, table.documents[0].sketch.planes.shape[1]
         self.index = IndexScores(
             sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
         )
-        self.chosen = ChooseTokens(
-            sessions, table.lengths.numel(), capacity, most, device, bins=self.index.bins, **self.tiles.choose
-        )
+        self.chosen = ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)
         self.values = LatentValues(
-            sessions, query_heads, table.value_layout.rank, device, splits=self.tiles.splits
+            sessions,
+            query_heads,
+            table.value_layout.rank,
+            device,
+            splits=self.tiles.splits,
         )
         self.scores = torch.empty(sessions, query_heads, most, device=device)
         self._rest = torch.empty(sessions, query_heads, value_dim, device=device)
@@ -69,22 +74,22 @@ class DecodeAttention:
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor,
-        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False, before: torch.Tensor | None = None,
+        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Attend.
 
         Args:
             query: [sessions, query_heads, D], rotated, contiguous. keys, values, lengths: the tails, as
                 `tail_attention`. table: the layer's. out: [sessions, query_heads, Dv], contiguous.
-            repeat: attend to what the layer before chose: this one has no index. before: as `IndexScores`.
+            repeat: attend to what the layer before chose: this one has no index.
 
         Returns:
             `out`.
         """
         tail_attention(query, keys, values, lengths, self._rest, self._rest_log, self._scaling)
         if not repeat:
-            self.index(query, self._rest_log, table, before)
-            self.chosen(self.index.shares, self.index.histogram, table)
+            self.index(query, self._rest_log, table)
+            self.chosen(self.index.shares, table)
         self.attend(query, table, out)
         return out
 

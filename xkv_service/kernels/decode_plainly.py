@@ -1,7 +1,7 @@
 """What the decode kernels compute, in plain PyTorch and float32: their references, one stage each.
 
-All of one layer. Documents are `DocumentLayer`s; queries are [sessions, query_heads, D], rotated, the
-sessions of one document one after the other.
+All of one layer. Documents are `DocumentLayer`s; queries are [query_heads, D] of one session, rotated, or
+[sessions, query_heads, D] of a batch.
 """
 
 from __future__ import annotations
@@ -33,40 +33,26 @@ def tail_attention_plainly(
 def index_shares_plainly(
     query: torch.Tensor, others: torch.Tensor, document: DocumentLayer, scaling: float
 ) -> torch.Tensor:
-    """The logarithm of the largest share any head would give each token: float32 [sessions, T].
+    """The logarithm of the largest share any head would give each token: float32 [T].
 
     Args:
-        query: of the document's sessions. others: [sessions, query_heads], log-sums of what they see besides.
+        others: [query_heads], log-sums of what the session sees besides.
     """
-    found = scores(query, document.sketch) * scaling
+    found = scores(query[None], document.sketch)[0] * scaling
     total = torch.logaddexp(found.logsumexp(-1), others)
-    return (found - total[..., None]).amax(1)
+    return (found - total[..., None]).amax(0)
 
 
-def choose_plainly(
-    shares: torch.Tensor, states: torch.Tensor, budget: int, bins: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen tokens of one document's sessions.
+def choose_plainly(shares: torch.Tensor, states: torch.Tensor, budget: int, bins: int) -> torch.Tensor:
+    """Ascending positions, int32 [u], of a session's tokens.
 
     Args:
-        shares: [sessions, T]. states: uint8 [T].
-
-    Returns:
-        int32 [u], ascending positions, and int32 [u], bit i: session i chose it.
+        shares: [T]. states: uint8 [T].
     """
-    levels, member = share_bins(shares, bins), torch.zeros_like(states, dtype=torch.int32)
-    for number, level in enumerate(levels):
-        candidates = (states == CHOOSABLE).nonzero()[:, 0]
-        best = level[candidates].sort(descending=True, stable=True).indices[:budget]
-        member[candidates[best]] |= _bit(number)
-    member[states == ALWAYS] = -1
-    positions = member.nonzero()[:, 0]
-    return positions.int(), member[positions]
-
-
-def _bit(number: int) -> int:
-    """1 << number as a signed number of 32 bits."""
-    return (1 << number) - (1 << 32) * (number == 31)
+    candidates = (states == CHOOSABLE).nonzero()[:, 0]
+    best = share_bins(shares, bins)[candidates].sort(descending=True, stable=True).indices[:budget]
+    always = (states == ALWAYS).nonzero()[:, 0]
+    return torch.cat((candidates[best], always)).sort().values.int()
 
 
 def factors_of(rows: FactorRows, positions: torch.Tensor) -> torch.Tensor:
@@ -84,12 +70,11 @@ def factors_of(rows: FactorRows, positions: torch.Tensor) -> torch.Tensor:
 
 
 def rebuilt_scores_plainly(
-    query: torch.Tensor, document: DocumentLayer, positions: torch.Tensor, members: torch.Tensor,
+    query: torch.Tensor, document: DocumentLayer, positions: torch.Tensor,
     turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Scores [sessions, query_heads, u] of a document's chosen tokens; -inf where one did not choose."""
-    sessions, query_heads, dim = query.shape
-    heads = document.sketch.planes.shape[0]
+    """Scores [query_heads, u] of a session's chosen tokens."""
+    dim, heads = query.shape[1], document.sketch.planes.shape[0]
     factors = factors_of(document.key_rows, positions)
     if document.key_scales is not None:
         factors = factors * document.key_scales.float()
@@ -101,17 +86,14 @@ def rebuilt_scores_plainly(
     x, y = keys[..., first], keys[..., second]
     turned = torch.empty_like(keys)
     turned[..., first], turned[..., second] = x * cos - y * sin, y * cos + x * sin
-    grouped = query.float().reshape(sessions, heads, query_heads // heads, dim)
-    found = torch.einsum("shgd,uhd->shgu", grouped, turned) * scaling
-    numbers = torch.arange(sessions, device=members.device)[:, None]
-    chose = (members[None] >> numbers) & 1
-    return found.flatten(1, 2).masked_fill(chose[:, None] == 0, -torch.inf)
+    grouped = query.float().reshape(heads, -1, dim)
+    return torch.einsum("hgd,uhd->hgu", grouped, turned).flatten(0, 1) * scaling
 
 
 def latent_values_plainly(
     scores: torch.Tensor, document: DocumentLayer, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of scores [sessions, query_heads, u] times A_v, [sessions, query_heads, r_v], and log-sums."""
+    """Softmax of scores [query_heads, u] times A_v, [query_heads, r_v], and log-sums."""
     return scores.softmax(-1) @ factors_of(document.value_rows, positions), scores.logsumexp(-1)
 
 
@@ -119,12 +101,11 @@ def projected_output_plainly(
     latents: torch.Tensor, log: torch.Tensor, rest: torch.Tensor, rest_log: torch.Tensor,
     document: DocumentLayer,
 ) -> torch.Tensor:  # fmt: skip
-    """A layer's attention [sessions, query_heads, Dv] from latents and from what was attended to besides."""
-    heads = document.value_bases.shape[0]
+    """A layer's attention [query_heads, Dv] from latents and from what was attended to besides."""
     if document.value_scales is not None:
         latents = latents * document.value_scales.float()
-    grouped = latents.reshape(latents.shape[0], heads, -1, latents.shape[2])
-    rebuilt = (grouped @ document.value_bases.float()).flatten(1, 2)
+    grouped = latents.reshape(document.value_bases.shape[0], -1, latents.shape[1])
+    rebuilt = (grouped @ document.value_bases.float()).flatten(0, 1)
     share = torch.sigmoid(log - rest_log)[..., None]
     merged: torch.Tensor = rebuilt * share + rest * (1 - share)
     return merged
@@ -132,20 +113,18 @@ def projected_output_plainly(
 
 def decode_attention_plainly(
     query: torch.Tensor, tail: tuple[torch.Tensor, torch.Tensor], tail_lengths: torch.Tensor,
-    documents: Sequence[DocumentLayer], sessions: Sequence[int], budgets: Sequence[int],
-    turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, bins: int = 2048, interleaved: bool = False,
+    documents: Sequence[DocumentLayer], budgets: Sequence[int], turns: tuple[torch.Tensor, torch.Tensor],
+    scaling: float, *, bins: int = 512, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """All stages: a layer's attention [sessions, query_heads, Dv], float32."""
     rest, rest_log = tail_attention_plainly(query, *tail, tail_lengths, scaling)
-    parts, start = [], 0
-    for document, count, budget in zip(documents, sessions, budgets, strict=True):
-        mine = slice(start, start + count)
-        start += count
-        shares = index_shares_plainly(query[mine], rest_log[mine], document, scaling)
+    parts = []
+    for session, (document, budget) in enumerate(zip(documents, budgets, strict=True)):
+        shares = index_shares_plainly(query[session], rest_log[session], document, scaling)
         chosen = choose_plainly(shares, document.states, budget, bins)
         found = rebuilt_scores_plainly(
-            query[mine], document, *chosen, turns, scaling, interleaved=interleaved
+            query[session], document, chosen, turns, scaling, interleaved=interleaved
         )
-        latents, log = latent_values_plainly(found, document, chosen[0])
-        parts.append(projected_output_plainly(latents, log, rest[mine], rest_log[mine], document))
-    return torch.cat(parts)
+        latents, log = latent_values_plainly(found, document, chosen)
+        parts.append(projected_output_plainly(latents, log, rest[session], rest_log[session], document))
+    return torch.stack(parts)

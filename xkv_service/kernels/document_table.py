@@ -10,7 +10,6 @@ import torch
 from xkv_service.decoding.layer_prefix import LayerPrefix
 from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.kernels.addresses import addresses
-from xkv_service.kernels.choose_tokens import MOST_SESSIONS
 from xkv_service.kernels.factor_rows import FactorRows, RowLayout
 from xkv_service.selection.sketch import KeySketch
 
@@ -70,29 +69,25 @@ class DocumentLayer:
 
 
 class DocumentTable:
-    """One layer's documents, in the order of the sessions that decode from them.
+    """One layer's documents, one for each session of a batch, which decodes from it.
 
     The tables are tensors on the device: a captured CUDA graph runs over other documents when they are
     overwritten with another table's (`copy_`).
 
     Args:
-        documents: of one layout. sessions: how many sessions each has, which stand one after the other in the
-            batch; at most 32 (a document with more is listed again). budgets: tokens to choose for each
-            session of a document.
+        documents: of one layout, in the order of the sessions. Sessions on one document list it each.
+        budgets: tokens to choose for each session.
 
     Attributes:
         codes, scales, planes, states, key_rows, value_rows, key_bases, value_bases, key_scales, value_scales:
-            int64 [documents], addresses.
-        lengths, budgets: int32 [documents]. starts: int32 [documents + 1], the first session of each.
-        document_of: int32 [sessions].
+            int64 [sessions], addresses.
+        lengths, budgets: int32 [sessions].
 
     Raises:
-        ValueError: documents of different layouts, strided tensors, or sessions out of range.
+        ValueError: documents of different layouts, or strided tensors.
     """
 
-    def __init__(
-        self, documents: Sequence[DocumentLayer], sessions: Sequence[int], budgets: Sequence[int]
-    ) -> None:
+    def __init__(self, documents: Sequence[DocumentLayer], budgets: Sequence[int]) -> None:
         if len({_layout(one) for one in documents}) != 1:
             raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
         for one in documents:
@@ -100,8 +95,6 @@ class DocumentTable:
             bases = (one.key_bases, one.value_bases)
             if not all(t.is_contiguous() for t in tensors) or any(t.stride(-1) != 1 for t in bases):
                 raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
-        if not all(1 <= count <= MOST_SESSIONS for count in sessions):
-            raise ValueError(f"sessions={list(sessions)}: a document has 1 to {MOST_SESSIONS}")
         self.documents, first = tuple(documents), documents[0]
         device = first.states.device
         self.codes = addresses([one.sketch.codes for one in documents])
@@ -120,12 +113,8 @@ class DocumentTable:
                 [(one.value_scales, one.value_bases) for one in documents],
             )
         )
-        numbers = torch.tensor(list(sessions), dtype=torch.int32)
         self.lengths = torch.tensor([one.tokens for one in documents], dtype=torch.int32).to(device)
         self.budgets = torch.tensor(list(budgets), dtype=torch.int32).to(device)
-        self.starts = torch.nn.functional.pad(numbers.cumsum(0), (1, 0)).int().to(device)
-        self.document_of = torch.arange(len(documents)).repeat_interleave(numbers).int().to(device)
-        self.most_sessions = max(sessions)
 
     @property
     def key_layout(self) -> RowLayout:

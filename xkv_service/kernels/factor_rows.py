@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xkv_service.kernels.product import INTERPRETED
 from xkv_service.packed_factors import PackedFactors, packed_width
 
 _ALIGNED = 16
@@ -120,6 +121,12 @@ def _padded(width: int) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _converted(numbers, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers in another dtype; the interpreter knows the way to bfloat16 by float32 only."""
+    return numbers.to(tl.float32).to(DTYPE) if INTERPRETED else numbers.to(DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def whole_columns(  # type: ignore[no-untyped-def]
     rows, first, DTYPE: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
     WHOLE_COLUMNS: tl.constexpr, COUNT: tl.constexpr,
@@ -135,9 +142,7 @@ def whole_columns(  # type: ignore[no-untyped-def]
         columns = tl.load(source)
     else:
         columns = tl.load(source, mask=column < WHOLE_COLUMNS, other=0)
-    if WHOLE != DTYPE:
-        columns = columns.to(tl.float32).to(DTYPE)
-    return columns
+    return _converted(columns, DTYPE) if WHOLE != DTYPE else columns
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -165,4 +170,4 @@ def packed_columns(  # type: ignore[no-untyped-def]
         odd = tl.join((raw >> 2) & 3, raw >> 6)
         codes = tl.join(even, odd)
     levels = codes.to(tl.int8) * 2 - ((1 << BITS) - 1)
-    return tl.reshape(levels, (rows.shape[0], COUNT)).to(tl.float32).to(DTYPE)
+    return _converted(tl.reshape(levels, (rows.shape[0], COUNT)), DTYPE)

@@ -1,13 +1,12 @@
 """Score every token of a prefix by its key sketch (reference: `index_shares_plainly` in `decode_plainly.py`).
 
-The index is read twice, since a head's shares need the sum over all tokens first; once where the sums of the
-step before will do. Storing the scores of 32 heads
-instead would take as many bytes as reading the index again. Codes become half precision without rounding;
-the picked dimensions of all query heads of a few KV heads stand in one matrix that is zero where a code
-belongs to another KV head, so that a product on tensor cores fills its columns though each KV head has only
-four queries.
+The index is read twice, since a head's shares need the sum over all tokens first. Storing the scores of 32
+heads instead would take as many bytes as reading the index again. Codes become half precision without
+rounding; the picked dimensions of all query heads of a few KV heads stand in one matrix that is zero where a
+code belongs to another KV head, so that a product on tensor cores fills its columns though each KV head has
+only four queries.
 
-A program reads a tile of tokens once and scores it for every session on the document.
+A program scores a few tiles of tokens for one session; sessions on one document find it in the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import triton
 import triton.language as tl
 
 from xkv_service.kernels.product import INTERPRETED
-from xkv_service.kernels.share_bins import share_levels
 
 _PARTS = 4
 """Four numbers of 4 bits in 16: low and high half of the first and of the second byte."""
@@ -27,12 +25,12 @@ _PARTS = 4
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _picked_queries(  # type: ignore[no-untyped-def]
-    query, planes_at, document_of, matrices, gains, offsets, histogram, scaling, HEADS: tl.constexpr,
+    query, planes_at, matrices, gains, offsets, scaling, HEADS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     session, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    planes = tl.load(planes_at + tl.load(document_of + session)).to(tl.pointer_type(tl.int16))
+    planes = tl.load(planes_at + session).to(tl.pointer_type(tl.int16))
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     mine = (row < TOGETHER * PLANES // 2) & (column < TOGETHER * GROUP)
     mine = mine & (row // (PLANES // 2) == column // GROUP)
@@ -61,8 +59,6 @@ def _picked_queries(  # type: ignore[no-untyped-def]
     place = (session * CHUNKS + chunk) * COLUMNS + column
     tl.store(gains + place, gain * 16777216.0)
     tl.store(offsets + place, -8.0 * gain * total)
-    if chunk == 0:
-        tl.store(histogram + session * BINS + tl.arange(0, BINS), tl.full((BINS,), 0, tl.int32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -103,11 +99,11 @@ def _exp2(bits):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile_scores(  # type: ignore[no-untyped-def]
-    codes, scales, tokens, inside, matrices, gains, offsets, session, chunk: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Scores in bits [TILE, COLUMNS] of a session's queries of a chunk of KV heads; which columns count."""
+    """Scores in bits [TILE, COLUMNS] of a session's queries of a chunk of KV heads."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pair = chunk * (TOGETHER * PLANES // 2) + row
     source = codes + tokens[:, None] * (HEADS * PLANES // 2) + pair[None, :]
@@ -124,8 +120,6 @@ def _tile_scores(  # type: ignore[no-untyped-def]
     products = tl.dot(_codes(pairs, 2), tl.load(matrix + 2 * ROWS * COLUMNS), products)
     products = tl.dot(_codes(pairs, 3), tl.load(matrix + 3 * ROWS * COLUMNS), products)
     place = (session * CHUNKS + chunk) * COLUMNS + column
-    head = chunk * TOGETHER + column // GROUP
-    valid = (column < TOGETHER * GROUP) & (head < HEADS)
     if (TOGETHER * GROUP == COLUMNS) & (HEADS % TOGETHER == 0):
         mine = chunk * TOGETHER + tl.arange(0, TOGETHER)
         step = tl.load(scales + tokens[:, None] * HEADS + mine[None, :], mask=inside[:, None], other=0)
@@ -133,67 +127,72 @@ def _tile_scores(  # type: ignore[no-untyped-def]
             tl.broadcast_to(step[:, :, None], (tokens.shape[0], TOGETHER, GROUP)), (tokens.shape[0], COLUMNS)
         )
     else:
+        head = chunk * TOGETHER + column // GROUP
+        valid = (column < TOGETHER * GROUP) & (head < HEADS)
         step = scales + tokens[:, None] * HEADS + head[None, :]
         step = tl.load(step, mask=inside[:, None] & valid[None, :], other=0)
     products = products * tl.load(gains + place)[None, :] + tl.load(offsets + place)[None, :]
     unseen = tl.where(inside, 0.0, -float("inf"))
-    return products * step.to(tl.float32) + unseen[:, None], valid
+    return products * step.to(tl.float32) + unseen[:, None]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_sums(  # type: ignore[no-untyped-def]
-    scores, valid, peaks, sums, row, chunk: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    TOGETHER: tl.constexpr, COLUMNS: tl.constexpr,
+def _own(chunk, HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Query heads of a chunk's columns; which columns have one."""
+    column = tl.arange(0, COLUMNS)
+    head = chunk * TOGETHER * GROUP + column
+    return head, (column < TOGETHER * GROUP) & (head < HEADS * GROUP)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_sums(  # type: ignore[no-untyped-def]
+    codes_at, scales_at, lengths, matrices, gains, offsets, peaks, sums, blocks, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Store the largest score of each head in a tile, and the sum of the powers of 2 below it."""
-    peak = tl.max(scores, axis=0)
-    total = tl.sum(_exp2(scores - peak[None, :]), axis=0)
-    place = row * (HEADS * GROUP) + chunk * TOGETHER * GROUP + tl.arange(0, COLUMNS)
+    """The largest score of each head in a block of tiles, and the sum of the powers of 2 below it."""
+    block, chunk, session = (
+        tl.program_id(0) // CHUNKS,
+        tl.program_id(0) % CHUNKS,
+        tl.program_id(1).to(tl.int64),
+    )
+    length = tl.load(lengths + session)
+    if block * TILES * TILE >= length:
+        return
+    codes = tl.load(codes_at + session).to(tl.pointer_type(tl.uint16))
+    scales = tl.load(scales_at + session).to(tl.pointer_type(tl.float16))
+    stop = tl.minimum((block + 1) * TILES, (length + TILE - 1) // TILE)
+    peak = tl.full((COLUMNS,), -float("inf"), tl.float32)
+    total = tl.full((COLUMNS,), 0, tl.float32)
+    for tile in range(block * TILES, stop):
+        tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        scores = _tile_scores(
+            codes, scales, tokens, tokens < length, matrices, gains, offsets, session, chunk, HEADS, GROUP,
+            PLANES, TOGETHER, ROWS, COLUMNS, CHUNKS,
+        )  # fmt: skip
+        higher = tl.maximum(peak, tl.max(scores, axis=0))
+        total = total * _exp2(peak - higher) + tl.sum(_exp2(scores - higher[None, :]), axis=0)
+        peak = higher
+    head, valid = _own(chunk, HEADS, GROUP, TOGETHER, COLUMNS)
+    place = (session * blocks + block) * (HEADS * GROUP) + head
     tl.store(peaks + place, peak, mask=valid)
     tl.store(sums + place, total, mask=valid)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile_sums(  # type: ignore[no-untyped-def]
-    codes_at, scales_at, lengths, starts, matrices, gains, offsets, peaks, sums, tiles, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    tile, document = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + document)
-    if tile * TILE >= length:
-        return
-    codes = tl.load(codes_at + document).to(tl.pointer_type(tl.uint16))
-    scales = tl.load(scales_at + document).to(tl.pointer_type(tl.float16))
-    tokens = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = tokens < length
-    begin = tl.load(starts + document).to(tl.int64)
-    for number in range(0, tl.load(starts + document + 1) - tl.load(starts + document)):
-        session = begin + number
-        for chunk in tl.static_range(CHUNKS):
-            scores, valid = _tile_scores(
-                codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS, GROUP, PLANES,
-                TOGETHER, ROWS, COLUMNS, CHUNKS,
-            )  # fmt: skip
-            _store_sums(
-                scores, valid, peaks, sums, session * tiles + tile, chunk, HEADS, GROUP, TOGETHER, COLUMNS
-            )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _totals(  # type: ignore[no-untyped-def]
-    peaks, sums, others, lengths, document_of, totals, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, SIZE: tl.constexpr,
+    peaks, sums, others, lengths, totals, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     session = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + tl.load(document_of + session))
-    row = tl.arange(0, BLOCK)
+    length = tl.load(lengths + session)
+    row = tl.arange(0, PADDED)
     best = tl.load(others + session * ROWS + row, mask=row < ROWS, other=0.0) * 1.4426950408889634
-    total = tl.full((BLOCK,), 1.0, tl.float32)
-    for start in range(0, (length + TILE - 1) // TILE, SIZE):
-        tile = start + tl.arange(0, SIZE)[:, None]
-        there = (tile * TILE < length) & (row[None, :] < ROWS)
-        place = (session * tiles + tile) * ROWS + row[None, :]
+    total = tl.full((PADDED,), 1.0, tl.float32)
+    for start in range(0, (length + BLOCK - 1) // BLOCK, SIZE):
+        block = start + tl.arange(0, SIZE)[:, None]
+        there = (block * BLOCK < length) & (row[None, :] < ROWS)
+        place = (session * blocks + block) * ROWS + row[None, :]
         peak = tl.load(peaks + place, mask=there, other=-float("inf"))
         part = tl.load(sums + place, mask=there, other=0.0)
         higher = tl.maximum(best, tl.max(peak, axis=0))
@@ -203,44 +202,32 @@ def _totals(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile_shares(  # type: ignore[no-untyped-def]
-    codes_at, scales_at, states_at, lengths, starts, matrices, gains, offsets, totals, shares, histogram,
-    peaks, sums, tiles, capacity, HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
-    TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, SUMS: tl.constexpr,
+def _block_shares(  # type: ignore[no-untyped-def]
+    codes_at, scales_at, lengths, matrices, gains, offsets, totals, shares, capacity,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    tile, document = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + document)
-    if tile * TILE >= length:
+    """The logarithm of the largest share of any head, of a block of tiles."""
+    block, session = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + session)
+    if block * TILES * TILE >= length:
         return
-    codes = tl.load(codes_at + document).to(tl.pointer_type(tl.uint16))
-    scales = tl.load(scales_at + document).to(tl.pointer_type(tl.float16))
-    states = tl.load(states_at + document).to(tl.pointer_type(tl.uint8))
-    tokens = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = tokens < length
-    choosable = tl.load(states + tokens, mask=inside, other=0) == 1
-    column = tl.arange(0, COLUMNS)
-    begin = tl.load(starts + document).to(tl.int64)
-    for number in range(0, tl.load(starts + document + 1) - tl.load(starts + document)):
-        session = begin + number
+    codes = tl.load(codes_at + session).to(tl.pointer_type(tl.uint16))
+    scales = tl.load(scales_at + session).to(tl.pointer_type(tl.float16))
+    stop = tl.minimum((block + 1) * TILES, (length + TILE - 1) // TILE)
+    for tile in range(block * TILES, stop):
+        tokens = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        inside = tokens < length
         share = tl.full((TILE,), -float("inf"), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            scores, valid = _tile_scores(
+            scores = _tile_scores(
                 codes, scales, tokens, inside, matrices, gains, offsets, session, chunk, HEADS, GROUP, PLANES,
                 TOGETHER, ROWS, COLUMNS, CHUNKS,
             )  # fmt: skip
-            place = session * (HEADS * GROUP) + chunk * TOGETHER * GROUP + column
-            total = tl.load(totals + place, mask=valid, other=float("inf"))
+            head, valid = _own(chunk, HEADS, GROUP, TOGETHER, COLUMNS)
+            total = tl.load(totals + session * (HEADS * GROUP) + head, mask=valid, other=float("inf"))
             share = tl.maximum(share, tl.max(scores - total[None, :], axis=1))
-            if SUMS:
-                _store_sums(
-                    scores, valid, peaks, sums, session * tiles + tile, chunk, HEADS, GROUP, TOGETHER, COLUMNS
-                )
-        share = share * 0.6931471805599453
-        tl.store(shares + session * capacity + tokens, share, mask=inside)
-        level = share_levels(share, BINS)
-        counted = histogram + session * BINS + level
-        tl.atomic_add(counted, 1, mask=choosable & (level > 0), sem="relaxed")
+        tl.store(shares + session * capacity + tokens, share * 0.6931471805599453, mask=inside)
 
 
 class IndexScores:
@@ -249,79 +236,64 @@ class IndexScores:
     Args:
         sessions: of the batch. capacity: most tokens of a document. heads, group, dim: KV heads, query heads
             of each, and their dimensions. planes: kept of each head. scaling: of products.
-        tile: tokens of a program. together: KV heads of one product. bins: of the histogram, a power of 2.
+        tile: tokens that are scored at once. tiles: of a program. together: KV heads of one product.
 
     Attributes:
         shares: float32 [sessions, capacity], the logarithm of the largest share any head would give a token.
-        histogram: int32 [sessions, bins], how many tokens that may be chosen have a share in each bin; bins
-            are those of `share_bins.py`. The first is not counted: most tokens may be in it.
         totals: float32 [sessions, query_heads], the log in bits of the sum that each head's shares are of.
     """
 
     def __init__(
         self, sessions: int, capacity: int, heads: int, group: int, dim: int, planes: int, scaling: float,
-        device: torch.device, *, tile: int = 256, together: int = 4, bins: int = 2048, warps: int = 4,
+        device: torch.device, *, tile: int = 64, tiles: int = 8, together: int = 4, warps: int = 1,
     ) -> None:  # fmt: skip
         self.sessions, self.capacity, self.scaling = sessions, capacity, scaling
-        self.tile, self.bins, self.warps = tile, bins, warps
         if planes % 2:
             raise ValueError(f"planes={planes}: the kernel reads codes in pairs, so they must be even")
         together = min(together, heads)
         self.rows = heads * group
         self.chunks = triton.cdiv(heads, together)
+        self._blocks = triton.cdiv(capacity, tile * tiles)
+        self._sizes: dict[str, int] = {"TILE": tile, "TILES": tiles}
+        self._launch: dict[str, int] = {"num_warps": warps, "num_stages": 1}
         self._shape: dict[str, Any] = {
             "HEADS": heads, "GROUP": group, "PLANES": planes, "TOGETHER": together,
             "ROWS": max(16, triton.next_power_of_2(together * planes // 2)),
             "COLUMNS": max(16, triton.next_power_of_2(together * group)), "CHUNKS": self.chunks,
         }  # fmt: skip
         self._dim = dim
-        tiles = triton.cdiv(capacity, tile)
         new = torch.empty
         size = (sessions, self.chunks, _PARTS, self._shape["ROWS"], self._shape["COLUMNS"])
         self._matrices = new(size, dtype=torch.float16, device=device)
         self._gains = new(sessions, self.chunks, self._shape["COLUMNS"], device=device)
         self._offsets = torch.empty_like(self._gains)
-        self._peaks = new(sessions, tiles, self.rows, device=device)
+        self._peaks = new(sessions, self._blocks, self.rows, device=device)
         self._sums = torch.empty_like(self._peaks)
         self.totals = new(sessions, self.rows, device=device)
         self.shares = new(sessions, capacity, device=device)
-        self.histogram = new(sessions, bins, dtype=torch.int32, device=device)
 
-    def __call__(
-        self, query: torch.Tensor, others: torch.Tensor, table: Any, before: torch.Tensor | None = None
-    ) -> None:
-        """Fill `shares` and `histogram`.
+    def __call__(self, query: torch.Tensor, others: torch.Tensor, table: Any) -> None:
+        """Fill `shares`.
 
         Args:
             query: [sessions, query_heads, D], rotated, contiguous. others: float32 [sessions, query_heads],
                 the log of the sum of exponentials of the scores of all that is attended to besides.
             table: the layer's `DocumentTable`.
-            before: `totals` of the layer's step before. Shares are counted by them, so that the index is read
-                once only, and they are replaced by this step's.
         """
-        documents, tiles = table.lengths.shape[0], self._peaks.shape[1]
         read = (self._matrices, self._gains, self._offsets)
-        options: dict[str, Any] = {"TILE": self.tile, "num_warps": self.warps, "num_stages": 1, **self._shape}
+        document = (table.codes, table.scales, table.lengths)
+        options = {**self._sizes, **self._launch, **self._shape}
         _picked_queries[self.sessions, self.chunks](
-            query, table.planes, table.document_of, *read, self.histogram, self.scaling, DIM=self._dim,
-            BINS=self.bins, **self._shape,
-        )  # fmt: skip
-        if before is None:
-            _tile_sums[tiles, documents](
-                table.codes, table.scales, table.lengths, table.starts, *read, self._peaks, self._sums, tiles,
-                **options,
-            )  # fmt: skip
-            self._add_up(others, table, self.totals)
-        _tile_shares[tiles, documents](
-            table.codes, table.scales, table.states, table.lengths, table.starts, *read,
-            self.totals if before is None else before, self.shares, self.histogram, self._peaks, self._sums,
-            tiles, self.capacity, BINS=self.bins, SUMS=before is not None, **options,
-        )  # fmt: skip
-        if before is not None:
-            self._add_up(others, table, before)
-
-    def _add_up(self, others: torch.Tensor, table: Any, totals: torch.Tensor) -> None:
+            query, table.planes, *read, self.scaling, DIM=self._dim, **self._shape
+        )
+        _block_sums[self._blocks * self.chunks, self.sessions](
+            *document, *read, self._peaks, self._sums, self._blocks, **options
+        )
         _totals[(self.sessions,)](
-            self._peaks, self._sums, others, table.lengths, table.document_of, totals, self._peaks.shape[1],
-            ROWS=self.rows, BLOCK=triton.next_power_of_2(self.rows), TILE=self.tile, SIZE=64,
+            self._peaks, self._sums, others, table.lengths, self.totals, self._blocks,
+            ROWS=self.rows, PADDED=triton.next_power_of_2(self.rows), SIZE=64,
+            BLOCK=self._sizes["TILE"] * self._sizes["TILES"],
         )  # fmt: skip
+        _block_shares[self._blocks, self.sessions](
+            *document, *read, self.totals, self.shares, self.capacity, **options
+        )

@@ -62,26 +62,19 @@ def _store_weighted(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _latent_values(  # type: ignore[no-untyped-def]
-    scores, positions, counts, starts, rows_at, latents, peaks, sums, most, ROWS: tl.constexpr,
-    SESSION_ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SESSION_BLOCKS: tl.constexpr, TOGETHER: tl.constexpr,
-    RANK: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
-    WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr,
-    TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    scores, positions, counts, rows_at, latents, peaks, sums, most, ROWS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr, STRIDE: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr,
+    FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
-    document = (tl.program_id(2) // SESSION_BLOCKS).to(tl.int64)
-    begin = tl.load(starts + document) + tl.program_id(2) % SESSION_BLOCKS * TOGETHER
-    stop = tl.load(starts + document + 1)
-    if begin >= stop:
-        return
+    piece, session = tl.program_id(0), tl.program_id(2).to(tl.int64)
     row = tl.arange(0, ROWS)
-    session = begin + (row // SESSION_ROWS).to(tl.int64)
-    there = (session < stop) & (row < TOGETHER * SESSION_ROWS)
-    line = session * SESSION_ROWS + row % SESSION_ROWS
-    place = (session * SPLITS + tl.program_id(1)) * SESSION_ROWS + row % SESSION_ROWS
-    count, base = tl.load(counts + document), tl.load(rows_at + document)
-    listed = positions + document * most
+    there = row < QUERY_HEADS
+    line = session * QUERY_HEADS + row
+    place = (session * SPLITS + tl.program_id(1)) * QUERY_HEADS + row
+    count, base = tl.load(counts + session), tl.load(rows_at + session)
+    listed = positions + session * most
     four: tl.constexpr = (WHOLE_COLUMNS + COLUMNS - 1) // COLUMNS
     two: tl.constexpr = four + (FOUR_COLUMNS + COLUMNS - 1) // COLUMNS
     if WHOLE_COLUMNS > 0:  # noqa: SIM102, decided when it is compiled
@@ -129,25 +122,22 @@ class LatentValues:
 
     def __call__(
         self, scores: torch.Tensor, chosen: Any, table: Any, *, slots: int = 64, columns: int = 128,
-        together: int = 1, warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 2,
     ) -> None:  # fmt: skip
         """Fill the sums.
 
         Args:
             scores: as `rebuilt_scores` wrote them. chosen: a `ChooseTokens`. table: a `DocumentTable`.
-            slots, columns: tokens and columns of a tile. together: sessions of one document whose rows one
-                program takes.
+            slots, columns: tokens and columns of a tile.
         """
-        query_heads, layout = scores.shape[1], table.value_layout
-        together = min(together, triton.next_power_of_2(table.most_sessions))
-        blocks = triton.cdiv(table.most_sessions, together)
+        sessions, query_heads, _ = scores.shape
+        layout = table.value_layout
         counts = (layout.whole_columns, layout.four_columns, layout.two_columns)
         pieces = sum(triton.cdiv(count, columns) for count in counts)
-        _latent_values[pieces, self.splits, chosen.counts.shape[0] * blocks](
-            scores, chosen.positions, chosen.counts, table.starts, table.value_rows, self.latents, self.peaks,
-            self.sums, chosen.most, ROWS=max(16, triton.next_power_of_2(query_heads * together)),
-            SESSION_ROWS=query_heads, SPLITS=self.splits, COLUMNS=columns, SLOTS=slots,
-            DTYPE=KERNEL_TYPES[table.dtype],
-            PRECISION="ieee" if table.dtype == torch.float32 else "tf32", SESSION_BLOCKS=blocks,
-            TOGETHER=together, RANK=layout.rank, num_warps=warps, num_stages=stages, **layout.arguments,
+        _latent_values[pieces, self.splits, sessions](
+            scores, chosen.positions, chosen.counts, table.value_rows, self.latents, self.peaks, self.sums,
+            chosen.most, ROWS=max(16, triton.next_power_of_2(query_heads)), QUERY_HEADS=query_heads,
+            SPLITS=self.splits, COLUMNS=columns, SLOTS=slots, DTYPE=KERNEL_TYPES[table.dtype],
+            PRECISION="ieee" if table.dtype == torch.float32 else "tf32", RANK=layout.rank, num_warps=warps,
+            num_stages=stages, **layout.arguments,
         )  # fmt: skip

@@ -19,22 +19,16 @@ from xkv_service.kernels.product import product
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _projected(  # type: ignore[no-untyped-def]
-    latents, peaks, sums, rest, rest_log, starts, bases_at, scales_at, out, HEADS: tl.constexpr,
+    latents, peaks, sums, rest, rest_log, bases_at, scales_at, out, HEADS: tl.constexpr,
     GROUP: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, TOGETHER: tl.constexpr, SESSION_BLOCKS: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr, HEAD_STRIDE: tl.constexpr, ROW_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, piece = tl.program_id(0), tl.program_id(1)
-    document = (tl.program_id(2) // SESSION_BLOCKS).to(tl.int64)
-    begin = tl.load(starts + document) + tl.program_id(2) % SESSION_BLOCKS * TOGETHER
-    stop = tl.load(starts + document + 1)
-    if begin >= stop:
-        return
+    head, piece, session = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.arange(0, ROWS)
-    session = (begin + row // GROUP).to(tl.int64)
-    there = (session < stop) & (row < TOGETHER * GROUP)
-    query_head = head * GROUP + row % GROUP
+    there = row < GROUP
+    query_head = head * GROUP + row
     query_heads: tl.constexpr = HEADS * GROUP
     line = session * query_heads + query_head
     log = tl.load(rest_log + line, mask=there, other=0.0)
@@ -50,8 +44,8 @@ def _projected(  # type: ignore[no-untyped-def]
     column = piece * COLUMNS + tl.arange(0, COLUMNS)
     beside = rest + line[:, None] * DIM + column[None, :]
     result = tl.load(beside, mask=there[:, None], other=0.0) * (tl.exp(log - highest) / total)[:, None]
-    bases = tl.load(bases_at + document).to(tl.pointer_type(DTYPE)) + head * HEAD_STRIDE
-    scales = tl.load(scales_at + document).to(tl.pointer_type(DTYPE))
+    bases = tl.load(bases_at + session).to(tl.pointer_type(DTYPE)) + head * HEAD_STRIDE
+    scales = tl.load(scales_at + session).to(tl.pointer_type(DTYPE))
     for first in range(0, RANK, STEP):
         rank = first + tl.arange(0, STEP)
         latent = tl.full((ROWS, STEP), 0, tl.float32)
@@ -72,7 +66,7 @@ def _projected(  # type: ignore[no-untyped-def]
 
 def projected_output(
     values: Any, rest: torch.Tensor, rest_log: torch.Tensor, table: Any, out: torch.Tensor, *,
-    together: int = 4, columns: int = 64, step: int = 64, warps: int = 4, stages: int = 3,
+    columns: int = 64, step: int = 64, warps: int = 2, stages: int = 3,
 ) -> None:  # fmt: skip
     """Write a layer's attention.
 
@@ -81,20 +75,16 @@ def projected_output(
             everything but the chosen tokens; rest_log: float32 [sessions, query_heads], the log of the sum
             of exponentials of its scores. table: the layer's `DocumentTable`.
         out: [sessions, query_heads, Dv], contiguous, any float dtype.
-        together: sessions of one document whose rows one program takes. columns, step: output dimensions and
-            ranks of a tile.
+        columns, step: output dimensions and ranks of a tile.
     """
     heads, dim = table.kv_heads, out.shape[2]
     group = out.shape[1] // heads
-    together = min(together, triton.next_power_of_2(table.most_sessions))
-    blocks = triton.cdiv(table.most_sessions, together)
     columns = min(columns, dim)
-    _projected[heads, dim // columns, table.lengths.shape[0] * blocks](
-        values.latents, values.peaks, values.sums, rest, rest_log, table.starts, table.value_bases,
-        table.value_scales, out, HEADS=heads, GROUP=group, RANK=table.value_layout.rank,
-        SPLITS=values.splits, DIM=dim, COLUMNS=columns,
-        ROWS=max(16, triton.next_power_of_2(together * group)), TOGETHER=together, SESSION_BLOCKS=blocks,
-        STEP=step, DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.value_scaled,
-        HEAD_STRIDE=table.value_head_stride, ROW_STRIDE=table.value_row_stride,
+    _projected[heads, dim // columns, out.shape[0]](
+        values.latents, values.peaks, values.sums, rest, rest_log, table.value_bases, table.value_scales,
+        out, HEADS=heads, GROUP=group, RANK=table.value_layout.rank, SPLITS=values.splits, DIM=dim,
+        COLUMNS=columns, ROWS=max(16, triton.next_power_of_2(group)), STEP=step,
+        DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.value_scaled, HEAD_STRIDE=table.value_head_stride,
+        ROW_STRIDE=table.value_row_stride,
         PRECISION="ieee" if table.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Attention scores of chosen tokens from their token factors (reference: `rebuilt_scores_plainly` in
 `decode_plainly.py`).
 
-A program gathers a block of rows of A, multiplies them with one KV head's bases, turns the keys in registers
-by the tokens' own angles, and multiplies them with the queries of every session on the document. Rebuilt keys
+A program gathers a block of rows of A, multiplies them with the bases of one or a few KV heads, turns the
+keys in registers by the tokens' own angles, and multiplies them with the session's queries. Rebuilt keys
 never reach memory. Programs of one block's KV heads stand next to each other in the grid, so that all but one
 find its rows in the L2 cache.
 """
@@ -22,7 +22,7 @@ from xkv_service.kernels.product import product
 @triton.jit  # type: ignore[untyped-decorator]
 def _added(  # type: ignore[no-untyped-def]
     keys, columns, first, count: tl.constexpr, bases, scales, DTYPE: tl.constexpr, SCALED: tl.constexpr,
-    BASE_STRIDE: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+    BASE_STRIDE: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """keys + columns · bases[first : first + STEP], rows from `count` on left out."""
@@ -30,7 +30,7 @@ def _added(  # type: ignore[no-untyped-def]
     if SCALED:
         scale = tl.load(scales + row, mask=row < count, other=0.0)
         columns = (columns.to(tl.float32) * scale.to(tl.float32)[None, :]).to(DTYPE)
-    source = bases + row[:, None] * BASE_STRIDE + tl.arange(0, DIM)[None, :]
+    source = bases + row[:, None] * BASE_STRIDE + tl.arange(0, WIDTH)[None, :]
     source = tl.multiple_of(source, [16, 16])
     if EVEN:
         part = tl.load(source)
@@ -42,16 +42,17 @@ def _added(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt(  # type: ignore[no-untyped-def]
     rows, bases, scales, DTYPE: tl.constexpr, SCALED: tl.constexpr, BASE_STRIDE: tl.constexpr,
-    DIM: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr,
-    FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr,
+    TWO_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Keys before RoPE, float32 [SLOTS, DIM], of rows at addresses int64 [SLOTS, 1]."""
-    keys = tl.full((SLOTS, DIM), 0, tl.float32)
+    """Keys before RoPE, float32 [SLOTS, WIDTH], of rows at addresses int64 [SLOTS, 1]."""
+    keys = tl.full((SLOTS, WIDTH), 0, tl.float32)
     for first in range(0, WHOLE_COLUMNS, STEP):
         columns = whole_columns(rows, first, DTYPE, STRIDE, WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, STEP)
         keys = _added(
-            keys, columns, first, WHOLE_COLUMNS, bases, scales, DTYPE, SCALED, BASE_STRIDE, DIM, STEP,
+            keys, columns, first, WHOLE_COLUMNS, bases, scales, DTYPE, SCALED, BASE_STRIDE, WIDTH, STEP,
             WHOLE_COLUMNS % STEP == 0, PRECISION,
         )  # fmt: skip
     four: tl.constexpr = WHOLE_COLUMNS
@@ -59,95 +60,99 @@ def _rebuilt(  # type: ignore[no-untyped-def]
         columns = packed_columns(rows, first, DTYPE, 4, FOUR_OFFSET, FOUR_COLUMNS, STEP)
         keys = _added(
             keys, columns, first, FOUR_COLUMNS, bases + four * BASE_STRIDE, scales + four, DTYPE, SCALED,
-            BASE_STRIDE, DIM, STEP, FOUR_COLUMNS % STEP == 0, PRECISION,
+            BASE_STRIDE, WIDTH, STEP, FOUR_COLUMNS % STEP == 0, PRECISION,
         )  # fmt: skip
     two: tl.constexpr = WHOLE_COLUMNS + FOUR_COLUMNS
     for first in range(0, TWO_COLUMNS, STEP):
         columns = packed_columns(rows, first, DTYPE, 2, TWO_OFFSET, TWO_COLUMNS, STEP)
         keys = _added(
             keys, columns, first, TWO_COLUMNS, bases + two * BASE_STRIDE, scales + two, DTYPE, SCALED,
-            BASE_STRIDE, DIM, STEP, TWO_COLUMNS % STEP == 0, PRECISION,
+            BASE_STRIDE, WIDTH, STEP, TWO_COLUMNS % STEP == 0, PRECISION,
         )  # fmt: skip
     return keys
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt_scores(  # type: ignore[no-untyped-def]
-    query, positions, members, counts, starts, rows_at, bases_at, scales_at, cos, sin, scores, scaling, most,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUERIES: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr, BASE_STRIDE: tl.constexpr,
-    DIM: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr,
-    FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    query, positions, counts, rows_at, bases_at, scales_at, cos, sin, scores, scaling, most,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, INTERLEAVED: tl.constexpr,
+    QUERIES: tl.constexpr, TOGETHER: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
+    BASE_STRIDE: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr,
+    TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    head, block, document = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    count = tl.load(counts + document)
+    first_head, block, session = (
+        tl.program_id(0) * TOGETHER,
+        tl.program_id(1),
+        tl.program_id(2).to(tl.int64),
+    )
+    count = tl.load(counts + session)
     if block * SLOTS >= count:
         return
     slot = block * SLOTS + tl.arange(0, SLOTS)
-    listed = document * most + slot
-    position = tl.load(positions + listed, mask=slot < count, other=0).to(tl.int64)
-    rows = tl.load(rows_at + document) + position[:, None] * STRIDE
-    bases = tl.load(bases_at + document).to(tl.pointer_type(DTYPE)) + head * DIM
-    scales = tl.load(scales_at + document).to(tl.pointer_type(DTYPE))
+    position = tl.load(positions + session * most + slot, mask=slot < count, other=0).to(tl.int64)
+    rows = tl.load(rows_at + session) + position[:, None] * STRIDE
+    bases = tl.load(bases_at + session).to(tl.pointer_type(DTYPE)) + first_head * DIM
+    scales = tl.load(scales_at + session).to(tl.pointer_type(DTYPE))
     keys = _rebuilt(
-        rows, bases, scales, DTYPE, SCALED, BASE_STRIDE, DIM, SLOTS, STEP, PRECISION, STRIDE, WHOLE,
-        WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
+        rows, bases, scales, DTYPE, SCALED, BASE_STRIDE, TOGETHER * DIM, SLOTS, STEP, PRECISION, STRIDE,
+        WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
     )  # fmt: skip
     half: tl.constexpr = DIM // 2
+    halves: tl.constexpr = TOGETHER * half
     if INTERLEAVED:
-        x, y = tl.split(tl.reshape(keys, (SLOTS, half, 2)))
+        x, y = tl.split(tl.reshape(keys, (SLOTS, halves, 2)))
     else:
-        x, y = tl.split(tl.permute(tl.reshape(keys, (SLOTS, 2, half)), (0, 2, 1)))
-    plane = tl.arange(0, half)
+        x, y = tl.split(tl.permute(tl.reshape(keys, (SLOTS, TOGETHER, 2, half)), (0, 1, 3, 2)))
+        x, y = tl.reshape(x, (SLOTS, halves)), tl.reshape(y, (SLOTS, halves))
+    plane = tl.arange(0, halves) % half
     angle = position[:, None] * half + plane[None, :]
     c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
     turned_x, turned_y = (x * c - y * s).to(DTYPE), (y * c + x * s).to(DTYPE)
-    first, stop = tl.load(starts + document), tl.load(starts + document + 1)
-    member = tl.load(members + listed, mask=slot < count, other=0)
     column = tl.arange(0, QUERIES)
     step: tl.constexpr = 1 if INTERLEAVED else half
     dim = plane * (2 if INTERLEAVED else 1)
-    for begin in range(first, stop, QUERIES // GROUP):
-        session = begin + (column // GROUP).to(tl.int64)
-        there = (session < stop) & (column < QUERIES // GROUP * GROUP)
-        row = (session * HEADS + head) * GROUP + column % GROUP
-        source = query + row[None, :] * DIM + dim[:, None]
-        left = tl.load(source, mask=there[None, :], other=0.0).to(DTYPE)
-        right = tl.load(source + step, mask=there[None, :], other=0.0).to(DTYPE)
-        found = product(turned_x, left, tl.full((SLOTS, QUERIES), 0, tl.float32), PRECISION)
-        found = product(turned_y, right, found, PRECISION)
-        seen = (slot < count)[:, None] & there[None, :]
-        if SHARED:
-            seen = seen & (((member[:, None] >> (session - first).to(tl.int32)[None, :]) & 1) != 0)
-        found = tl.where(seen, found * scaling, -float("inf"))
-        target = scores + row[None, :] * most + slot[:, None]
-        tl.store(target, found, mask=there[None, :] & (slot < most)[:, None])
+    there = column < TOGETHER * GROUP
+    row = (session * HEADS + first_head) * GROUP + column
+    mine = there[None, :] & (tl.arange(0, halves)[:, None] // half == (column // GROUP)[None, :])
+    source = query + row[None, :] * DIM + dim[:, None]
+    left = tl.load(source, mask=mine, other=0.0).to(DTYPE)
+    right = tl.load(source + step, mask=mine, other=0.0).to(DTYPE)
+    found = product(turned_x, left, tl.full((SLOTS, QUERIES), 0, tl.float32), PRECISION)
+    found = product(turned_y, right, found, PRECISION)
+    found = tl.where((slot < count)[:, None], found * scaling, -float("inf"))
+    target = scores + row[None, :] * most + slot[:, None]
+    tl.store(target, found, mask=there[None, :] & (slot < most)[:, None])
 
 
 def rebuilt_scores(
     query: torch.Tensor, chosen: Any, table: Any, turns: tuple[torch.Tensor, torch.Tensor],
-    scores: torch.Tensor, scaling: float, *, interleaved: bool = False, slots: int = 128, step: int = 64,
-    queries: int = 16, warps: int = 8, stages: int = 3,
+    scores: torch.Tensor, scaling: float, *, interleaved: bool = False, slots: int = 64, step: int = 64,
+    together: int = 2, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """Write scores of chosen tokens.
 
     Args:
         query: [sessions, query_heads, D], rotated, contiguous. chosen: a `ChooseTokens`. table: the layer's
             `DocumentTable`. turns: cos and sin [positions, D / 2], contiguous, of every position.
-        scores: float32 [sessions, query_heads, most]: written up to the count of each document, rounded up
-            to `slots`; minus infinity for tokens that the session did not choose.
+        scores: float32 [sessions, query_heads, most]: written up to the count of each session, rounded up
+            to `slots`, minus infinity behind it.
         interleaved: planes are dimensions 2 i and 2 i + 1, not i and i + D / 2.
-        slots, step, queries, warps, stages: tokens, ranks and queries of a tile; warps; loads in flight.
+        slots, step, together: tokens, ranks and KV heads of a tile. warps, stages: warps;
+            loads in flight.
     """
-    heads, documents = table.kv_heads, chosen.counts.shape[0]
-    group = query.shape[1] // heads
-    _rebuilt_scores[heads, triton.cdiv(chosen.most, slots), documents](
-        query, chosen.positions, chosen.members, chosen.counts, table.starts, table.key_rows, table.key_bases,
-        table.key_scales, *turns, scores, scaling, chosen.most, HEADS=heads, GROUP=group,
-        SHARED=table.most_sessions > 1, INTERLEAVED=interleaved, QUERIES=queries,
+    sessions, query_heads, dim = query.shape
+    heads = table.kv_heads
+    group = query_heads // heads
+    if heads % together:
+        together = 1
+    _rebuilt_scores[heads // together, triton.cdiv(chosen.most, slots), sessions](
+        query, chosen.positions, chosen.counts, table.key_rows, table.key_bases, table.key_scales, *turns,
+        scores, scaling, chosen.most, HEADS=heads, GROUP=group, INTERLEAVED=interleaved,
+        QUERIES=max(16, triton.next_power_of_2(together * group)), TOGETHER=together,
         DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.key_scaled, BASE_STRIDE=table.key_base_stride,
-        DIM=query.shape[2], SLOTS=slots, STEP=step,
+        DIM=dim, SLOTS=slots, STEP=step,
         PRECISION="ieee" if table.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
         **table.key_layout.arguments,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Bins of shares: equal widths of their logarithms, from exp(-24) to exp(8).
+"""Bins of shares: equal widths of their logarithms, from exp(-16) to 1.
 
-Below is nothing that attention would notice. Above 0, a whole, there is room for shares that are counted by
-sums of the step before.
+Below is nothing that attention would notice. Shares above a whole, which sums of the step before can give,
+are in the last.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOWEST, RANGE = -24.0, 32.0
+LOWEST, RANGE = -16.0, 16.0
 _LOWEST, _RANGE = tl.constexpr(LOWEST), tl.constexpr(RANGE)
 
 

@@ -85,6 +85,25 @@ def test_opens_with_the_result_where_choices_were_made(tmp_path: Path) -> None:
     )
 
 
+def test_a_gain_that_rounds_to_nothing_is_none(tmp_path: Path) -> None:
+    rows = [
+        {"asked": 20.0, "step": step, **trial(kl), "kl_error": 1e-9}
+        for step, kl in (("recipe", 0.1000), ("derived index", 0.0996), ("bits", 0.08))
+    ]
+    page = report({"validation": rows}, tmp_path)
+    assert "about the same" in page and "1.0x" not in page
+
+
+def test_right_answers_are_drawn_where_any_are_known(tmp_path: Path) -> None:
+    page = words_of(report(FIGURES, tmp_path))
+    assert "Of 24\u00a0questions those whose every token" in page
+    assert "The exact cache has 95.8\u00a0%" in page and "of answers right" in page
+    rows = [{k: v for k, v in row.items() if "answers" not in k} for row in FIGURES["validation"]]
+    before = words_of(report({**FIGURES, "validation": rows}, tmp_path))
+    assert "Right answers</b>" in page and "Right answers</b>" not in before
+    assert "of answers right" not in before and "% right" not in before.split("<h2>What the words")[0]
+
+
 def test_names_the_recipe_where_it_was_measured(tmp_path: Path) -> None:
     page = unescape(report({**FIGURES, "settings": {"ratio": 48.0}}, tmp_path))
     recipe = next(row for row in FIGURES["validation"] if row["asked"] == 20.0)
@@ -221,7 +240,7 @@ def replaced(value: Any) -> Any:
 def test_every_drawing_is_valid_and_described(layers: int, tmp_path: Path) -> None:
     found = drawings(report(calibration_figures(layers), tmp_path))
     charts = [svg for svg in map(ElementTree.fromstring, found) if svg.get("role") == "img"]
-    assert len(charts) == 11
+    assert len(charts) == 12
     assert all(svg.get("aria-label") and svg.findtext("title") for svg in charts)
     assert all(svg.get("role") == "img" or svg.get("aria-hidden") == "true" for svg in map(parsed, found))
 
@@ -290,7 +309,7 @@ def odd(value: Any, data: st.DataObject) -> Any:
 def test_pictures_are_the_charts_of_the_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = write_plots(FIGURES, tmp_path / "plots")
-    assert len(paths) == 12  # the groups have a picture of their own
+    assert len(paths) == 13  # the groups have a picture of their own
     assert {path.read_bytes()[:8] for path in paths} == {b"\x89PNG\r\n\x1a\n"}
 
 

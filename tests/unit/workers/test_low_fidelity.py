@@ -18,7 +18,7 @@ from xkv_workers.request import Request
 SPEC = CompressionSpec(
     ratio=32.0, calibration="a" * 64, basis="calibrated", factor_dtype="mixed", index="derived"
 )
-CALIBRATION = Calibration((), {}, {"thresholds": [{"ratio": 32.0, "worst": 0.01, "kl": 0.03}]}, "a" * 64)
+CALIBRATION = Calibration((), {}, {"thresholds": [{"ratio": 32.0, "worst": 0.005, "kl": 0.015}]}, "a" * 64)
 
 
 def fidelity(agreement: float, kl: float) -> Fidelity:
@@ -36,8 +36,8 @@ def test_other_tries_have_half_the_ratio_with_own_and_with_shared_bases() -> Non
 
 def test_the_calibration_says_what_is_low() -> None:
     standard = Standard(calibration=CALIBRATION)
-    assert not standard.is_low(fidelity(0.5, 0.03), 32.0)
-    assert standard.is_low(fidelity(1.0, 0.031), 32.0)
+    assert not standard.is_low(fidelity(0.5, 0.015), 32.0)
+    assert standard.is_low(fidelity(1.0, 0.016), 32.0)
     asks = Standard(min_fidelity=0.9, calibration=CALIBRATION)
     assert asks.is_low(fidelity(0.89, 0.0), 32.0), "less than is asked for"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from xkv_artifacts.blobs import CALIBRATING
+from xkv_artifacts.checked_file import lay_out
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration import folds
 from xkv_service.calibration.folds import total_of
@@ -18,9 +19,10 @@ from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel, load_model
-from xkv_workers.partial_sums import PartialSums
+from xkv_workers.partial_sums import PartialSums, Tensors, _SumsManifest
 
 SETTINGS = CalibrationSettings(ratio=2.0)
+HELD = [ProbedPrefix.of_text("held out", list(range(4, 64)))]
 SAMPLE = [ProbedPrefix.of_text(str(seed), [(seed + 3 * n) % 200 + 4 for n in range(60)]) for seed in range(3)]
 
 
@@ -51,7 +53,7 @@ def sums(
     settings: CalibrationSettings = SETTINGS,
 ) -> PartialSums:
     layout = inspect_loaded(loaded.model).layout
-    return PartialSums(store, loaded.identity.fingerprint, layout, sample, settings)
+    return PartialSums(store, loaded.identity.fingerprint, layout, sample, HELD, settings)
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -117,6 +119,45 @@ def test_a_damaged_file_is_begun_again(
     path.write_bytes(content)
     begun = sums(store, loaded)
     assert not begun.done and begun.parts == []
+
+
+def rename(tensors: Tensors, old: str, new: str) -> Tensors:
+    return {new if name == old else name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("done", "damage"),
+    [
+        ([0], lambda named: rename(named, "0.counts", "9.counts")),
+        ([0], lambda named: rename(named, "0.counts", "x.counts")),
+        ([0], lambda named: rename(named, "0.counts", "counts")),
+        ([0], lambda named: rename(named, "0.key.sums.1", "0.key.sums.7")),
+        ([0], lambda named: {n: t for n, t in named.items() if n != "0.queries.0"}),
+        ([0], lambda named: {**named, "0.value.sums.0": torch.zeros(3, dtype=torch.float64)}),
+        ([0], lambda named: {**named, "0.counts": torch.tensor([0, 0])}),
+        ([0], lambda named: {n.replace("0.", "1.", 1): t for n, t in named.items()}),
+        ([0], lambda named: {}),
+        ([0, 3], lambda named: named | {n.replace("0.", "3.", 1): t for n, t in named.items()}),
+        ([-8], lambda named: named),
+        ([0, 1], lambda named: named),
+    ],
+)  # fmt: skip
+def test_a_sealed_file_of_what_no_run_wrote_is_begun_again(
+    store: ArtifactStore,
+    loaded: LoadedModel,
+    observed: list[Observed],
+    done: list[int],
+    damage: Callable[[Tensors], Tensors],
+) -> None:
+    """Checksums and header are right; position 3 is the document held out."""
+    first = sums(store, loaded)
+    first.add(0, observed_tensors(observed[0]))
+    named = {f"0.{name}": tensor for name, tensor in first.parts[0].items()}
+    first._blobs.put(first._key, lay_out(_SumsManifest(done=tuple(done)), damage(named)).write)
+    begun = sums(store, loaded)
+    assert not begun.done and begun.parts == []
+    begun.add(1, observed_tensors(observed[1]))
+    assert sums(store, loaded).done == {1}
 
 
 def test_sums_in_use_are_never_cleaned_up(

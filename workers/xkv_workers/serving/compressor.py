@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from xkv_artifacts.errors import XKVError
 from xkv_service.api.backend import NewPrefix, PrefixRecord
 from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.prefix_records import PrefixRecords
 from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
@@ -38,6 +39,7 @@ class Compressor:
         join_serve()
         loaded, self._store = open_place(settings.place)
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
+        self._records = PrefixRecords(self._store)
         self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)
         self._ending = threading.Event()
         threading.Thread(target=self._collect, name="collector", daemon=True).start()
@@ -61,6 +63,7 @@ class Compressor:
                 return
             try:
                 listed = self._store.list_if_lost()
+                self._records.remove_left()
                 found = self._store.collect()
                 if number % SWEEP_EVERY == 0:
                     self._store.tails.sweep()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from xkv_service.api.local import EngineBackend
+from xkv_service.api.remaker import Remaker
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
@@ -35,7 +36,8 @@ class EngineReplica:
         join_serve()
         self._loaded, self._store = open_place(settings.place)
         fingerprint = self._loaded.identity.fingerprint
-        self._remakes = Remakes(fingerprint, lambda new: compressor.create.remote(new))
+        self._remaker = Remaker(self._store, fingerprint, lambda new: compressor.create.remote(new))
+        self._remakes = Remakes(self._remaker)
         self._pool = PrefixPool(
             self._loaded.model,
             self._store,
@@ -89,7 +91,7 @@ class EngineReplica:
 
     def _state(self) -> EngineState:
         state = self._engine.state()
-        return replace(state, counters=state.counters | self._remakes.counters)
+        return replace(state, counters=state.counters | self._remaker.counters)
 
     def _report_from_now_on(self) -> None:
         """Tell the board every second, on the loop that Serve calls this replica on."""

@@ -8,6 +8,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
+from xkv_service.api.remaker import Remaker
 from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.handle_backend import HandleBackend
@@ -31,11 +32,13 @@ def make_app(settings: ServeSettings) -> FastAPI:
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
     backend = HandleBackend(serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD))
+    compressor = serve.get_deployment_handle(COMPRESSOR, APP)
+    remaker = Remaker(store, place.fingerprint, lambda new: compressor.create.remote(new))
     return create_app(
         ServedModel.of(files, settings.aliases),
         backend,
-        finder=PrefixFinder(store, place.fingerprint, settings.api),
-        prefixes=StoredPrefixes(store, RemoteMaker(serve.get_deployment_handle(COMPRESSOR, APP))),
+        finder=PrefixFinder(store, place.fingerprint, settings.api, remaker),
+        prefixes=StoredPrefixes(store, RemoteMaker(compressor)),
         keys=settings.keys,
         settings=settings.api,
     )

@@ -1,24 +1,18 @@
-"""`Remakes`: has damaged artifacts made again as they were, from the last prompts that held all of them."""
+"""`Remakes`: has damaged artifacts made again, from the last prompts that held all of them."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from array import array
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import dataclass
 
-from xkv_artifacts.errors import XKVError
-from xkv_artifacts.keys import artifact_id
-from xkv_service.api.backend import NewPrefix
+from xkv_service.api.remaker import Remaker
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import GenerationRequest, Origin
-from xkv_service.spec import CompressionSpec
 
 MOST_TOKENS = 1 << 24
 """Of all artifacts that are remembered, 4 bytes each."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,24 +25,15 @@ class Remakes:
     """What the artifacts asked for lately were made from. Every method may be called from any thread.
 
     Args:
-        fingerprint: of the served model. make: told what to make; it must be quick.
+        remaker: asked to make them.
         most_tokens: of all that is remembered; what was asked for least recently is forgotten first.
     """
 
-    def __init__(
-        self, fingerprint: str, make: Callable[[NewPrefix], object], most_tokens: int = MOST_TOKENS
-    ) -> None:
-        self._fingerprint, self._make, self._most_tokens = fingerprint, make, most_tokens
+    def __init__(self, remaker: Remaker, most_tokens: int = MOST_TOKENS) -> None:
+        self._remaker, self._most_tokens = remaker, most_tokens
         self._sources: OrderedDict[str, _Source] = OrderedDict()
         self._tokens = 0
-        self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
-
-    @property
-    def counters(self) -> dict[str, float]:
-        """`remakes_asked`; `remakes_impossible`: no prompt was known that holds all tokens."""
-        with self._lock:
-            return dict(self._counters)
 
     def note(self, request: GenerationRequest) -> None:
         """Remember the tokens of a request's artifact, where its prompt holds them all."""
@@ -69,29 +54,13 @@ class Remakes:
         """An artifact was found damaged: have it made again, once."""
         with self._lock:
             source = self._forget(name)
-        new = None if source is None else self._new(name, source)
-        with self._lock:
-            self._counters["remakes_impossible" if new is None else "remakes_asked"] += 1
-        if new is None:
-            _log.warning("artifact %s is not made again: no prompt holds all of it", name[:12])
+        if source is None:
+            self._remaker.ask(name, None, array("i"), failure.detail)
         else:
-            _log.warning("artifact %s is made again: %s", name[:12], failure.detail)
-            self._make(new)
+            self._remaker.ask(name, source.origin, source.token_ids, failure.detail)
 
     def _forget(self, name: str) -> _Source | None:
         source = self._sources.pop(name, None)
         if source is not None:
             self._tokens -= source.origin.tokens
         return source
-
-    def _new(self, name: str, source: _Source) -> NewPrefix | None:
-        """What makes the same artifact; None where it would be another."""
-        origin, ids = source.origin, source.token_ids
-        try:
-            spec = CompressionSpec.from_canonical(origin.spec)
-            same = artifact_id(self._fingerprint, origin.namespace, ids, spec.canonical()) == name
-        except XKVError:
-            return None
-        if not same:
-            return None
-        return NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xkv_service.calibration.limits import ERRORS, LEAST_KL, TIMES_WORST
+from xkv_service.calibration.limits import ERRORS, LEAST_KL, LOST, TIMES_WORST
 from xkv_service.calibration.report.markup import Markup, element, joined, table
 from xkv_service.calibration.report.numbers import counted, percent, short, times
 from xkv_service.calibration.report.reading import Figures, Validation, items, mapping, number
@@ -74,12 +74,12 @@ def usual(figures: Figures) -> Markup:
     for one in map(mapping, items(figures.get("thresholds"))):
         ratio, worst, limit = (number(one.get(name)) for name in ("ratio", "worst", "kl"))
         if ratio is not None and limit is not None:
-            rows.append([times(ratio), "–" if worst is None else short(worst), short(limit)])
+            rows.append([times(ratio), "–" if worst is None else short(worst), short(min(LOST, limit))])
     if not rows:
         return joined()
     heads = ["Ratio", "Worst held-out document", "Limit"]
-    rule = f"{TIMES_WORST:g} times the worst, {LEAST_KL:g} at least"
-    caption = f"Fidelity that is usual, nats: a document above the limit ({rule}) is unlike the sample"
+    rule = f"{TIMES_WORST:g} times the worst, {LEAST_KL:g} at least, {LOST:g} at most: answers are lost above"
+    caption = f"Fidelity that is usual, nats: a document above the limit is low ({rule})"
     return table(caption, heads, rows)
 
 

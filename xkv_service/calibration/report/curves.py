@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from xkv_service.calibration.report.charts import SIDES, Axis, Lines, Point, Series, Side, ticks
-from xkv_service.calibration.report.numbers import nats, percent, power, times
+from xkv_service.calibration.report.numbers import counted, nats, percent, power, times
 from xkv_service.calibration.report.reading import (
     Figures,
     Trial,
@@ -25,11 +25,12 @@ Measured = Callable[[Trial], "tuple[float, float, float, str] | None"]
 
 
 def accuracy_charts(figures: Figures) -> list[Lines]:
-    """Divergence and agreement against the ratio, a line for each step."""
+    """Divergence, right answers and agreement against the ratio, a line for each step."""
     found, decided = Validation.of(figures), decided_ratio(figures)
     best = found.chosen(decided) if decided is not None else None
     bold = best[0] if best else ""
     divergence, agreement = _series(found, _divergence, bold), _series(found, _agreement, bold)
+    answers = _series(found, _answers, bold)
     charts = []
     if divergence:
         charts.append(
@@ -37,6 +38,13 @@ def accuracy_charts(figures: Figures) -> list[Lines]:
                 "divergence", "Divergence from the exact cache",
                 "Lower is better. 0 would be the same predictions; the scale is logarithmic.",
                 _ratio_axis(found, divergence), _nats_axis(divergence), divergence,
+            )
+        )  # fmt: skip
+    if answers:
+        charts.append(
+            Lines(
+                "answers", "Right answers", f"Higher is better. {_exact_answers(found)}",
+                _ratio_axis(found, answers), _share_axis("share of questions", answers), answers,
             )
         )  # fmt: skip
     if agreement:
@@ -61,6 +69,20 @@ def _agreement(trial: Trial) -> tuple[float, float, float, str] | None:
     if trial.agreement is None:
         return None
     return trial.agreement, trial.agreement, trial.agreement, percent(trial.agreement)
+
+
+def _answers(trial: Trial) -> tuple[float, float, float, str] | None:
+    if trial.answers is None:
+        return None
+    return trial.answers, trial.answers, trial.answers, f"{percent(trial.answers)} right"
+
+
+def _exact_answers(found: Validation) -> str:
+    """How many questions there were, and what the exact cache makes of them."""
+    most = max(found.trials.values(), key=lambda one: one.questions or 0)
+    asked = f"Of {counted(most.questions, 'question')}" if most.questions else "Of the questions"
+    exact = "" if most.answers_exact is None else f" The exact cache has {percent(most.answers_exact)}."
+    return f"{asked} those whose every token of the answer is the likeliest one.{exact}"
 
 
 def _series(found: Validation, measured: Measured, bold: str) -> tuple[Series, ...]:

@@ -25,7 +25,7 @@ _BEFORE = {
 
 
 def steps_table(figures: Figures) -> Markup:
-    """At each ratio, divergence and agreement of every step, and its gain over the step it builds on."""
+    """At each ratio, divergence, answers and agreement of every step, and its gain over the one before."""
     found = Validation.of(figures)
     if not found.trials:
         return joined()
@@ -35,7 +35,10 @@ def steps_table(figures: Figures) -> Markup:
         over = element("small", f"over {before}") if before else ""
         rows.append([joined(step, over), *(_cell(found, one, step, before) for one in found.ratios)])
     heads = ["Step", *(times(one) for one in found.ratios)]
-    caption = f"Divergence (nats), agreement, and the gain over the step named if beyond {ERRORS} errors"
+    right = ", right answers" if any(one.answers is not None for one in found.trials.values()) else ""
+    caption = (
+        f"Divergence (nats){right}, agreement, and the gain over the step named if beyond {ERRORS} errors"
+    )
     return joined(table(caption, heads, rows), _reasons(found))
 
 
@@ -44,9 +47,10 @@ def _cell(found: Validation, asked: float, step: str, before: str) -> Markup:
     if trial is None or trial.kl is None:
         return element("small", "not measured")
     agreed = element("small", f"{percent(trial.agreement)} agree") if trial.agreement is not None else ""
+    right = element("small", f"{percent(trial.answers)} right") if trial.answers is not None else ""
     mark = element("small", "✓ chosen", class_="chosen") if best and best[1] is trial else ""
     figure = element("strong", nats(trial.kl, trial.kl_error))
-    return joined(figure, agreed, _gain(trial, found.at(asked, before)), _stored(asked, trial), mark)
+    return joined(figure, right, agreed, _gain(trial, found.at(asked, before)), _stored(asked, trial), mark)
 
 
 def _stored(asked: float, trial: Trial) -> Markup:
@@ -62,11 +66,12 @@ def _gain(trial: Trial, before: Trial | None) -> Markup:
     known = apart(before, trial)
     if known is False:
         return element("small", WITHIN)
-    if before.kl == trial.kl:
-        return element("small", "the same")
     low, high = sorted((before.kl, trial.kl))
+    by = short(min(_MOST, high / low))
+    if by == short(1.0):
+        return element("small", "the same" if low == high else "about the same")
     less = trial.kl == low
-    words = f"{short(min(_MOST, high / low))}x {'less' if less else 'more'}"
+    words = f"{by}x {'less' if less else 'more'}"
     if known is None:
         return element("small", words)
     return element("small", words, class_="good" if less else "bad")
@@ -93,7 +98,7 @@ def every_figure(figures: Figures) -> Markup:
 
 _MEASURES = (
     "Stored", "Nats", "Std. error", "Worst document", "Agreement", "Worst document", "Key error",
-    "Value error", "Documents",
+    "Value error", "Documents", "Right answers",
 )  # fmt: skip
 
 
@@ -102,6 +107,7 @@ def _measures(trial: Trial) -> list[str]:
         (trial.ratio, times), (trial.kl, short), (trial.kl_error, short), (trial.kl_worst, short),
         (trial.agreement, percent), (trial.agreement_worst, percent), (trial.key_error, percent),
         (trial.value_error, percent), (trial.documents, "{:g}".format),
+        (trial.answers, percent),
     ]  # fmt: skip
     return [_NONE if value is None else show(value) for value, show in known]
 

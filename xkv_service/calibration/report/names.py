@@ -44,6 +44,8 @@ WORDS: Mapping[str, str] = {
     "Divergence": "The mean Kullback-Leibler divergence of next-token predictions from those of the exact "
     "cache, in nats: 0 is the same predictions.",
     "Agreement": "The share of positions at which the likeliest next token is the same.",
+    "Right": "The share of the probes with a known answer whose every token of it is the likeliest one, the "
+    "right tokens before it given.",
     "Better": f"By more than {ERRORS} standard errors of the difference, where both were measured on several "
     "documents. That error is the root of the sum of both errors squared, as if the documents were not the "
     "same ones.",

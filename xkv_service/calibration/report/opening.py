@@ -80,7 +80,9 @@ def _tiles(figures: Figures) -> Markup:
         step, best = found.chosen(asked) or ("", None)
         if best is not None and best.kl is not None:
             agreed = percent(best.agreement) + " same token" if best.agreement is not None else ""
-            lines = [element("span", one) for one in (f"{short(best.kl)}{GAP}nats", agreed, step)]
+            right = percent(best.answers) + " of answers right" if best.answers is not None else ""
+            texts = (f"{short(best.kl)}{GAP}nats", right, agreed, step)
+            lines = [element("span", one) for one in texts if one]
             note = element("span", "choices made here") if asked == decided else ""
             kind = "decided" if asked == decided else None
             tiles.append(element("li", element("b", times(asked)), *lines, note, class_=kind))

@@ -69,6 +69,8 @@ class Trial:
         ratio: bytes of the exact cache / bytes stored.
         key_error, value_error: relative reconstruction errors.
         documents: how many. reason: why there is nothing.
+        answers, answers_exact: share of the questions whose answer is predicted, here and by the exact cache.
+        questions: how many have a known answer.
     """
 
     kl: float | None
@@ -81,6 +83,9 @@ class Trial:
     value_error: float | None
     documents: float | None
     reason: str | None
+    answers: float | None
+    answers_exact: float | None
+    questions: float | None
 
     @classmethod
     def of(cls, row: Figures) -> Trial:
@@ -97,6 +102,9 @@ class Trial:
             value_error=amount(row.get("value_error")),
             documents=amount(row.get("documents")),
             reason=None if reason is None else str(reason),
+            answers=share(row.get("answers")),
+            answers_exact=share(row.get("answers_exact")),
+            questions=amount(row.get("questions")),
         )
 
 

@@ -11,6 +11,16 @@ from xkv_service.calibration.report.reading import Figures, amount, items, layer
 _NONE = "–"
 
 
+def index_line(figures: Figures) -> str:
+    """Which layers keep a selection index, in one line; empty where that is not said."""
+    found = mapping(figures.get("selection"))
+    if isinstance(reason := found.get("reason"), str):
+        return f"every layer: {reason}"
+    indices = layers([mapping(one).get("layer") for one in items(found.get("recall"))])
+    owners = [one for one in indices if one not in layers(found.get("reuse"))]
+    return f"layers {', '.join(map(str, owners))} of {len(indices)}" if owners else ""
+
+
 def selection(figures: Figures) -> Markup:
     """The layers with an index, and a table of budgets; the reason where nothing was measured."""
     found = mapping(figures.get("selection"))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_what_is_asked_while_it_is_published_holds(
         ]
         assert seen(elsewhere, pinned.id, "ready").id == last.id
         seen(elsewhere, endless.id, "ready")
-        end = time.monotonic() + 240  # its record goes first, then what was published
+        end = time.monotonic() + 240  # what was published goes first, then its record
         while store.jobs.last("a", gone.id) is not None or store.get(gone.id) is not None:
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -221,6 +222,63 @@ def test_what_is_asked_while_it_is_published_holds(
         assert elsewhere.get(["a"], gone.id) is None
     finally:
         maker.close()
+
+
+DEATHS: dict[str, Callable[[ArtifactStore], tuple[object, str]]] = {
+    "before it is listed": lambda store: (store.catalog, "publish"),
+    "before it looks": lambda store: (store.jobs, "finish"),
+    "before it removes it": lambda store: (store, "remove"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("then", ["nothing", "asked for again", "made by somebody else"])
+def test_what_a_deleted_job_published_is_removed_when_its_maker_died(
+    opened: Open, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, death: str, then: str
+) -> None:
+    store, other = opened(), opened()
+    elsewhere = PrefixRecords(other)
+    dead, publish = threading.Event(), store.publish
+
+    def published(manifest: Any, *arguments: Any, **promised: Any) -> Any:
+        assert elsewhere.delete(["a"], manifest.id)
+        return publish(manifest, *arguments, **promised)
+
+    def die(*_: Any, **__: Any) -> None:
+        dead.set()
+        raise SystemExit  # ends the thread without a word
+
+    monkeypatch.setattr(store, "publish", published)
+    monkeypatch.setattr(*DEATHS[death](store), die)
+    maker = PrefixMaker(store, loaded, ratio=2.0)
+    made = asyncio.run(maker.create(new(0)))
+    assert dead.wait(240)
+    maker.close()
+    assert other.blobs.exists(made.id)
+    if then == "nothing":
+        end = time.monotonic() + 240
+        while (removed := elsewhere.remove_left()) == 0:  # its lease was just given back
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert removed == 1
+        assert not other.blobs.exists(made.id) and elsewhere.get(["a"], made.id) is None
+    else:
+        again = PrefixMaker(other, loaded, ratio=2.0)
+        try:
+            if then == "asked for again":
+                assert asyncio.run(again.create(new(0))).status == "queued"
+                seen(elsewhere, made.id, "ready")
+                while other.jobs.last("a", made.id) is not None:
+                    time.sleep(0.02)
+            else:
+                manifest, tensors = other.load(made.id)
+                other.publish(manifest.model_copy(update={"created": datetime.now(timezone.utc)}), tensors)
+            assert elsewhere.remove_left() == 0
+            assert seen(elsewhere, made.id, "ready")
+        finally:
+            again.close()
+    assert other.jobs.publications() == [] and other.jobs.last("a", made.id) is None
 
 
 def test_a_maker_that_is_closed_fails_what_waits(opened: Open, loaded: LoadedModel, going: Gate) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 import httpx
 import pytest
 from engines import paced_backend
+from openai import BaseModel, OpenAI
+from openai.pagination import SyncCursorPage
 from rivers import DOCUMENT, SETTINGS, key
 from serving import Served, serve
 
+from xkv_artifacts.jobs import Job
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
@@ -162,21 +165,84 @@ def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
     assert answer["xkv"]["artifact"] != made["id"]
 
 
-def test_pages(beta: httpx.Client) -> None:
+class Named(BaseModel):
+    id: str
+
+
+def all_ids(client: httpx.Client, limit: int) -> list[str]:
+    """Of every prefix, as OpenAI's client goes through pages of anything."""
+    openai = OpenAI(base_url=f"{client.base_url}/v1", api_key="sk-beta", max_retries=0)
+    options: Any = {"params": {"limit": limit}}
+    pages = openai.get_api_list("/prefixes", page=SyncCursorPage[Named], model=Named, options=options)
+    return [one.id for one in pages]
+
+
+def test_pages(beta: httpx.Client, keeping: Keeping) -> None:
     made = [make(beta, document=f"Number {number}. {DOCUMENT}")["id"] for number in range(5)]
-    seen: list[str] = []
-    cursor = None
-    while True:
-        query = {"limit": 2} | ({"cursor": cursor} if cursor else {})
-        page = beta.get("/v1/prefixes", params=query).json()
-        assert len(page["data"]) <= 2
-        seen += [one["id"] for one in page["data"]]
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
-    assert sorted(seen) == sorted(made)
-    for bad in ({"limit": 0}, {"limit": 101}, {"cursor": "what?"}):
-        assert beta.get("/v1/prefixes", params=bad).status_code == 400
+    for number in (7, 8, 9):
+        job = Job(
+            id=f"{number:064x}", namespace="beta", status="queued", model="m", tokens=9, name="n", created=1
+        )
+        assert keeping[1].jobs.add(job)
+    waiting = [f"{number:064x}" for number in (9, 8, 7)]
+    expected = [*waiting, *reversed(made)]
+    for limit in (1, 2, 3, 4, 8, 9):
+        seen, after = [], None
+        while True:
+            query = {"limit": limit} | ({"after": after} if after else {})
+            page = beta.get("/v1/prefixes", params=query).json()
+            ids = [one["id"] for one in page["data"]]
+            assert 0 < len(ids) <= limit and (page["first_id"], page["last_id"]) == (ids[0], ids[-1])
+            seen += ids
+            after = page["last_id"]
+            if not page["has_more"]:
+                break
+        assert seen == expected
+        assert all_ids(beta, limit) == expected
+    assert beta.get("/v1/prefixes", params={"after": expected[-1]}).json() == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False
+    }  # fmt: skip
+    for name in waiting:
+        keeping[1].jobs.remove("beta", name)
+
+
+def test_pages_leave_out_what_has_ended(beta: httpx.Client) -> None:
+    kept, *ended = [make(beta, document=f"Ends {number}. {DOCUMENT}")["id"] for number in range(4)]
+    for name in ended:
+        beta.patch(f"/v1/prefixes/{name}", json={"ttl_s": 0.2})
+    time.sleep(0.4)
+    assert beta.get("/v1/prefixes", params={"limit": 1}).json()["last_id"] == kept
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"limit": 0}, "limit"),
+        ({"limit": 101}, "limit"),
+        ({"limit": "many"}, "limit"),
+        ({"after": "what?"}, "no prefix 'what?' in the list"),
+        ({"after": "0" * 64}, "in the list to go on after"),
+        ({"after": ""}, "no prefix '' in the list"),
+        ({"after": "x" * 65}, "after"),
+        ({"namespace": "alpha"}, "may not read namespace 'alpha'"),
+    ],
+)
+def test_a_page_that_there_is_not_is_refused_in_one_line(
+    beta: httpx.Client, query: dict[str, Any], said: str
+) -> None:
+    answer = beta.get("/v1/prefixes", params=query)
+    assert answer.status_code == (403 if "namespace" in query else 400)
+    message = answer.json()["error"]["message"]
+    assert said in message and "\n" not in message
+
+
+def test_a_prefix_of_another_namespace_is_no_place_to_go_on_after(
+    alpha: httpx.Client, beta: httpx.Client
+) -> None:
+    theirs = make(alpha, document=f"Theirs. {DOCUMENT}")["id"]
+    answers = [beta.get("/v1/prefixes", params={"after": name}) for name in (theirs, "0" * 64)]
+    assert {answer.status_code for answer in answers} == {400}
+    assert answers[0].text.replace(theirs, "") == answers[1].text.replace("0" * 64, "")
 
 
 def test_namespaces_are_closed_to_each_other(alpha: httpx.Client, beta: httpx.Client) -> None:

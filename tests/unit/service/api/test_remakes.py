@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from measured import calibrated
 from rivers import DOCUMENT, SETTINGS, publish
 
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_artifacts.token_cache import TokenCache
 from xkv_service.api.backend import NewPrefix
-from xkv_service.api.matching import PrefixFinder
+from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.api.metrics import Metrics
 from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.remaker import Remaker
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.storage import load_calibration, save_calibration
+from xkv_service.engine.engine import Engine
 from xkv_service.engine.load_failure import LoadFailure
-from xkv_service.engine.messages import EngineState, GenerationRequest, Origin, PrefixMatch
+from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.messages import (
+    Delta,
+    EngineState,
+    Event,
+    Finished,
+    GenerationRequest,
+    Origin,
+    PrefixMatch,
+    Started,
+)
 from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.settings import EngineSettings
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.sessions.settings import GenerationSettings
+from xkv_service.spec import CompressionSpec
 from xkv_workers.serving.remakes import Remakes
 
+SAMPLE = [ProbedPrefix.of_text("text", range(80))]
 DAMAGE = LoadFailure("corrupt", "a checksum is wrong")
 
 
@@ -52,7 +73,8 @@ def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedMo
         content[-100] ^= 1
         blob.write_bytes(content)
         maker = PrefixMaker(store, loaded, ratio=3.0)
-        remakes = Remakes(loaded.identity.fingerprint, lambda new: asyncio.run(maker.create(new)))
+        remaker = Remaker(store, loaded.identity.fingerprint, lambda new: asyncio.run(maker.create(new)))
+        remakes = Remakes(remaker)
         pool = PrefixPool(
             loaded.model,
             store,
@@ -63,29 +85,155 @@ def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedMo
             remakes.note(asking(prompt, match))
             pool.prefetch(made.id)
             end = time.monotonic() + 240
-            while not remakes.counters or (entry := store.get(made.id)) is None:
+            while not remaker.counters or (entry := store.get(made.id)) is None:
                 assert time.monotonic() < end
                 time.sleep(0.05)
             assert entry.namespace == SETTINGS.public_namespace
             again = store.load(made.id)[0]
             assert (again.spec, again.document) == (made.spec, made.document)
             assert list(store.blobs.ids()) == [made.id]
-            assert remakes.counters == {"remakes_asked": 1}
+            assert remaker.counters == {"remakes_asked": 1}
             assert pool.state().counters["damaged"] == 1
         finally:
             pool.close()
             maker.close()
 
 
+def damage(store: ArtifactStore, name: str, place: int) -> None:
+    (blob,) = Path(store.blobs.url).glob(f"*/*/{name}.safetensors")  # not in quarantine
+    content = bytearray(blob.read_bytes())
+    content[place] ^= 1
+    blob.write_bytes(content)
+
+
+def answered(engine: Engine, request: GenerationRequest) -> tuple[Started, tuple[int, ...]]:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(request, events.put)
+    started, end = events.get(timeout=240), events.get(timeout=240)
+    while isinstance(end, Delta):
+        end = events.get(timeout=240)
+    assert isinstance(started, Started) and isinstance(end, Finished), (started, end)
+    return started, end.token_ids
+
+
+def becomes(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["found", "named"])
+def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedModel, how: str) -> None:
+    """By what an earlier lookup read, and the tokens of the prompt at hand."""
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        prompt = [*tokens_of(store, made), 70]
+        fingerprint = loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        fresh = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        assert found(finder, prompt).artifact_id == made.id
+        store._lookup._tokens = TokenCache()  # as where there are too many artifacts to keep
+        damage(store, made.id, 100)
+
+        def ask(finder: PrefixFinder) -> Found:
+            asked = (
+                finder.find(prompt, "default") if how == "found" else finder.named(made.id, prompt, "default")
+            )
+            return asyncio.run(asked)
+
+        match, miss = ask(finder)
+        assert match is None and miss is not None and miss.reason == "corrupt"
+        assert finder.counters == {"remakes_asked": 1}
+        maker = PrefixMaker(store, loaded, ratio=3.0)
+        try:
+            asyncio.run(maker.create(told.pop()))
+            becomes(lambda: store.get(made.id))
+        finally:
+            maker.close()
+        assert found(finder, prompt).artifact_id == made.id
+        store._lookup._tokens = TokenCache()
+        damage(store, made.id, 100)
+        match, miss = ask(fresh)  # it has never read it
+        assert miss is not None and miss.reason == "corrupt"
+        assert not told and fresh.counters == {"remakes_impossible": 1}
+
+
+@pytest.mark.parametrize("calibration", ["the same", "another", "none"])
+@pytest.mark.parametrize("fault", ["damaged", "gone"])
+def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
+    tmp_path: Path, loaded: LoadedModel, fault: str, calibration: str
+) -> None:
+    """By a server that has in memory the one that is damaged, a newer one, or none."""
+    fingerprint, told = loaded.identity.fingerprint, list[NewPrefix]()
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        lost, newer = (
+            load_calibration(store, save_calibration(store, made, loaded.identity, SAMPLE).id)
+            for made in (calibrated(loaded.model, size) for size in (2, 4))
+        )
+        makers = {"the same": lost, "another": newer, "none": None}
+        first = PrefixMaker(store, loaded, calibration=lost)
+        maker = PrefixMaker(store, loaded, calibration=makers[calibration])
+        new = NewPrefix("default", list(range(5, 205)), "a", "0" * 64, ratio=2.0, pinned=True, ttl_s=900.0)
+        old = asyncio.run(first.create(new)).id
+        becomes(lambda: store.get(old))
+        first.close()
+        spec = CompressionSpec.from_canonical(store.manifest(old).spec)
+        assert spec.basis == "calibrated"
+        if fault == "damaged":
+            damage(store, lost.id, -100)
+        else:
+            store.calibrations.remove(lost.id)
+        remaker = Remaker(store, fingerprint, told.append)
+        remakes = Remakes(remaker)
+        pool = PrefixPool(
+            loaded.model,
+            store,
+            fingerprint=fingerprint,
+            rates=LoadingRates(10.0),  # seconds a token: whatever can be loaded is
+            on_corrupt=remakes.damaged,
+        )
+        finder = PrefixFinder(store, fingerprint, SETTINGS)
+        prompt = [*new.token_ids, 70]
+        with Engine(loaded, EngineSettings(tail_bytes=0), pool) as engine:
+            request = asking(prompt, found(finder, prompt))
+            remakes.note(request)
+            started, tokens = answered(engine, request)
+            assert started.miss is not None and started.miss.reason == "corrupt"
+            assert started.cached_tokens == 0
+            assert tokens == answered(engine, asking(prompt, None))[1]
+            becomes(lambda: told)
+            assert asyncio.run(finder.find(prompt, "default"))[0] is None  # it is not found any more
+            assert store.blobs.exists(old)  # but nothing is lost
+            assert remaker.counters == {"remakes_asked": 1}
+            try:
+                again = asyncio.run(maker.create(told.pop())).id
+                becomes(lambda: store.get(again))
+                assert asyncio.run(maker.create(replace(new, spec=spec))).id == again
+            finally:
+                maker.close()
+            assert again != old
+            manifest, entry = store.manifest(again), store.get(again)
+            assert manifest.spec["ratio"] == 2.0 and entry is not None
+            assert entry.pinned and entry.expires is not None
+            basis = "calibrated" if calibration == "another" else "document"
+            assert manifest.spec.get("basis", "document") == basis
+            request = asking(prompt, found(finder, prompt))
+            becomes(lambda: answered(engine, request)[0].artifact_id == again)  # once it is in memory
+        pool.close()
+
+
 def test_a_prompt_that_holds_a_part_makes_nothing(
     store: ArtifactStore, loaded: LoadedModel, stored: PrefixManifest, finder: PrefixFinder
 ) -> None:
     ids, told = tokens_of(store, stored), list[NewPrefix]()
-    remakes = Remakes(loaded.identity.fingerprint, told.append)
+    remaker = Remaker(store, loaded.identity.fingerprint, told.append)
+    remakes = Remakes(remaker)
     for prompt in (ids[:100], [*ids[:80], 70, *ids[81:]]):
         remakes.note(asking(prompt, found(finder, prompt)))
     remakes.damaged(stored.id, DAMAGE)
-    assert not told and remakes.counters == {"remakes_impossible": 1}
+    assert not told and remaker.counters == {"remakes_impossible": 1}
 
 
 def test_one_remake_a_damage(
@@ -93,13 +241,14 @@ def test_one_remake_a_damage(
 ) -> None:
     prompt, told = [*tokens_of(store, stored), 70], list[NewPrefix]()
     request = asking(prompt, found(finder, prompt))
-    remakes = Remakes(loaded.identity.fingerprint, told.append)
+    remaker = Remaker(store, loaded.identity.fingerprint, told.append)
+    remakes = Remakes(remaker)
     for _ in range(2):
         remakes.note(request)
         remakes.note(request)
         remakes.damaged(stored.id, DAMAGE)
         remakes.damaged(stored.id, DAMAGE)
-    assert remakes.counters == {"remakes_asked": 2, "remakes_impossible": 2}
+    assert remaker.counters == {"remakes_asked": 2, "remakes_impossible": 2}
     assert [(new.namespace, list(new.token_ids), new.name) for new in told] == [
         ("default", prompt[:-1], "river.txt")
     ] * 2
@@ -115,14 +264,15 @@ def test_what_would_make_another_artifact_makes_none(
     prompt, told = [*tokens_of(store, stored), 70], list[NewPrefix]()
     match = found(finder, prompt)
     assert match.origin is not None
-    remakes = Remakes(loaded.identity.fingerprint, told.append)
+    remaker = Remaker(store, loaded.identity.fingerprint, told.append)
+    remakes = Remakes(remaker)
     remakes.note(asking(prompt, replace(match, origin=replace(match.origin, **other))))
     remakes.damaged(stored.id, DAMAGE)
-    assert not told and remakes.counters == {"remakes_impossible": 1}
+    assert not told and remaker.counters == {"remakes_impossible": 1}
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    remakes = Remakes("0" * 64, print, most_tokens=250)
+def test_what_is_remembered_is_bounded(store: ArtifactStore) -> None:
+    remakes = Remakes(Remaker(store, "0" * 64, print), most_tokens=250)
     origin = Origin("default", {}, 100, "a", "0" * 64)
     for name in ("a", "b", "a", "c"):
         remakes.note(asking([1] * 101, PrefixMatch(name, 100, origin)))
@@ -134,3 +284,4 @@ def test_failures_of_lookups_and_engines_are_added_up() -> None:
     metrics.damaged_at_lookup += 1
     state = EngineState(0, 0, 0, 0, 0, (), {"prefixes_damaged": 2.0})
     assert b"xkv_verification_failures_total 3.0" in metrics.exposition([state])
+    assert b"xkv_lookup_remakes_asked_total 2.0" in metrics.exposition([], {"remakes_asked": 2.0})

@@ -16,12 +16,14 @@ from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibrate import calibrate, split
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.observed import Observed, observe_document, reach_of
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.storage import load_calibration, save_calibration
 from xkv_service.errors import InvalidSpec, ModelMismatch, RatioUnreachable
+from xkv_service.factorization.ranks import most_ratio, size_of
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.prefilling.prefill import prefill
 
@@ -49,7 +51,11 @@ def test_every_layer_is_in_one_group_and_every_choice_was_measured(calibrated: C
     assert figures["sample"] == {**counted, "observed_probes": 3, "probes": 1}
     assert (figures["stability"]["documents"], figures["stability"]["parts"]) == (3, 3)
     assert figures["chosen_again"] == {"metric": None, "groups": None}  # one document is held out
-    assert (figures["warnings"] == []) == (figures["stability"]["kept"]["mean"] >= ENOUGH)
+    warnings = figures["warnings"]
+    assert any("Held out to check on: 1 document" in one for one in warnings)
+    assert any("drawn again from: 3, 4 is the least" in one for one in warnings)
+    kept = figures["stability"]["kept"]["mean"]
+    assert any("of the energy that others have" in one for one in warnings) == (kept < ENOUGH)
     assert [row["asked"] for row in figures["validation"]] == [2.0] * 7 + [4.0] * 7
     reached = [row for row in figures["validation"] if "reason" not in row]
     assert {row["step"] for row in reached if row["asked"] == 4.0} >= {
@@ -139,8 +145,23 @@ def test_documents_are_used_or_held_out_and_none_is_both(count: int) -> None:
 def test_what_cannot_be_calibrated_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(InvalidSpec, match="2 documents at least"):
         calibrate(model, sample(1), SETTINGS)
-    with pytest.raises(RatioUnreachable, match="no document held out can be compressed at 500x"):
-        calibrate(model, sample(2), replace(SETTINGS, ratio=500.0))
+    told: list[str] = []
+    with pytest.raises(RatioUnreachable, match="at 500x: the longest, of 263 tokens, reaches 7x at most"):
+        calibrate(model, sample(2), replace(SETTINGS, ratio=500.0), told.append)
+    assert told == [], "nothing was observed"
+
+
+def test_what_is_refused_beforehand_could_not_be_reached(
+    model: PreTrainedModel, calibrated: Calibration
+) -> None:
+    """The bound is above what the calibration reaches, and near it."""
+    layout = inspect_loaded(model).layout
+    for tokens in (40, 263, 5000):
+        most = most_ratio(layout, tokens, SETTINGS.group_size)
+        with pytest.raises(RatioUnreachable):
+            size_of(layout, tokens, calibrated_spec(most, calibrated), calibration=calibrated)
+        within = calibrated_spec(0.8 * most, calibrated)
+        assert size_of(layout, tokens, within, calibration=calibrated).ratio >= 0.8 * most
 
 
 @pytest.mark.parametrize(

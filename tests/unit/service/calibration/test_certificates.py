@@ -10,11 +10,15 @@ from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration import certificates
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.certificates import fidelity_thresholds, is_low
-from xkv_service.calibration.limits import LEAST_KL, TIMES_WORST
+from xkv_service.calibration.limits import LEAST_KL, LOST, TIMES_WORST
 from xkv_service.calibration.probes import ProbedPrefix
 
 HELD = [ProbedPrefix("a", (1,), ()), ProbedPrefix("b", (2,), ())]
 CALIBRATION = Calibration((), {}, {}, "a" * 64)
+
+
+def fidelity(kl: float) -> Fidelity:
+    return Fidelity(top1_agreement=1.0, kl=kl, positions=64, key_error=(), value_error=())
 
 
 def thresholds(monkeypatch: pytest.MonkeyPatch, measured: dict[float, list[float]]) -> list[dict[str, float]]:
@@ -29,9 +33,26 @@ def thresholds(monkeypatch: pytest.MonkeyPatch, measured: dict[float, list[float
 
 
 def test_the_worst_document_sets_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = thresholds(monkeypatch, {8.0: [0.0, 0.001], 20.0: [0.02, 0.01]})
+    found = thresholds(monkeypatch, {8.0: [0.0, 0.001], 20.0: [0.005, 0.004]})
     assert found[0] == {"ratio": 8.0, "worst": 0.001, "kl": LEAST_KL}
-    assert found[1] == {"ratio": 20.0, "worst": 0.02, "kl": pytest.approx(TIMES_WORST * 0.02)}
+    assert found[1] == {"ratio": 20.0, "worst": 0.005, "kl": pytest.approx(TIMES_WORST * 0.005)}
+
+
+@pytest.mark.parametrize("worst", [0.0067, 0.018, 0.5])
+def test_what_loses_answers_is_low_even_where_the_sample_does(
+    monkeypatch: pytest.MonkeyPatch, worst: float
+) -> None:
+    """A sample that is lost itself sets no standard."""
+    (found,) = thresholds(monkeypatch, {48.0: [0.0, worst]})
+    assert found == {"ratio": 48.0, "worst": worst, "kl": LOST}
+    assert is_low(fidelity(0.021), 48.0, {"thresholds": [found]})
+    assert not is_low(fidelity(0.019), 48.0, {"thresholds": [found]})
+
+
+def test_limits_of_earlier_calibrations_end_there_too() -> None:
+    figures = {"thresholds": [{"ratio": 32.0, "kl": 0.036}, {"ratio": 48.0, "kl": 0.054}]}
+    assert is_low(fidelity(0.03), 32.0, figures) and is_low(fidelity(0.03), 64.0, figures)
+    assert not is_low(fidelity(0.015), 32.0, figures)
 
 
 def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +63,5 @@ def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("ratio", "kl", "low"), [(8, 0.011, True), (8, 0.009, False), (9, 0.011, False)])
 def test_the_threshold_of_the_next_higher_ratio_counts(ratio: float, kl: float, low: bool) -> None:
-    figures = {"thresholds": [{"ratio": 8.0, "kl": 0.01}, {"ratio": 20.0, "kl": 0.05}]}
-    fidelity = Fidelity(top1_agreement=1.0, kl=kl, positions=64, key_error=(), value_error=())
-    assert is_low(fidelity, ratio, figures) is low
+    figures = {"thresholds": [{"ratio": 8.0, "kl": 0.01}, {"ratio": 20.0, "kl": 0.015}]}
+    assert is_low(fidelity(kl), ratio, figures) is low

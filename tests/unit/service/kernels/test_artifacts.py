@@ -39,7 +39,7 @@ def test_attention_over_an_artifact_is_decodings(dtype: str, device: torch.devic
     assert group.values is not None
     rows = [FactorRows.of(pair.factors.to(device)) for pair in (group.keys, group.values)]
     document = DocumentLayer.of(layer, rows[0], rows[1], selection._always)
-    table = DocumentTable([document], [1], [BUDGET])
+    table = DocumentTable([document], [BUDGET])
     turns = layer.turns.cos.contiguous(), layer.turns.sin.contiguous()
     kernels = DecodeAttention(table, 4, 32, 32, 120, 120, turns, SCALING, tiles=TILES)
 

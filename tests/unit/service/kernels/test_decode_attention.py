@@ -23,86 +23,77 @@ from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 SIZES = {"slots": 32, "step": 64}
 TILES = Tiles(
-    index={"tile": 128, "bins": 256}, choose={"block": 128}, scores=SIZES,
+    index={"tile": 32, "tiles": 2}, choose={"block": 128, "bins": 256}, scores=SIZES,
     values={"slots": 32, "columns": 64},
     splits=2, output={"columns": 32, "step": 64},
 )  # fmt: skip
 
 
-def chosen_by_hand(
-    documents: list[DocumentLayer], sessions: list[int], most: int, device: torch.device
-) -> ChooseTokens:
-    """Some tokens of each document, the fewer the later; every session chose about half of them."""
-    chosen = ChooseTokens(sum(sessions), len(documents), max(one.tokens for one in documents), most, device)
+def chosen_by_hand(documents: list[DocumentLayer], most: int, device: torch.device) -> ChooseTokens:
+    """Some tokens for each session, the fewer the later."""
+    chosen = ChooseTokens(len(documents), max(one.tokens for one in documents), most, device)
     torch.manual_seed(1)
-    for number, document in enumerate(documents):
-        count = most - 29 * number
+    for session, document in enumerate(documents):
+        count = most - 19 * session
         where = torch.randperm(document.tokens)[:count].sort().values
-        bits = (
-            torch.randint(0, 2 ** sessions[number], (count,)) if sessions[number] > 1 else torch.ones(count)
-        )
-        chosen.positions[number, :count] = where.to(device)
-        chosen.members[number, :count] = bits.to(device)
-        chosen.counts[number] = count
+        chosen.positions[session, :count] = where.to(device)
+        chosen.counts[session] = count
     return chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("kind", "scaled", "sessions", "shapes"),
+    ("kind", "scaled", "together", "shapes"),
     [
-        ("float", False, [1, 1], samples.SMALL),
-        ("int8", True, [1, 1], samples.Shapes(rank_k=64, rank_v=128)),
-        ("mixed", True, [3, 1], samples.Shapes(rank_k=200, rank_v=150)),
-        ("float", True, [2, 5], samples.Shapes(kv_heads=1, group=6, dim=64, value_dim=64)),
+        ("float", False, 1, samples.SMALL),
+        ("int8", True, 2, samples.Shapes(kv_heads=4, rank_k=64, rank_v=128)),
+        ("mixed", True, 2, samples.Shapes(rank_k=200, rank_v=150)),
+        ("float", True, 2, samples.Shapes(kv_heads=1, group=6, dim=64, value_dim=64)),
     ],
 )
 def test_each_stage_is_its_reference(
-    kind: str, scaled: bool, sessions: list[int], shapes: samples.Shapes, dtype: torch.dtype,
-    device: torch.device,
-) -> None:  # fmt: skip
-    documents = [samples.document(size, kind, dtype, device, shapes, size, scaled) for size in (90, 70)]
-    count, most = sum(sessions), 60
-    chosen = chosen_by_hand(documents, sessions, most, device)
-    table = DocumentTable(documents, sessions, [1, 1])
-    query, turns = samples.queries(count, dtype, device, shapes), samples.turns(torch.float32, device, shapes)
-    scores = torch.full((count, shapes.query_heads, most), torch.nan, device=device)
-    rebuilt_scores(query, chosen, table, turns, scores, 0.2, **SIZES)
-    values = LatentValues(count, shapes.query_heads, shapes.rank_v, device, splits=2)
-    for made in (values.latents, values.peaks, values.sums):
-        made.fill_(torch.nan)
-    values(scores, chosen, table, slots=16, columns=64, together=2)
-    rest = torch.randn(count, shapes.query_heads, shapes.value_dim, device=device)
-    rest_log = torch.randn(count, shapes.query_heads, device=device)
+    kind: str, scaled: bool, together: int, shapes: samples.Shapes, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of three sessions, two of them on one document."""
+    made = [samples.document(size, kind, dtype, device, shapes, size, scaled) for size in (90, 70)]
+    documents, most = [made[0], made[1], made[1]], 60
+    chosen = chosen_by_hand(documents, most, device)
+    table = DocumentTable(documents, [1, 1, 1])
+    query, turns = samples.queries(3, dtype, device, shapes), samples.turns(torch.float32, device, shapes)
+    scores = torch.full((3, shapes.query_heads, most), torch.nan, device=device)
+    rebuilt_scores(query, chosen, table, turns, scores, 0.2, together=together, **SIZES)
+    values = LatentValues(3, shapes.query_heads, shapes.rank_v, device, splits=2)
+    for one in (values.latents, values.peaks, values.sums):
+        one.fill_(torch.nan)
+    values(scores, chosen, table, slots=16, columns=64)
+    rest = torch.randn(3, shapes.query_heads, shapes.value_dim, device=device)
+    rest_log = torch.randn(3, shapes.query_heads, device=device)
     out = torch.full_like(rest, torch.nan)
     projected_output(values, rest, rest_log, table, out, columns=32, step=64)
-    first = 0
-    for number, document in enumerate(documents):
-        mine, used = slice(first, first + sessions[number]), int(chosen.counts[number])
-        first += sessions[number]
-        positions, members = chosen.positions[number, :used], chosen.members[number, :used]
-        expected = rebuilt_scores_plainly(query[mine], document, positions, members, turns, 0.2)
-        found = scores[mine, :, :used]
-        assert torch.equal(found == -torch.inf, expected == -torch.inf)
-        kept = expected > -torch.inf
-        assert samples.relative(found[kept], expected[kept]) < TOLERANCE[dtype]
+    for session, document in enumerate(documents):
+        used = int(chosen.counts[session])
+        positions = chosen.positions[session, :used]
+        found = scores[session, :, :used]
+        expected = rebuilt_scores_plainly(query[session], document, positions, turns, 0.2)
+        assert samples.relative(found, expected) < TOLERANCE[dtype]
         latents, log = latent_values_plainly(found, document, positions)
-        peak = values.peaks[mine].amax(1, keepdim=True)
-        shrink = (values.peaks[mine] - peak).exp()
-        total = (values.sums[mine] * shrink).sum(1)
-        merged = (values.latents[mine] * shrink[..., None]).sum(1) / total[..., None]
+        peak = values.peaks[session].amax(0)
+        shrink = (values.peaks[session] - peak).exp()
+        total = (values.sums[session] * shrink).sum(0)
+        merged = (values.latents[session] * shrink[..., None]).sum(0) / total[..., None]
         assert samples.relative(merged, latents) < TOLERANCE[dtype]
-        assert (peak[:, 0] + total.log() - log).abs().max() < 1e-4
-        output = projected_output_plainly(latents, log, rest[mine], rest_log[mine], document)
-        assert samples.relative(out[mine], output) < TOLERANCE[dtype]
+        assert (peak + total.log() - log).abs().max() < 1e-4
+        output = projected_output_plainly(latents, log, rest[session], rest_log[session], document)
+        assert samples.relative(out[session], output) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_layer_is_its_reference(interleaved: bool, device: torch.device) -> None:
     """Documents of different lengths, one with several sessions; budgets above and below a document."""
-    dtype, sessions, budgets = torch.float32, [1, 3, 1], [16, 24, 500]
-    documents = [samples.document(size, "int8", dtype, device, seed=size) for size in (150, 99, 40)]
-    table = DocumentTable(documents, sessions, budgets)
+    dtype, budgets = torch.float32, [16, 24, 24, 9, 500]
+    made = [samples.document(size, "int8", dtype, device, seed=size) for size in (150, 99, 40)]
+    documents = [made[number] for number in (0, 1, 1, 1, 2)]
+    table = DocumentTable(documents, budgets)
     query = 2.0 ** torch.randint(
         -1, 2, (5, 8, 32), device=device
     )  # not rounded in half precision: the same choice
@@ -113,7 +104,7 @@ def test_a_layer_is_its_reference(interleaved: bool, device: torch.device) -> No
     layer(query, keys, values, lengths, table, out)
     tail = keys.nan_to_num(), values.nan_to_num()
     expected = decode_attention_plainly(
-        query, tail, lengths, documents, sessions, budgets, turns, 0.2, bins=256, interleaved=interleaved
+        query, tail, lengths, documents, budgets, turns, 0.2, bins=256, interleaved=interleaved
     )
     assert samples.relative(out, expected) < TOLERANCE[dtype]
     again = torch.full_like(out, torch.nan)
@@ -123,7 +114,7 @@ def test_a_layer_is_its_reference(interleaved: bool, device: torch.device) -> No
 
 def test_shapes_that_kernels_do_not_take_are_refused(device: torch.device) -> None:
     document = samples.document(40, "float", torch.float32, device)
-    table = DocumentTable([document], [1], [8])
+    table = DocumentTable([document], [8])
     turns = samples.turns(torch.float32, device)
     with pytest.raises(ValueError, match="query heads"):
         DecodeAttention(table, 7, 32, 32, 40, 40, turns, 0.2)
@@ -133,6 +124,4 @@ def test_shapes_that_kernels_do_not_take_are_refused(device: torch.device) -> No
         DecodeAttention(table, 8, 64, 32, 40, 40, turns, 0.2)
     other = samples.document(40, "int8", torch.float32, device)
     with pytest.raises(ValueError, match="the same ranks"):
-        DocumentTable([document, other], [1, 1], [8, 8])
-    with pytest.raises(ValueError, match="1 to 32"):
-        DocumentTable([document], [33], [8])
+        DocumentTable([document, other], [8, 8])

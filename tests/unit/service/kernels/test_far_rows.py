@@ -29,16 +29,14 @@ def test_rows_behind_2_31_elements_are_read(device: torch.device) -> None:
     far = FactorRows(RowLayout(RANK, torch.int8, RANK), rows.view(torch.uint8))
     near = samples.document(30, "int8", torch.float32, device, SHAPES)
     document = replace(near, key_rows=far, value_rows=far)
-    chosen = ChooseTokens(1, 1, 30, COUNT, device)
-    chosen.positions[0], chosen.members[0], chosen.counts[0] = positions, 1, COUNT
-    query, table = samples.queries(1, torch.float32, device, SHAPES), DocumentTable([document], [1], [8])
+    chosen = ChooseTokens(1, 30, COUNT, device)
+    chosen.positions[0], chosen.counts[0] = positions, COUNT
+    query, table = samples.queries(1, torch.float32, device, SHAPES), DocumentTable([document], [8])
     scores = torch.full((1, SHAPES.query_heads, COUNT), torch.nan, device=device)
     rebuilt_scores(query, chosen, table, (turns[0], turns[1]), scores, 0.2, slots=32)
-    expected = rebuilt_scores_plainly(
-        query, document, chosen.positions[0], chosen.members[0], (turns[0], turns[1]), 0.2
-    )
-    assert samples.relative(scores, expected) < 1e-5
+    expected = rebuilt_scores_plainly(query[0], document, chosen.positions[0], (turns[0], turns[1]), 0.2)
+    assert samples.relative(scores[0], expected) < 1e-5
     values = LatentValues(1, SHAPES.query_heads, RANK, device, splits=1)
     values(scores, chosen, table, slots=32, columns=256)
-    latents, _ = latent_values_plainly(scores, document, chosen.positions[0])
-    assert samples.relative(values.latents[:, 0] / values.sums[:, 0, :, None], latents) < 1e-5
+    latents, _ = latent_values_plainly(scores[0], document, chosen.positions[0])
+    assert samples.relative(values.latents[0, 0] / values.sums[0, 0, :, None], latents) < 1e-5

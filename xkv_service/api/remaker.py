@@ -1,0 +1,96 @@
+"""`Remaker`: has damaged artifacts made again, where it is known what they were made from."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections import defaultdict
+from collections.abc import Callable
+
+from xkv_artifacts.errors import XKVError
+from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.backend import NewPrefix
+from xkv_service.engine.messages import Origin
+from xkv_service.spec import CompressionSpec
+
+_log = logging.getLogger(__name__)
+
+
+class Remaker:
+    """Asks for artifacts of one model. Every method may be called from any thread.
+
+    Args:
+        store: where they are. fingerprint: of the model. make: told what to make; it must be quick.
+    """
+
+    def __init__(self, store: ArtifactStore, fingerprint: str, make: Callable[[NewPrefix], object]) -> None:
+        self._store, self._fingerprint, self._make = store, fingerprint, make
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """`remakes_asked`; `remakes_impossible`: it is not known what it was made from."""
+        with self._lock:
+            return dict(self._counters)
+
+    def ask(self, name: str, origin: Origin | None, token_ids: array[int], damage: str) -> None:
+        """An artifact was found damaged: have it made again.
+
+        Args:
+            origin: what it was made from, None where that is not known.
+            token_ids: its own and more, or others: its id says which.
+            damage: what was found, one line.
+        """
+        try:
+            new = None if origin is None else self._new(name, origin, token_ids)
+            with self._lock:
+                self._counters["remakes_impossible" if new is None else "remakes_asked"] += 1
+            if new is None:
+                _log.warning("artifact %s is not made again: no prompt holds all of it", name[:12])
+            else:
+                _log.warning("artifact %s is made again: %s", name[:12], damage)
+                self._make(new)
+        except Exception:  # noqa: BLE001 - whoever found the damage has a prompt to answer
+            _log.exception("artifact %s is damaged, and nobody could be told", name[:12])
+
+    def _new(self, name: str, origin: Origin, token_ids: array[int]) -> NewPrefix | None:
+        """What makes the same artifact, or its prefix over other bases; None: these are not its tokens."""
+        ids = token_ids[: origin.tokens]
+        try:
+            spec = CompressionSpec.from_canonical(origin.spec)
+            same = artifact_id(self._fingerprint, origin.namespace, ids, spec.canonical()) == name
+        except XKVError:
+            return None
+        if not same:
+            return None
+        if self._has_lost_its_bases(name, spec):
+            return self._over_other_bases(name, origin, ids, spec)
+        return NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec)
+
+    def _has_lost_its_bases(self, name: str, spec: CompressionSpec) -> bool:
+        """Whether an artifact is whole, and the calibration whose bases it shares is gone."""
+        if spec.basis != "calibrated" or spec.calibration is None:
+            return False
+        return self._store.blobs.exists(name) and not self._store.calibrations.blobs.exists(spec.calibration)
+
+    def _over_other_bases(
+        self, name: str, origin: Origin, ids: array[int], spec: CompressionSpec
+    ) -> NewPrefix:
+        """The prefix over bases that there are, with the promises of the old one, which is not found any
+        more: its blob stays, for a calibration that is brought back.
+        """
+        entry = self._store.get(name)
+        self._store.catalog.drop(name)
+        ends = None if entry is None else entry.expires
+        return NewPrefix(
+            origin.namespace,
+            ids,
+            origin.name,
+            origin.sha256,
+            ratio=spec.ratio,
+            ttl_s=None if ends is None else max(1.0, ends - self._store.catalog.now()),
+            pinned=entry is not None and entry.pinned,
+        )
