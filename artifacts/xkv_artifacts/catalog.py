@@ -128,6 +128,18 @@ class Catalog:
         """Note that an artifact was used now; tried once, since nothing waits for it."""
         self._change(entry_scripts.TOUCH, artifact_id, patience_s=0)
 
+    def pinned(self, ids: Sequence[str]) -> set[str]:
+        """Those of some artifacts that are pinned, as their entries say; tried once."""
+
+        def ask(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for artifact_id in ids:
+                pipeline.hget(self._listing.entry_key(artifact_id), "pinned")
+            return list(pipeline.execute())
+
+        said = self.link.call(ask, patience_s=0)
+        return {artifact_id for artifact_id, text in zip(ids, said, strict=True) if text == b"True"}
+
     def retain(self, artifact_id: str, retention: Retention) -> bool:
         """Repeat what an artifact's retention file says (or will say); False where it has no entry."""
         texts = [str(retention.pinned), _text(retention.expires)]

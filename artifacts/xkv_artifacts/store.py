@@ -17,6 +17,7 @@ from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.collector import Collector
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
+from xkv_artifacts.embedded_keeper import kept_alive
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import (
     ArtifactNotFound,
@@ -114,6 +115,13 @@ class ArtifactStore:
     def redis_url(self) -> str:
         """The catalog's Redis URL, for other processes (on this machine only when it is embedded)."""
         return self.catalog.link.url
+
+    def keeping_catalog(self) -> AbstractContextManager[None]:
+        """While the block runs, an embedded server that dies is started again at once.
+
+        One process does so for all that share it. A Redis of the user's own is left to the user.
+        """
+        return kept_alive(self._embedded, self.list_if_lost) if self._embedded else nullcontext()
 
     def close(self) -> None:
         """Close the catalog; an embedded server stops when nobody else uses it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -21,6 +22,10 @@ USED_KEY: Final = _START + "-used"  # sorted set: every tail's id, by the second
 EXPIRY_KEY: Final = _START + "-expiry"  # sorted set: every tail's id, by the second it ends
 SUM_KEY: Final = _START + "-bytes"  # string: bytes of all tails
 PLACES_KEY: Final = _START + "-places"  # hash: id -> its member of the prefix index
+SHARES_KEY: Final = _START + "-shares"  # sorted set: namespaces, by the bytes of their tails
+NAMESPACE_KEY: Final = (
+    _START + "-namespace:{namespace}"
+)  # sorted set: its tails' ids, by the second of last use
 READERS_KEY: Final = _START + "-readers:{id}"  # sorted set: who reads the blob now, by when the mark runs out
 PREFIXES_KEY: Final = _START + "-prefixes:{fingerprint}:{namespace}"  # sorted set: see prefix_index
 LONGEST_KEY: Final = _START + "-longest:{fingerprint}:{namespace}"  # string: no tail has more full blocks
@@ -43,7 +48,7 @@ class TailIndex:
     def __init__(self, link: RedisLink, store_id: str) -> None:
         self._link = link
         self._start = _START.format(store=store_id)
-        keys = USED_KEY, EXPIRY_KEY, SUM_KEY, PLACES_KEY
+        keys = USED_KEY, EXPIRY_KEY, SUM_KEY, PLACES_KEY, SHARES_KEY
         self._keys = [key.format(store=store_id) for key in keys]
         self._listing = Listing(link, TailEntry, ENTRY_KEY.format(store=store_id, id=""), self._keys[0])
         self._search = PrefixSearch(
@@ -56,22 +61,25 @@ class TailIndex:
         )
 
     def publish(self, entry: TailEntry, tokens: bytes, ttl_s: float, budget: int) -> tuple[int, list[str]]:
-        """List a tail, and drop what was not used for longest until all of them keep the budget.
+        """List a tail, and drop others until all of them keep the budget: again and again what the namespace
+        that holds most has not used for longest.
 
-        What is being read stays.
+        So a namespace loses nothing while it holds no more than the budget divided by the namespaces that
+        have tails. What is being read stays.
 
         Args:
             tokens: all of the conversation, as little-endian int32 bytes.
             ttl_s: seconds until it ends. budget: bytes of all tails.
 
         Returns:
-            Bytes of all tails then, and the ids of those dropped.
+            Bytes of all tails then, and the ids of those dropped: the new one alone where it would take from
+            namespaces that hold less than its own.
         """
         owner = entry.fingerprint, entry.namespace
         place = member(*owner, tokens, entry.id)
         fields = [text for pair in entry.to_hash().items() for text in pair]
         numbers = [str(len(tokens) // BLOCK_BYTES), str(entry.bytes), repr(ttl_s), str(budget)]
-        texts: list[str | bytes] = [entry.id, place, *numbers, *fields]
+        texts: list[str | bytes] = [entry.id, place, *numbers, entry.namespace, *fields]
         answer = self._run(tail_scripts.PUBLISH, texts, self._search.keys(*owner), patience_s=_ONCE)
         match answer:
             case [int(total), [*dropped]]:
@@ -151,11 +159,26 @@ class TailIndex:
         return self._listing.ids()
 
     def recount(self) -> None:
-        """Count the bytes of all tails again: they drift where Redis evicts keys."""
+        """Count the bytes of all tails and of each namespace again: they drift where Redis evicts keys."""
         was: Any = self._link.call(lambda client: client.get(self._keys[2]))
-        total = sum(entry.bytes for entry in self._listing.entries())
-        texts: list[str | bytes] = [was if isinstance(was, bytes) else "", str(total)]
-        self._run(tail_scripts.CORRECT, texts)
+        shares: Counter[str] = Counter()
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for entry in self._listing.entries():
+            shares[entry.namespace] += entry.bytes
+            names[entry.namespace].append(entry.id)
+        for namespace, ids in names.items():
+            self._place(namespace, ids)
+        told = [text for namespace, held in shares.items() for text in (namespace, str(held))]
+        before = was if isinstance(was, bytes) else ""
+        self._run(tail_scripts.CORRECT, [before, str(shares.total()), *told])
+
+    def _place(self, namespace: str, ids: list[str]) -> None:
+        """Put tails into their namespace's set, and take out of it what is not listed any more."""
+        key = f"{self._start}-namespace:{namespace}"
+        raw: Any = self._link.call(lambda client: client.zrange(key, 0, -1))
+        ids = sorted({*ids, *map(_text, raw)})
+        for first in range(0, len(ids), _PAGE):
+            self._run(tail_scripts.PLACE, [namespace, *ids[first : first + _PAGE]])
 
     def _run(
         self,

@@ -69,7 +69,7 @@ class TailShelf:
         ttl_s: float,
         budget: int,
     ) -> PutTail:
-        """Write a tail, then list it, and delete what was not used for longest until the budget is kept.
+        """Write a tail, then list it, and delete others until the budget is kept (see `TailIndex.publish`).
 
         Stored tails of the same conversation that it continues are deleted too.
 
@@ -79,7 +79,8 @@ class TailShelf:
 
         Raises:
             CorruptArtifact: manifest and tensors do not fit together; nothing is written.
-            QuotaExceeded: it is larger than the budget; nothing is written, and none has to go for it.
+            QuotaExceeded: it is larger than the budget, or than what others leave its namespace; nothing is
+                kept of it, and none has to go for it.
             CatalogUnavailable, CatalogError, StoreError: it is not stored.
         """
         tokens = token_bytes(tensors[TOKENS])
@@ -109,6 +110,12 @@ class TailShelf:
         except (CatalogUnavailable, CatalogError):
             self.blobs.remove(name)
             raise
+        if name in dropped:
+            self.blobs.remove(name, durably=False)
+            raise QuotaExceeded(
+                f"a tail of {size} bytes is more than the share of namespace {namespace!r} of the budget for "
+                f"stored tails, {budget}"
+            )
         for gone in [*dropped, *(old for old in older if self.index.drop(old, "unused"))]:
             self.blobs.remove(gone, durably=False)
         return PutTail(entry.bytes, total)

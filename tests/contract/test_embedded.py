@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,59 @@ def test_a_server_killed_in_mid_run_comes_back_with_everything(store_path: Path)
     assert server_pid(store_path) is None
     with ArtifactStore.open(str(store_path)) as store:
         assert store.catalog.rate("f", "2") == 1.0
+
+
+def test_a_kept_server_comes_back_by_itself_with_what_it_had(
+    store_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, tensors = sample()
+
+    def back() -> list[str]:
+        return [record.message for record in caplog.records if "runs again" in record.message]
+
+    def listed() -> bool:
+        with suppress(CatalogUnavailable):
+            return [entry.id for entry in store.entries()] == [manifest.id]
+        return False
+
+    # Without patience, as a server's HTTP side opens it: no call waits for Redis or starts it.
+    with ArtifactStore.open(str(store_path), patience_s=0) as store, store.keeping_catalog():
+        store.publish(manifest, tensors)
+        for times, lost in enumerate((False, True), start=1):
+            kill(store_path)
+            if lost:
+                (store_path / "catalog" / "catalog.aof").unlink()
+            assert seconds_until(lambda times=times: len(back()) == times and listed()) < 10
+    assert server_pid(store_path) is None, "nobody brings it back when all have left"
+    assert len(back()) == 2
+
+
+def test_a_kept_server_that_dies_again_and_again_is_tried_ever_more_rarely(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ArtifactStore.open(str(store_path)) as store, store.keeping_catalog():
+        monkeypatch.setattr(module, "_OPTIONS", (*module._OPTIONS, "--maxmemory", "nonsense"))
+        kill(store_path)
+        time.sleep(4)  # tries at 0, 1 and 3 s
+        said = [record.message for record in caplog.records if "did not start" in record.message]
+        assert 2 <= len(said) <= 3
+        monkeypatch.undo()
+        assert seconds_until(lambda: server_pid(store_path) is not None) < 10
+
+
+def kill(store: Path) -> None:
+    pid = server_pid(store)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pid)
+
+
+def seconds_until(condition: Callable[[], object], seconds: float = 60.0) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it did not come true"
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "empty", "zeros inside"])

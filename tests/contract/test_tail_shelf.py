@@ -6,7 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,7 +27,15 @@ from xkv_artifacts.keys import token_bytes
 from xkv_artifacts.readers import Readers
 from xkv_artifacts.reports import TailUsage
 from xkv_artifacts.store import ArtifactStore
-from xkv_artifacts.tail_index import ENTRY_KEY, EXPIRY_KEY, PLACES_KEY, SUM_KEY, USED_KEY
+from xkv_artifacts.tail_index import (
+    ENTRY_KEY,
+    EXPIRY_KEY,
+    NAMESPACE_KEY,
+    PLACES_KEY,
+    SHARES_KEY,
+    SUM_KEY,
+    USED_KEY,
+)
 from xkv_artifacts.tail_shelf import UNLISTED_S
 
 ROOM: dict[str, Any] = {"ttl_s": 60.0, "budget": 1 << 20}
@@ -64,14 +74,30 @@ def keys(store: ArtifactStore) -> list[bytes]:
 
 
 def agree(store: ArtifactStore) -> set[str]:
-    """Ids of the blobs, which the catalog has to agree with, sum and places included."""
+    """Ids of the blobs, which the catalog has to agree with, sums and places included."""
     blobs = set(store.tails.blobs.ids())
     link, name = store.catalog.link, store.catalog.store_id
     assert set(store.tails.index.ids()) == blobs
     assert link.call(lambda client: client.hlen(PLACES_KEY.format(store=name))) == len(blobs)
     total = link.call(lambda client: client.get(SUM_KEY.format(store=name)))
     assert int(total or 0) == sum(store.tails.blobs.sizes())
+    held = shares(store)
+    assert sum(held.values()) == int(total or 0)
+    assert {one for namespace in held for one in names_of(store, namespace)} == blobs
     return blobs
+
+
+def shares(store: ArtifactStore) -> dict[str, int]:
+    """Bytes that each namespace holds, as the catalog counts."""
+    key = SHARES_KEY.format(store=store.catalog.store_id)
+    raw = store.catalog.link.call(lambda client: client.zrange(key, 0, -1, withscores=True))
+    return {name.decode(): int(held) for name, held in raw}
+
+
+def names_of(store: ArtifactStore, namespace: str) -> list[str]:
+    """Ids of a namespace's tails, longest unused first."""
+    key = NAMESPACE_KEY.format(store=store.catalog.store_id, namespace=namespace)
+    return [name.decode() for name in store.catalog.link.call(lambda client: client.zrange(key, 0, -1))]
 
 
 @pytest.mark.parametrize("length", [70, 128, 1000, 20_000])
@@ -156,6 +182,68 @@ def test_the_budget_costs_what_is_longest_unused(store: ArtifactStore) -> None:
     assert agree(store) == {first, others[1], last}
     newest = put(store, talk(200, start=5), budget=size + 1)
     assert agree(store) == {newest}
+
+
+def test_a_namespace_that_writes_much_takes_nothing_from_those_that_write_little(
+    store: ArtifactStore,
+) -> None:
+    quiet = [put(store, talk(200, start=start), "quiet") for start in (1, 2)]
+    size = store.tails.blobs.size(quiet[0])
+    loud = [put(store, talk(200, start=start), "loud", budget=6 * size + 5) for start in range(20)]
+    assert names_of(store, "quiet") == quiet and names_of(store, "loud") == loud[-4:]
+    agree(store)
+
+
+def test_a_namespace_may_have_all_room_until_another_one_comes(store: ArtifactStore) -> None:
+    size = store.tails.blobs.size(put(store, talk(200, start=99), "first"))
+    budget = 6 * size + 5
+    first = [put(store, talk(200, start=start), "first", budget=budget) for start in range(6)]
+    assert names_of(store, "first") == first
+    store.tails.load(first[0], FINGERPRINT, "first", WIDE)
+    second = [put(store, talk(200, start=start), "second", budget=budget) for start in range(5)]
+    assert names_of(store, "second") == second[-3:]
+    assert names_of(store, "first") == [*first[4:], first[0]], "the longest unused of the one with most go"
+    agree(store)
+
+
+def test_a_tail_that_would_take_from_smaller_namespaces_is_refused(store: ArtifactStore) -> None:
+    small = [put(store, talk(100, start=start), f"n{start}") for start in range(3)]
+    held = sum(store.tails.blobs.sizes())
+    size = store.tails.blobs.size(put(store, talk(2000), "large"))
+    with pytest.raises(QuotaExceeded, match="share of namespace 'large'"):
+        put(store, talk(2000, start=1), "large", budget=held + size - 1)
+    assert set(small) <= agree(store) and shares(store)["large"] == size
+    with pytest.raises(QuotaExceeded, match="share of namespace 'other'"):
+        put(store, talk(2001, start=1), "other", budget=held + size - 1)
+    assert set(small) <= agree(store) and "other" not in shares(store)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_namespace_within_its_share_ever_loses_a_tail(store: ArtifactStore, seed: int) -> None:
+    random, budget = Random(seed), 40_000
+    for number in range(60):
+        namespace = random.choice("aaaaabbc")
+        before = shares(store) | {namespace: 0}
+        mine = {one: names_of(store, one) for one in before}
+        with suppress(QuotaExceeded):
+            put(store, talk(random.randrange(70, 900), start=number), namespace, budget=budget)
+        agree(store)
+        assert sum(shares(store).values()) <= budget
+        for other in set(before) - {namespace}:
+            if before[other] <= budget / len(before):
+                assert names_of(store, other) == mine[other]
+
+
+def test_what_redis_lost_of_namespaces_is_counted_again(store: ArtifactStore) -> None:
+    names = [put(store, talk(200, start=start), space) for start, space in enumerate(("a", "a", "b"))]
+    held, size = shares(store), store.tails.blobs.size(names[0])
+    lost = [SHARES_KEY, NAMESPACE_KEY.replace("{namespace}", "a")]
+    store.catalog.link.call(lambda client: client.delete(*(key_of(key, store) for key in lost)))
+    store.catalog.link.call(lambda client: client.zadd(key_of(SHARES_KEY, store), {"gone": 10**12}))
+    store.tails.sweep()
+    assert shares(store) == held and names_of(store, "a") == names[:2]
+    put(store, talk(200, start=8), "a", budget=3 * size + 5)
+    assert names[0] not in agree(store)
 
 
 def test_a_tail_larger_than_the_budget_costs_no_other(store: ArtifactStore) -> None:

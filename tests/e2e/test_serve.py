@@ -20,6 +20,8 @@ from command_runs import Xkv
 from openai import APIStatusError, OpenAI
 from served import Server, use_factors
 
+from xkv_artifacts.embedded import embedded_redis_url
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = (
     "bulletin-houston-lucky-dove-society",
@@ -228,6 +230,32 @@ def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, An
             assert error.status_code in (500, 503), error
     assert ends and all(ends)
     _until(lambda: _answers(asker, document, questions[0]))
+
+
+def test_an_embedded_redis_that_is_killed_is_back_within_seconds(
+    asker: Asker, prefix: dict[str, Any], server: Server, store_url: str
+) -> None:
+    document, questions = _document(NAMES[0])
+    _until(lambda: _artifact(asker, document, questions[0]) == prefix["id"])
+    victim = next(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "redis-server" in (process.info["cmdline"] or [""])[0]
+        and embedded_redis_url(store_url).removeprefix("unix://") in " ".join(process.info["cmdline"])
+    )
+    victim.kill()
+    # The server starts it at once; a prompt that met it dead keeps others from asking for 5 s.
+    assert _answers(asker, document, questions[1])
+    _until(lambda: _artifact(asker, document, questions[2]) == prefix["id"], seconds=20)
+    assert "the embedded Redis had died, and runs again" in server.log.read_text()
+
+
+def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
+    """What served an answer, which is right in any case."""
+    reply = asker.ask(_first(document, item["question"]), timeout=300)
+    assert reply.choices[0].message.content == item["answer"]
+    found: str | None = reply.xkv["artifact"]
+    return found
 
 
 def test_a_conversation_goes_on_after_a_restart(

@@ -1,4 +1,7 @@
-"""The compose file names only things that exist: build targets, volumes, services and `xkv` options."""
+"""The compose file names only things that exist: build targets, volumes, services and `xkv` options.
+
+`tests/e2e/test_compose.py` runs its commands.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,41 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def test_services_are_redis_head_server_and_gpu_worker(compose: dict[str, Any]) -> None:
+def test_services_are_redis_a_head_workers_the_server_and_a_job(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"redis", "ray-head", "server", "ray-worker"}
-    assert services["ray-worker"]["profiles"] == ["gpu"]
-    (device,) = services["ray-worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert set(services) == {"redis", "ray-head", "worker", "gpu-worker", "server", "precompute"}
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    assert profiles == {"gpu-worker": ["gpu"], "precompute": ["precompute"]}
+    (device,) = services["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia"
     assert "gpu" in device["capabilities"]
+
+
+def test_all_join_one_ray_and_drivers_give_it_nothing_to_run_on(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert "--port=6380" in services["ray-head"]["command"]
+    for name in ("worker", "gpu-worker"):
+        assert "--address=ray-head:6380" in services[name]["command"]
+    for name in ("server", "precompute"):
+        assert (
+            "ray start --address=ray-head:6380 --num-cpus=0 --num-gpus=0" in services[name]["entrypoint"][2]
+        )
+        assert "--ray-address auto" in " ".join(services[name]["command"])
+    assert "ports" in services["ray-head"] and "ports" not in services["server"], "Serve listens on the head"
+
+
+def test_what_is_scaled_publishes_no_port_and_has_no_name(compose: dict[str, Any]) -> None:
+    for name in ("worker", "gpu-worker"):
+        assert not {"ports", "container_name", "hostname"} & set(compose["services"][name])
+
+
+def test_secrets_are_named_and_not_written_down(compose: dict[str, Any]) -> None:
+    server = compose["services"]["server"]["environment"]
+    assert [server[name] for name in ("XKV_API_KEYS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")] == [None] * 3
+    for name in ("ray-head", "worker", "gpu-worker", "server", "precompute"):
+        environment = compose["services"][name]["environment"]
+        assert "${XKV_REDIS_PASSWORD:-}@redis:6379" in environment["XKV_REDIS_URL"]
+        assert "XKV_API_KEYS" not in environment or name == "server"
 
 
 def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, Any]) -> None:
@@ -35,7 +66,7 @@ def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, A
     }
     named = {source for sources in mounts.values() for source in sources if not source.startswith("${")}
     assert named == set(compose["volumes"])
-    assert all("store" in mounts[name] for name in ("ray-head", "server", "ray-worker"))
+    assert all("store" in mounts[name] for name in ("worker", "gpu-worker", "server", "precompute"))
 
 
 def test_build_targets_are_stages_of_the_dockerfile(compose: dict[str, Any]) -> None:
@@ -49,23 +80,13 @@ def test_every_dependency_is_a_service_with_a_health_check(compose: dict[str, An
     services = compose["services"]
     for service in services.values():
         for name, condition in service.get("depends_on", {}).items():
-            assert condition == {"condition": "service_healthy"}
+            assert condition["condition"] == "service_healthy"
             assert "healthcheck" in services[name]
 
 
-def test_the_command_in_its_comment_uses_options_that_xkv_has() -> None:
-    text = (ROOT / "docker-compose.yml").read_text()
-    (command,) = re.findall(r"exec ray-head xkv (.+)$", text, re.MULTILINE)
-    name, *arguments = command.split()
-    shown = subprocess.run(
-        [sys.executable, "-m", "xkv_cli", name, "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    for option in (argument for argument in arguments if argument.startswith("--")):
-        assert option in shown
-
-
-def test_the_server_is_started_with_options_that_xkv_has(compose: dict[str, Any]) -> None:
-    _, name, *arguments = compose["services"]["server"]["command"]
+@pytest.mark.parametrize("service", ["server", "precompute"])
+def test_commands_have_options_that_xkv_has(compose: dict[str, Any], service: str) -> None:
+    name, *arguments = compose["services"][service]["command"]
     shown = subprocess.run(
         [sys.executable, "-m", "xkv_cli", name, "--help"], capture_output=True, text=True, check=True
     ).stdout

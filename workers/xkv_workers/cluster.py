@@ -35,12 +35,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Room:
-    """What the cluster can give: alive nodes, their CPUs and GPUs, and the CPUs of the smallest node."""
+    """What the cluster can give: alive nodes, their CPUs and GPUs, and the CPUs of the smallest node that has
+    any.
+
+    Args:
+        bare_nodes: of the nodes, those that give no CPU to run on, such as a head or a driver's.
+    """
 
     nodes: int
     cpus: int
     gpus: int
     node_cpus: int
+    bare_nodes: int = 0
 
 
 @contextmanager
@@ -184,6 +190,7 @@ def _room() -> Room:
         cpus=sum(cpus),
         gpus=sum(int(resources.get("GPU", 0)) for resources in nodes),
         node_cpus=min((count for count in cpus if count), default=0),
+        bare_nodes=cpus.count(0),
     )
 
 
@@ -217,9 +224,10 @@ def plan_crew(room: Room, device: Device, workers: int | None, *, small: bool = 
         return Crew(workers or room.gpus, "cuda", max(room.cpus // room.gpus, 1))
     if room.cpus < (workers or 1):
         raise RayUnavailable(f"{workers or 1} workers need as many CPUs; Ray sees {room.cpus}")
+    nodes = room.nodes - room.bare_nodes
     if workers is None:
-        workers = room.nodes * (min(room.node_cpus, MOST_SMALL) if small else 1)
-    per_node = -(-workers // room.nodes)
+        workers = nodes * (min(room.node_cpus, MOST_SMALL) if small else 1)
+    per_node = -(-workers // nodes)
     return Crew(workers, "cpu", max(room.node_cpus // per_node, 1))
 
 

@@ -245,7 +245,7 @@ class Engine:
                 self._fail(sequence, error)
         if self._loading and self._prefixes is not None:
             # Conversations between turns hold their prefixes; those who wait come first.
-            while self._prefixes.state().parked and self._tails.free_a_prefix():
+            while (pool := self._prefixes.state()).parked and self._tails.free_a_prefix(pool.staying):
                 pass
 
     def _begin(self, sequence: Sequence) -> None:

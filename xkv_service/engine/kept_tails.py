@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers.cache_utils import LinearAttentionLayer
@@ -99,11 +99,15 @@ class KeptTails:
         context.rewind(most)
         return KeptTail(context, found.artifact_id, namespace, (), 0)
 
-    def free_a_prefix(self) -> bool:
-        """Drop the tails behind the prefix that was used least recently; False where none has one."""
+    def free_a_prefix(self, besides: Collection[str] = ()) -> bool:
+        """Drop the tails behind the prefix that was used least recently; False where none has one.
+
+        Args:
+            besides: prefixes that would not leave if nobody held them.
+        """
         last_used: dict[str, int] = {}
         for name, kept in self._kept.items():
-            if kept.artifact_id is not None:
+            if kept.artifact_id is not None and kept.artifact_id not in besides:
                 last_used.pop(kept.artifact_id, None)
                 last_used[kept.artifact_id] = name
         if not last_used:

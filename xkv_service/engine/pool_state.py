@@ -12,10 +12,12 @@ class PoolState:
     Args:
         nbytes: resident, calibrations included. reserved: for loads that run. budget: of both. In bytes.
         prefixes: resident artifacts, least recently used first. holds: by artifact, how often it is in use.
-        pins: pinned artifacts, resident or not.
+        pins: those of the artifacts here or on their way that are pinned. staying: those of them that leave
+            for none of the loads that wait for room.
         loading: loads that run or wait for a thread. parked: loads that wait for room.
-        counters: since the start: hits, loads, load_seconds, loaded_bytes, evictions, and failed_ with each
-            reason, once for each request that was told of it; failed loads that nobody waited for count once.
+        counters: since the start: hits, loads, load_seconds, loaded_bytes, evictions, pinned_evictions, and
+            failed_ with each reason, once for each request that was told of it; failed loads that nobody
+            waited for count once.
     """
 
     nbytes: int
@@ -24,6 +26,7 @@ class PoolState:
     prefixes: tuple[str, ...]
     holds: dict[str, int]
     pins: frozenset[str]
+    staying: frozenset[str]
     loading: int
     parked: int
     counters: dict[str, float] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """`PrefixPool`: compressed prefixes in memory under a budget, loaded by threads, once for all who ask.
 
+What is pinned in the store stays in memory rather than what is not.
+
 A request never waits longer than it says, and always gets one answer: the prefix, held for it, or the reason
 why there is none. A load that nobody waits for any more goes on, and the next request finds its prefix.
 """
@@ -10,18 +12,18 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
-from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.alarm import Alarm
 from xkv_service.engine.bound_prefix import BoundPrefix
+from xkv_service.engine.catalog_upkeep import CatalogUpkeep
 from xkv_service.engine.footprint import calibration_bytes
 from xkv_service.engine.load_failure import LoadFailure, failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
@@ -41,7 +43,6 @@ OnCorrupt = Callable[[str, LoadFailure], None]
 
 _SPARE_THREADS = 6
 """Threads that may be stuck in reads that hang before loads wait for them."""
-_TOUCH_EVERY_S = 10.0
 _CALIBRATION = "calibration "
 """Before the ids of calibrations, which are kept among the prefixes that share their bases."""
 
@@ -74,18 +75,17 @@ class PrefixPool:
     ) -> None:
         inspect_loaded(model)  # found now: later it would run beside the sequences
         self.rates = rates or LoadingRates.measured(model)
-        self._model, self._store, self._on_corrupt = model, store, on_corrupt
+        self._model, self._on_corrupt = model, on_corrupt
         self._lock = threading.RLock()
         self._residents = Residents(budget_bytes)
         self._loads: dict[str, Load] = {}
         self._parked: list[Load] = []
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._used: set[str] = set()
         self._closed = False
         self._loading = PrefixLoading(model, store, selection or SelectionSpec(), fingerprint)
         self._threads = LoaderThreads(threads, threads + _SPARE_THREADS)
         self._alarm = Alarm("prefix-pool-deadlines")
-        self._alarm.after(_TOUCH_EVERY_S, self._touch_later)
+        self._upkeep = CatalogUpkeep(store.catalog, self._asked, self._learn_pins)
 
     def take(self, artifact_id: str, tokens: int) -> Prefix | None:
         """The prefix of an artifact's first `tokens` tokens if it is resident, held once more; else None."""
@@ -149,17 +149,6 @@ class PrefixPool:
             self._residents.release(artifact_id)
             self._unpark()
 
-    def pin(self, artifact_id: str) -> None:
-        """Never evict an artifact once it is resident."""
-        with self._lock:
-            self._residents.pin(artifact_id)
-
-    def unpin(self, artifact_id: str) -> None:
-        """Let it be evicted again."""
-        with self._lock:
-            self._residents.unpin(artifact_id)
-            self._unpark()
-
     @property
     def bytes(self) -> int:
         """Resident bytes, calibrations included."""
@@ -170,17 +159,20 @@ class PrefixPool:
         """What the pool holds and does now."""
         with self._lock:
             residents = self._residents
-            counters = {**self._counters, "evictions": residents.evictions}
+            evictions = {"evictions": residents.evictions, "pinned_evictions": residents.pinned_evictions}
+            pins = residents.pins
+            pinned_waits = any(load.artifact_id in pins for load in self._parked)
             return PoolState(
                 residents.nbytes,
                 residents.reserved,
                 residents.budget,
                 tuple(key for key in residents.values if not key.startswith(_CALIBRATION)),
                 {key: count for key, count in residents.holds.items() if not key.startswith(_CALIBRATION)},
-                residents.pins,
+                pins,
+                frozenset() if pinned_waits else pins,
                 len(self._loads) - len(self._parked),
                 len(self._parked),
-                counters,
+                {**self._counters, **evictions},
             )
 
     def close(self) -> None:
@@ -191,6 +183,7 @@ class PrefixPool:
             for load in self._loads.values():
                 load.waiters = []
         self._alarm.close()
+        self._upkeep.close()
         self._threads.close()
         self._tell((waiter, LoadFailure("unavailable", "the server is stopping")) for waiter in waiters)
 
@@ -215,7 +208,7 @@ class PrefixPool:
         except InvalidSpec as error:
             return LoadFailure("diverges", error.message)
         self._residents.hold(artifact_id)
-        self._used.add(artifact_id)
+        self._upkeep.used(artifact_id)
         self._count(hits=1)
         return prefix
 
@@ -250,6 +243,7 @@ class PrefixPool:
     def _loaded(self, load: Load) -> BoundPrefix:
         """Read and bind, within the room reserved for it."""
         load.announced = announced = self._loading.announce(load.artifact_id)
+        self._upkeep.ask([load.artifact_id])
         with ExitStack() as stack:
             # Before room is made, which must not cost the calibration that the prefix needs.
             shared = self._resident_calibration(announced, stack)
@@ -301,7 +295,7 @@ class PrefixPool:
         with self._lock:
             if name in self._residents:
                 found = self._residents.get(name)  # another load was faster
-            elif not self._residents.put(name, found, load.shared_bytes):
+            elif not self._residents.put(name, found, load.shared_bytes, owner=load.artifact_id):
                 raise NoRoom
             self._hold_for(stack, name)
         return found
@@ -311,10 +305,12 @@ class PrefixPool:
         stack.callback(self.release, name)
 
     def _no_room(self, load: Load) -> LoadFailure:
+        with self._lock:
+            pinned = self._residents.budget - self._residents.attainable(load.artifact_id)
         return LoadFailure(
             "no_room",
             f"artifact {load.artifact_id[:12]} needs {load.needed_bytes} bytes of the "
-            f"{self._residents.budget} for prefixes",
+            f"{self._residents.budget} for prefixes" + (f"; pinned ones hold {pinned}" if pinned else ""),
         )
 
     def _finish(self, load: Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
@@ -351,7 +347,7 @@ class PrefixPool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""
         with self._lock:
             self._residents.cancel(load.artifact_id)
-            if not load.waiters or load.needed_bytes > self._residents.budget:
+            if not load.waiters or load.needed_bytes > self._residents.attainable(load.artifact_id):
                 return False
             self._parked.append(load)
             return True
@@ -407,15 +403,17 @@ class PrefixPool:
     def _count_failure(self, failure: LoadFailure, requests: int) -> None:
         self._counters[f"failed_{failure.reason}"] += requests
 
-    def _touch_later(self) -> None:
-        """Now and then, tell the catalog what was used: prefixes in memory must not look idle to it."""
+    def _asked(self) -> list[str]:
+        """What may be pinned; what has left is asked about when it comes again."""
         with self._lock:
-            used, self._used = self._used, set()
-        if used:
-            self._threads.submit(lambda: self._touch(used))
-        self._alarm.after(_TOUCH_EVERY_S, self._touch_later)
+            here = [key for key in self._residents.values if not key.startswith(_CALIBRATION)]
+            here += self._loads
+            for gone in self._residents.pins.difference(here):
+                self._residents.unpin(gone)
+            return here
 
-    def _touch(self, used: set[str]) -> None:
-        with suppress(CatalogUnavailable, CatalogError):
-            for artifact_id in used:
-                self._store.catalog.touch(artifact_id)
+    def _learn_pins(self, pinned: Mapping[str, bool]) -> None:
+        with self._lock:
+            for artifact_id, is_pinned in pinned.items():
+                (self._residents.pin if is_pinned else self._residents.unpin)(artifact_id)
+            self._unpark()

@@ -1,10 +1,13 @@
-"""`Residents`: what is kept in memory under a budget of bytes, least recently used out."""
+"""`Residents`: what is kept in memory under a budget of bytes, least recently used out, pinned last."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,19 +20,21 @@ class _Entry:
 class Residents:
     """Values by key, their bytes never above the budget, reservations included. Not thread-safe.
 
-    A value that is held or pinned stays. Room is reserved before a value is made, so that values that are
-    made at the same time do not exceed the budget together.
+    A value that is held stays. One that is pinned leaves for pinned ones alone, and after all that are not.
+    Room is reserved before a value is made, so that values that are made at the same time do not exceed the
+    budget together.
 
     Args:
         budget: bytes.
 
     Attributes:
-        evictions: values that had to leave, since the start.
+        evictions: values that had to leave, since the start. pinned_evictions: those that were pinned.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.evictions = 0
+        self.pinned_evictions = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._reserved: dict[str, int] = {}
         self._holds: Counter[str] = Counter()
@@ -48,7 +53,7 @@ class Residents:
     def reserve(self, key: str, nbytes: int) -> bool:
         """Keep room for a value to come, instead of what was reserved for it before; False: there is none."""
         self._reserved.pop(key, None)
-        if not self._make_room(nbytes):
+        if not self._make_room(nbytes, key):
             return False
         self._reserved[key] = nbytes
         return True
@@ -57,15 +62,18 @@ class Residents:
         """Give up a reservation, if there is one."""
         self._reserved.pop(key, None)
 
-    def put(self, key: str, value: Any, nbytes: int, needs: str | None = None) -> bool:
+    def put(
+        self, key: str, value: Any, nbytes: int, needs: str | None = None, *, owner: str | None = None
+    ) -> bool:
         """Keep a value in the room reserved for it; False: it is larger than that, and there is no more.
 
         Args:
             key: of a value that is not here yet.
             needs: another value, which must be here, and stays as long as this one does.
+            owner: whose pin decides what may leave for it; by default its own.
         """
         self._reserved.pop(key, None)
-        if not self._make_room(nbytes):
+        if not self._make_room(nbytes, owner or key):
             return False
         if needs is not None:
             self.hold(needs)
@@ -98,12 +106,20 @@ class Residents:
         self._entries.move_to_end(key)
 
     def pin(self, key: str) -> None:
-        """Keep a value, once it is here, until it is unpinned."""
+        """Keep a value, here or to come, from leaving for others that are not pinned."""
         self._pins.add(key)
 
     def unpin(self, key: str) -> None:
-        """Let a pinned value leave again; nothing where it is not pinned."""
+        """Undo `pin`; nothing where it is not pinned."""
         self._pins.discard(key)
+
+    def attainable(self, key: str) -> int:
+        """Bytes that a value could have if nobody held any other."""
+        if key in self._pins:
+            return self.budget
+        pinned = {name for name in self._pins if name in self._entries}
+        needed = {needs for name in pinned if (needs := self._entries[name].needs) is not None}
+        return self.budget - sum(self._entries[name].nbytes for name in pinned | needed)
 
     @property
     def nbytes(self) -> int:
@@ -130,9 +146,9 @@ class Residents:
         """Keys that are pinned, here or not."""
         return frozenset(self._pins)
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Let idle values leave until `nbytes` are free; none leaves where that is not enough."""
-        leaving = self._leaving(self.nbytes + self.reserved + nbytes - self.budget)
+    def _make_room(self, nbytes: int, owner: str) -> bool:
+        """Let idle values leave until `nbytes` are free for one; none leaves where that is not enough."""
+        leaving = self._leaving(self.nbytes + self.reserved + nbytes - self.budget, owner in self._pins)
         if leaving is None:
             return False
         for key in leaving:
@@ -140,25 +156,29 @@ class Residents:
             if needs is not None:
                 self.release(needs)
         self.evictions += len(leaving)
+        for key in self._pins.intersection(leaving):
+            self.pinned_evictions += 1
+            _log.warning("%s is pinned, and leaves memory: %d bytes hold no more", key[:12], self.budget)
         return True
 
-    def _leaving(self, short: int) -> list[str] | None:
+    def _leaving(self, short: int, for_pinned: bool) -> list[str] | None:
         """Which values leave so that `short` bytes become free, or None where they cannot. What others need
         may leave when those do.
         """
         leaving: list[str] = []
         holds = Counter(self._holds)
-        found = True
-        while short > 0 and found:
-            found = False
-            for key, entry in self._entries.items():
-                if short <= 0:
-                    break
-                if key in leaving or holds[key] or key in self._pins:
-                    continue
-                leaving.append(key)
-                short -= entry.nbytes
-                found = True
-                if entry.needs is not None:
-                    holds[entry.needs] -= 1
+        for stay in (self._pins, frozenset[str]()) if for_pinned else (self._pins,):
+            found = True
+            while short > 0 and found:
+                found = False
+                for key, entry in self._entries.items():
+                    if short <= 0:
+                        break
+                    if key in leaving or holds[key] or key in stay:
+                        continue
+                    leaving.append(key)
+                    short -= entry.nbytes
+                    found = True
+                    if entry.needs is not None:
+                        holds[entry.needs] -= 1
         return leaving if short <= 0 else None

@@ -14,6 +14,7 @@ from xkv_workers.messages import Device
 LAPTOP = Room(nodes=1, cpus=2, gpus=0, node_cpus=2)
 GPU_BOX = Room(nodes=1, cpus=32, gpus=4, node_cpus=32)
 CLUSTER = Room(nodes=3, cpus=24, gpus=0, node_cpus=8)
+COMPOSED = Room(nodes=4, cpus=4, gpus=0, node_cpus=2, bare_nodes=2)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,8 @@ CLUSTER = Room(nodes=3, cpus=24, gpus=0, node_cpus=8)
         (LAPTOP, "cpu", 2, Crew(2, "cpu", 1)),
         (CLUSTER, "cpu", None, Crew(3, "cpu", 8)),
         (CLUSTER, "cpu", 6, Crew(6, "cpu", 4)),
+        (COMPOSED, "cpu", None, Crew(2, "cpu", 2)),
+        (COMPOSED, "cpu", 4, Crew(4, "cpu", 1)),
         (GPU_BOX, "cuda", None, Crew(4, "cuda", 8)),
         (GPU_BOX, "cuda", 2, Crew(2, "cuda", 8)),
         (GPU_BOX, "cpu", None, Crew(1, "cpu", 32)),

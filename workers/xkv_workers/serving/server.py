@@ -87,6 +87,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     )  # Ray's 15 is for batches: answers must not wait for them
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
+        stack.enter_context(store.keeping_catalog())
         room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
         model = choose_model(request.model, request.revision, choose_device(request.device, room))
         if room is not None and room.nodes > 1 and store.redis_url.startswith("unix:"):

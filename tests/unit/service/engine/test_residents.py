@@ -24,6 +24,35 @@ def test_the_least_recently_used_leaves() -> None:
     assert residents.get("b") is None
 
 
+def test_pinned_leave_for_pinned_alone_and_after_all_others(caplog: pytest.LogCaptureFixture) -> None:
+    residents = _filled(a=30, b=30, c=30)
+    residents.pin("a")
+    residents.pin("b")
+    residents.pin("d")
+    assert not residents.put("e", "E", 50) and residents.attainable("e") == 40
+    assert residents.put("e", "E", 40) and list(residents.values) == ["a", "b", "e"]
+    assert residents.put("d", "D", 40) and list(residents.values) == ["a", "b", "d"]
+    assert residents.pinned_evictions == 0 and not caplog.records
+    residents.get("a")
+    residents.pin("f")
+    assert residents.attainable("f") == 100
+    assert residents.put("f", "F", 20) and list(residents.values) == ["d", "a", "f"]
+    assert (residents.evictions, residents.pinned_evictions) == (3, 1) and "b is pinned" in caplog.text
+    residents.hold("d")
+    assert not residents.put("f2", "F", 70) and not residents.reserve("f", 70)
+
+
+def test_what_pinned_values_need_stays_with_them() -> None:
+    residents = _filled(shared=30)
+    residents.pin("a")
+    assert residents.put("a", "A", 30, "shared")
+    assert residents.attainable("b") == 40 and not residents.put("b", "B", 50)
+    residents.pin("b")
+    assert not residents.put("other", "O", 50)
+    assert residents.put("other", "O", 50, owner="b")  # the bases that a pinned value is to share
+    assert list(residents.values) == ["shared", "other"] and residents.pinned_evictions == 1
+
+
 def test_held_and_pinned_stay_and_what_has_no_room_drives_nobody_out() -> None:
     residents = _filled(a=40, b=30, c=30)
     residents.hold("a")
