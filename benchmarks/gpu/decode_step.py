@@ -1,7 +1,7 @@
 """A whole decode step of a Llama-3.1-8B-shaped model: full cache or factors, each at its largest batch.
 
 python benchmarks/gpu/decode_step.py --tokens 128 --sides full,int8 --out OUT/decode_step_128.json
-python benchmarks/gpu/decode_step.py --sides cascade,int8 --documents one --batches 1,32,128 --out OUT/one.json
+python benchmarks/gpu/decode_step.py --sides cascade,int8 --documents one --batches 8,128 --out OUT/one.json
 TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out smoke.json     # small, on a CPU
 
 Transformers' own modules with random weights, embedding to sampling, the new token's keys and values
