@@ -13,6 +13,7 @@ from xkv_service.api import errors
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.body_limit import BodyLimit
 from xkv_service.api.doorkeeper import Doorkeeper
+from xkv_service.api.drain import DrainGate
 from xkv_service.api.generation_routes import generation_routes
 from xkv_service.api.health_routes import health_routes
 from xkv_service.api.keys import KeyRing
@@ -37,6 +38,8 @@ def create_app(
     settings: APISettings | None = None,
 ) -> FastAPI:
     """The ASGI app. It keeps counters, and nothing that another copy of it would have to know.
+
+    Its `state.drain` is a `Drain`, by which whoever runs the app ends it.
 
     Args:
         model: what is served. backend: runs it.
@@ -63,12 +66,14 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
     )
+    app.state.drain = server.drain
     errors.install(app)
     for routes in (generation_routes, prefix_routes, health_routes, status_routes):
         app.include_router(routes(server))
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Doorkeeper, keys=keys, open_network=settings.open_network)
+    app.add_middleware(DrainGate, drain=server.drain)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
 

@@ -97,6 +97,7 @@ async def _answer(
             usage=body.stream_options.include_usage,
             slot=slot,
             traffic=server.traffic,
+            drain=server.drain,
         )
     except BaseException:
         slot.release()
