@@ -36,6 +36,7 @@ def create_app(
     prefixes: PrefixService | None = None,
     keys: KeyRing | None = None,
     settings: APISettings | None = None,
+    ids_sent: bool = False,
 ) -> FastAPI:
     """The ASGI app. It keeps counters, and nothing that another copy of it would have to know.
 
@@ -47,6 +48,7 @@ def create_app(
         prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501.
         keys: who may enter; None or empty: everybody on this machine.
         settings: limits and times.
+        ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
     server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics))
@@ -74,7 +76,7 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Doorkeeper, keys=keys, open_network=settings.open_network)
     app.add_middleware(DrainGate, drain=server.drain)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, ids_sent=ids_sent)
     return app
 
 

@@ -52,6 +52,7 @@ class Outcome:
         now = time.perf_counter()
         if isinstance(event, Started):
             self.started, self.first_token_s, self._last = event, now - self.submitted, now
+            self.generated, self.gaps_s = 0, []
         elif isinstance(event, Delta):
             later = event.tokens if self.generated else event.tokens - 1  # than the first one of all
             if later > 0:
@@ -148,7 +149,9 @@ class GenerationResponse(Response):
         async with aclosing(self._backend.generate(self._request)) as events:
             async for event in events:
                 self._outcome.note(event)
-                if isinstance(event, Delta):
+                if isinstance(event, Started):
+                    deltas = []
+                elif isinstance(event, Delta):
                     deltas.append(event)
                 elif isinstance(event, Failed):
                     raise of_failure(event)

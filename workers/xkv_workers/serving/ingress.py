@@ -58,4 +58,5 @@ def make_app(settings: ServeSettings) -> FastAPI:
         prefixes=StoredPrefixes(store, RemoteMaker(compressor)),
         keys=settings.keys,
         settings=settings.api,
+        ids_sent=True,  # by Serve's proxy
     )
