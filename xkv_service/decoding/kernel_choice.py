@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from xkv_service.decoding.scoring import Scoring, SketchScorer
 if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
 
-DEVICES = ("cuda",)
+VARIABLE = "XKV_DECODE_KERNELS"
+"""Environment variable that turns the kernels on, with the value "on"."""
+DEVICES: tuple[str, ...] = ("cuda",) if os.environ.get(VARIABLE) == "on" else ()
 """Kinds of device that kernels run on; tests add the CPU, where Triton interprets them."""
 _CAPABILITY = (8, 0)
 """Kernels copy asynchronously and multiply bfloat16, which older devices do not."""
@@ -36,7 +39,7 @@ def why_not(cache: XKVCache, scoring: Scoring) -> str | None:
     Either all compressed layers of a cache run by kernels or none does: layers take each other's choices.
     """
     if not kernels_run(cache.prefix.model.device):
-        return "Triton, or a device that kernels run on, is missing"
+        return f"{VARIABLE}=on is not set, or Triton or a device that kernels run on is missing"
     if not takes(scoring):
         return "scores have a softcap, or sinks of their own"
     if cache.selection.granularity != "layer":
