@@ -17,13 +17,12 @@ import torch
 from bundled import load
 from report import Report
 
-from xkv_service.calibration.certificates import is_low
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.storage import read_calibration_file
 from xkv_service.compression import compress_each
 from xkv_service.demo import demo_calibration_path
 from xkv_service.modeling.prompts import render_prefix
-from xkv_workers.low_fidelity import retry_specs
+from xkv_workers.low_fidelity import Standard, retry_specs
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = (
@@ -59,7 +58,7 @@ def main() -> None:
         found = [made[spec].fidelity if spec in made else None for spec in specs]
         kl = [None if one is None else one.kl for one in found]
         whole = found[0]
-        low = whole is not None and is_low(whole, arguments.ratio, calibration.figures)
+        low = whole is not None and Standard(calibration=calibration).is_low(whole, arguments.ratio)
         report.add(document=name, tokens=len(ids), low=low, whole=kl[0], half_own=kl[1], half_shared=kl[2])
     report.write(arguments.out, ratio=arguments.ratio, calibration=calibration.id)
 
