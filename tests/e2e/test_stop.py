@@ -92,14 +92,18 @@ def test_running_answers_end_with_an_error_and_later_ones_are_refused(
 ) -> None:
     """At the first signal after the time to finish, at a second one at once."""
     server = Server(tmp_path, "--store", tmp_path / "store", "--stop-grace", grace)
-    client = Client(server)
-    with ThreadPoolExecutor() as pool:
-        whole, stream = pool.submit(client.whole, 1), pool.submit(client.stream, 2)
-        _running(server, 2)
-        signals[0](server)
-        _refused(server)
-        for again in signals[1:]:
-            again(server)
-        _broken_off(whole, stream)
-    assert server.process.wait(300) == 0, server.log.read_text()
-    assert "cut off" not in server.log.read_text()
+    try:
+        client = Client(server)
+        with ThreadPoolExecutor() as pool:
+            whole, stream = pool.submit(client.whole, 1), pool.submit(client.stream, 2)
+            _running(server, 2)
+            signals[0](server)
+            _refused(server)
+            for again in signals[1:]:
+                again(server)
+            _broken_off(whole, stream)
+        assert server.process.wait(300) == 0, server.log.read_text()
+        assert "cut off" not in server.log.read_text()
+    finally:
+        if server.process.poll() is None:
+            server.stop()
