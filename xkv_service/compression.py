@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.limits import fidelity_limit
 from xkv_service.errors import RatioUnreachable
 from xkv_service.factorization.group_factors import factorize_groups
 from xkv_service.factorization.projected_factors import project_groups
@@ -69,7 +70,7 @@ def compress_prefill(
         RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
     """
     factors, errors = factorize_prefill(model, exact, spec, calibration)
-    return factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
+    return _certified(model, exact, factors, errors, calibration)
 
 
 def compress_each(
@@ -93,10 +94,7 @@ def compress_each(
         for spec in specs:
             with suppress(RatioUnreachable):
                 made.append(factorize_prefill(model, exact, spec, calibration))
-        return [
-            factors.with_fidelity(certify(model, exact, factors, errors.key_error, errors.value_error))
-            for factors, errors in made
-        ]
+        return [_certified(model, exact, factors, errors, calibration) for factors, errors in made]
     finally:
         exact.free()
 
@@ -142,6 +140,21 @@ def factorize_prefill(
         states={state.layer: exact.state(state.layer) for state in exact.layout.states},
     )
     return factors, ReconstructionErrors(made.key_error, made.value_error)
+
+
+def _certified(
+    model: PreTrainedModel,
+    exact: Prefill,
+    factors: PrefixFactors,
+    errors: ReconstructionErrors,
+    calibration: Calibration | None,
+) -> PrefixFactors:
+    """The factors with their fidelity, and the limit that their calibration sets it."""
+    fidelity = certify(model, exact, factors, errors.key_error, errors.value_error)
+    if calibration is not None:
+        limit = fidelity_limit(factors.spec.ratio, calibration.figures)
+        fidelity = fidelity.model_copy(update={"kl_limit": limit})
+    return factors.with_fidelity(fidelity)
 
 
 def rotary_tables(exact: Prefill) -> tuple[tuple[RotaryTable, ...], RotaryUse]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.errors import CatalogError
+from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.manifest import Name, PrefixManifest, Sha256
 from xkv_artifacts.retention import NO_PROMISE, Retention, Seconds
 
@@ -63,6 +64,8 @@ class Entry(HashEntry):
         model: the model's name. fingerprint: its fingerprint.
         document, document_sha256: where the prefix came from and its content's hash.
         fidelity: top-1 agreement with the exact cache, 0 to 1.
+        kl: divergence from it (nats); None in entries of before. kl_limit: as the manifest has it.
+        calibration: id of the one that the artifact was made with, None without.
         ratio: bytes_full / bytes.
         created, last_used: seconds since the epoch.
         pinned, expires: as the artifact's retention file says; see `retention`.
@@ -81,6 +84,9 @@ class Entry(HashEntry):
     document: Name
     document_sha256: Sha256
     fidelity: float = Field(ge=0, le=1)
+    kl: float | None = Field(default=None, ge=0)
+    kl_limit: float | None = Field(default=None, ge=0)
+    calibration: Sha256 | None = None
     ratio: float = Field(ge=0)
     created: float
     last_used: float
@@ -104,12 +110,21 @@ class Entry(HashEntry):
             document=manifest.document.uri,
             document_sha256=manifest.document.sha256,
             fidelity=manifest.fidelity.top1_agreement,
+            kl=manifest.fidelity.kl,
+            kl_limit=manifest.fidelity.kl_limit,
+            calibration=_calibration(manifest.spec),
             ratio=manifest.bytes_full / size,
             created=manifest.created.timestamp(),
             last_used=last_used,
             pinned=retention.pinned,
             expires=retention.expires,
         )
+
+
+def _calibration(spec: Mapping[str, Any]) -> str | None:
+    """A blob's spec may say anything."""
+    found = spec.get("calibration")
+    return found if isinstance(found, str) and is_artifact_id(found) else None
 
 
 def bad_entry(artifact_id: str, reason: str) -> CatalogError:

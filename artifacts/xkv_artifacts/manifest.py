@@ -35,7 +35,8 @@ class _Strict(BaseModel):
 class _Extended(_Strict):
     """A record that got fields after the first files were written.
 
-    Empty ones are left out of the JSON: an artifact that has no use for them is the file it always was.
+    Those with their defaults are left out of the JSON: an artifact that has no use for them is the file it
+    always was.
     """
 
     later_fields: ClassVar[frozenset[str]]
@@ -43,7 +44,12 @@ class _Extended(_Strict):
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if value or name not in self.later_fields}
+        unused = {name for name in self.later_fields if getattr(self, name) == _default(self, name)}
+        return {name: value for name, value in fields.items() if name not in unused}
+
+
+def _default(record: BaseModel, field: str) -> Any:
+    return type(record).model_fields[field].default
 
 
 class ModelParts(_Strict):
@@ -153,7 +159,7 @@ class StateLayout(_Strict):
     recurrent: tuple[StateShape, ...]
 
 
-class Fidelity(_Strict):
+class Fidelity(_Extended):
     """What was measured against the exact cache when the artifact was made.
 
     Args:
@@ -162,13 +168,18 @@ class Fidelity(_Strict):
         positions: held-back positions measured.
         key_error, value_error: relative Frobenius reconstruction error of each group; of latent attention,
             that of the latents, and 0.
+        kl_limit: nats above which `kl` is low, as the calibration said that the artifact was made with; None
+            without one, where its ratio was not asked for, and in files of before.
     """
+
+    later_fields = frozenset({"kl_limit"})
 
     top1_agreement: float = Field(ge=0, le=1)
     kl: float = Field(ge=0)
     positions: Index
     key_error: tuple[float, ...]
     value_error: tuple[float, ...]
+    kl_limit: float | None = Field(default=None, ge=0)
 
 
 class PrefixManifest(_Extended):

@@ -13,6 +13,8 @@ from xkv_cli.options import json_option, store_options
 def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
     """List the artifacts in the store, last used first, and say what conversations of a server take there.
 
+    A fidelity marked with "!" is low: answers from that artifact may well be wrong.
+
     \b
     Examples:
       xkv ls
@@ -21,23 +23,27 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
 
     \b
     With --json, one object:
-      {"artifacts": [{"id", "document", "tokens", "bytes", "bytes_full", "ratio", "fidelity", "model",
-                      "namespace", "created", "last_used", ...}],
+      {"artifacts": [{"id", "document", "tokens", "bytes", "bytes_full", "ratio", "fidelity", "kl",
+                      "low", "kl_limit", "model", "namespace", "created", "last_used", ...}],
        "stored_tails": {"tails", "bytes"}}
+    low: null where the artifact cannot be read. kl_limit: nats of kl above which it is, by the artifact's
+    calibration; null without one, where a fidelity below 0.9 is low.
     """
     from dataclasses import asdict
 
     from xkv_artifacts.store import ArtifactStore
     from xkv_cli import render
+    from xkv_workers.verdicts import Verdicts
 
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         entries = store.entries(on_fault=lambda fault: render.complain(fault.message, fault.hint))
         tails = store.tails.usage()
+        verdicts = Verdicts(store).of_entries(entries)
     if as_json:
-        artifacts = [entry.model_dump(mode="json") for entry in entries]
+        artifacts = [render.entry_fields(entry, verdicts.get(entry.id)) for entry in entries]
         render.as_json({"artifacts": artifacts, "stored_tails": asdict(tails)})
     else:
-        render.entries(entries)
+        render.entries(entries, {artifact_id for artifact_id, one in verdicts.items() if one.low})
         render.stored_tails(tails)
     return 0
 
@@ -48,6 +54,9 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
 @json_option
 def show(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -> int:
     """Show one artifact: model, document, ranks, fidelity.
+
+    The verdict says whether its fidelity is low, above which limit (nats of KL divergence), and whose limit
+    that is: the artifact's calibration's, written when it was made, or else of the calibration in the store.
 
     ID may be shortened to its first digits (4 or more) as long as they are unique.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,10 +16,12 @@ from xkv_artifacts.entry import Entry
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.reports import TailUsage
 from xkv_artifacts.store import Verification
+from xkv_service.numeric import is_number
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
 from xkv_workers.inventory import Description
-from xkv_workers.report import ArtifactLine, DocumentError, Report
+from xkv_workers.report import LOW_FIDELITY, ArtifactLine, DocumentError, Report
+from xkv_workers.verdicts import Verdict
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -146,8 +148,18 @@ def complain(message: str, hint: str = "") -> None:
     sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
 
 
-def entries(found: Sequence[Entry]) -> None:
-    """A line for each artifact, and how long it is kept where that is said of any."""
+def entry_fields(entry: Entry, verdict: Verdict | None) -> dict[str, Any]:
+    """An artifact in the catalog and what is said of its fidelity, as plain JSON values."""
+    low, limit = (None, entry.kl_limit) if verdict is None else (verdict.low, verdict.limit)
+    return {**entry.model_dump(mode="json"), "low": low, "kl_limit": limit}
+
+
+def entries(found: Sequence[Entry], low: Collection[str] = ()) -> None:
+    """A line for each artifact, and how long it is kept where that is said of any.
+
+    Args:
+        low: ids of those whose fidelity is; they are marked.
+    """
     promised = any(entry.pinned or entry.expires is not None for entry in found)
     head = ("id", "document", "tokens", "stored", "ratio", "fidelity", "created")
     table(
@@ -159,7 +171,7 @@ def entries(found: Sequence[Entry]) -> None:
                 f"{entry.tokens:,}",
                 size(entry.bytes),
                 f"{entry.ratio:.2f}x",
-                percent(entry.fidelity),
+                ("! " if entry.id in low else "") + percent(entry.fidelity),
                 date(entry.created)[:10],
                 *([_kept(entry)] if promised else []),
             )
@@ -167,6 +179,8 @@ def entries(found: Sequence[Entry]) -> None:
         ],
         right=("id", "tokens", "stored", "ratio", "fidelity", "created"),
     )
+    if low:
+        _console().print(Text("! low fidelity: answers may be wrong; `xkv show ID` says by which limit"))
 
 
 def stored_tails(found: TailUsage) -> None:
@@ -212,6 +226,8 @@ def description(found: Description) -> None:
                 f"{percent(fidelity.top1_agreement)} same next token, {fidelity.positions} positions",
             ),
             ("KL divergence", f"{fidelity.kl:.4f} nats"),
+            ("verdict", _verdict(manifest, found.verdict)),
+            *_compressed_again(manifest),
             ("selection index", _index(manifest)),
             ("calibration", str(manifest.spec.get("calibration") or "none")),
             *_kept_exact(manifest),
@@ -219,6 +235,30 @@ def description(found: Description) -> None:
         ],
     )
     _groups(manifest)
+
+
+def _verdict(manifest: PrefixManifest, verdict: Verdict) -> str:
+    """Whether the fidelity is low, and by which limit."""
+    if verdict.limit is None:
+        rest = f"{percent(LOW_FIDELITY)} same next token; no calibration sets a limit"
+        return f"low: below {rest}" if verdict.low else f"not low: at least {rest}"
+    calibration = str(manifest.spec.get("calibration"))[:12]
+    limit = f"{verdict.limit:.4f} nats, the limit of calibration {calibration}{_at_ratio(manifest)}"
+    return f"low: above {limit}" if verdict.low else f"not low: at most {limit}"
+
+
+def _at_ratio(manifest: PrefixManifest) -> str:
+    """The ratio that was asked for; a blob's spec may say anything."""
+    ratio = manifest.spec.get("ratio")
+    return f" at {ratio:g}x" if is_number(ratio) else ""
+
+
+def _compressed_again(manifest: PrefixManifest) -> list[tuple[str, str]]:
+    """What was tried because the fidelity was low, where anything was."""
+    if manifest.instead_of is not None:
+        first = f"artifact {manifest.instead_of[:12]}, whose fidelity was low"
+        return [("compressed again", f"made{_at_ratio(manifest)} instead of {first}")]
+    return [("compressed again", "nothing else was better")] if manifest.retried else []
 
 
 def _index(manifest: PrefixManifest) -> str:

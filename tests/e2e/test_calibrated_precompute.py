@@ -80,7 +80,9 @@ def test_the_models_calibration_is_taken_and_found_again(
     assert answered["artifact"] == artifact["id"]
     spec = xkv("show", artifact["id"], "--store", store, "--json").json["spec"]
     assert (spec["calibration"], spec["basis"], spec["index"]) == (made, "calibrated", "derived")
-    assert made in xkv("show", artifact["id"], "--store", store).out
+    told = " ".join(xkv("show", artifact["id"], "--store", store).out.split())
+    assert f"calibration {made} " in told
+    assert ("verdict low: above" if artifact["low"] else "verdict not low: at most") in told
 
     refused = xkv("calibrations", "rm", made[:8], "--store", store)
     assert refused.code == 1 and "1 stored artifact cannot be used without it" in refused.err
@@ -213,9 +215,18 @@ def test_an_artifact_of_low_fidelity_is_compressed_again(
     assert (first["computed"], first["failed"]) == (1, 0), first
     assert line["id"] != planned and 2.5 < line["ratio"] < 6
     assert line["retried"]["kl_now"] < line["retried"]["kl"]
-    spec = xkv("show", line["id"], "--store", store, "--json").json["spec"]
+    shown = xkv("show", line["id"], "--store", store, "--json").json
+    spec = shown["spec"]
     assert (spec["ratio"], spec["calibration"]) == (3, made)
     assert line["low"], "against a threshold of nothing"
+    assert (shown["low"], shown["kl_limit"], shown["fidelity"]["kl_limit"]) == (True, 0, 0)
+    assert shown["instead_of"] == planned
+    told = " ".join(xkv("show", line["id"], "--store", store).out.split())
+    assert f"verdict low: above 0.0000 nats, the limit of calibration {made[:12]} at 3x" in told
+    assert f"made at 3x instead of artifact {planned[:12]}, whose fidelity was low" in told
+    (listed,) = xkv("ls", "--store", store, "--json").json["artifacts"]
+    assert (listed["low"], listed["kl_limit"], listed["kl"]) == (True, 0, shown["fidelity"]["kl"])
+    assert "! low fidelity" in xkv("ls", "--store", store).out
 
     again = xkv(*run, "--json").json
     assert (again["computed"], again["reused"]) == (0, 1)
@@ -264,3 +275,5 @@ def test_stored_artifacts_of_low_fidelity_are_treated_as_new_ones(
     assert first["artifacts"][0]["low"] and first["artifacts"][0]["retried"] is None
     shown = xkv("show", first["artifacts"][0]["id"], "--store", store, "--json").json
     assert shown["retried"] and shown["spec"]["calibration"] == made
+    told = " ".join(xkv("show", shown["id"], "--store", store).out.split())
+    assert "compressed again nothing else was better" in told

@@ -14,22 +14,25 @@ from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_workers.errors import CalibrationNeeded
+from xkv_workers.verdicts import Verdict, Verdicts
 
 _SHORTEST = 4
 
 
 @dataclass(frozen=True)
 class Description:
-    """One artifact: its catalog entry, and the manifest in its blob."""
+    """One artifact: its catalog entry, the manifest in its blob, and what that says of its fidelity."""
 
     entry: Entry | None
     manifest: PrefixManifest
     bytes: int
+    verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values. Tensors are left out: there are hundreds."""
         fields = self.manifest.model_dump(mode="json", exclude={"tensors"})
         fields["bytes"] = self.bytes
+        fields["low"], fields["kl_limit"] = self.verdict.low, self.verdict.limit
         fields["ratio"] = round(self.manifest.bytes_full / self.bytes, 4)
         fields["last_used"] = self.entry.last_used if self.entry else None
         fields["pinned"] = self.entry.pinned if self.entry else None
@@ -84,7 +87,8 @@ def describe(store: ArtifactStore, artifact_id: str) -> Description:
         ArtifactNotFound, CorruptArtifact, UnsupportedFormat
     """
     manifest = store.manifest(artifact_id)
-    return Description(store.get(artifact_id), manifest, store.blobs.size(artifact_id))
+    verdict = Verdicts(store).of(manifest)
+    return Description(store.get(artifact_id), manifest, store.blobs.size(artifact_id), verdict)
 
 
 def describe_calibration(store: ArtifactStore, calibration_id: str) -> CalibrationDescription:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from xkv_artifacts.manifest import Fidelity
+from xkv_service.calibration.limits import fidelity_limit
 from xkv_service.spec import CompressionSpec
 from xkv_workers.messages import Stored
 from xkv_workers.report import LOW_FIDELITY
@@ -51,13 +52,10 @@ class Standard:
         Args:
             ratio: that the artifact was made for, None where ranks were given.
         """
-        thresholds = self.calibration is not None and self.calibration.figures.get("thresholds")
-        if not thresholds or self.calibration is None or ratio is None:
+        limit = None if self.calibration is None else fidelity_limit(ratio, self.calibration.figures)
+        if limit is None:
             return fidelity.top1_agreement < (self.min_fidelity or LOW_FIDELITY)
-        from xkv_service.calibration import certificates
-
-        less = fidelity.top1_agreement < self.min_fidelity
-        return less or certificates.is_low(fidelity, ratio, self.calibration.figures)
+        return fidelity.top1_agreement < self.min_fidelity or fidelity.kl > limit
 
     def shortfall(self, stored: Stored) -> str | None:
         """Why an artifact that is stored already cannot be used, in one line; None when it can."""

@@ -77,19 +77,21 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
     """
     try:
         with path.open("rb") as file:
-            lines = islice(iter(lambda: file.readline(_LINE_BYTES), b""), MOST_QUESTIONS)
-            return [_pair(line) for line in lines if line.strip()]
+            lines = list(islice(iter(lambda: file.readline(_LINE_BYTES), b""), MOST_QUESTIONS))
     except OSError as error:
         raise BadDocument(f"{path.name} cannot be read: {error.strerror or error}") from None
+    return [_pair(line, f"{path.name}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _pair(line: bytes, place: str) -> tuple[str, str]:
+    wanted = 'lines are {"question": ..., "answer": ...}'
+    if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
+        raise BadDocument(f"{place} is no question: it has {_LINE_BYTES:,} bytes or more", hint=wanted)
+    try:
+        record = json.loads(line)
+        question, answer = record["question"], record["answer"]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise BadDocument(
-            f"{path.name} has a line that is no question", hint='lines are {"question": ..., "answer": ...}'
-        ) from None
-
-
-def _pair(line: bytes) -> tuple[str, str]:
-    record = json.loads(line)
-    question, answer = record["question"], record["answer"]
+        question = answer = None
     if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
-        raise ValueError
+        raise BadDocument(f"{place} is no question", hint=wanted)
     return question, answer

@@ -53,6 +53,7 @@ class PrefixRecord:
         id: its artifact's, known before it is made. model: the name of its model. tokens: of the prefix.
         created: seconds since the epoch, when it was asked for or, once it is ready, made.
         bytes: stored. ratio: bytes of the exact cache / bytes stored. fidelity: top-1 agreement with it.
+        kl: divergence from it (nats). kl_limit: above which it is low, by the calibration it was made with.
         expires: seconds since the epoch, or None. error: why it failed.
     """
 
@@ -66,6 +67,8 @@ class PrefixRecord:
     bytes: int | None = None
     ratio: float | None = None
     fidelity: float | None = None
+    kl: float | None = None
+    kl_limit: float | None = None
     expires: float | None = None
     pinned: bool = False
     error: str | None = None

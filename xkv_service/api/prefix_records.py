@@ -144,6 +144,8 @@ def _of_entry(entry: Entry) -> PrefixRecord:
         bytes=entry.bytes,
         ratio=entry.ratio,
         fidelity=entry.fidelity,
+        kl=entry.kl,
+        kl_limit=entry.kl_limit,
         expires=entry.expires,
         pinned=entry.pinned,
     )

@@ -71,6 +71,8 @@ class PrefixObject(BaseModel):
     bytes: int | None
     ratio: float | None
     fidelity: float | None = Field(description="Top-1 agreement with the exact cache, 0 to 1.")
+    kl: float | None = Field(description="KL divergence from the exact cache's predictions, nats.")
+    kl_limit: float | None = Field(description="Above it `kl` is low fidelity, by the calibration; or null.")
     expires_at: int | None
     pinned: bool
     error: str | None
@@ -90,6 +92,8 @@ class PrefixObject(BaseModel):
             bytes=record.bytes,
             ratio=record.ratio,
             fidelity=record.fidelity,
+            kl=record.kl,
+            kl_limit=record.kl_limit,
             expires_at=None if record.expires is None else int(record.expires),
             pinned=record.pinned,
             error=record.error,

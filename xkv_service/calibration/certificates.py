@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
 from xkv_service.calibration.limits import LEAST_KL, LOST, TIMES_WORST
@@ -37,18 +35,6 @@ def fidelity_thresholds(
             limit = min(LOST, max(LEAST_KL, TIMES_WORST * worst))
             found.append({"ratio": ratio, "worst": worst, "kl": limit})
     return found
-
-
-def is_low(fidelity: Fidelity, ratio: float, figures: Mapping[str, Any]) -> bool:
-    """Whether an artifact is less faithful than documents of the calibration's sample are at its ratio, or so
-    little that answers are lost.
-
-    Args:
-        figures: the calibration's; without thresholds nothing is low. Those of before may be above `LOST`.
-    """
-    known = sorted((one["ratio"], min(LOST, one["kl"])) for one in figures.get("thresholds", ()))
-    limits = [kl for at, kl in known if at >= ratio] or [kl for _, kl in known[-1:]]
-    return bool(limits) and fidelity.kl > limits[0]
 
 
 def _kl(

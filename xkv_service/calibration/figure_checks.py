@@ -24,7 +24,7 @@ class _Row(_Part):
 
 class _Threshold(_Part):
     ratio: float
-    kl: float
+    kl: float = Field(ge=0)
 
 
 class _Selection(_Part):

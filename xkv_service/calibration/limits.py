@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 ERRORS = 2
 """Standard errors of a difference beyond which one thing is called better than another."""
 LOST = 0.02
@@ -20,3 +23,20 @@ TIMES_WORST = 3.0
 """Times the worst divergence among the documents held out: what lies above is not like them."""
 LEAST_KL = 0.01
 """Nats below which no fidelity is called low; above `LOST` every one is."""
+
+
+def fidelity_limit(ratio: float | None, figures: Mapping[str, Any]) -> float | None:
+    """Divergence (nats) above which an artifact is less faithful than documents of the calibration's sample
+    are at its ratio, or so little that answers are lost; None where nothing says.
+
+    Args:
+        ratio: that the artifact was made for, None where ranks were given.
+        figures: the calibration's, checked; without thresholds there is no limit. Those of before may be
+            above `LOST`.
+    """
+    known: list[tuple[float, float]] = sorted(
+        (one["ratio"], one["kl"]) for one in figures.get("thresholds", ())
+    )
+    if ratio is None or not known:
+        return None
+    return min(LOST, next((kl for at, kl in known if at >= ratio), known[-1][1]))

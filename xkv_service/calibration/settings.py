@@ -87,9 +87,9 @@ class CalibrationSettings:
             self._check(
                 name, all(is_number(one) and 1 <= one <= 1000 for one in each), "numbers from 1 to 1000"
             )
-        for name in ("group_size", "tolerance_documents"):
-            value = getattr(self, name)
-            self._check(name, is_integer(value) and value >= 1, "an integer from 1")
+        size, count = self.group_size, self.tolerance_documents
+        self._check("group_size", is_integer(size) and 1 <= size <= 1024, "an integer from 1 to 1024")
+        self._check("tolerance_documents", is_integer(count) and count >= 1, "an integer from 1")
         share = self.held_out
         self._check("held_out", is_number(share) and 0 < share <= 0.5, "a share of 0.5 at most")
         known = bool(self.weightings) and set(self.weightings) <= set(WEIGHTINGS)

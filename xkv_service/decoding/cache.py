@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from xkv_service.decoding.cache_layer import PrefixLayer, WindowLayer
 from xkv_service.decoding.fold import FOLD_ERROR, fold_tail
+from xkv_service.decoding.kept_launches import KeptLaunches
 from xkv_service.decoding.loading import load_factors
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.select import Selection
@@ -43,6 +44,7 @@ class XKVCache(Cache):  # type: ignore[misc]
 
     Attributes:
         tail_ids: the tokens of the tail, as far as they were given as ids.
+        launches: what kernels need for its steps, where they attend.
 
     Raises:
         InvalidSpec: the selection needs an index that the artifact does not have.
@@ -59,6 +61,7 @@ class XKVCache(Cache):  # type: ignore[misc]
             layers[index] = StateLayer(layers[index].number_of_states, state, prefix.model.device)
         super().__init__(layers=layers)
         self.tail_ids = TailIds()
+        self.launches = KeptLaunches()
 
     @classmethod
     def from_factors(
@@ -136,6 +139,7 @@ class XKVCache(Cache):  # type: ignore[misc]
                     hint="call it inside `with enable_xkv(model):`",
                 )
             self.follow(layer_idx)
+            layer.owner = self
             attend_next(layer, self.prefix.modules[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -192,6 +196,7 @@ class XKVCache(Cache):  # type: ignore[misc]
         """A second cache with the same prefix and tail; both go on by themselves. Nothing is copied."""
         other = copy.copy(self)
         other.layers = [_fork(layer) for layer in self.layers]
+        other.launches = KeptLaunches()
         return other
 
     def fold(self, *, keep: int = 0, error: float = FOLD_ERROR) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -13,6 +13,9 @@ from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.growing_layer import GrowingLayer
 from xkv_service.decoding.select import Choosing, Recorded, Repeated, Selected, Selection
 from xkv_service.errors import CacheMisuse
+
+if TYPE_CHECKING:
+    from xkv_service.decoding.cache import XKVCache
 
 
 class PrefixLayer(GrowingLayer):
@@ -28,12 +31,14 @@ class PrefixLayer(GrowingLayer):
         keys, values: the tail [batch, kv_heads, n, D], or None.
         rebuilt: prefix tokens rebuilt at the last call of attention.
         leader: during a call, the layer of the same cache whose choice this one takes.
+        owner: during a call, the cache whose kernels may attend; None: PyTorch does.
     """
 
     def __init__(self, index: int, selection: Selection, *, followed: bool = False) -> None:
         super().__init__()
         self.index, self.selection, self.rebuilt = index, selection, 0
         self.leader: PrefixLayer | None = None
+        self.owner: XKVCache | None = None
         self._followed = followed
         self._chosen: list[Selected] | None = None
 
@@ -43,6 +48,10 @@ class PrefixLayer(GrowingLayer):
         Raises:
             CacheMisuse: the layer that this one follows did not run before it in this call.
         """
+        owner, self.owner = self.owner, None
+        if owner is not None and _is_step(call):
+            for _, launch in owner.launches.of([owner], call.scoring):
+                return launch.attend([self], call.query[:, :, 0], call.scoring.scaling)[:, None]
         choosing: Choosing = self.selection
         if self.selection.reuses:
             choosing = Repeated(self.selection.prefix, self._leaders_choice())
@@ -63,6 +72,14 @@ class PrefixLayer(GrowingLayer):
             )
         leader._chosen = None
         return chosen
+
+    def leaders_state(self) -> tuple[int, int]:
+        """Of the layer whose choice this one takes: its index and the tokens of its tail."""
+        return (-1, -1) if self.leader is None else (self.leader.index, self.leader.tail_tokens)
+
+    def ran_by_kernels(self, rebuilt: int) -> None:
+        """Note that kernels attended, and how many tokens of the prefix they rebuilt for each session."""
+        self.rebuilt, self.leader, self._chosen = rebuilt, None, None
 
     @property
     def prefix_tokens(self) -> int:
@@ -124,6 +141,14 @@ class PrefixLayer(GrowingLayer):
     def fork(self) -> PrefixLayer:
         """The same prefix and the tail as it is now; tails grow by making new tensors: nothing is copied."""
         return copy.copy(self)
+
+
+def _is_step(call: AttentionCall) -> bool:
+    """Whether every row has one new token, which sees all tokens, and nobody asks for gradients."""
+    asked = (call.query, call.keys, call.values)
+    return (
+        call.mask is None and call.query.shape[2] == 1 and not any(states.requires_grad for states in asked)
+    )
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]

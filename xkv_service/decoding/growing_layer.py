@@ -6,6 +6,7 @@ Transformers' own layer makes new tensors at every token, which copies all that 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ class _Room:
         return self.keys[..., :end, :], self.values[..., :end, :]
 
 
+@dataclass(frozen=True)
+class Held:
+    """Which tokens a layer holds.
+
+    Args:
+        room: they are the first ones in it, where nothing is ever written twice. None: they are elsewhere.
+        tokens: how many.
+    """
+
+    room: _Room | None
+    tokens: int
+
+    def follows(self, before: Held) -> bool:
+        """Whether these are the tokens of `before` and one more."""
+        return self.room is not None and self.room is before.room and self.tokens == before.tokens + 1
+
+
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """As `DynamicLayer`. Copies share what they hold until they part: nothing is copied before.
 
@@ -69,6 +87,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if self._room is not None and self.keys.data_ptr() == self._room.keys.data_ptr():
             return self._room.keys.nbytes + self._room.values.nbytes
         return int(self.keys.nbytes + self.values.nbytes)
+
+    def held(self) -> Held:
+        """What it holds now: says whether it is what another layer held, or this one before."""
+        mine = self._room is not None and self.keys.data_ptr() == self._room.keys.data_ptr()
+        return Held(self._room if mine else None, int(DynamicLayer.get_seq_length(self)))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

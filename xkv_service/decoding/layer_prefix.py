@@ -120,6 +120,11 @@ class LayerPrefix:
         return other
 
     @property
+    def token_factors(self) -> tuple[torch.Tensor | PackedFactors, torch.Tensor | PackedFactors]:
+        """A_k [T, r_k] and A_v [T, r_v], shared by the layers of a group."""
+        return self._key_factors, self._value_factors
+
+    @property
     def nbytes(self) -> int:
         """Bytes this layer alone adds to its group's token factors."""
         kept = [self.exact_keys, self.exact_values, self.positions]

@@ -42,6 +42,25 @@ def on_device(factors: PrefixFactors, device: torch.device) -> PrefixFactors:
     return placed
 
 
+def in_rows(factors: PrefixFactors) -> PrefixFactors:
+    """The same factors, those of tokens laid out as the kernels of a decode step gather them (`FactorRows`).
+
+    PyTorch reads them there too: what was copied to be aligned is not needed any more.
+    """
+    from xkv_service.kernels.factor_rows import FactorRows
+
+    def aligned(half: LowRank) -> LowRank:
+        return replace(half, factors=FactorRows.of(half.factors).factors)
+
+    groups = tuple(
+        group
+        if group.values is None
+        else replace(group, keys=aligned(group.keys), values=aligned(group.values))
+        for group in factors.groups
+    )
+    return replace(factors, groups=groups)
+
+
 def _moved(factors: PrefixFactors, move: Callable[[torch.Tensor], torch.Tensor]) -> PrefixFactors:
     names = [one.name for one in fields(factors) if one.name not in _ON_THE_HOST]
     return replace(factors, **{name: _each(getattr(factors, name), move) for name in names})

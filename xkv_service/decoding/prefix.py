@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout
 from xkv_service.decoding.derived_index import derived_sketches
+from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.decoding.latent import Expansion, LatentPrefix
 from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
 from xkv_service.decoding.matching import check_model
-from xkv_service.decoding.placing import on_device
+from xkv_service.decoding.placing import in_rows, on_device
 from xkv_service.decoding.scoring import SketchScorer
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
@@ -59,7 +60,7 @@ class Prefix:
         order = self.compressed
         return {mine: before for before, mine in zip(order, order[1:], strict=False) if mine in self.reuse}
 
-    @property
+    @cached_property
     def compressed(self) -> list[int]:
         """The compressed layers, in order."""
         return sorted(layer for group in self.groups for layer in group)
@@ -153,6 +154,8 @@ class Binding:
         model, known = self.prefix.model, self.prefix.layers
         device, dtype = model.device, product_dtype(model)
         factors = on_device(factors, device)
+        if kernels_run(device) and factors.spec.index in ("sketch", "derived"):
+            factors = in_rows(factors)
         layers: dict[int, LayerPrefix | LatentPrefix] = {}
         for group in factors.groups:
             for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):

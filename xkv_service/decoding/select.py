@@ -52,19 +52,23 @@ class Selection:
     Args:
         prefix: the layer's prefix. spec: how to choose.
         reuses: whether the layer takes what the one before it chose: it cannot choose by itself then.
+
+    Attributes:
+        scorer: the index that chooses, or None. dense: whether every token is attended to.
+        budget: tokens to choose. always: int64, positions that are rebuilt for every query besides.
     """
 
     def __init__(self, prefix: ReadablePrefix, spec: SelectionSpec, *, reuses: bool = False) -> None:
         self.prefix, self.spec = prefix, spec
         self.reuses = reuses
-        self._scorer = self._choose_scorer()
-        self._always = self._always_selected()
+        self.scorer = self._choose_scorer()
+        self.always = self._always_selected()
         self._open = torch.zeros(prefix.tokens, dtype=torch.bool, device=prefix.positions.device)
         self._open[prefix.positions] = True
-        self._open[self._always] = False
+        self._open[self.always] = False
         self._closed = ~self._open
-        self._budget = spec.tokens(prefix.tokens)
-        self.dense = self._scorer is None or self._budget >= int(self._open.sum())
+        self.budget = spec.tokens(prefix.tokens)
+        self.dense = self.scorer is None or self.budget >= int(self._open.sum())
 
     def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
         """Choose for rotated queries.
@@ -82,10 +86,10 @@ class Selection:
             )
         if self.dense:
             return Selected(self.prefix.positions)
-        assert self._scorer is not None
+        assert self.scorer is not None
         batch, heads, group, count, dim = queries.shape
         rows = queries.transpose(0, 1).reshape(heads, batch * group * count, dim)
-        scores = scoring(self._scorer(rows)).reshape(heads, batch, group, count, -1).transpose(0, 1)
+        scores = scoring(self.scorer(rows)).reshape(heads, batch, group, count, -1).transpose(0, 1)
         total = torch.logaddexp(scores.logsumexp(-1), others)
         scores -= total[..., None]
         shares = scores.amax(2)  # one dimension at a time: over two at once it is 30 times slower on a CPU
@@ -94,17 +98,17 @@ class Selection:
 
     def _best(self, shares: torch.Tensor) -> Selected:
         """The best tokens of `shares` [batch, 1 or kv_heads, t, units]."""
-        unit = self._scorer.unit if self._scorer else 1
+        unit = self.scorer.unit if self.scorer else 1
         if unit == 1:
             shares.masked_fill_(self._closed, -torch.inf)
-        best = shares.topk(min(max(1, self._budget // unit), shares.shape[-1]), dim=-1).indices
+        best = shares.topk(min(max(1, self.budget // unit), shares.shape[-1]), dim=-1).indices
         if shares.shape[:3].numel() == 1:
             return Selected(self._with_always(self._tokens_of(best.flatten(), unit)))
         member = torch.zeros(shares.shape, dtype=torch.bool, device=shares.device).scatter_(-1, best, True)
         if unit > 1:
             member = member.repeat_interleave(unit, -1)[..., : self.prefix.tokens]
         member = member & self._open
-        member[..., self._always] = True
+        member[..., self.always] = True
         positions = member.flatten(0, 2).any(0).nonzero()[:, 0]
         return Selected(positions, member[..., positions])
 
@@ -117,7 +121,7 @@ class Selection:
         return tokens[self._open[tokens]]
 
     def _with_always(self, chosen: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self._always, chosen]).sort().values
+        return torch.cat([self.always, chosen]).sort().values
 
     def _choose_scorer(self) -> Scorer | None:
         """The index that the spec names; None stands for attention to every token.
@@ -141,7 +145,7 @@ class Selection:
     def _always_selected(self) -> torch.Tensor:
         """Positions that are rebuilt for every query: the spec's own, and those no whole unit speaks for."""
         tokens, positions = self.prefix.tokens, self.prefix.positions
-        unit = self._scorer.unit if self._scorer else 1
+        unit = self.scorer.unit if self.scorer else 1
         last = min(tokens - self.spec.recent, tokens // unit * unit)
         return positions[(positions < self.spec.sink) | (positions >= last)]
 

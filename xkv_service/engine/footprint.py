@@ -7,13 +7,15 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_service.calibration.calibration import KINDS, Calibration
+from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.decoding.latent import INDEX_RANK, Expansion
 from xkv_service.decoding.prefix import product_dtype
 from xkv_service.engine.storages import held_bytes
 from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.packed_factors import packed_width
 from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
-from xkv_service.stored import StoredTensor, sketch_planes, stored_tensors
+from xkv_service.stored import StoredTensor, runs_of, sketch_planes, stored_tensors
 
 _SMALL = 4096
 """A layer's planes and the like."""
@@ -47,6 +49,8 @@ def prefix_bytes(model: PreTrainedModel, manifest: PrefixManifest, spec: Compres
     total += sum(_group_bytes(group, manifest.tokens, spec, model) for group in manifest.groups)
     layers = sum(len(group.layers) for group in manifest.groups)
     apart = layers if spec.outlier_chunks else 1
+    if kernels_run(model.device):  # which tokens may be chosen, and rows that begin at multiples of 16 bytes
+        total += manifest.tokens * (layers + sum(_row_padding(group, spec) for group in manifest.groups))
     return total + 8 * manifest.tokens * apart + _turns(manifest) + _SMALL * layers
 
 
@@ -82,6 +86,12 @@ def _group_bytes(group: GroupLayout, tokens: int, spec: CompressionSpec, model: 
             if layer not in spec.reuse:
                 derived += tokens * heads * (sketch_planes(spec, width // heads) + torch.float16.itemsize)
     return size * bases + derived
+
+
+def _row_padding(group: GroupLayout, spec: CompressionSpec) -> int:
+    """Bytes that the kernels' rows of token factors add to a token's (`FactorRows`)."""
+    runs = (*runs_of(spec, group.rank_k, group.columns_k), *runs_of(spec, group.rank_v, group.columns_v))
+    return sum(-packed_width(bits, count) % 16 for bits, count in runs)
 
 
 def _expanded(

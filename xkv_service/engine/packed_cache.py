@@ -2,14 +2,15 @@
 
 Projections and MLPs do not care whose token is whose, so they run once over all. Attention does: each
 sequence's new tokens meet that sequence's own cache. Single tokens of sequences that share a compressed
-prefix go through attention together, and the tokens they choose are rebuilt once.
+prefix go through attention together, and the tokens they choose are rebuilt once. Where kernels run, single
+tokens of all sequences that they take go through them in one launch, whatever their prefixes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +19,12 @@ from transformers import Cache
 from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.kept_launches import KeptLaunches
+from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.xkv_attention import attend_next
+
+if TYPE_CHECKING:
+    from xkv_service.decoding.kernel_step import DecodeLaunch
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +47,35 @@ class Segment:
         return slice(self.start, self.start + self.count)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Sequences that one launch of the kernels attends for.
+
+    Args:
+        places: of the sequences. starts: int64 [sequences], of their tokens in the row, on the device; None:
+            they are all of the row.
+    """
+
+    places: list[int]
+    starts: torch.Tensor | None
+    launch: DecodeLaunch
+
+
 class PackedCache(Cache):  # type: ignore[misc]
     """The caches of many sequences as one, for one forward.
 
     Args:
         segments: in the order of their tokens in the row. modules: attention modules by layer index.
+        launches: of the kernels, kept from forward to forward.
     """
 
-    def __init__(self, segments: Sequence[Segment], modules: dict[int, nn.Module]) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], modules: dict[int, nn.Module], launches: KeptLaunches
+    ) -> None:
         self.segments, self._modules = list(segments), modules
+        steps = _Steps(self.segments, launches)
         count = len(segments[0].cache.layers)
-        super().__init__(layers=[PackedLayer(index, self.segments) for index in range(count)])
+        super().__init__(layers=[PackedLayer(index, self.segments, steps) for index in range(count)])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -67,15 +91,41 @@ class PackedCache(Cache):  # type: ignore[misc]
         return 0
 
 
+class _Steps:
+    """Which sequences of a forward kernels attend for: found out when the first layer attends."""
+
+    def __init__(self, segments: list[Segment], kept: KeptLaunches) -> None:
+        self._segments, self._kept = segments, kept
+        self._found: list[_Step] | None = None
+
+    def __call__(self, call: AttentionCall) -> list[_Step]:
+        """For each launch, the places of its sequences."""
+        if self._found is None:
+            singles = {
+                place: one.cache
+                for place, one in enumerate(self._segments)
+                if one.count == 1 and isinstance(one.cache, XKVCache)
+            }
+            order, self._found = list(singles), []
+            for taken, launch in self._kept.of(list(singles.values()), call.scoring):
+                places = [order[number] for number in taken]
+                starts = None  # a copy to the device waits for what runs there
+                if len(places) < len(self._segments):
+                    where = [self._segments[one].start for one in places]
+                    starts = torch.tensor(where, device=call.query.device)
+                self._found.append(_Step(places, starts, launch))
+        return self._found if takes(call.scoring) else []
+
+
 class PackedLayer:
     """One layer of a `PackedCache`.
 
     Args:
-        index: layer index in the model. segments: the sequences.
+        index: layer index in the model. segments: the sequences. steps: those that kernels attend for.
     """
 
-    def __init__(self, index: int, segments: list[Segment]) -> None:
-        self.index, self._segments = index, segments
+    def __init__(self, index: int, segments: list[Segment], steps: _Steps) -> None:
+        self.index, self._segments, self._steps = index, segments, steps
         self._layers: list[Any] = [segment.cache.layers[index] for segment in segments]
         self._offsets: list[int] = []
         self._tails: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -94,7 +144,13 @@ class PackedLayer:
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
         parts: list[torch.Tensor | None] = [None] * len(self._segments)
-        for places in self._groups():
+        for step in self._steps(call) if any(isinstance(one, PrefixLayer) for one in self._layers) else ():
+            query = call.query[0] if step.starts is None else call.query[0].index_select(1, step.starts)
+            layers = [self._layers[place] for place in step.places]
+            out = step.launch.attend(layers, query.transpose(0, 1), call.scoring.scaling)
+            for number, place in enumerate(step.places):
+                parts[place] = out[None, number : number + 1]
+        for places in self._groups([place for place, part in enumerate(parts) if part is None]):
             together = self._attend_together(call, places) if len(places) > 1 else None
             for number, place in enumerate(places):
                 parts[place] = (
@@ -102,10 +158,11 @@ class PackedLayer:
                 )
         return torch.cat([part for part in parts if part is not None], 1)
 
-    def _groups(self) -> list[list[int]]:
+    def _groups(self, places: list[int]) -> list[list[int]]:
         """Places of sequences that attend together: of single tokens behind one prefix, else one each."""
         groups: dict[Any, list[int]] = {}
-        for place, (layer, segment) in enumerate(zip(self._layers, self._segments, strict=True)):
+        for place in places:
+            layer, segment = self._layers[place], self._segments[place]
             shared = isinstance(layer, PrefixLayer) and segment.count == 1
             name = (id(layer.selection.prefix), layer.selection.spec) if shared else place
             groups.setdefault(name, []).append(place)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.kept_launches import KeptLaunches
 from xkv_service.engine.packed_cache import PackedCache, Segment
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.rotary_source import frequency_change
@@ -54,6 +55,7 @@ class PackedRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         inspected = inspect_loaded(model)
         self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
+        self._launches = KeptLaunches()
         self._picks_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -75,7 +77,7 @@ class PackedRunner:
                 input_ids=row,
                 position_ids=torch.cat(positions)[None].to(device),
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # made by each layer
-                past_key_values=PackedCache(segments, self._modules),
+                past_key_values=PackedCache(segments, self._modules, self._launches),
                 use_cache=True,
                 **({"logits_to_keep": ends} if self._picks_logits else {}),
             )

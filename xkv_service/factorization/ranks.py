@@ -233,9 +233,15 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 
 def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreachable:
+    kept = f"index {spec.index} and {spec.sink}+{spec.recent} exact tokens"
+    best = f"with {kept} even rank 1 gives {least.ratio:.2f}x"
+    if least.ratio < 1:
+        return RatioUnreachable(
+            f"{tokens} tokens are too few for any ratio: {best}, more bytes than the exact cache",
+            hint="join short documents",
+        )
     return RatioUnreachable(
-        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with index {spec.index} and "
-        f"{spec.sink}+{spec.recent} exact tokens even rank 1 gives {least.ratio:.2f}x",
+        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: {best}",
         hint="lower the ratio, or join short documents: a document this short has too few bytes to save",
     )
 

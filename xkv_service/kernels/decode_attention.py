@@ -1,7 +1,7 @@
 """One layer's attention for a batch of sessions, kernel after kernel (reference: `decode_attention_plainly`).
 
 Nothing waits for the device and every shape is fixed, so a CUDA graph can hold it. Lengths, lists and their
-counts stay on the device. Nothing chooses these kernels by itself: docs/kernels.md says what is missing.
+counts stay on the device. `decoding/kernel_choice.py` says which caches decode by these kernels.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class DecodeAttention:
     """Attention of one new token a session, for every layer of one shape; memory is taken once.
 
     Args:
-        table: of any of the layers. query_heads, dim, value_dim: of the layers. capacity: most tokens of a
-            document. most: most tokens of a session's list (see `ChooseTokens`). turns: cos and sin
-            [positions, D / 2], contiguous. scaling: of products. interleaved: as `rebuilt_scores`.
+        table: of a layer, none of which has more ranks of values. query_heads, dim, value_dim: of layers.
+        capacity: most tokens of a document. most: most tokens of a session's list (see `ChooseTokens`).
+        turns: cos and sin [positions, D / 2], contiguous. scaling: of products. interleaved: as
+            `rebuilt_scores`.
+        chosen: where to keep what is chosen, for layers of another shape that take it; by default its own.
 
     Raises:
         ValueError: a shape that kernels do not take.
@@ -50,7 +52,7 @@ class DecodeAttention:
     def __init__(
         self, table: DocumentTable, query_heads: int, dim: int, value_dim: int, capacity: int, most: int,
         turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
-        tiles: Tiles | None = None,
+        tiles: Tiles | None = None, chosen: ChooseTokens | None = None,
     ) -> None:  # fmt: skip
         _refuse(table, query_heads, dim, value_dim, turns)
         sessions, device = table.lengths.numel(), table.states.device
@@ -60,7 +62,7 @@ class DecodeAttention:
         self.index = IndexScores(
             sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
         )
-        self.chosen = ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)
+        self.chosen = chosen or ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)
         self.values = LatentValues(
             sessions,
             query_heads,

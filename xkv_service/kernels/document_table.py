@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
-from xkv_service.decoding.scoring import SketchScorer
+from xkv_service.decoding.scoring import Scorer, SketchScorer
 from xkv_service.kernels.addresses import addresses
 from xkv_service.kernels.factor_rows import FactorRows, RowLayout
 from xkv_service.selection.sketch import KeySketch
@@ -41,24 +41,29 @@ class DocumentLayer:
 
     @classmethod
     def of(
-        cls, layer: LayerPrefix, key_rows: FactorRows, value_rows: FactorRows, always: torch.Tensor
-    ) -> DocumentLayer:
+        cls, layer: LayerPrefix, key_rows: FactorRows, value_rows: FactorRows, always: torch.Tensor,
+        index: Scorer | None = None,
+    ) -> DocumentLayer:  # fmt: skip
         """A layer of a prefix as `XKVCache` decodes from it.
 
         Args:
             key_rows, value_rows: `FactorRows.of` its group's factors. always: int64, positions that are
-                rebuilt for every query.
+                rebuilt for every query. index: of the layer whose choice this one takes; by default its own.
 
         Raises:
             ValueError: its index is no key sketch.
         """
-        if not isinstance(layer.index, SketchScorer):
+        index = index or layer.index
+        if not isinstance(index, SketchScorer):
             raise ValueError(f"layer {layer.layer} has no key sketch to choose tokens by")
         states = torch.zeros(layer.tokens, dtype=torch.uint8, device=layer.positions.device)
         states[layer.positions] = CHOOSABLE
         states[always] = ALWAYS
+        sketch = KeySketch(
+            *(one.contiguous() for one in (index.planes, index.sketch.codes, index.sketch.scales))
+        )
         return cls(
-            layer.index.sketch, states, key_rows, value_rows, _rowwise(layer.key_bases),
+            sketch, states, key_rows, value_rows, _rowwise(layer.key_bases),
             _rowwise(layer.value_bases), layer.key_scales, layer.value_scales,
         )  # fmt: skip
 
@@ -66,6 +71,16 @@ class DocumentLayer:
     def tokens(self) -> int:
         """T."""
         return self.states.numel()
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What must be alike in one launch."""
+        bases, rows = (self.key_bases, self.value_bases), (self.key_rows.layout, self.value_rows.layout)
+        return (
+            *rows, *(tuple(base.shape) for base in bases), *(base.stride() for base in bases),
+            *(base.dtype for base in bases), self.key_scales is None, self.value_scales is None,
+            tuple(self.sketch.planes.shape),
+        )  # fmt: skip
 
 
 class DocumentTable:
@@ -88,7 +103,7 @@ class DocumentTable:
     """
 
     def __init__(self, documents: Sequence[DocumentLayer], budgets: Sequence[int]) -> None:
-        if len({_layout(one) for one in documents}) != 1:
+        if len({one.layout for one in documents}) != 1:
             raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
         for one in documents:
             tensors = (one.sketch.codes, one.sketch.scales, one.sketch.planes, one.states)
@@ -155,13 +170,3 @@ class DocumentTable:
 def _rowwise(bases: torch.Tensor) -> torch.Tensor:
     """Bases whose rows are contiguous: those of a prefix that was just compressed may be columns."""
     return bases if bases.stride(-1) == 1 else bases.contiguous()
-
-
-def _layout(one: DocumentLayer) -> tuple[object, ...]:
-    """What must be alike in one launch."""
-    bases, rows = (one.key_bases, one.value_bases), (one.key_rows.layout, one.value_rows.layout)
-    return (
-        *rows, *(tuple(base.shape) for base in bases), *(base.stride() for base in bases),
-        *(base.dtype for base in bases), one.key_scales is None, one.value_scales is None,
-        tuple(one.sketch.planes.shape),
-    )  # fmt: skip

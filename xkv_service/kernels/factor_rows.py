@@ -3,11 +3,13 @@
 A gather reads whole rows at scattered positions. `PackedFactors` keeps columns of each width in a tensor of
 their own, whose rows begin anywhere; here they follow one another in one row, each width at a multiple of 16
 bytes, so that a kernel reads 16 bytes at once and one token is one place in memory. Made when a prefix is
-loaded; the file does not change.
+loaded; the file does not change. `FactorRows.factors` are the same bytes as PyTorch reads them, so that no
+second copy has to be kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +80,7 @@ class FactorRows:
 
     @classmethod
     def of(cls, factors: torch.Tensor | PackedFactors) -> FactorRows:
-        """The rows of factors on their device; a view where they are aligned already.
+        """The rows of factors on their device; a view where they are laid out like this already.
 
         Raises:
             ValueError: a dtype that kernels do not read.
@@ -97,10 +99,28 @@ class FactorRows:
             offsets.get(2, 0),
         )  # fmt: skip
         first = factors.pieces[0]
+        starts = [offsets[bits] for bits, _ in factors.runs]
+        if _are_rows(factors.pieces, starts, width):
+            return cls(layout, _rows_from(first, width))
         data = torch.zeros(first.shape[0], width, dtype=torch.uint8, device=first.device)
         for piece, (bits, count) in zip(factors.pieces, factors.runs, strict=True):
             data[:, offsets[bits] : offsets[bits] + packed_width(bits, count)] = piece.view(torch.uint8)
         return cls(layout, data)
+
+    @property
+    def factors(self) -> torch.Tensor | PackedFactors:
+        """What the rows were made of: views of them."""
+        layout, data = self.layout, self.data
+        whole = data[:, : layout.whole_columns * layout.whole.itemsize].view(layout.whole)
+        if not layout.four_columns + layout.two_columns:
+            return whole
+        widths = ((8, layout.whole_columns, 0), (4, layout.four_columns, layout.four_offset))
+        runs, pieces = [], []
+        for bits, count, start in (*widths, (2, layout.two_columns, layout.two_offset)):
+            if count:
+                runs.append((bits, count))
+                pieces.append(whole if bits == 8 else data[:, start : start + packed_width(bits, count)])
+        return PackedFactors(tuple(runs), tuple(pieces))
 
     @classmethod
     def _whole(cls, factors: torch.Tensor) -> FactorRows:
@@ -109,11 +129,27 @@ class FactorRows:
         count, size = factors.shape[1], factors.element_size()
         width = _padded(count * size)
         layout = RowLayout(width, factors.dtype, count)
-        if factors.is_contiguous() and width == count * size:
-            return cls(layout, factors.view(torch.uint8))
+        if _are_rows([factors], [0], width):
+            return cls(layout, _rows_from(factors, width))
         data = torch.zeros(factors.shape[0], width // size, dtype=factors.dtype, device=factors.device)
         data[:, :count] = factors
         return cls(layout, data.view(torch.uint8))
+
+
+def _are_rows(pieces: Sequence[torch.Tensor], starts: Sequence[int], width: int) -> bool:
+    """Whether pieces [T, columns] stand at bytes `starts` of the same rows of `width` bytes, aligned."""
+    base = pieces[0].data_ptr() - starts[0]
+    return base % _ALIGNED == 0 and all(
+        piece.data_ptr() == base + start
+        and piece.stride(1) == 1
+        and piece.stride(0) * piece.element_size() == width
+        for piece, start in zip(pieces, starts, strict=True)
+    )
+
+
+def _rows_from(piece: torch.Tensor, width: int) -> torch.Tensor:
+    """The whole rows, uint8 [T, width], whose first columns a piece is: a view."""
+    return piece.view(torch.uint8).as_strided((piece.shape[0], width), (width, 1))
 
 
 def _padded(width: int) -> int:

@@ -103,6 +103,7 @@ def test_wrong_usage_exits_2_with_one_line(arguments: list[str]) -> None:
         (["precompute", "--rank-k", "4"], "--rank-k and --rank-v go together"),
         (["precompute", "--group-size", "2", "--bits", "4"], "bits 4: with --group-size there is no"),
         (["calibrate", "--group-size", "0"], "--group-size=0 is out of range"),
+        (["calibrate", "--group-size", "1025"], "--group-size=1025 is out of range"),
         (["calibrate", "--ratio", "0.5"], "--ratio=0.5 is out of range"),
         (
             ["precompute", "--rank-k", "4", "--rank-v", "4", "--on-low-fidelity", "retry"],

@@ -18,6 +18,7 @@ from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.format import read_prefix, write_prefix
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.calibration.limits import fidelity_limit
 from xkv_service.compression import compress, compress_each, factorize_prefill
 from xkv_service.errors import InvalidSpec, RatioUnreachable
 from xkv_service.factorization.ranks import size_of
@@ -318,3 +319,19 @@ def test_one_prefill_serves_several_ways_to_compress(
         assert (one.spec, one.fidelity) == (spec, alone.fidelity)
         for name, tensor in alone.to_tensors().items():
             assert torch.equal(one.to_tensors()[name], tensor), name
+
+
+def test_the_calibrations_limit_goes_into_the_artifact(
+    model: PreTrainedModel, calibration: Calibration
+) -> None:
+    figures = {
+        **calibration.figures,
+        "thresholds": [{"ratio": 3.0, "kl": 0.0125}, {"ratio": 9.0, "kl": 0.015}],
+    }
+    strict = replace(calibration, figures=figures)
+    specs = [spec_of(calibration), spec_of(calibration, ratio=4.0)]
+    found = [manifest_of(one).fidelity.kl_limit for one in compress_each(model, IDS, specs, strict)]
+    assert found == [0.0125, 0.015]
+    for made in (strict, calibration):
+        alone = compress(model, IDS, specs[0], made).fidelity
+        assert alone is not None and alone.kl_limit == fidelity_limit(2.5, made.figures)

@@ -132,6 +132,13 @@ def test_an_unreachable_ratio_says_why() -> None:
         size_of(layout(), 500, CompressionSpec(ratio=100))
 
 
+@pytest.mark.parametrize("ratio", [1, 8])
+def test_too_few_tokens_are_told_whatever_the_ratio(ratio: float) -> None:
+    with pytest.raises(RatioUnreachable, match="3 tokens are too few for any ratio: .* gives 0[.]") as caught:
+        size_of(layout(), 3, CompressionSpec(ratio=ratio))
+    assert "ratio" not in caught.value.hint
+
+
 def test_sliding_layers_are_counted_exact() -> None:
     model = layout(8, sliding=4)
     size = size_of(model, 4096, CompressionSpec(ratio=4))

@@ -72,15 +72,15 @@ def test_a_document_that_leaves_no_room_is_refused(sampling: Sampling, document:
 
 @pytest.mark.parametrize("line", ["text", [1], {"question": "Who?"}, {"question": 1, "answer": "x"}, {}])
 def test_a_line_that_is_no_question_is_told(sampling: Sampling, document: Path, line: object) -> None:
-    ask(sampling, line)
+    ask(sampling, {"question": "Who?", "answer": "Ann."}, line)
     found = only(sampling, document)
     assert isinstance(found, Rejected)
-    assert "a.questions.jsonl has a line that is no question" in found.reason
+    assert "a.questions.jsonl, line 2 is no question" in found.reason
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     path = tmp_path / "x.questions.jsonl"
     for content in (b"\xff\xfe\n", b"{" * 100_000, b"[" * 60_000):
         path.write_bytes(content)
-        with pytest.raises(BadDocument):
+        with pytest.raises(BadDocument, match="line 1 is no question"):
             read_questions(path)

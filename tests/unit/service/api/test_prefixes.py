@@ -98,6 +98,7 @@ def test_a_document_is_made_and_serves_chats_about_it(alpha: httpx.Client) -> No
     )
     assert made["pinned"] and abs(made["expires_at"] - time.time() - 3600) < 60
     assert made["ratio"] > 1 and made["bytes"] > 0 and 0 <= made["fidelity"] <= 1
+    assert made["kl"] >= 0 and made["kl_limit"] is None, "without a calibration there is none"
     question = (("system", "Be brief."), ("user", f"{DOCUMENT}\n\nWhere does it end?"))
     for options in ({}, {"prefix_id": made["id"]}):
         xkv = chat(alpha, *question, **options).json()["xkv"]

@@ -20,7 +20,9 @@ from xkv_service.api.backend import NewPrefix
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.api.metrics import Metrics
 from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.prefix_records import PrefixRecords
 from xkv_service.api.remaker import Remaker
+from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.storage import load_calibration, save_calibration
 from xkv_service.engine.engine import Engine
@@ -160,6 +162,10 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
         assert not told and fresh.counters == {"remakes_impossible": 1}
 
 
+def strict(made: Calibration) -> Calibration:
+    return replace(made, figures={**made.figures, "thresholds": [{"ratio": 8.0, "kl": 0.0125}]})
+
+
 @pytest.mark.parametrize("calibration", ["the same", "another", "none"])
 @pytest.mark.parametrize("fault", ["damaged", "gone"])
 def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
@@ -169,7 +175,7 @@ def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
     fingerprint, told = loaded.identity.fingerprint, list[NewPrefix]()
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         lost, newer = (
-            load_calibration(store, save_calibration(store, made, loaded.identity, SAMPLE).id)
+            load_calibration(store, save_calibration(store, strict(made), loaded.identity, SAMPLE).id)
             for made in (calibrated(loaded.model, size) for size in (2, 4))
         )
         makers = {"the same": lost, "another": newer, "none": None}
@@ -180,7 +186,9 @@ def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
         becomes(lambda: store.get(old))
         first.close()
         spec = CompressionSpec.from_canonical(store.manifest(old).spec)
-        assert spec.basis == "calibrated"
+        assert spec.basis == "calibrated" and store.manifest(old).fidelity.kl_limit == 0.0125
+        record = PrefixRecords(store).get(["default"], old)
+        assert record is not None and record.kl is not None and record.kl_limit == 0.0125
         if fault == "damaged":
             damage(store, lost.id, -100)
         else:

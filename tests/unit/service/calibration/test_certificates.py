@@ -6,19 +6,14 @@ from typing import Any
 
 import pytest
 
-from xkv_artifacts.manifest import Fidelity
 from xkv_service.calibration import certificates
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.calibration.certificates import fidelity_thresholds, is_low
-from xkv_service.calibration.limits import LEAST_KL, LOST, TIMES_WORST
+from xkv_service.calibration.certificates import fidelity_thresholds
+from xkv_service.calibration.limits import LEAST_KL, LOST, TIMES_WORST, fidelity_limit
 from xkv_service.calibration.probes import ProbedPrefix
 
 HELD = [ProbedPrefix("a", (1,), ()), ProbedPrefix("b", (2,), ())]
 CALIBRATION = Calibration((), {}, {}, "a" * 64)
-
-
-def fidelity(kl: float) -> Fidelity:
-    return Fidelity(top1_agreement=1.0, kl=kl, positions=64, key_error=(), value_error=())
 
 
 def thresholds(monkeypatch: pytest.MonkeyPatch, measured: dict[float, list[float]]) -> list[dict[str, float]]:
@@ -45,14 +40,12 @@ def test_what_loses_answers_is_low_even_where_the_sample_does(
     """A sample that is lost itself sets no standard."""
     (found,) = thresholds(monkeypatch, {48.0: [0.0, worst]})
     assert found == {"ratio": 48.0, "worst": worst, "kl": LOST}
-    assert is_low(fidelity(0.021), 48.0, {"thresholds": [found]})
-    assert not is_low(fidelity(0.019), 48.0, {"thresholds": [found]})
+    assert fidelity_limit(48.0, {"thresholds": [found]}) == LOST
 
 
 def test_limits_of_earlier_calibrations_end_there_too() -> None:
     figures = {"thresholds": [{"ratio": 32.0, "kl": 0.036}, {"ratio": 48.0, "kl": 0.054}]}
-    assert is_low(fidelity(0.03), 32.0, figures) and is_low(fidelity(0.03), 64.0, figures)
-    assert not is_low(fidelity(0.015), 32.0, figures)
+    assert fidelity_limit(32.0, figures) == fidelity_limit(64.0, figures) == LOST
 
 
 def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +54,10 @@ def test_a_ratio_that_breaks_the_predictions_has_none(monkeypatch: pytest.Monkey
     assert [one["ratio"] for one in found] == [8.0]
 
 
-@pytest.mark.parametrize(("ratio", "kl", "low"), [(8, 0.011, True), (8, 0.009, False), (9, 0.011, False)])
-def test_the_threshold_of_the_next_higher_ratio_counts(ratio: float, kl: float, low: bool) -> None:
-    figures = {"thresholds": [{"ratio": 8.0, "kl": 0.01}, {"ratio": 20.0, "kl": 0.015}]}
-    assert is_low(fidelity(kl), ratio, figures) is low
+@pytest.mark.parametrize(
+    ("ratio", "limit"), [(2, 0.01), (8, 0.01), (9, 0.015), (20, 0.015), (21, 0.015), (None, None)]
+)
+def test_the_threshold_of_the_next_higher_ratio_counts(ratio: float | None, limit: float | None) -> None:
+    figures = {"thresholds": [{"ratio": 20.0, "kl": 0.015}, {"ratio": 8.0, "kl": 0.01}]}
+    assert fidelity_limit(ratio, figures) == limit
+    assert fidelity_limit(ratio, {}) is None

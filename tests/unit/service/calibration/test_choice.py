@@ -58,6 +58,7 @@ def test_a_step_that_is_better_within_its_errors_wins_nothing() -> None:
         ({"validation": 5}, "figures.validation"),
         ({"validation": [{"asked": "x", "step": "bits"}]}, "figures.validation.0.asked"),
         ({"thresholds": [{}]}, "figures.thresholds.0"),
+        ({"thresholds": [{"ratio": 8.0, "kl": -0.1}]}, "figures.thresholds.0.kl"),
         ({"selection": {"reuse": ["one"]}}, "figures.selection.reuse.0"),
     ],
 )

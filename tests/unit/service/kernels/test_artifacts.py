@@ -38,7 +38,7 @@ def test_attention_over_an_artifact_is_decodings(dtype: str, device: torch.devic
     group, _ = factors.locate(LAYER)
     assert group.values is not None
     rows = [FactorRows.of(pair.factors.to(device)) for pair in (group.keys, group.values)]
-    document = DocumentLayer.of(layer, rows[0], rows[1], selection._always)
+    document = DocumentLayer.of(layer, rows[0], rows[1], selection.always)
     table = DocumentTable([document], [BUDGET])
     turns = layer.turns.cos.contiguous(), layer.turns.sin.contiguous()
     kernels = DecodeAttention(table, 4, 32, 32, 120, 120, turns, SCALING, tiles=TILES)

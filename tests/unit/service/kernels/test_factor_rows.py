@@ -27,6 +27,19 @@ def test_aligned_factors_are_not_copied() -> None:
     assert FactorRows.of(factors).data.data_ptr() == factors.data_ptr()
 
 
+@pytest.mark.parametrize("kind", ["float", "int8", "mixed"])
+def test_rows_are_factors_and_rows_again_in_the_same_memory(kind: str) -> None:
+    torch.manual_seed(0)
+    factors = samples.factors(50, 53, kind, torch.float32)
+    rows = FactorRows.of(factors)
+    assert torch.equal(rows.factors[:], factors[:])
+    shorter = rows.factors.first(20) if isinstance(rows.factors, PackedFactors) else rows.factors[:20]
+    for one, count in ((rows.factors, 50), (shorter, 20)):
+        again = FactorRows.of(one)
+        assert again.layout == rows.layout and again.data.data_ptr() == rows.data.data_ptr()
+        assert torch.equal(again.data, rows.data[:count])
+
+
 def test_rows_of_unknown_factors_are_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         FactorRows.of(torch.randn(4, 4).double())

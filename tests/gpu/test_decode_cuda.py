@@ -1,0 +1,173 @@
+"""Decoding by kernels on a GPU answers as decoding in PyTorch does. Run with `pytest -m gpu`.
+
+The bundled model, compressed documents of its question generator, greedy answers on the same device. Choices
+differ where two tokens' shares are less than a bin apart, and numbers of 16 bits are rounded elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.calibration.choice import calibrated_spec
+from xkv_service.calibration.storage import read_calibration_file
+from xkv_service.decoding import kernel_choice
+from xkv_service.decoding.kernel_choice import why_not
+from xkv_service.decoding.scoring import Scoring
+from xkv_service.demo import demo_calibration_path, demo_model_path
+from xkv_service.demo.documents import Document, make_document
+from xkv_service.engine.runners import PackedRunner
+from xkv_service.evaluation.rendering import Renderer
+from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.models import LoadedModel, load_model
+from xkv_service.sessions.context import Context
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+]
+
+QUESTIONS, TOKENS, LONGEST = 12, 4000, 48
+"""Questions of each of two documents, about so many tokens of a document, and tokens of an answer at most."""
+
+
+@contextmanager
+def in_pytorch() -> Iterator[None]:
+    before, kernel_choice.DEVICES = kernel_choice.DEVICES, ()
+    try:
+        yield
+    finally:
+        kernel_choice.DEVICES = before
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    return load_model(demo_model_path(), dtype=request.param, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def documents(loaded: LoadedModel) -> list[tuple[Document, list[int]]]:
+    """Two documents of different lengths, and the tokens of their prefixes."""
+
+    def measure(text: str) -> int:
+        return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+
+    made = [make_document(Random(seed), TOKENS - 700 * seed, measure) for seed in range(2)]
+    return [(one, Renderer(loaded.tokenizer).prefix(one.text)) for one in made]
+
+
+@pytest.fixture(scope="module", params=["int8", "calibrated"])
+def prefixes(
+    request: pytest.FixtureRequest, loaded: LoadedModel, documents: list[tuple[Document, list[int]]]
+) -> list[PrefixFactors]:
+    """int8 factors over bases of their own, or mixed bits over the bundled calibration's, layers reusing."""
+    if request.param == "int8":
+        spec, calibration = CompressionSpec(ratio=6.0, factor_dtype="int8"), None
+    else:
+        calibration = read_calibration_file(demo_calibration_path())
+        spec = calibrated_spec(8.0, calibration)
+    return [compress(loaded.model, torch.tensor(ids), spec, calibration) for _, ids in documents]
+
+
+def sequences(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors]
+) -> list[tuple[Context, list[int]]]:
+    """A cache for each question, and the tokens still to run: questions of both documents in turns."""
+    renderer, found = Renderer(loaded.tokenizer), []
+    for number in range(QUESTIONS):
+        for (document, ids), factors in zip(documents, prefixes, strict=True):
+            prompt = renderer.prompt(document.text, [], document.questions[number].question)
+            assert prompt[: len(ids)] == ids
+            cache = XKVCache.from_factors(loaded.model, factors, SelectionSpec(budget=256))
+            found.append((Context(loaded.model, cache, list(ids)), prompt[len(ids) :]))
+    return found
+
+
+def answers(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[list[int]]:
+    """Greedy answers, all sequences in one batch; each leaves when its answer has ended."""
+    ends = loaded.model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    runner, found = PackedRunner(loaded.model), [[] for _ in work]
+    active: dict[int, list[int]] = {number: ids for number, (_, ids) in enumerate(work)}
+    for _ in range(LONGEST):
+        logits = runner.run([(work[number][0], ids) for number, ids in active.items()])
+        following = zip(list(active), logits.argmax(-1).tolist(), strict=True)
+        active = {}
+        for number, token in following:
+            if token not in ends:
+                found[number].append(token)
+                active[number] = [token]
+        if not active:
+            break
+    return found
+
+
+def alone(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[list[int]]:
+    """Greedy answers of Transformers' `generate`, one sequence after the other."""
+    found = []
+    for context, ids in work:
+        whole = torch.tensor([[*context.ids, *ids]], device="cuda")
+        options: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False}
+        out = loaded.model.generate(whole, past_key_values=context.cache, **options)
+        found.append(out[0, whole.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("ask", [answers, alone])
+def test_answers_are_those_of_pytorch(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors], ask: Any
+) -> None:
+    """At most one of 24 differs, and as many are right."""
+    with torch.no_grad(), enable_xkv(loaded.model):
+        ours, theirs = (sequences(loaded, documents, prefixes) for _ in range(2))
+        cache = ours[0][0].cache
+        assert isinstance(cache, XKVCache)
+        assert why_not(cache, Scoring(1.0)) is None
+        begin = time.perf_counter()
+        found = ask(loaded, ours)
+        middle = time.perf_counter()
+        with in_pytorch():
+            expected = ask(loaded, theirs)
+        end = time.perf_counter()
+    same = sum(map(list.__eq__, found, expected))
+    wanted = [one.questions[number] for number in range(QUESTIONS) for one, _ in documents]
+
+    def right(made: list[list[int]]) -> int:
+        texts = [loaded.tokenizer.decode(ids) for ids in made]
+        return sum(
+            all(value in text for value in question.values)
+            for text, question in zip(texts, wanted, strict=True)
+        )
+
+    print(
+        f"{ask.__name__}: {same} of {len(found)} the same; right: {right(found)} by kernels, "
+        f"{right(expected)} in PyTorch; {middle - begin:.1f} s (compiling included) and {end - middle:.1f} s"
+    )
+    assert same >= len(found) - 1
+    assert right(found) >= right(expected) - 1
+
+
+def test_a_step_keeps_its_tables_and_buffers(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors]
+) -> None:
+    """Nothing is made anew while the batch stays the same, and no memory is left when it goes."""
+    with torch.no_grad(), enable_xkv(loaded.model):
+        runner, work = PackedRunner(loaded.model), sequences(loaded, documents, prefixes)[:6]
+        runner.run(work)
+        steps = [(context, [7]) for context, _ in work]
+        runner.run(steps)
+        kept = runner._launches._launches
+        assert sum(len(places) for places, _ in kept) == len(work)
+        runner.run(steps)
+        assert runner._launches._launches is kept
+        del steps, work, kept
+    assert not runner._launches._launches
