@@ -40,6 +40,7 @@ BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the 
 COLLECTING_S: Final = 60.0
 """A collector's lease on an artifact that it deletes: one file, however slow its disk."""
 Reason = Literal["expired", "quota", "budget"]
+Listed = Literal["pinned", "listed", "ended", "unlisted"]
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,25 @@ class Catalog:
         """Note that an artifact was used now; tried once, since nothing waits for it."""
         self._change(entry_scripts.TOUCH, artifact_id, patience_s=0)
 
-    def pinned(self, ids: Sequence[str]) -> set[str]:
-        """Those of some artifacts that are pinned, as their entries say; tried once."""
+    def listed(self, ids: Sequence[str]) -> dict[str, Listed]:
+        """How some artifacts stand: pinned, listed and not pinned, ended by Redis's clock, or not listed;
+        tried once.
+        """
 
         def ask(client: redis.Redis) -> list[Any]:
             pipeline = client.pipeline(transaction=False)
+            pipeline.time()
             for artifact_id in ids:
-                pipeline.hget(self._listing.entry_key(artifact_id), "pinned")
+                key = self._listing.entry_key(artifact_id)
+                pipeline.exists(key)
+                pipeline.hget(key, "pinned")
+                pipeline.zscore(self._key(EXPIRY_KEY), artifact_id)
             return list(pipeline.execute())
 
-        said = self.link.call(ask, patience_s=0)
-        return {artifact_id for artifact_id, text in zip(ids, said, strict=True) if text == b"True"}
+        (seconds, microseconds), *said = self.link.call(ask, patience_s=0)
+        now = seconds + microseconds / 1e6
+        answers = zip(said[::3], said[1::3], said[2::3], strict=True)
+        return {artifact_id: _listed(*answer, now) for artifact_id, answer in zip(ids, answers, strict=True)}
 
     def retain(self, artifact_id: str, retention: Retention) -> bool:
         """Repeat what an artifact's retention file says (or will say); False where it has no entry."""
@@ -300,6 +309,14 @@ class Catalog:
                 client.unlink(*page)
 
         self.link.call(command)
+
+
+def _listed(there: int, pinned: bytes | None, ends: float | None, now: float) -> Listed:
+    if not there:
+        return "unlisted"
+    if pinned == b"True":
+        return "pinned"
+    return "ended" if ends is not None and ends <= now else "listed"
 
 
 def _text(value: float | None) -> str:

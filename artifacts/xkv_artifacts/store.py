@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from xkv_artifacts.blobs import CALIBRATING, not_found, open_blob_store
 from xkv_artifacts.calibration_shelf import CalibrationShelf
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from xkv_artifacts.keys import TokenIds
 
+Standing = Literal["pinned", "kept", "gone"]
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
 SUMS_KEPT_S = 7 * 24 * 3600.0
 """Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
@@ -257,6 +258,23 @@ class ArtifactStore:
             InvalidNamespace, CatalogUnavailable, CatalogError
         """
         return self.catalog.namespaces.recount(check_namespace(namespace))
+
+    def standings(self, ids: Sequence[str]) -> dict[str, Standing]:
+        """Which of some artifacts are pinned, and which are gone: they ended, or neither catalog nor blobs
+        have them. What the catalog alone has lost is kept. Redis is asked once, in one round trip.
+
+        Raises:
+            CatalogUnavailable, CatalogError, StoreError
+        """
+        found: dict[str, Standing] = {}
+        for artifact_id, listed in self.catalog.listed(ids).items():
+            if listed == "pinned":
+                found[artifact_id] = "pinned"
+            elif listed == "ended" or (listed == "unlisted" and not self.blobs.exists(artifact_id)):
+                found[artifact_id] = "gone"
+            else:
+                found[artifact_id] = "kept"
+        return found
 
     def manifest(self, artifact_id: str) -> PrefixManifest:
         """An artifact's manifest, from the blob's own header. Raises as `load`."""

@@ -166,6 +166,8 @@ def serve(**options: Any) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets its own when it starts
             signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
         click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
+        if server.shortage is not None:
+            click.echo(server.shortage, err=True)
         click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
         stop.wait()
         click.echo("stopping", err=True)

@@ -227,10 +227,11 @@ def test_frameworks_stream_and_tell_usage(running: Running, name: str) -> None:
     assert 0.9 * prompt < cached < prompt
 
 
-def test_the_readmes_lines_that_point_a_client_at_the_server(running: Running) -> None:
-    page = (ROOT / "README.md").read_text()
-    lines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1]
-    names: dict[str, Any] = {"text": Documents(running.docs).text(DOCUMENTS[0])}
+@pytest.mark.parametrize(("page", "block"), [("README.md", -1), ("docs/serving.md", 0)])
+def test_the_pages_lines_that_point_a_client_at_the_server(running: Running, page: str, block: int) -> None:
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[block]
+    text = Documents(running.docs).text(DOCUMENTS[0])
+    names: dict[str, Any] = {"text": text, "document": text, "question": "Who?"}
     exec(lines.replace("http://127.0.0.1:8000/v1", running.base_url), names)
     usage = names["answer"].usage
     assert 500 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens

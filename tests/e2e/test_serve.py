@@ -187,6 +187,22 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
         assert text.encode() not in written
 
 
+def test_a_prefix_that_is_deleted_answers_nobody_any_more(asker: Asker, server: Server) -> None:
+    """Not even from memory, where it was used and a conversation stands behind it."""
+    document, _ = _document("minutes-pretoria-sturdy-panda-union")
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
+    url = f"{server.url}/v1/prefixes/{made.json()['id']}"
+    _until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    use_factors(f"{server.url}/v1", document)
+    assert asker.ask(_first(document, "Who?"), max_tokens=8).xkv["artifact"] == made.json()["id"]
+    assert httpx.delete(url, timeout=60).status_code == 200
+    for options in ({}, {"extra_body": {"prefix_id": made.json()["id"]}}):
+        reply = asker.ask(_first(document, "Who?"), max_tokens=8, **options)
+        assert reply.xkv["artifact"] is None and reply.xkv["prefix_tokens"] == 0
+        assert reply.xkv["miss"]["reason"] in ("no_artifact", "diverges", "evicted")
+    _until(lambda: made.json()["id"] not in httpx.get(f"{server.url}/status", timeout=60).text, seconds=30)
+
+
 def test_a_corrupt_prefix_is_computed_instead_and_made_again(
     asker: Asker, server: Server, store_url: str, xkv: Xkv
 ) -> None:

@@ -231,6 +231,24 @@ def plan_crew(room: Room, device: Device, workers: int | None, *, small: bool = 
     return Crew(workers, "cpu", max(room.node_cpus // per_node, 1))
 
 
+def plan_replicas(room: Room, device: Device, least: int, most: int) -> tuple[Crew, str | None]:
+    """What each of `least` to `most` replicas gets, which stays as it is while their number changes: its
+    share if all run, or, where all do not fit, as much as the least of them can have.
+
+    Returns:
+        The crew, and in the second case a line that says so.
+
+    Raises:
+        RayUnavailable: the least do not fit, or a GPU is asked for and there is none.
+    """
+    kind, there = ("GPUs", room.gpus) if device == "cuda" else ("CPUs", room.cpus)
+    if least == most or most <= there:
+        return plan_crew(room, device, most), None
+    crew = plan_crew(room, device, least)
+    each = "one" if device == "cuda" else str(crew.threads)
+    return crew, f"no room for {most} replicas: each takes {each} of the {kind}, and Ray sees {there}"
+
+
 class _LogLines(io.TextIOBase):
     """A stdout that keeps Ray's notices for the log."""
 

@@ -6,29 +6,30 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from xkv_artifacts.catalog import Catalog
-from xkv_artifacts.errors import CatalogError, CatalogUnavailable
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable, StoreError
+from xkv_artifacts.store import ArtifactStore, Standing
 
 EVERY_S = 10.0
-"""A pin that is set or taken back shows so late in memory; what is used must not look idle for long."""
+"""A pin or a deletion shows so late in memory; what is used must not look idle for long."""
 
 
 class CatalogUpkeep:
-    """Every 10 s, on a thread of its own, notes in the catalog what was used, and asks what is pinned.
+    """Every 10 s, on a thread of its own, notes in the catalog what was used, and asks what is pinned
+    or gone.
 
     Args:
-        catalog: of the store.
+        store: whose catalog.
         asked: names the artifacts to ask about.
-        on_pins: told of each whether it is pinned, on that thread or on the one that calls `ask`.
+        on_standings: told how each stands, on that thread or on the one that calls `ask`.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
+        store: ArtifactStore,
         asked: Callable[[], Sequence[str]],
-        on_pins: Callable[[Mapping[str, bool]], None],
+        on_standings: Callable[[Mapping[str, Standing]], None],
     ) -> None:
-        self._catalog, self._asked, self._on_pins = catalog, asked, on_pins
+        self._store, self._asked, self._on_standings = store, asked, on_standings
         self._used: set[str] = set()
         self._lock = threading.Lock()
         self._ending = threading.Event()
@@ -40,12 +41,11 @@ class CatalogUpkeep:
             self._used.add(artifact_id)
 
     def ask(self, ids: Sequence[str]) -> None:
-        """Ask about some artifacts now; where Redis does not answer, what was known stays."""
+        """Ask about some artifacts now; where the store does not answer, what was known stays."""
         if not ids:
             return
-        with suppress(CatalogUnavailable, CatalogError):
-            pinned = self._catalog.pinned(ids)
-            self._on_pins({artifact_id: artifact_id in pinned for artifact_id in ids})
+        with suppress(CatalogUnavailable, CatalogError, StoreError):
+            self._on_standings(self._store.standings(ids))
 
     def close(self) -> None:
         """Stop, without waiting for a question that is open."""
@@ -57,5 +57,5 @@ class CatalogUpkeep:
                 used, self._used = self._used, set()
             with suppress(CatalogUnavailable, CatalogError):
                 for artifact_id in used:
-                    self._catalog.touch(artifact_id)
+                    self._store.catalog.touch(artifact_id)
             self.ask(self._asked())

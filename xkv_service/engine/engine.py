@@ -159,6 +159,7 @@ class Engine:
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
+                    self._forget_gone()
                     self._admit()
                     self._step(runner)
         except Exception:
@@ -229,10 +230,18 @@ class Engine:
         context, sequence.context = sequence.context, None
         if context is None:
             return
-        if sequence.failed:
+        if sequence.failed or sequence.artifact_id in self._gone():
             self._release(sequence.artifact_id)
         else:
             self._tails.keep(context, sequence.request.namespace, sequence.artifact_id)
+
+    def _gone(self) -> frozenset[str]:
+        return self._prefixes.gone if self._prefixes is not None else frozenset()
+
+    def _forget_gone(self) -> None:
+        """No conversation goes on from a prefix that is gone from the store; what runs comes to its end."""
+        for artifact_id in self._gone():
+            self._tails.forget(artifact_id)
 
     def _admit(self) -> None:
         """Begin what waits, as far as there is room in the batch."""
@@ -250,7 +259,7 @@ class Engine:
 
     def _begin(self, sequence: Sequence) -> None:
         request, match = sequence.request, sequence.request.match
-        kept = self._tails.take(request.token_ids, request.namespace)
+        kept = self._tails.take(request.token_ids, request.namespace, request.may_use)
         reach = match.tokens if match is not None else 0
         if kept is not None and usable_tokens(kept.context, request.token_ids) >= reach:
             if kept.artifact_id is not None and self._prefixes is not None:
@@ -318,9 +327,7 @@ class Engine:
                 sequence.load_began = sequence.load_began or began
             self._inbox.put(TailLoaded(sequence, tail))
 
-        if self._stored is None or not self._stored.request(
-            request.token_ids, request.namespace, context, told
-        ):
+        if self._stored is None or not self._stored.request(request, context, told):
             self._join(sequence)
             return
         self._loading[id(sequence)] = sequence
@@ -431,6 +438,7 @@ class Engine:
             self._leave(sequence, "abandoned")
         if self._stored is not None:
             self._stored.wait_for_room()
+        self._forget_gone()
         self._tails.clear()
 
 

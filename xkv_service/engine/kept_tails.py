@@ -80,16 +80,25 @@ class KeptTails:
         for digest in digests:
             self._places.setdefault(digest, []).append(name)
 
-    def take(self, prompt: Sequence[int], namespace: str) -> KeptTail | None:
+    def take(
+        self,
+        prompt: Sequence[int],
+        namespace: str,
+        may_use: Callable[[str | None, int], bool] = lambda artifact_id, tokens: True,
+    ) -> KeptTail | None:
         """The context that holds most of a prompt, as a fork that holds nothing else; None: none helps.
 
         At least the prompt's last token is left to compute.
+
+        Args:
+            may_use: asked of a context's artifact, and the tokens that come from it.
         """
         ids = list(prompt)
         best, most = None, 0
         for name in self._sharing(self._digests(namespace, ids)):
-            held = usable_tokens(self._kept[name].context, ids)
-            if held > most:
+            kept = self._kept[name]
+            held = usable_tokens(kept.context, ids)
+            if held > most and may_use(kept.artifact_id, kept.context.prefix_tokens):
                 best, most = name, held
         if best is None:
             return None
@@ -112,15 +121,22 @@ class KeptTails:
                 last_used[kept.artifact_id] = name
         if not last_used:
             return False
-        oldest = next(iter(last_used))
-        for name in [name for name, kept in self._kept.items() if kept.artifact_id == oldest]:
+        for name in self._behind(next(iter(last_used))):
             self._evict(name)
         return True
+
+    def forget(self, artifact_id: str) -> None:
+        """Drop the tails behind a prefix for good."""
+        for name in self._behind(artifact_id):
+            self._drop(name)
 
     def clear(self) -> None:
         """Let all leave, the most recently used first: what is stored of them may have to end early."""
         for name in reversed(list(self._kept)):
             self._evict(name)
+
+    def _behind(self, artifact_id: str) -> list[int]:
+        return [name for name, kept in self._kept.items() if kept.artifact_id == artifact_id]
 
     def _sharing(self, digests: Sequence[bytes]) -> list[int]:
         """Names of contexts that share the most blocks."""

@@ -87,6 +87,16 @@ class GenerationRequest:
     timeout_s: float = 600.0
     streamed: bool = True
 
+    def may_use(self, artifact_id: str | None, prefix_tokens: int) -> bool:
+        """Whether a conversation in memory or in the store may serve it, of which so many tokens come from an
+        artifact: not where the lookup found none, or none that holds as much, since that one is gone then.
+        """
+        if artifact_id is None:
+            return True
+        if self.match is not None:
+            return artifact_id == self.match.artifact_id or prefix_tokens <= self.match.tokens
+        return self.miss is None or self.miss.reason == "unavailable"
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

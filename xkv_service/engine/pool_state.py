@@ -11,7 +11,8 @@ class PoolState:
 
     Args:
         nbytes: resident, calibrations included. reserved: for loads that run. budget: of both. In bytes.
-        prefixes: resident artifacts, least recently used first. holds: by artifact, how often it is in use.
+        prefixes: resident artifacts that are to be had, least recently used first. holds: by artifact, how
+            often it is in use.
         pins: those of the artifacts here or on their way that are pinned. staying: those of them that leave
             for none of the loads that wait for room.
         loading: loads that run or wait for a thread. parked: loads that wait for room.

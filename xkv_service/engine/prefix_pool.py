@@ -1,6 +1,7 @@
 """`PrefixPool`: compressed prefixes in memory under a budget, loaded by threads, once for all who ask.
 
-What is pinned in the store stays in memory rather than what is not.
+What is pinned in the store stays in memory rather than what is not. What is gone from it is given to nobody
+any more, and leaves when its last user has released it.
 
 A request never waits longer than it says, and always gets one answer: the prefix, held for it, or the reason
 why there is none. A load that nobody waits for any more goes on, and the next request finds its prefix.
@@ -17,7 +18,7 @@ from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
-from xkv_artifacts.store import ArtifactStore
+from xkv_artifacts.store import ArtifactStore, Standing
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.prefix import Prefix
@@ -81,11 +82,12 @@ class PrefixPool:
         self._loads: dict[str, Load] = {}
         self._parked: list[Load] = []
         self._counters: defaultdict[str, float] = defaultdict(float)
+        self._gone: frozenset[str] = frozenset()
         self._closed = False
         self._loading = PrefixLoading(model, store, selection or SelectionSpec(), fingerprint)
         self._threads = LoaderThreads(threads, threads + _SPARE_THREADS)
         self._alarm = Alarm("prefix-pool-deadlines")
-        self._upkeep = CatalogUpkeep(store.catalog, self._asked, self._learn_pins)
+        self._upkeep = CatalogUpkeep(store, self._asked, self._learn)
 
     def take(self, artifact_id: str, tokens: int) -> Prefix | None:
         """The prefix of an artifact's first `tokens` tokens if it is resident, held once more; else None."""
@@ -146,8 +148,12 @@ class PrefixPool:
             KeyError: nobody holds it.
         """
         with self._lock:
-            self._residents.release(artifact_id)
-            self._unpark()
+            self._release(artifact_id)
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Artifacts that are gone from the store, whose prefixes somebody still holds."""
+        return self._gone
 
     @property
     def bytes(self) -> int:
@@ -166,7 +172,11 @@ class PrefixPool:
                 residents.nbytes,
                 residents.reserved,
                 residents.budget,
-                tuple(key for key in residents.values if not key.startswith(_CALIBRATION)),
+                tuple(
+                    key
+                    for key in residents.values
+                    if not key.startswith(_CALIBRATION) and key not in self._gone
+                ),
                 {key: count for key, count in residents.holds.items() if not key.startswith(_CALIBRATION)},
                 pins,
                 frozenset() if pinned_waits else pins,
@@ -200,6 +210,8 @@ class PrefixPool:
         return self._take(artifact_id, tokens)
 
     def _take(self, artifact_id: str, tokens: int) -> Answer | None:
+        if artifact_id in self._gone:
+            return LoadFailure("evicted", f"artifact {artifact_id[:12]} is gone from the store")
         bound = self._residents.get(artifact_id)
         if bound is None:
             return None
@@ -328,7 +340,7 @@ class PrefixPool:
                 answers.append((waiter, answer))
             load.waiters = []
             if bound is not None:
-                self._residents.release(load.artifact_id)
+                self._release(load.artifact_id)
             self._unpark()
         self._tell(answers)
         if failure is not None and failure.reason == "corrupt":
@@ -351,6 +363,18 @@ class PrefixPool:
                 return False
             self._parked.append(load)
             return True
+
+    def _release(self, key: str) -> None:
+        self._residents.release(key)
+        self._let_go()
+        self._unpark()
+
+    def _let_go(self) -> None:
+        """What is gone from the store, and held no longer, leaves."""
+        for artifact_id in self._gone.difference(self._residents.holds):
+            self._residents.drop(artifact_id)
+            self._gone -= {artifact_id}
+            _log.info("artifact %s is gone from the store, and from memory", artifact_id[:12])
 
     def _unpark(self) -> None:
         """Start the loads that have room now."""
@@ -404,7 +428,7 @@ class PrefixPool:
         self._counters[f"failed_{failure.reason}"] += requests
 
     def _asked(self) -> list[str]:
-        """What may be pinned; what has left is asked about when it comes again."""
+        """What may be pinned, or gone; what has left is asked about when it comes again."""
         with self._lock:
             here = [key for key in self._residents.values if not key.startswith(_CALIBRATION)]
             here += self._loads
@@ -412,8 +436,13 @@ class PrefixPool:
                 self._residents.unpin(gone)
             return here
 
-    def _learn_pins(self, pinned: Mapping[str, bool]) -> None:
+    def _learn(self, standings: Mapping[str, Standing]) -> None:
         with self._lock:
-            for artifact_id, is_pinned in pinned.items():
-                (self._residents.pin if is_pinned else self._residents.unpin)(artifact_id)
+            for artifact_id, standing in standings.items():
+                (self._residents.pin if standing == "pinned" else self._residents.unpin)(artifact_id)
+            gone = {
+                key for key, standing in standings.items() if standing == "gone" and key in self._residents
+            }
+            self._gone = self._gone.difference(standings) | gone  # what was made again is not gone any more
+            self._let_go()
             self._unpark()

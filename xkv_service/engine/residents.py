@@ -105,6 +105,18 @@ class Residents:
             del self._holds[key]
         self._entries.move_to_end(key)
 
+    def drop(self, key: str) -> None:
+        """Let a value go that nobody holds.
+
+        Raises:
+            KeyError: it is not here, or held.
+        """
+        if self._holds[key]:
+            raise KeyError(key)
+        needs = self._entries.pop(key).needs
+        if needs is not None:
+            self.release(needs)
+
     def pin(self, key: str) -> None:
         """Keep a value, here or to come, from leaving for others that are not pinned."""
         self._pins.add(key)
@@ -152,9 +164,7 @@ class Residents:
         if leaving is None:
             return False
         for key in leaving:
-            needs = self._entries.pop(key).needs
-            if needs is not None:
-                self.release(needs)
+            self.drop(key)
         self.evictions += len(leaving)
         for key in self._pins.intersection(leaving):
             self.pinned_evictions += 1

@@ -90,6 +90,8 @@ class Sequence:
         self.context, self.artifact_id, self.computed = context, artifact_id, computed
         self._cached = len(context.ids) - computed
         self._prefix_tokens = context.prefix_tokens if artifact_id is not None else 0
+        if artifact_id is not None:  # a load or lookup that failed is no miss where another way served it
+            self.miss = self.request.miss if self.request.match is not None else None
         self.todo = list(self.request.token_ids[len(context.ids) :])
         self._begun = time.monotonic()
         if self.load_began is not None:

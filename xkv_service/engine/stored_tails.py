@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from xkv_artifacts.errors import CatalogUnavailable, ForeignTail, QuotaExceeded, XKVError
 from xkv_artifacts.keys import BLOCK_TOKENS
@@ -21,6 +21,7 @@ from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.kept_tails import KeptTail
 from xkv_service.engine.load_failure import failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
+from xkv_service.engine.messages import GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.tail_files import leaving
@@ -99,7 +100,7 @@ class StoredTails:
         elif not self._writer.put(leaving(tail, self._loaded)):
             self._count(lost_queue_full=1)
 
-    def request(self, ids: Sequence[int], namespace: str, context: Context, on_done: OnTail) -> bool:
+    def request(self, request: GenerationRequest, context: Context, on_done: OnTail) -> bool:
         """Look for a stored tail that holds more of a prompt than a context does, and load it.
 
         Args:
@@ -110,6 +111,7 @@ class StoredTails:
         Returns:
             False: none can help, or none can be had now; nobody will be called.
         """
+        ids = request.token_ids
         held, exact = len(context.ids), not isinstance(context.cache, XKVCache)
         rest = len(ids) - 1 - held
         worth = rest > 0 and self.rates.load_is_faster(0, rest, held, exact=exact)
@@ -122,7 +124,7 @@ class StoredTails:
             if not self._breaker.allows():
                 self._counters["failed_unavailable"] += 1
                 return False
-        search = _Search(WantedTail(ids, namespace, held, exact, context.can_crop), on_done)
+        search = _Search(WantedTail(request, held, exact, context.can_crop), on_done)
         seconds = self.rates.compute_s(rest, held, exact=exact)
         if not self._alarm.after(min(seconds, _SEARCH_S), lambda: self._expire_search(search, seconds)):
             return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xkv_artifacts.errors import ForeignTail
@@ -12,6 +11,7 @@ from xkv_artifacts.tail_entry import TailMatch
 from xkv_artifacts.tail_shelf import TailShelf
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.kept_tails import KeptTail, usable_tokens
+from xkv_service.engine.messages import GenerationRequest
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.tail_files import restored
@@ -28,14 +28,13 @@ class WantedTail:
     """A prompt whose tail is looked for.
 
     Args:
-        ids: the prompt. namespace: whose it is.
+        request: whose prompt.
         held: tokens of it that are held already. exact: whether none of them are in factors.
         can_crop: whether tails of the model can go back.
         began: when it was asked for, on `time.monotonic`.
     """
 
-    ids: Sequence[int] = field(repr=False)
-    namespace: str
+    request: GenerationRequest = field(repr=False)
     held: int
     exact: bool
     can_crop: bool
@@ -43,7 +42,7 @@ class WantedTail:
 
     def saves(self, match: TailMatch) -> int:
         """Tokens that would not have to be computed with a match, as far as the catalog says."""
-        usable = min(match.shared, len(self.ids) - 1)
+        usable = min(match.shared, len(self.request.token_ids) - 1)
         return usable - self.held if self.can_crop or usable == match.entry.tokens else 0
 
 
@@ -70,16 +69,22 @@ class TailSearch:
         """The stored tail that saves most, and when to stop waiting for it, on `time.monotonic`.
 
         Raises:
-            NoTail: none helps, those that do stand behind prefixes that are not in memory, or computing what
-                the best one saves is faster.
+            NoTail: none helps, those that do stand behind prefixes that are not in memory, or may not be
+                used, or computing what the best one saves is faster.
             CatalogUnavailable, CatalogError
         """
+        request = wanted.request
         matches = self._shelf.find(
-            self._loaded.identity.fingerprint, wanted.namespace, token_bytes(wanted.ids)
+            self._loaded.identity.fingerprint, request.namespace, token_bytes(request.token_ids)
         )
         helpful = [match for match in matches if wanted.saves(match) > 0]
         resident = {None, *self._pool.state().prefixes}
-        usable = [match for match in helpful if match.entry.artifact in resident]
+        usable = [
+            match
+            for match in helpful
+            if match.entry.artifact in resident
+            and request.may_use(match.entry.artifact, match.entry.prefix_tokens)
+        ]
         if not usable:
             raise NoTail("no_prefix" if helpful else "none")
         match = max(usable, key=wanted.saves)
@@ -110,12 +115,13 @@ class TailSearch:
 
     def _loaded_tail(self, wanted: WantedTail, match: TailMatch, prefix: Prefix | None) -> KeptTail:
         fingerprint, most = self._loaded.identity.fingerprint, self._settings.tail_bytes
-        manifest, tensors = self._shelf.load(match.id, fingerprint, wanted.namespace, most)
+        namespace = wanted.request.namespace
+        manifest, tensors = self._shelf.load(match.id, fingerprint, namespace, most)
         if manifest.artifact != match.entry.artifact:
             raise ForeignTail(f"stored tail {match.id[:12]} stands behind another artifact than is listed")
         context = restored(self._loaded, manifest, tensors, prefix, self._settings.selection)
-        usable = usable_tokens(context, wanted.ids)
+        usable = usable_tokens(context, wanted.request.token_ids)
         if usable <= wanted.held:
             raise NoTail("diverges")
         context.rewind(usable)
-        return KeptTail(context, manifest.artifact, wanted.namespace, (), 0)
+        return KeptTail(context, manifest.artifact, namespace, (), 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xkv_workers.cluster import Crew, Room, plan_crew, start_turn
+from xkv_workers.cluster import Crew, Room, plan_crew, plan_replicas, start_turn
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.messages import Device
 
@@ -48,6 +48,33 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
         plan_crew(GPU_BOX, "cuda", 5)
     with pytest.raises(RayUnavailable, match="3 workers need as many CPUs; Ray sees 2"):
         plan_crew(LAPTOP, "cpu", 3)
+
+
+@pytest.mark.parametrize(
+    ("room", "device", "least", "most", "crew"),
+    [
+        (LAPTOP, "cpu", 1, 1, Crew(1, "cpu", 2)),
+        (LAPTOP, "cpu", 1, 2, Crew(2, "cpu", 1)),
+        (CLUSTER, "cpu", 2, 6, Crew(6, "cpu", 4)),
+        (COMPOSED, "cpu", 1, 3, Crew(3, "cpu", 1)),
+        (GPU_BOX, "cuda", 1, 4, Crew(4, "cuda", 8)),
+    ],
+)
+def test_replicas_leave_room_for_all_that_may_come(
+    room: Room, device: Device, least: int, most: int, crew: Crew
+) -> None:
+    assert plan_replicas(room, device, least, most) == (crew, None)
+
+
+def test_replicas_for_which_there_is_no_room_are_told_of() -> None:
+    crew, shortage = plan_replicas(LAPTOP, "cpu", 1, 4)
+    assert crew == Crew(1, "cpu", 2)
+    assert shortage == "no room for 4 replicas: each takes 2 of the CPUs, and Ray sees 2"
+    crew, shortage = plan_replicas(GPU_BOX, "cuda", 2, 8)
+    assert crew == Crew(2, "cuda", 8)
+    assert shortage == "no room for 8 replicas: each takes one of the GPUs, and Ray sees 4"
+    with pytest.raises(RayUnavailable, match="3 workers need as many CPUs; Ray sees 2"):
+        plan_replicas(LAPTOP, "cpu", 3, 4)
 
 
 def test_one_ray_is_started_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from xkv_service.api.keys import KeyRing
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
-from xkv_workers.cluster import Room, cluster, plan_crew
+from xkv_workers.cluster import Crew, cluster, plan_replicas
 from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
@@ -62,7 +62,7 @@ class Serving:
     Args:
         url: where. model: its name. store_url: of the prefixes. replicas: started.
         logs: the folder with the logs of its processes, on this machine.
-        open: whether nobody needs a key.
+        open: whether nobody needs a key. shortage: why it cannot have the most replicas that it may, or None.
     """
 
     url: str
@@ -71,6 +71,7 @@ class Serving:
     replicas: int
     logs: str
     open: bool
+    shortage: str | None = None
 
 
 @contextmanager
@@ -96,7 +97,8 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
         room = room or stack.enter_context(cluster())
-        settings = _settings(request, model, store, room, keys)
+        crew, shortage = plan_replicas(room, model.device, *request.replicas)
+        settings = _settings(request, model, store, crew, keys)
         stack.enter_context(_application(request, settings))
         yield Serving(
             url=f"http://{_shown(request.host)}:{request.port}",
@@ -105,6 +107,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
             replicas=settings.min_replicas,
             logs=_logs(),
             open=keys.is_open,
+            shortage=shortage,
         )
 
 
@@ -131,10 +134,8 @@ def _check_address(request: ServeRequest, keys: KeyRing) -> None:
 
 
 def _settings(
-    request: ServeRequest, model: ChosenModel, store: ArtifactStore, room: Room, keys: KeyRing
+    request: ServeRequest, model: ChosenModel, store: ArtifactStore, crew: Crew, keys: KeyRing
 ) -> ServeSettings:
-    least, most = request.replicas
-    crew = plan_crew(room, model.device, least)
     place = ModelPlace(
         model=model.place,
         revision=request.revision,
@@ -151,8 +152,8 @@ def _settings(
         engine=request.engine,
         api=request.api,
         prefix_bytes=request.prefix_bytes,
-        min_replicas=least,
-        max_replicas=most,
+        min_replicas=request.replicas[0],
+        max_replicas=request.replicas[1],
         keys=keys,
         log_format=request.log_format,
     )

@@ -13,11 +13,19 @@ from transformers import DynamicCache
 
 from xkv_service import XKVCache, enable_xkv
 from xkv_service.engine.engine import Engine
+from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import Delta, Event, Failed, Finished, GenerationRequest, Started
 from xkv_service.sessions.settings import GenerationSettings
 
 SHORT = GenerationSettings(max_new_tokens=8)
 _NAMES = itertools.count()
+
+
+class StillRates(LoadingRates):
+    """Rates that a busy machine does not change."""
+
+    def prefilled(self, start: int, tokens: int, seconds: float) -> None:
+        """Nothing is learned."""
 
 
 class Asked:
@@ -70,4 +78,4 @@ def generated(talker: Talker, ids: list[int], *, prefix: bool = False, most: int
     return out[: out.index(0)] if 0 in out else out
 
 
-__all__ = ["SHORT", "Asked", "generated", "replace"]
+__all__ = ["SHORT", "Asked", "StillRates", "generated", "replace"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from asking import SHORT, Asked, generated
+from asking import SHORT, Asked, StillRates, generated
 from redis_server import RedisServer
 from talking import DOCUMENT, SELECTION, Talker
 
@@ -19,7 +19,6 @@ from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine import stored_tails
 from xkv_service.engine.engine import Engine
-from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
@@ -28,13 +27,6 @@ from xkv_service.selection.spec import SelectionSpec
 
 SETTINGS = EngineSettings(max_running=6, step_tokens=16, prefill_tokens=64, selection=SELECTION)
 SLOW_MODEL = 10.0  # seconds a token: whatever can be loaded is
-
-
-class StillRates(LoadingRates):
-    """Rates that a busy machine does not change."""
-
-    def prefilled(self, start: int, tokens: int, seconds: float) -> None:
-        """Nothing is learned."""
 
 
 class Served:
