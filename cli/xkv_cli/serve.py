@@ -116,6 +116,14 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     show_default=True,
     help="Of the log files: one JSON object a line, or lines for people. No prompt or answer is in them.",
 )
+@click.option(
+    "--stop-grace",
+    "stop_grace_s",
+    type=TimeType(),
+    default="10s",
+    show_default=True,
+    help="When it is stopped: how long running answers may take to end.",
+)
 def serve(**options: Any) -> int:
     """Answer OpenAI's API from compressed prefixes.
 
@@ -132,15 +140,17 @@ def serve(**options: Any) -> int:
     Then point any OpenAI client at it:
       OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 
-    Ctrl-C stops it. Exit status: 0 stopped, 1 it could not start, 2 wrong usage.
+    Ctrl-C or SIGTERM stops it: it takes no more requests, and running answers get --stop-grace to end; a
+    second one breaks them off at once. Exit status: 0 stopped, 1 it could not start, 2 wrong usage.
     """
     from xkv_service.api.settings import APISettings
     from xkv_service.engine.settings import EngineSettings
     from xkv_service.errors import InvalidSpec
     from xkv_service.selection.spec import SelectionSpec
+    from xkv_workers.serving.ending import drain
     from xkv_workers.serving.server import ServeRequest, serving
 
-    budget = options.pop("budget")
+    budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
     limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
     api = {"min_fidelity": options.pop("min_fidelity"), "open_network": options.pop("open_network")}
@@ -151,14 +161,16 @@ def serve(**options: Any) -> int:
         )
     except InvalidSpec as error:
         raise wrong_usage(error) from None
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
     with serving(request) as server:
         for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets its own when it starts
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
         click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
         if server.shortage is not None:
             click.echo(server.shortage, err=True)
         click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
         stop.wait()
         click.echo("stopping", err=True)
+        if not drain(stop_grace_s, hurry):
+            click.echo("warning: requests that were under way may have been cut off", err=True)
     return 0

@@ -53,7 +53,11 @@ class Server:
         words = [sys.executable, "-m", "xkv_cli", "serve", "--port", self.port, *options]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [str(word) for word in words], stdout=output, stderr=output, env=environment
+                [str(word) for word in words],
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,  # as a terminal would: a group that Ctrl-C reaches
             )
         self._wait()
 
@@ -67,9 +71,10 @@ class Server:
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/readyz", timeout=60) as answer:
-                    if answer.status == 200:
+                    if answer.status == 200 and "status page at" in self.log.read_text():  # it heeds signals
                         return
             except OSError:
-                time.sleep(0.5)
+                pass
+            time.sleep(0.5)
         self.process.kill()
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")

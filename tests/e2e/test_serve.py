@@ -161,7 +161,10 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
     """In the ingress and in the engine replica; the controller and the proxy write JSON as well."""
     document, questions = _document(NAMES[0])
     asked = _first(document, questions[5]["question"])
-    asker.ask(asked, extra_headers={"x-request-id": "mine-7"})
+    answer = asker.client.chat.completions.with_raw_response.create(
+        model=asker.model, messages=asked, max_tokens=8, extra_headers={"x-request-id": "mine-7"}
+    )
+    assert answer.headers.get_list("x-request-id") == ["mine-7"]
     (found,) = re.findall(r"logs in (\S+)", server.log.read_text())
     files = list(Path(found).glob("*.log"))
     assert {path.name.split("_")[0] for path in files} >= {"controller", "proxy", "replica"}

@@ -13,6 +13,7 @@ from xkv_service.api import errors
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.body_limit import BodyLimit
 from xkv_service.api.doorkeeper import Doorkeeper
+from xkv_service.api.drain import DrainGate
 from xkv_service.api.generation_routes import generation_routes
 from xkv_service.api.health_routes import health_routes
 from xkv_service.api.keys import KeyRing
@@ -35,8 +36,11 @@ def create_app(
     prefixes: PrefixService | None = None,
     keys: KeyRing | None = None,
     settings: APISettings | None = None,
+    ids_sent: bool = False,
 ) -> FastAPI:
     """The ASGI app. It keeps counters, and nothing that another copy of it would have to know.
+
+    Its `state.drain` is a `Drain`, by which whoever runs the app ends it.
 
     Args:
         model: what is served. backend: runs it.
@@ -44,6 +48,7 @@ def create_app(
         prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501.
         keys: who may enter; None or empty: everybody on this machine.
         settings: limits and times.
+        ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
     server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics))
@@ -63,13 +68,15 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
     )
+    app.state.drain = server.drain
     errors.install(app)
     for routes in (generation_routes, prefix_routes, health_routes, status_routes):
         app.include_router(routes(server))
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Doorkeeper, keys=keys, open_network=settings.open_network)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(DrainGate, drain=server.drain)
+    app.add_middleware(RequestLog, metrics=metrics, ids_sent=ids_sent)
     return app
 
 

@@ -34,6 +34,7 @@ _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 4
 # Pydantic tells the place of an error with the types that it tried there.
 _UNION_MEMBER = re.compile(r"(str|int|list\[.*|function-.*)$")
 _UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError, InvalidLimits)
+_NO_OBJECT = "the body is not a JSON object: send one, with the header Content-Type: application/json"
 _log = logging.getLogger(__name__)
 
 
@@ -165,5 +166,8 @@ def _invalid(error: RequestValidationError) -> APIError:
         return APIError(400, f"{param or 'a JSON body'} is missing", param=param or None)
     if first["type"] == "extra_forbidden":
         return APIError(400, f"unknown parameter: {param}", param=param, code="unknown_parameter")
+    if first["type"] == "model_attributes_type":
+        text = f"{param}: not a JSON object" if param else _NO_OBJECT
+        return APIError(400, text, param=param or None)
     message = first["msg"].removeprefix("Value error, ")
     return APIError(400, f"{param}: {message}" if param else message, param=param or None)

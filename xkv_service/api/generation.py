@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from xkv_service.api.admission import Slot
 from xkv_service.api.answers import ServedFrom, Usage
 from xkv_service.api.backend import Backend
+from xkv_service.api.drain import Drain
 from xkv_service.api.errors import RETRY_S, APIError, of_failure
 from xkv_service.api.formats import Format
 from xkv_service.api.request_log import CLIENT_LEFT
@@ -51,6 +52,7 @@ class Outcome:
         now = time.perf_counter()
         if isinstance(event, Started):
             self.started, self.first_token_s, self._last = event, now - self.submitted, now
+            self.generated, self.gaps_s = 0, []
         elif isinstance(event, Delta):
             later = event.tokens if self.generated else event.tokens - 1  # than the first one of all
             if later > 0:
@@ -86,6 +88,7 @@ class GenerationResponse(Response):
         backend: runs the request. request: what to run.
         form: how its events are told. stream: as they come. usage: at the end of a stream too.
         slot: released at the end. traffic: told how it went.
+        drain: says when answers are broken off.
     """
 
     def __init__(
@@ -98,22 +101,25 @@ class GenerationResponse(Response):
         usage: bool,
         slot: Slot,
         traffic: Traffic,
+        drain: Drain,
     ) -> None:
         super().__init__()
         self._backend, self._request, self._format = backend, request, form
         self._stream, self._usage = stream, usage
-        self._slot, self._traffic = slot, traffic
+        self._slot, self._traffic, self._drain = slot, traffic, drain
         self._outcome = Outcome()
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. A client that goes away, or time that runs out, ends the request on the backend."""
+        """Send it. A client that goes away, time that runs out, or the server's end ends the request on the
+        backend."""
         state = scope["state"]
         work = asyncio.ensure_future(self._send_stream(send) if self._stream else self._send_whole(send))
         left = asyncio.ensure_future(_until_client_leaves(receive))
+        over = asyncio.ensure_future(self._drain.until_over())
         try:
             done, _ = await asyncio.wait(
-                {work, left},
+                {work, left, over},
                 timeout=self._request.timeout_s + _GRACE_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -121,24 +127,31 @@ class GenerationResponse(Response):
                 work.result()
             elif left in done:
                 state["outcome"] = CLIENT_LEFT
+            elif over in done:
+                await self._break_off(work, _cancelled_error(), send)
             else:
-                await _cancelled(work)
-                self._outcome.finish = "failed: timeout"
                 late = APIError(504, f"no answer within {self._request.timeout_s:g} s", code="timeout")
-                with suppress(asyncio.TimeoutError):  # a client that reads nothing
-                    await asyncio.wait_for(self._tell(late, send), _GRACE_S)
+                await self._break_off(work, late, send)
         finally:
-            await _cancelled(work, left)
+            await _cancelled(work, left, over)
             self._slot.release()
             state["answer"] = self._outcome.fields()
             self._traffic.add(self._request.namespace, self._outcome)
+
+    async def _break_off(self, work: asyncio.Future[None], error: APIError, send: Send) -> None:
+        await _cancelled(work)
+        self._outcome.finish = f"failed: {error.code}"
+        with suppress(asyncio.TimeoutError):  # a client that reads nothing
+            await asyncio.wait_for(self._tell(error, send), _GRACE_S)
 
     async def _send_whole(self, send: Send) -> None:
         deltas: list[Delta] = []
         async with aclosing(self._backend.generate(self._request)) as events:
             async for event in events:
                 self._outcome.note(event)
-                if isinstance(event, Delta):
+                if isinstance(event, Started):
+                    deltas = []
+                elif isinstance(event, Delta):
                     deltas.append(event)
                 elif isinstance(event, Failed):
                     raise of_failure(event)

@@ -88,6 +88,7 @@ async def _answer(
             miss=miss,
             top_logprobs=body.top_count,
             timeout_s=server.settings.request_timeout_s,
+            streamed=body.stream,
         )
         return GenerationResponse(
             server.backend,
@@ -97,6 +98,7 @@ async def _answer(
             usage=body.stream_options.include_usage,
             slot=slot,
             traffic=server.traffic,
+            drain=server.drain,
         )
     except BaseException:
         slot.release()

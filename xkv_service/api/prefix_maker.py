@@ -103,7 +103,7 @@ class PrefixMaker:
     def _create(self, new: NewPrefix) -> PrefixRecord:
         spec = self._spec_of(new)
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
-        size = size_of(layout, len(new.token_ids), spec, None, self._calibration)
+        size = size_of(layout, len(new.token_ids), spec, None, self._named_by(spec))
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         last = self._store.jobs.last(new.namespace, name)
@@ -165,6 +165,10 @@ class PrefixMaker:
         if shared is not None and not self._store.calibrations.blobs.exists(shared):
             spec = spec.over("document")
         return spec
+
+    def _named_by(self, spec: CompressionSpec) -> Calibration | None:
+        """The calibration, if the spec names one: what was made without any is made again without."""
+        return self._calibration if spec.calibration else None
 
     def _make_all(self) -> None:
         while (task := self._next()) is not None:
@@ -238,7 +242,8 @@ class PrefixMaker:
 
     def _publish(self, task: _Task) -> Job | None:
         """Compress, and publish what is wanted then; the job as it was then, None: it was not wanted."""
-        factors = compress(self._loaded.model, list(task.new.token_ids), task.spec, self._calibration)
+        spec = task.spec
+        factors = compress(self._loaded.model, list(task.new.token_ids), spec, self._named_by(spec))
         manifest = PrefixManifest(
             id=task.job.id,
             model=self._loaded.identity,

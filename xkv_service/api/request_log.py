@@ -28,10 +28,11 @@ class RequestLog:
 
     Args:
         app: what it watches. metrics: count requests by route and status.
+        ids_sent: whether a proxy before it sends the `x-request-id` of each request back.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, ids_sent: bool) -> None:
+        self._app, self._metrics, self._ids_sent = app, metrics, ids_sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -49,7 +50,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = name
+                if not (self._ids_sent and name == given):
+                    MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
         try:

@@ -10,6 +10,7 @@ from fastapi.security import HTTPBearer
 
 from xkv_service.api.admission import Admission
 from xkv_service.api.backend import Backend, PrefixService
+from xkv_service.api.drain import Drain
 from xkv_service.api.errors import APIError, ErrorBody
 from xkv_service.api.keys import Key, KeyRing
 from xkv_service.api.matching import Found, PrefixFinder
@@ -46,6 +47,7 @@ class Server:
     metrics: Metrics
     traffic: Traffic
     admission: Admission = field(default_factory=Admission)
+    drain: Drain = field(default_factory=Drain)
 
     @property
     def renderer(self) -> PromptRenderer:

@@ -73,6 +73,7 @@ class GenerationRequest:
         top_logprobs: likeliest tokens to report beside each chosen one; None: no log probabilities.
         stops: texts that end the answer besides those of the settings (a template's own).
         timeout_s: from submission to the end of the answer.
+        streamed: each event is told to the client as it comes; else the answer may begin anew until its end.
     """
 
     id: str
@@ -84,6 +85,7 @@ class GenerationRequest:
     top_logprobs: int | None = None
     stops: tuple[str, ...] = ()
     timeout_s: float = 600.0
+    streamed: bool = True
 
     def may_use(self, artifact_id: str | None, prefix_tokens: int) -> bool:
         """Whether a conversation in memory or in the store may serve it, of which so many tokens come from an
@@ -166,7 +168,8 @@ class Failed:
 
 
 Event = Started | Delta | Finished | Failed
-"""One request gets `Started`, any number of `Delta`, then `Finished`; or, at any point, `Failed`."""
+"""One request gets `Started`, any number of `Delta`, then `Finished`; or, at any point, `Failed`. One that is
+not streamed may get another `Started` before its end: its answer begins anew."""
 
 
 @dataclass(frozen=True)

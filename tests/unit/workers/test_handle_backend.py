@@ -40,16 +40,30 @@ class Dying:
             raise RayActorError
 
 
-@pytest.mark.parametrize("events", [0, 1, 2])
-def test_a_request_begins_again_only_where_nothing_was_told(events: int) -> None:
-    async def told() -> list[Event]:
-        request = GenerationRequest("one", (1, 2), GenerationSettings())
-        return [event async for event in HandleBackend(handle, None).generate(request)]
+async def told(handle: Dying, *, streamed: bool) -> list[Event]:
+    request = GenerationRequest("one", (1, 2), GenerationSettings(), streamed=streamed)
+    return [event async for event in HandleBackend(handle, None).generate(request)]
 
+
+@pytest.mark.parametrize("events", [0, 1, 2])
+def test_a_stream_begins_again_only_where_nothing_was_told(events: int) -> None:
     handle = Dying(events)
-    found = asyncio.run(told())
+    found = asyncio.run(told(handle, streamed=True))
     if events == 0:
         assert (found, handle.calls) == (WHOLE, 2)
         return
     assert handle.calls == 1 and found[:-1] == WHOLE[:events]
     assert isinstance(found[-1], Failed) and found[-1].kind == "overloaded"
+
+
+@pytest.mark.parametrize("events", [0, 1, 2])
+def test_an_answer_that_is_not_streamed_begins_anew(events: int) -> None:
+    handle = Dying(events)
+    assert asyncio.run(told(handle, streamed=False)) == WHOLE[:events] + WHOLE
+    assert handle.calls == 2
+
+
+def test_an_answer_that_has_ended_is_not_asked_again() -> None:
+    handle = Dying(3)
+    found = asyncio.run(told(handle, streamed=False))
+    assert handle.calls == 1 and found[:3] == WHOLE

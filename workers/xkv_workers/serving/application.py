@@ -30,6 +30,7 @@ def build_application(settings: ServeSettings) -> Any:
 
     from xkv_workers.serving.compressor import Compressor
     from xkv_workers.serving.engine_replica import EngineReplica
+    from xkv_workers.serving.ingress import Ingress
     from xkv_workers.serving.state_board import StateBoard
 
     board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
@@ -65,7 +66,7 @@ def build_application(settings: ServeSettings) -> Any:
     )
     # An app that is built on each replica: nothing of it has to be pickled but this function.
     ingress = serve.deployment(
-        serve.ingress(_app_builder(settings))(),
+        serve.ingress(_app_builder(settings))(Ingress),
         name=INGRESS,
         num_replicas=settings.ingresses,
         max_ongoing_requests=1000,

@@ -27,15 +27,15 @@ class HandleBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request; closing the iterator cancels it on its replica.
 
-        A replica that dies before its first event is replaced by another one; later, the request fails: what
-        was told of the first replica would not hold for the second.
+        Where a replica dies, another one begins the request anew as long as its client was told nothing: what
+        was told of the first replica would not hold for the second. So a stream that has begun fails.
         """
         for left in reversed(range(_TRIES)):
             told = False
             events = self._events(request)
             try:
                 async for event in events:
-                    told = True
+                    told = request.streamed or isinstance(event, Finished | Failed)
                     yield event
                 return
             except Exception as error:  # noqa: BLE001 - Ray's own, of many kinds, and whatever the replica raised

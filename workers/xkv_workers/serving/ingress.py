@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
@@ -18,6 +18,23 @@ from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+class Ingress:
+    """What Serve may call on an ingress replica besides its app, which is Serve's attribute `app`.
+
+    Args:
+        deployments: those that it calls, so that Serve starts them first.
+    """
+
+    app: FastAPI
+
+    def __init__(self, *deployments: Any) -> None:
+        self._deployments = deployments
+
+    async def drain(self, grace_s: float) -> None:
+        """As `Drain.end`."""
+        await self.app.state.drain.end(grace_s)
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
@@ -41,4 +58,5 @@ def make_app(settings: ServeSettings) -> FastAPI:
         prefixes=StoredPrefixes(store, RemoteMaker(compressor)),
         keys=settings.keys,
         settings=settings.api,
+        ids_sent=True,  # by Serve's proxy
     )

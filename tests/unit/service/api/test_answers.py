@@ -10,10 +10,12 @@ import pytest
 from engines import PacedBackend
 from openai import OpenAI
 from rivers import DOCUMENT
-from serving import Served
+from serving import Served, serve
 
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_service.api.answers import ChatChunk, ChatCompletion, Completion
+from xkv_service.api.app import create_app
+from xkv_service.api.model import ServedModel
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.sessions.exact import exact_cache
 from xkv_service.sessions.session import Session
@@ -222,6 +224,17 @@ def test_a_request_id_of_the_clients_own(served: Served) -> None:
         for bad in ("a b", "x" * 129, "<script>"):
             given = http.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"]
             assert given.startswith("req-")
+
+
+def test_a_request_id_that_a_proxy_sends_back_is_not_sent_twice(
+    served_model: ServedModel, backend: PacedBackend
+) -> None:
+    with serve(create_app(served_model, backend, ids_sent=True)) as served, served.http() as http:
+        assert "x-request-id" not in http.get("/healthz", headers={"x-request-id": "mine"}).headers
+        # It would be logged under another one than its own.
+        assert (
+            http.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req-")
+        )
 
 
 def test_requests_side_by_side(served: Served, backend: PacedBackend) -> None:

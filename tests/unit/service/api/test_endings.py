@@ -153,6 +153,16 @@ def test_failures(
         assert backend.closed == 1
 
 
+def test_an_answer_that_begins_anew_is_told_once(served_model: ServedModel) -> None:
+    again = [Started(5, 4), Delta("other", 2), Finished("stop", 2)]
+    with serve(create_app(served_model, Scripted(STARTED, DELTA, *again))) as served:
+        answer = served.client().chat.completions.create(**CHAT)
+    assert answer.choices[0].message.content == "other"
+    usage = answer.usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert usage.completion_tokens == 2 and usage.prompt_tokens_details.cached_tokens == 4
+
+
 def test_an_engine_that_hangs_does_not_hang_the_client(
     served_model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,15 @@ def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -
     assert error_of(answer, 400)["param"].startswith("prompt")
 
 
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [(json.dumps(CHAT), "text/plain"), ("[1]", "application/json"), ('"a"', "application/json")],
+)
+def test_a_body_that_is_no_object_is_told_what_to_be(http: httpx.Client, body: str, kind: str) -> None:
+    answer = http.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+    assert "send one, with the header Content-Type: application/json" in error_of(answer, 400)["message"]
+
+
 @pytest.mark.parametrize("changes", [{"echo": True}, {"suffix": "end"}, {"best_of": 3}, {"logprobs": 6}])
 def test_what_completions_cannot(http: httpx.Client, changes: dict[str, Any]) -> None:
     answer = http.post("/v1/completions", json={**TEXT, **changes})

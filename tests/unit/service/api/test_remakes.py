@@ -166,6 +166,24 @@ def strict(made: Calibration) -> Calibration:
     return replace(made, figures={**made.figures, "thresholds": [{"ratio": 8.0, "kl": 0.0125}]})
 
 
+def test_what_was_made_without_a_calibration_is_made_again_without(
+    tmp_path: Path, loaded: LoadedModel
+) -> None:
+    """By a server that has one."""
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        mine = load_calibration(
+            store, save_calibration(store, strict(calibrated(loaded.model, 2)), loaded.identity, SAMPLE).id
+        )
+        maker = PrefixMaker(store, loaded, calibration=mine)
+        new = NewPrefix("default", list(range(5, 205)), "a", "0" * 64, spec=CompressionSpec(ratio=2.0))
+        try:
+            made = asyncio.run(maker.create(new)).id
+            becomes(lambda: store.get(made))
+        finally:
+            maker.close()
+        assert store.manifest(made).spec.get("calibration") is None
+
+
 @pytest.mark.parametrize("calibration", ["the same", "another", "none"])
 @pytest.mark.parametrize("fault", ["damaged", "gone"])
 def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
