@@ -63,7 +63,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(
 ) -> None:
     with running.connect() as client:
         client.sendall(post({**CHAT, "stream": stream}))
-        wait_until(lambda: slow.steps >= 3)
+        wait_until(lambda: slow.state.running == 1)
         with slow.held():
             client.close()
             wait_until(lambda: slow.closed == 1)
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(
 def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second:
         first.sendall(post({**CHAT, "stream": True}))
-        wait_until(lambda: slow.steps >= 1)
+        wait_until(lambda: slow.state.running == 1)
         second.sendall(post(CHAT))
         wait_until(lambda: slow.state.waiting == 1)
         second.close()
