@@ -141,7 +141,7 @@ def test_bad_documents_are_told_and_two_workers_share_the_others(
         "corpus/binary.txt": "binary data",
         "corpus/latin.txt": "not UTF-8",
         "corpus/long.txt": "too long",
-        "corpus/short.txt": "cannot be reached",
+        "corpus/short.txt": "are too few for any ratio",
         "corpus/lines.jsonl#line 2": "not JSON",
         "corpus/link.txt": "symbolic link out of the corpus",
     }
