@@ -282,14 +282,21 @@ class SlowBlobs:
         return self.blobs.open(artifact_id)
 
 
+def slow_second_turn(
+    talker: Talker, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], PrefixMatch, list[int], SlowBlobs]:
+    """What a first turn left, its match, the prompt of a second one, and the shelf that it is to wait for."""
+    with serving(talker, store) as served:
+        held, match = first_turn(served, store)
+    slow = SlowBlobs(store.tails.blobs)
+    monkeypatch.setattr(store.tails._checked, "_blobs", slow)
+    return held, match, [*held, *prompt_of(talker, "And then?", document=False)], slow
+
+
 def test_nobody_waits_longer_than_computing_takes(
     talker: Talker, own_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(talker, own_store) as served:
-        held, match = first_turn(served, own_store)
-    slow = SlowBlobs(own_store.tails.blobs)
-    monkeypatch.setattr(own_store.tails._checked, "_blobs", slow)
-    longer = [*held, *prompt_of(talker, "And then?", document=False)]
+    held, match, longer, slow = slow_second_turn(talker, own_store, monkeypatch)
     with serving(talker, own_store, rate=0.01) as served:
         two = Asked(served.engine, longer, match=match).wait()
         gained = len(held) - 1 - match.tokens
@@ -313,11 +320,7 @@ def test_nobody_waits_longer_than_computing_takes(
 def test_cancelled_while_its_tail_is_loaded(
     talker: Talker, own_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(talker, own_store) as served:
-        held, match = first_turn(served, own_store)
-    slow = SlowBlobs(own_store.tails.blobs)
-    monkeypatch.setattr(own_store.tails._checked, "_blobs", slow)
-    longer = [*held, *prompt_of(talker, "And then?", document=False)]
+    held, match, longer, slow = slow_second_turn(talker, own_store, monkeypatch)
     with serving(talker, own_store) as served:
         asked = Asked(served.engine, longer, match=match)
         assert slow.reached.wait(60)
@@ -408,11 +411,7 @@ def test_a_redis_that_hangs_costs_one_prompt_a_second(
 def test_a_load_may_take_longer_than_the_search(
     talker: Talker, own_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(talker, own_store) as served:
-        held, match = first_turn(served, own_store)
-    slow = SlowBlobs(own_store.tails.blobs)
-    monkeypatch.setattr(own_store.tails._checked, "_blobs", slow)
-    longer = [*held, *prompt_of(talker, "And then?", document=False)]
+    held, match, longer, slow = slow_second_turn(talker, own_store, monkeypatch)
     with serving(talker, own_store) as served:
         asked = Asked(served.engine, longer, match=match)
         time.sleep(1.5)
