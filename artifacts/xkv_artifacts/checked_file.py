@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from xkv_artifacts.errors import CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.extents import Extent
 from xkv_artifacts.header import (
     DTYPES,
     LENGTH_BYTES,
@@ -163,14 +164,29 @@ def fill_checked(file: PositionedFile, info: TensorInfo, expected: str, view: me
         CorruptArtifact: the file ends before the tensor does, or it is not what was written.
     """
     digest = hashlib.sha256()
-    done = 0
-    while done < info.nbytes:
-        count = file.read_into(view[done : done + CHUNK_BYTES], info.start + done)
-        if not count:
-            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
-        digest.update(view[done : done + count])
-        done += count
-    if digest.hexdigest() != expected:
+    for start in range(0, info.nbytes, CHUNK_BYTES):
+        part = view[start : start + CHUNK_BYTES]
+        file.fill(part, info.start + start, info.name)
+        digest.update(part)
+    _check_digest(info, digest.hexdigest(), expected)
+
+
+def fill_extent(file: PositionedFile, extent: Extent, digests: Mapping[str, str], view: memoryview) -> None:
+    """Read neighbouring tensors at once. As `fill_checked`.
+
+    Args:
+        digests: SHA-256 by name. view: of `extent.nbytes` bytes.
+    """
+    if len(extent.infos) == 1:
+        fill_checked(file, extent.infos[0], digests[extent.infos[0].name], view)
+        return
+    file.fill(view, extent.start, extent.infos[0].name)
+    for info in extent.infos:
+        _check_digest(info, hashlib.sha256(view[extent.range_of(info)]).hexdigest(), digests[info.name])
+
+
+def _check_digest(info: TensorInfo, found: str, expected: str) -> None:
+    if found != expected:
         raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
 
 

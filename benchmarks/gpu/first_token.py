@@ -47,7 +47,7 @@ from xkv_artifacts.manifest import DocumentRef, ModelIdentity
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compression, enable_xkv
 from xkv_service.artifact_parts import part_names
 from xkv_service.decoding import kernel_choice, prefix
-from xkv_service.decoding.device_landing import MOST_THREADS, goes_to_device, landing_for
+from xkv_service.decoding.device_landing import HOST, MOST_THREADS, PINNED, landing_for, place_of
 from xkv_service.decoding.loading import load_parts
 from xkv_service.decoding.matching import FirstTokens
 from xkv_service.decoding.placing import Copies
@@ -434,11 +434,12 @@ class _Artifact:
         run, store, name = self._run, self.store, self._job.artifact_id
         manifest, header_s = run.timed(lambda: store.manifest(name))
         landing = _Host(run.device)
-        with _replaced((blob_format, "fill_checked", lambda f: _unchecked)):
+        landing.begin()
+        with _replaced((blob_format, "fill_extent", lambda f: _unchecked)):
             _, read_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
-        parts, check_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
-        bulk = [one for part in parts for key, one in part.items() if goes_to_device(key)]
-        del parts
+        landing.begin()
+        _, check_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
+        bulk = landing.bulk()
         copy_s = run.timed(lambda bulk=bulk: _copied(bulk, run.device))[1]
         del bulk
         head, *groups = load_parts(cast(Any, store), manifest, None, landing_for(run.device))
@@ -475,17 +476,29 @@ class _Host:
     def __init__(self, device: torch.device) -> None:
         self.threads, self._pinned = _threads(), device.type == "cuda"
 
-    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was read."""
+        self._read: list[tuple[str, torch.Tensor]] = []
+
+    def bulk(self) -> list[torch.Tensor]:
+        """What is copied to the device while other extents are read."""
+        return [one for place, one in self._read if place not in (HOST, PINNED)]
+
+    def place(self, name: str) -> str:
+        return place_of(name)
+
+    def buffer(self, place: str, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def placed(self, place: str, buffer: torch.Tensor) -> torch.Tensor:
+        self._read.append((place, buffer))
+        return buffer
 
 
-def _unchecked(file: Any, info: Any, expected: str, view: memoryview) -> None:
-    done = 0
-    while done < info.nbytes:
-        done += file.read_into(view[done:], info.start + done)
+def _unchecked(file: Any, extent: Any, digests: Any, view: memoryview) -> None:
+    file.fill(view, extent.start, "")
 
 
 def _copied(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
