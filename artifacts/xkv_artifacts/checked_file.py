@@ -90,6 +90,15 @@ def open_header(file: BinaryIO) -> Header:
     Raises:
         CorruptArtifact: the header is not one that this project wrote.
     """
+    return parse_header(*read_head(file))
+
+
+def read_head(file: BinaryIO) -> tuple[bytes, bytes, int]:
+    """A file's length prefix, its header, and its size: what `parse_header` takes.
+
+    Raises:
+        CorruptArtifact: the file is too short, or the length is absurd.
+    """
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = file.read(LENGTH_BYTES)
@@ -97,7 +106,7 @@ def open_header(file: BinaryIO) -> Header:
     raw = file.read(length)
     if len(raw) < length:
         raise CorruptArtifact("the file was truncated while it was read")
-    return parse_header(prefix, raw, file_bytes)
+    return prefix, raw, file_bytes
 
 
 def parse_manifest(header: Header, kind: type[Kind], name: str, *versions: int) -> Kind:

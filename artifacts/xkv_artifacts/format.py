@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -18,13 +18,13 @@ from xkv_artifacts.checked_file import (
     dtype_of,
     fill_extent,
     lay_out,
-    open_header,
     parse_manifest,
     read_checked,
+    read_head,
 )
 from xkv_artifacts.errors import CorruptArtifact, InvalidKey, InvalidNamespace, MissingTensor
 from xkv_artifacts.extents import Extent, extents_of, jobs_of
-from xkv_artifacts.header import Header, TensorInfo
+from xkv_artifacts.header import Header, TensorInfo, parse_header
 from xkv_artifacts.keys import artifact_id_of_bytes
 from xkv_artifacts.manifest import FORMAT, VERSION, PrefixManifest
 from xkv_artifacts.positioned import PositionedFile
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS = "tokens"
+_MOST_KEPT = 1 << 20
+"""Bytes of a header that is kept parsed; one of 600 tensors has a tenth."""
 
 
 def write_prefix(
@@ -174,8 +176,17 @@ def verify(file: BinaryIO) -> PrefixManifest:
 
 
 def _open(file: BinaryIO) -> tuple[PrefixManifest, Header]:
-    header = open_header(file)
+    head = read_head(file)
+    return _kept(*head) if len(head[1]) <= _MOST_KEPT else _parsed(*head)
+
+
+def _parsed(prefix: bytes, raw: bytes, file_bytes: int) -> tuple[PrefixManifest, Header]:
+    header = parse_header(prefix, raw, file_bytes)
     return _check_manifest(header), header
+
+
+_kept = lru_cache(maxsize=2)(_parsed)
+"""A load asks for the same header twice: once for what it promises, once for the tensors."""
 
 
 def _check_manifest(header: Header) -> PrefixManifest:

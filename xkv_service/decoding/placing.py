@@ -11,7 +11,7 @@ import torch
 
 from xkv_service.factors import LowRank, PrefixFactors
 
-_ON_THE_HOST = ("token_ids", "rotary", "states", "windows", "fidelity", "spec")
+_ON_THE_HOST = ("token_ids", "rotary", "states", "windows", "planes", "fidelity", "spec")
 """Read on the CPU, or brought to the device by who uses them."""
 
 
