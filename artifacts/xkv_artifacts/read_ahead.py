@@ -61,16 +61,18 @@ class _Crew(Generic[Result]):
     def __init__(self, threads: int) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Result], Job[Result]] | None] = queue.SimpleQueue()
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"blob-reader-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._most = threads
+        self._threads: list[threading.Thread] = []
 
     def submit(self, job: Job[Result]) -> Future[Result]:
+        """Have a job done. The first ones start a thread each: what is read first waits for one alone."""
         future: Future[Result] = Future()
         self._jobs.put((future, job))
+        if len(self._threads) < self._most:
+            name = f"blob-reader-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return future
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
+from xkv_service.decoding.placing import sent
 from xkv_service.packed_factors import PackedFactors
 from xkv_service.selection.sketch import KeySketch, encode
 
@@ -79,8 +80,8 @@ class KeptPlanes:
         pairs = [tuple(pair) for head in planes.tolist() for pair in head]
         numbers |= {pair: still for pair in pairs if turning.isdisjoint(pair)}
         device = layer.key_bases.device
-        self.planes = planes = planes.to(device)
-        self._numbers = torch.tensor([numbers[pair] for pair in pairs], device=device)
+        self.planes = planes = sent(planes, device)
+        self._numbers = sent(torch.tensor([numbers[pair] for pair in pairs]), device)
         heads, count, _ = planes.shape
         by_head = layer.key_bases.reshape(-1, heads, layer.head_dim)
         head = torch.arange(heads, device=device)[:, None]

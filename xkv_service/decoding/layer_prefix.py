@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from xkv_service.decoding.placing import sent
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
@@ -175,7 +176,7 @@ class DescribedPositions:
         for mine, found in self._known:
             if torch.equal(mine, exact):
                 return found
-        found = described_positions(exact, self._tokens).to(self._device)
+        found = sent(described_positions(exact, self._tokens), self._device)
         self._known.append((exact, found))
         return found
 

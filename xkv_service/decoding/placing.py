@@ -32,6 +32,16 @@ def on_device(factors: PrefixFactors, device: torch.device) -> PrefixFactors:
     return placed
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on `device`, copied on the stream that is current.
+
+    A CUDA device is not waited for: its stream may be busy with a forward.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Copies:
     """Copies to a CUDA device on a stream of their own, for readers on the stream that is current now.
 
