@@ -388,6 +388,7 @@ class _Artifact:
         return {"first_token_s": took, "load_s": ends[0] - begun, **clock.figures(took)}
 
     def _bind(self, clock: _Clock, name: str, **options: Any) -> Prefix:
+        blob_format._kept.cache_clear()  # every load parses its header, once, as the first one does
         with clock.steps():
             announced = clock.timed("header", self._loading.announce)(name)
             return self._loading.bind(announced, None, **options)
