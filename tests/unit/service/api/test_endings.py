@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from engines import PacedBackend, paced_backend, wait_until
@@ -190,6 +191,44 @@ def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBacken
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "overloaded"
+
+
+class SlowToClose(Scripted):
+    """Runs until it is closed, which takes a moment."""
+
+    def __init__(self) -> None:
+        super().__init__(hang=True)
+        self.closing = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        try:
+            async for event in super().generate(request):
+                yield event
+        finally:
+            self.closing.set()
+            await asyncio.sleep(0.05)
+
+
+def test_a_request_that_is_cancelled_twice_frees_its_place(served_model: ServedModel) -> None:
+    """As Ray Serve does it when a client leaves: the second time comes while the answer is being closed."""
+
+    async def in_flight() -> int:
+        backend = SlowToClose()
+        app = create_app(served_model, backend)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=CHAT))
+            while (status := (await client.get("/status")).json())["traffic"]["in_flight"] == 0:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            asked.cancel()
+            await backend.closing.wait()
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            status = (await client.get("/status")).json()
+        return int(status["traffic"]["in_flight"])
+
+    assert asyncio.run(in_flight()) == 0
 
 
 def test_a_client_that_reads_nothing_is_let_go(
