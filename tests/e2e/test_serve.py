@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -111,6 +112,28 @@ def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) 
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == questions[3]["answer"]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens >= prefix["tokens"]
+
+
+def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
+    """A replica takes 32 requests; the other 8 wait in Serve's router."""
+    body = {"model": "xkv-demo", "messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 4000}
+    url = f"{server.url}/v1/chat/completions"
+
+    async def see() -> None:
+        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=50)) as client:
+            asked = [asyncio.create_task(client.post(url, json=body)) for _ in range(40)]
+            seen: dict[str, int] = {}
+            end = time.monotonic() + 120
+            while (seen.get("running"), seen.get("waiting")) != (16, 24):
+                assert time.monotonic() < end, seen
+                await asyncio.sleep(0.2)
+                seen = (await client.get(f"{server.url}/status")).json()["engine"]
+            for one in asked:
+                one.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(see())
+    _until(lambda: httpx.get(f"{server.url}/status", timeout=60).json()["traffic"]["in_flight"] == 0)
 
 
 def test_a_document_that_is_not_stored_is_computed_and_said_to_be(asker: Asker, server: Server) -> None:

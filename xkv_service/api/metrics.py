@@ -35,7 +35,9 @@ class Metrics:
         self.requests = counter("requests", "Requests by route and status", "route", "status")
         self.first_token = histogram("time_to_first_token", "From the request to its first token", _TTFT_S)
         self.token_gap = histogram("inter_token", "Between tokens of an answer", _GAP_S)
-        self.queued = histogram("queue", "From submission until a prompt is begun", _TTFT_S)
+        self.queued = histogram(
+            "queue", "From submission until a prompt is begun, for a replica too", _TTFT_S
+        )
         self.loading = histogram("load", "Spent waiting for factors, of requests that did", _TTFT_S)
         self.lookup = histogram("lookup", "Until the catalog answered", _GAP_S)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
@@ -54,12 +56,18 @@ class Metrics:
         self._lookups: Mapping[str, float] = {}
         registry.register(self)
 
-    def exposition(self, states: Sequence[EngineState], lookups: Mapping[str, float] | None = None) -> bytes:
-        """The text that Prometheus reads, with what the engines, and lookups here, say now."""
+    def exposition(
+        self, states: Sequence[EngineState], lookups: Mapping[str, float] | None = None, waiting: int = 0
+    ) -> bytes:
+        """The text that Prometheus reads, with what the engines, and lookups here, say now.
+
+        Args:
+            waiting: requests that no engine has got yet.
+        """
         self._states, self._lookups = states, lookups or {}
         for name, values in (
             ("running", [state.running for state in states]),
-            ("waiting", [state.waiting for state in states]),
+            ("waiting", [waiting, *(state.waiting for state in states)]),
             ("kept", [state.kept_tails for state in states]),
         ):
             self.sessions.labels(name).set(sum(values))

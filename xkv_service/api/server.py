@@ -46,7 +46,7 @@ class Server:
     settings: APISettings
     metrics: Metrics
     traffic: Traffic
-    admission: Admission = field(default_factory=Admission)
+    admission: Admission
     drain: Drain = field(default_factory=Drain)
 
     @property

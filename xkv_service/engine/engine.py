@@ -20,12 +20,12 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.engine.admission import refusal_of, room_for
+from xkv_service.engine.entrance import STOPPING, Entrance
 from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
-from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import PackedRunner, Runner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
@@ -75,7 +75,7 @@ class Engine:
             stored.offer if stored is not None else None,
         )
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._open = OpenRequests(self.settings.max_running + self.settings.max_waiting)
+        self._entrance = Entrance()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,7 +103,7 @@ class Engine:
             most=min(request.settings.max_new_tokens, room_for(request, self.loaded)),
             ends=self._ends,
         )
-        refusal = refusal_of(request, self.loaded) or self._open.enter(
+        refusal = refusal_of(request, self.loaded) or self._entrance.enter(
             lambda: self._inbox.put(Submitted(sequence))
         )
         if refusal is not None:
@@ -166,7 +166,7 @@ class Engine:
             _log.exception("the engine died")
             raise
         finally:
-            self._open.close()
+            self._entrance.close()
             self._abandon()
 
     def _receive(self) -> bool:
@@ -224,7 +224,6 @@ class Engine:
             self._put_away(sequence)
         finally:
             self._counters[f"ended_{reason}"] += 1
-            self._open.leave()
 
     def _put_away(self, sequence: Sequence) -> None:
         context, sequence.context = sequence.context, None

@@ -54,8 +54,10 @@ class EngineReplica:
         self._board, self._name = board, _replica_name()
         self._reporting: asyncio.Task[None] | None = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """The events of one request. Cancelling the call takes it out of the batch."""
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event | None]:
+        """None at once, as a sign that the request is here, then its events. Cancelling the call takes it out
+        of the batch."""
+        yield None
         self._report_from_now_on()
         self._remakes.note(request)
         events = self._backend.generate(request)

@@ -58,7 +58,7 @@ class Ending:
 
 @pytest.fixture
 def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
-    with paced_backend(loaded, store, EngineSettings(max_running=2, max_waiting=2)) as backend:
+    with paced_backend(loaded, store, EngineSettings(max_running=2)) as backend:
         backend.step_s = 0.02
         yield backend
 

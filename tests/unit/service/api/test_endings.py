@@ -39,8 +39,8 @@ CHAT: dict[str, Any] = {
 
 @pytest.fixture
 def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
-    """Takes a while for each token, and has room for one sequence and one that waits."""
-    with paced_backend(loaded, store, EngineSettings(max_running=1, max_waiting=1)) as backend:
+    """Takes a while for each token, and has room for one sequence."""
+    with paced_backend(loaded, store, EngineSettings(max_running=1)) as backend:
         backend.step_s = 0.03
         yield backend
 
@@ -48,7 +48,7 @@ def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
 @pytest.fixture
 def running(served_model: ServedModel, slow: PacedBackend) -> Iterator[Served]:
     settings = APISettings(request_timeout_s=600.0, min_fidelity=0.0)
-    with serve(create_app(served_model, slow, settings=settings)) as served:
+    with serve(create_app(served_model, slow, settings=settings, most_requests=2)) as served:
         yield served
 
 
@@ -98,7 +98,7 @@ class Scripted:
 
     def __init__(self, *events: Event | Exception, hang: bool = False) -> None:
         self._events, self._hang = events, hang
-        self.closed = 0
+        self.closed = self.waiting = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         try:
@@ -181,7 +181,7 @@ def test_an_engine_that_hangs_does_not_hang_the_client(
         assert backend.closed == 2
 
 
-def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
+def test_a_full_server_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second, running.http() as http:
         first.sendall(post(CHAT))
         wait_until(lambda: slow.asked == 1)
@@ -191,6 +191,10 @@ def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBacken
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "overloaded"
+        assert slow.asked == 2
+    wait_until(lambda: slow.busy == 0)
+    with running.http() as http:
+        assert http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 1}).status_code == 200
 
 
 class SlowToClose(Scripted):

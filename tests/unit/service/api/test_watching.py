@@ -116,6 +116,12 @@ def test_status(http: httpx.Client, backend: PacedBackend) -> None:
     assert traffic["hits"] >= 1 and traffic["tokens_per_second"] > 0
 
 
+def test_what_no_engine_has_got_yet_waits_too(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PacedBackend, "waiting", 3)
+    assert metrics(http)["xkv_sessions", ("waiting",)] == 3
+    assert http.get("/status").json()["engine"]["waiting"] == 3
+
+
 def test_the_page_fetches_nothing_from_elsewhere(http: httpx.Client) -> None:
     answer = http.get("/")
     assert answer.headers["content-type"].startswith("text/html")
