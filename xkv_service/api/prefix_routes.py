@@ -219,10 +219,7 @@ def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
         ids = render()
     except InvalidPrompt as error:
         raise APIError(400, error.message, param=kind, code="invalid_prompt") from None
-    window = server.model.window
-    if window is not None and len(ids) >= window:
-        message = f"the prefix has {len(ids):,} tokens, and the window of {window:,} must hold a chat as well"
-        raise APIError(400, message, param=kind, code="context_length_exceeded")
+    server.renderer.check_length(len(ids), kind, prefix=True)
     digest = hashlib.sha256(source.encode()).hexdigest()
     return NewPrefix(
         namespace=namespace,
