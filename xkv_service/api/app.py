@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from xkv_service.api import errors
+from xkv_service.api import error_handlers
 from xkv_service.api.admission import Admission
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.body_limit import BodyLimit
@@ -74,7 +74,7 @@ def create_app(
         generate_unique_id_function=_operation_id,
     )
     app.state.drain = server.drain
-    errors.install(app)
+    error_handlers.install(app)
     for routes in (generation_routes, prefix_routes, health_routes, status_routes):
         app.include_router(routes(server))
     # The last one added is the first to see a request.

@@ -45,7 +45,7 @@ def generation_routes(server: Server) -> APIRouter:
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """How a text goes on."""
         form = CompletionFormat(request.state.request_id, server.model, body.logprobs is not None)
-        prompt = body.one_prompt
+        prompt = body.prompt
         return await _answer(server, request, body, form, lambda: server.renderer.completion(prompt))
 
     @router.get("/models", responses=ERRORS)

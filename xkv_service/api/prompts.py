@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xkv_service.api.errors import APIError
+from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.model import ServedModel
 from xkv_service.errors import InvalidPrompt
 from xkv_service.modeling.prompt_length import CHARACTERS, much_longer
-from xkv_service.modeling.prompts import Messages, apply_template, common_beginning, render_prefix
+from xkv_service.modeling.prompts import (
+    Messages,
+    apply_template,
+    common_beginning,
+    refuse_special_tokens,
+    render_prefix,
+)
 from xkv_service.sessions.rendering import ChatRenderer
 
 # What may follow a conversation: the tokens that all of it begins with are those of the conversation alone.
@@ -56,7 +62,7 @@ class PromptRenderer:
             self._check_chat(messages, "messages")
             return tuple(ChatRenderer(self.model.tokenizer).prompt_ids(messages))
         except InvalidPrompt as error:
-            raise APIError(400, error.message, param="messages", code="invalid_prompt") from None
+            raise APIError(400, told(error), param="messages", code="invalid_prompt") from None
 
     def completion(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """The tokens of a text as the tokenizer encodes it, or token ids as they are.
@@ -68,28 +74,34 @@ class PromptRenderer:
             self._check_text(prompt, "prompt")
             raw = ChatRenderer(self.model.tokenizer, template="raw")
             try:
+                refuse_special_tokens(self.model.tokenizer, prompt, "prompt")
                 ids = raw.prompt_ids([{"role": "system", "content": prompt}])
             except InvalidPrompt as error:
-                raise APIError(400, error.message, param="prompt", code="invalid_prompt") from None
+                raise APIError(400, told(error), param="prompt", code="invalid_prompt") from None
         else:
             ids = list(prompt)
         if not ids:
             raise APIError(400, "the prompt is empty", param="prompt")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.model.vocabulary:
-                message = f"token id {token} is not one of the model's {self.model.vocabulary:,}"
+                last = self.model.vocabulary - 1
+                message = f"token id {shortened(str(token))} is not one of the model's, 0 to {last}"
                 raise APIError(400, message, param="prompt")
         return tuple(ids)
 
     def document(self, text: str, system_prompt: str | None) -> list[int]:
         """What every chat about a document starts with. Raises InvalidPrompt."""
         messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        refuse_special_tokens(self.model.tokenizer, system_prompt or "", "system prompt")
         self._check_chat([*messages, {"role": "user", "content": text}], "document", prefix=True)
         return render_prefix(self.model.tokenizer, text, system_prompt=system_prompt)
 
     def text(self, text: str) -> list[int]:
         """What every completion of a text starts with. Raises InvalidPrompt."""
         self._check_text(text, "text", prefix=True)
+        if not text.strip():
+            raise InvalidPrompt("the text is empty", hint="give one with words in it")
+        refuse_special_tokens(self.model.tokenizer, text, "text")
         return render_prefix(self.model.tokenizer, text, template="raw")
 
     def conversation(self, messages: Messages) -> list[int]:
