@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from xkv_service.engine.messages import EngineState
@@ -79,9 +80,18 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The engines' own counters, added up, and those of lookups; damage is found by both."""
+        """The engines' own counters, added up, and those of lookups; damage is found by both. And what
+        the engines believe it costs to load and to prefill."""
         damaged = self.damaged_at_lookup + sum(state.counters.get(_DAMAGED, 0.0) for state in self._states)
         yield CounterMetricFamily("xkv_verification_failures", "Times that damage was found", value=damaged)
+        costs = GaugeMetricFamily(
+            "xkv_cost_seconds",
+            "What engines believe it costs, their mean",
+            labels=["of"],
+        )
+        for name in sorted({name for state in self._states for name in state.rates}):
+            costs.add_metric([name], mean(s.rates[name] for s in self._states if name in s.rates))
+        yield costs
         names = sorted({name for state in self._states for name in state.counters})
         for name in names:
             total = sum(state.counters.get(name, 0.0) for state in self._states)

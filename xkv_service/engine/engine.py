@@ -137,6 +137,7 @@ class Engine:
             stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
             counters=counters,
+            rates=self._prefixes.rates.figures() if self._prefixes is not None else {},
         )
 
     def close(self) -> None:

@@ -75,6 +75,8 @@ def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest)
     assert after["xkv_resident_prefixes", ()] == 1
     assert after["xkv_resident_bytes", ("prefixes",)] > 0
     assert grown("xkv_engine_generated_tokens_total") >= answered
+    assert after["xkv_cost_seconds", ("prefill_token",)] > 0
+    assert after["xkv_cost_seconds", ("load",)] >= 0 and after["xkv_cost_seconds", ("load_byte",)] >= 0
 
 
 def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
