@@ -197,7 +197,8 @@ class PrefixMaker:
         while not self._closed.wait(VOUCH_S / 3):
             for task in self._unfinished():
                 try:
-                    self._tell(task)
+                    if not self._tell(task):
+                        self._give_up(task)
                 except XKVError as error:
                     _log.warning("nobody can see how prefixes are getting on: %s", error.message)
                     break
@@ -206,10 +207,17 @@ class PrefixMaker:
         with self._changed:
             return [*filter(None, [self._making]), *self._waiting]
 
-    def _tell(self, task: _Task) -> None:
+    def _tell(self, task: _Task) -> bool:
+        """Vouch for a task; False: its record is gone for so long that it may have been deleted."""
         with self._telling:
-            if task in self._unfinished():
-                self._store.jobs.tell(task.job)
+            return task not in self._unfinished() or self._store.jobs.tell(task.job)
+
+    def _give_up(self, task: _Task) -> None:
+        """Let a task not wait any more; one that is being made will not be published."""
+        with self._changed:
+            if task in self._waiting:
+                self._waiting.remove(task)
+                _log.warning("prefix %s is not made: it may have been deleted long ago", task.job.id[:12])
 
     def _fail(self, task: _Task, error: str) -> None:
         try:
@@ -236,7 +244,11 @@ class PrefixMaker:
             self._finish(task, None if stored else self._publish(task))
 
     def _wanted(self, task: _Task) -> Job | None:
-        """The job as it was changed since, None where it was deleted; a record that was lost was not."""
+        """The job as it was changed since, None where it was deleted or may have been; a record that was lost
+        is told again.
+        """
+        if not self._tell(task):
+            return None
         job = self._store.jobs.last(task.job.namespace, task.job.id) or task.job
         return None if job.status == "deleted" else job
 
