@@ -13,9 +13,11 @@ import pytest
 from measured import calibrated
 from rivers import DOCUMENT, SETTINGS, publish
 
+from xkv_artifacts.checked_file import open_header
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_artifacts.token_cache import TokenCache
+from xkv_service.api import damage_notes
 from xkv_service.api.backend import NewPrefix
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.api.metrics import Metrics
@@ -160,6 +162,74 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
         match, miss = ask(fresh)  # it has never read it
         assert miss is not None and miss.reason == "corrupt"
         assert not told and fresh.counters == {"remakes_impossible": 1}
+
+
+@pytest.mark.parametrize("how", ["found", "named"])
+@pytest.mark.parametrize("part", ["header", "tokens"])
+@pytest.mark.parametrize("known", ["by who read it before", "by its header"])
+def test_damage_that_is_found_without_a_prompt_is_mended_with_the_next_one(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, how: str, part: str, known: str
+) -> None:
+    """A catalog was emptied, and made again."""
+    monkeypatch.setattr(damage_notes, "LOOK_S", 0.0)
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        ids = tokens_of(store, made)
+        prompt, fingerprint = [*ids, 70], loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        if known == "by who read it before":
+            found(finder, prompt)
+        with store.blobs.open(made.id) as file:
+            place = 100 if part == "header" else open_header(file).tensors["tokens"].start
+        damage(store, made.id, place)
+        store._lookup._tokens = TokenCache()
+        store.catalog.clear()
+        assert store.list_if_lost() is not None
+
+        def ask(prompt: list[int], namespace: str = "default") -> str:
+            asked = (
+                finder.find(prompt, namespace) if how == "found" else finder.named(made.id, prompt, namespace)
+            )
+            match, miss = asyncio.run(asked)
+            assert match is None and miss is not None
+            return miss.reason
+
+        none = "no_artifact" if how == "found" else "evicted"
+        assert ask([*ids[:-1], 70, 70]) == ask(ids[:-1]) == ask(prompt, "other") == none
+        assert not told and finder.counters == {}
+        if part == "header" and known == "by its header":
+            assert ask(prompt) == none and not told
+            return
+        assert [ask(prompt), ask(prompt)] == ["corrupt", none]
+        (new,) = told
+        assert finder.counters == {"remakes_asked": 1}
+        maker = PrefixMaker(store, loaded, ratio=3.0)
+        try:
+            asyncio.run(maker.create(new))
+            becomes(lambda: store.get(made.id))
+        finally:
+            maker.close()
+        assert found(finder, prompt).artifact_id == made.id
+        assert store.manifest(made.id).document == made.document
+
+
+def test_what_was_deleted_after_its_damage_is_not_made_again(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damage_notes, "LOOK_S", 0.0)
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        prompt, fingerprint = [*tokens_of(store, made), 70], loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        found(finder, prompt)
+        damage(store, made.id, 100)
+        store.rebuild()
+        records = PrefixRecords(store)
+        assert not records.delete(["default"], made.id)  # it is not there any more
+        assert asyncio.run(finder.find(prompt, "default"))[0] is None
+        assert not told and store.damaged.all() == {}
 
 
 def strict(made: Calibration) -> Calibration:
