@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from xkv_artifacts.errors import XKVError
@@ -34,6 +34,8 @@ MOST_WAITING = 64
 _SHARE = 4
 """A namespace has one of so many places for waiting prefixes: one key cannot take them all."""
 _LOOK_AGAIN_S = 0.5
+_LEAST_TTL_S = 1.0
+"""Of what is pinned and would have ended already."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,11 +107,13 @@ class PrefixMaker:
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
         size = size_of(layout, len(new.token_ids), spec, None, self._named_by(spec))
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
+        new = self._with_promises(new, name)
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         last = self._store.jobs.last(new.namespace, name)
         if last is None or last.status != "deleted":  # else what is stored may go at any moment
             known = self._records.change([new.namespace], name, changes)
             if known is not None and known.status != "failed":
+                self._end_promise(new, name)
                 return known
         with self._place(new.namespace):
             self._store.check_room(new.namespace, size.bytes_tensors, name)
@@ -127,6 +131,25 @@ class PrefixMaker:
             if self._store.jobs.add(job):
                 self._wait(_Task(job, new, spec))
         return of_job(job)
+
+    def _with_promises(self, new: NewPrefix, name: str) -> NewPrefix:
+        """With the pin and the end of what it replaces under another id; what is there ends no sooner."""
+        if new.replaces in (None, name):
+            return new
+        promised, now = self._store.promised(str(new.replaces))
+        there = self._records.get([new.namespace], name)
+        if there is not None and there.status != "failed":
+            endless = None in (promised.expires, there.expires)
+            ends = None if endless else max(promised.expires or 0.0, there.expires or 0.0)
+        else:
+            ends = promised.expires
+        ttl_s = None if ends is None else max(_LEAST_TTL_S, ends - now)
+        return replace(new, pinned=new.pinned or promised.pinned, ttl_s=ttl_s)
+
+    def _end_promise(self, new: NewPrefix, name: str) -> None:
+        """What was promised of the artifact that this one replaces holds for this one now."""
+        if new.replaces not in (None, name):
+            self._store.end_promise(str(new.replaces))
 
     @contextmanager
     def _place(self, namespace: str) -> Iterator[None]:
@@ -268,6 +291,7 @@ class PrefixMaker:
         if job is not None:
             self._store.jobs.publishing(job, manifest.created.timestamp())
             self._store.publish(manifest, factors.to_tensors(), pinned=job.pinned, ttl_s=job.ttl_s)
+            self._end_promise(task.new, job.id)
         return job
 
     def _finish(self, task: _Task, published: Job | None) -> None:

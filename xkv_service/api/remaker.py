@@ -79,19 +79,11 @@ class Remaker:
         if spec is None:
             return None
         ids = token_ids[: origin.tokens]
-        new = NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec)
-        if not self._has_lost_its_bases(name, spec):
-            return new
-        entry = self._store.get(name)
-        self._store.catalog.drop(name)  # its blob stays, for a calibration that is brought back
-        ends = None if entry is None else entry.expires
-        return replace(
-            new,
-            spec=None,
-            ratio=spec.ratio,
-            ttl_s=None if ends is None else max(1.0, ends - self._store.catalog.now()),
-            pinned=entry is not None and entry.pinned,
-        )
+        new = NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec, replaces=name)
+        if self._has_lost_its_bases(name, spec):
+            self._store.catalog.drop(name)  # its blob stays, for a calibration that is brought back
+            return replace(new, spec=None, ratio=spec.ratio)
+        return new
 
     def _has_lost_its_bases(self, name: str, spec: CompressionSpec) -> bool:
         """Whether an artifact is whole, and the calibration whose bases it shares is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from measured import calibrated
 from rivers import DOCUMENT, SETTINGS, publish
 
 from xkv_artifacts.checked_file import open_header
+from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.retention import NO_PROMISE
 from xkv_artifacts.store import ArtifactStore
 from xkv_artifacts.token_cache import TokenCache
 from xkv_service.api import damage_notes
@@ -230,6 +233,50 @@ def test_what_was_deleted_after_its_damage_is_not_made_again(
         assert not records.delete(["default"], made.id)  # it is not there any more
         assert asyncio.run(finder.find(prompt, "default"))[0] is None
         assert not told and store.damaged.all() == {}
+
+
+@pytest.mark.parametrize("there", ["nothing", "no end", "an earlier end"])
+def test_a_pin_and_an_end_go_to_the_other_id(tmp_path: Path, loaded: LoadedModel, there: str) -> None:
+    """Of a prefix that is made again with another calibration."""
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        theirs, mine = (
+            load_calibration(
+                store, save_calibration(store, calibrated(loaded.model, size), loaded.identity, SAMPLE).id
+            )
+            for size in (2, 4)
+        )
+        first = PrefixMaker(store, loaded, calibration=theirs)
+        new = NewPrefix("default", list(range(5, 205)), "a", "0" * 64, ratio=2.0, pinned=True, ttl_s=900.0)
+        old = asyncio.run(first.create(new)).id
+        becomes(lambda: store.get(old))
+        first.close()
+        ends = store.promised(old)[0].expires
+        assert ends is not None
+        told: list[NewPrefix] = []
+        remaker = Remaker(store, loaded.identity.fingerprint, told.append)
+        origin = Origin("default", store.manifest(old).spec, 200, "a", "0" * 64)
+        damage(store, old, -100)
+        with pytest.raises(CorruptArtifact):
+            store.load(old)
+        remaker.ask(old, origin, array("i", range(5, 206)), "damage")
+        maker = PrefixMaker(store, loaded, calibration=mine)
+        try:
+            if there != "nothing":
+                ttl_s = None if there == "no end" else 60.0
+                known = asyncio.run(maker.create(replace(new, pinned=False, ttl_s=ttl_s))).id
+                becomes(lambda: store.get(known))
+            again = asyncio.run(maker.create(told.pop())).id
+            assert again != old
+            becomes(lambda: store.get(again))
+            becomes(lambda: store.promised(old)[0] == NO_PROMISE)  # it was, and is not stored
+        finally:
+            maker.close()
+        promised = store.promised(again)[0]
+        assert promised.pinned
+        if there == "no end":
+            assert promised.expires is None
+        else:  # from when it was published on
+            assert promised.expires is not None and ends - 2 < promised.expires < ends + 240
 
 
 def strict(made: Calibration) -> Calibration:
