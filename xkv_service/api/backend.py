@@ -37,6 +37,7 @@ class NewPrefix:
         ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio
             says, where its calibration can be; else its ratio is.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
+        replaces: an artifact that was lost: its pin and its end are this one's, also under another id.
     """
 
     namespace: str
@@ -47,6 +48,7 @@ class NewPrefix:
     ttl_s: float | None = None
     pinned: bool = False
     spec: CompressionSpec | None = None
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)
