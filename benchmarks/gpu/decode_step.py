@@ -35,6 +35,7 @@ from report import Report, command
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.document_table import DocumentTable
 from xkv_service.kernels.tail_attention import tail_attention
+from xkv_service.kernels.tail_table import TailTable
 
 _NAME = "decode_step"
 _TAIL, _CAPACITY = 128, 512
@@ -77,6 +78,10 @@ class Tails:
         )
         self.nbytes = sum(one.nbytes for one in (*self.keys, *self.values))
 
+    def tables(self) -> list[TailTable]:
+        """As the kernels find them, by layer."""
+        return [TailTable.of_rooms(*one) for one in zip(self.keys, self.values, strict=True)]
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
         """Write [batch, kv_heads, 1, D] at int places [batch]."""
         index = places.long()[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[3])
@@ -113,7 +118,7 @@ class Cascade:
 
     def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
         self._document, self._tails = Tails(shape, 1, tokens, device), Tails(shape, batch, _CAPACITY, device)
-        self._scaling = shape.dim**-0.5
+        self._rooms, self._scaling = self._tails.tables(), shape.dim**-0.5
         self._rest = torch.empty(batch, shape.query_heads, shape.dim, device=device)
         self._rest_log = torch.empty(batch, shape.query_heads, device=device)
         self.nbytes = self._document.nbytes + self._tails.nbytes
@@ -125,8 +130,7 @@ class Cascade:
         self._tails.append(layer, key, value, lengths)
         keys, values = self._document.keys[layer], self._document.values[layer]
         asked = query[:, :, 0].contiguous()
-        tail = (self._tails.keys[layer], self._tails.values[layer], lengths + 1)
-        tail_attention(asked, *tail, self._rest, self._rest_log, self._scaling)
+        tail_attention(asked, self._rooms[layer], lengths + 1, self._rest, self._rest_log, self._scaling)
         batch, heads, dim = asked.shape
         rows = asked.view(batch, keys.shape[1], -1, dim).transpose(0, 1).reshape(1, keys.shape[1], -1, dim)
         found, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values)
@@ -160,7 +164,7 @@ class Factors:
             synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
         )  # fmt: skip
         self._tails = Tails(shape, batch, _CAPACITY, device)
-        self._repeats = repeats
+        self._rooms, self._repeats = self._tails.tables(), repeats
         self.nbytes = self.documents.nbytes + self._tails.nbytes
 
     def attend(
@@ -170,10 +174,8 @@ class Factors:
         self._tails.append(layer, key, value, lengths)
         asked = query[:, :, 0].contiguous()
         out = torch.empty_like(asked)
-        self._attention(
-            asked, self._tails.keys[layer], self._tails.values[layer], lengths + 1, self._tables[layer], out,
-            repeat=layer % self._repeats > 0,
-        )  # fmt: skip
+        repeat = layer % self._repeats > 0
+        self._attention(asked, self._rooms[layer], lengths + 1, self._tables[layer], out, repeat=repeat)
         return out[:, None]
 
     @property

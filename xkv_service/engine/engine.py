@@ -27,7 +27,7 @@ from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.runners import PackedRunner, Runner, make_runner
+from xkv_service.engine.runners import Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
@@ -36,6 +36,7 @@ from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.tokens import end_tokens
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
+from xkv_service.sessions.sampling import choose
 from xkv_service.sessions.text_stream import TextStream
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Engine:
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._head_starts: HeadStarts | None = None
+        self._runner: Runner = SeparateRunner()
         self._beat = time.monotonic()
         self._tails = KeptTails(
             self.settings.tail_bytes,
@@ -154,8 +156,8 @@ class Engine:
     def _live(self) -> None:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
-                runner = make_runner(self.loaded.model)
-                if isinstance(runner, PackedRunner):  # others may depend on what runs beside them
+                runner = self._runner = make_runner(self.loaded.model)
+                if not isinstance(runner, SeparateRunner):  # it may depend on what runs beside it
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
@@ -230,6 +232,7 @@ class Engine:
         context, sequence.context = sequence.context, None
         if context is None:
             return
+        self._runner.settle(context)
         if sequence.failed or sequence.artifact_id in self._gone():
             self._release(sequence.artifact_id)
         else:
@@ -318,7 +321,7 @@ class Engine:
             self._count(head_starts=1, head_start_tokens=ran.tokens)
             if not sequence.todo:
                 self._join(sequence)
-                self._accept(sequence, ran.logits)
+                self._accept(sequence, ran.logits, sequence.sampler(ran.logits))
                 return
         began = time.monotonic()
 
@@ -370,13 +373,28 @@ class Engine:
         began = time.perf_counter()
         logits = self._run(runner, parts)
         self._note(parts, time.perf_counter() - began)
+        ready = []
         for part, row in zip(parts, logits, strict=True):
-            if row is None:
-                continue
+            if row is not None:
+                del part.sequence.todo[: part.count]
+                if not part.sequence.todo:
+                    ready.append((part.sequence, row))
+        self._choose(ready)
+
+    def _choose(self, ready: list[tuple[Sequence, torch.Tensor]]) -> None:
+        """The next token of sequences, each with the logits behind its last, all at once."""
+        if not ready:
+            return
+        tokens: list[int] = []
+        with suppress(Exception):  # then one after the other, each with an end of its own
+            tokens = choose(
+                [sequence.sampler for sequence, _ in ready], torch.stack([row for _, row in ready])
+            )
+        for number, (sequence, row) in enumerate(ready):
             try:
-                self._advance(part, row)
+                self._accept(sequence, row, tokens[number] if tokens else sequence.sampler(row))
             except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
-                self._fail(part.sequence, error)
+                self._fail(sequence, error)
 
     def _run(self, runner: Runner, parts: list[Part]) -> list[torch.Tensor | None]:
         """Logits of each part; None of one that failed, alone, and was told so."""
@@ -396,13 +414,8 @@ class Engine:
             sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
             self._leave(sequence, "failed")
 
-    def _advance(self, part: Part, logits: torch.Tensor) -> None:
-        del part.sequence.todo[: part.count]
-        if not part.sequence.todo:
-            self._accept(part.sequence, logits)
-
-    def _accept(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence.accept(logits)
+    def _accept(self, sequence: Sequence, logits: torch.Tensor, token: int) -> None:
+        sequence.accept(logits, token)
         self._counters["generated_tokens"] += 1
         if sequence.done:
             self._leave(sequence, "finished")

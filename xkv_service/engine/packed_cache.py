@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -61,21 +61,32 @@ class _Step:
     launch: DecodeLaunch
 
 
-class PackedCache(Cache):  # type: ignore[misc]
-    """The caches of many sequences as one, for one forward.
+class RowLayer(Protocol):
+    """A layer that attends for every token of a row as its own sequence has it.
 
-    Args:
-        segments: in the order of their tokens in the row. modules: attention modules by layer index.
-        launches: of the kernels, kept from forward to forward.
+    Attributes:
+        index: layer index in the model.
     """
 
-    def __init__(
-        self, segments: Sequence[Segment], modules: dict[int, nn.Module], launches: KeptLaunches
-    ) -> None:
-        self.segments, self._modules = list(segments), modules
-        steps = _Steps(self.segments, launches)
-        count = len(segments[0].cache.layers)
-        super().__init__(layers=[PackedLayer(index, self.segments, steps) for index in range(count)])
+    index: int
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """The caches of many sequences as one, for a forward over a row of their new tokens.
+
+    Args:
+        layers: of the model, in order. modules: attention modules by layer index.
+    """
+
+    def __init__(self, layers: Sequence[RowLayer], modules: dict[int, nn.Module]) -> None:
+        self._modules = modules
+        super().__init__(layers=list(layers))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -89,6 +100,23 @@ class PackedCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing stands before the row: every token brings its own position."""
         return 0
+
+
+class PackedCache(RowCache):
+    """Any sequences, each with a cache of its own.
+
+    Args:
+        segments: in the order of their tokens in the row. modules: as `RowCache`.
+        launches: of the kernels, kept from forward to forward.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], modules: dict[int, nn.Module], launches: KeptLaunches
+    ) -> None:
+        self.segments = list(segments)
+        steps = _Steps(self.segments, launches)
+        count = len(segments[0].cache.layers)
+        super().__init__([PackedLayer(index, self.segments, steps) for index in range(count)], modules)
 
 
 class _Steps:
@@ -118,7 +146,7 @@ class _Steps:
 
 
 class PackedLayer:
-    """One layer of a `PackedCache`.
+    """One layer of a `PackedCache`, as `RowLayer`.
 
     Args:
         index: layer index in the model. segments: the sequences. steps: those that kernels attend for.
@@ -131,7 +159,7 @@ class PackedLayer:
         self._tails: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+        """As `RowLayer.append`."""
         for segment in self._segments:
             if isinstance(segment.cache, XKVCache):
                 segment.cache.follow(self.index)
@@ -142,7 +170,7 @@ class PackedLayer:
         ]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
+        """As `RowLayer.attend`."""
         parts: list[torch.Tensor | None] = [None] * len(self._segments)
         for step in self._steps(call) if any(isinstance(one, PrefixLayer) for one in self._layers) else ():
             query = call.query[0] if step.starts is None else call.query[0].index_select(1, step.starts)

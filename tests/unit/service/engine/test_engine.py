@@ -19,6 +19,7 @@ from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import Failed, Finished, PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
+from xkv_service.sessions.sampling import Sampler, choose
 from xkv_service.sessions.settings import GenerationSettings
 
 SETTINGS = EngineSettings(max_running=6, step_tokens=16, prefill_tokens=64, selection=SELECTION)
@@ -246,14 +247,11 @@ def test_a_model_that_fails_on_one_sequence_answers_the_others(
 def test_a_choice_that_fails_ends_one_answer_alone(
     talker: Talker, engine: Engine, artifact: str, pool: PrefixPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xkv_service.engine.sequence import Sequence
+    def bad(samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
+        spoilt = [[float("nan") if one.settings.top_p < 1 else 1.0] for one in samplers]
+        return choose(samplers, logits * torch.tensor(spoilt))
 
-    accept = Sequence.accept
-
-    def bad(sequence: Sequence, logits: torch.Tensor) -> None:
-        accept(sequence, logits if sequence.request.settings.top_p == 1 else logits * float("nan"))
-
-    monkeypatch.setattr(Sequence, "accept", bad)
+    monkeypatch.setattr("xkv_service.engine.engine.choose", bad)
     match = PrefixMatch(artifact, talker.factors.tokens)
     prompt, nucleus = _prompt(talker, "n" * 70), replace(SHORT, temperature=1.0, top_p=0.5)
     good, failing = Asked(engine, prompt, match=match), Asked(engine, prompt, match=match, settings=nucleus)
