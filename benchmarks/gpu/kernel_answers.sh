@@ -17,7 +17,7 @@ asked() {  # name of the result, model, methods
   for kernels in on off; do
     XKV_DECODE_KERNELS=$kernels python3 benchmarks/shards.py --processes "${processes:-13}" \
       --out "$OUT/answers_kernels_${kernels}_$1.json" -- --model "$2" --device cuda \
-      --tasks demo_documents --samples 520 --per-document 20 --methods "${@:3}" || status=1
+      --dtype float32 --tasks demo_documents --samples 520 --per-document 20 --methods "${@:3}" || status=1
     echo "$1, kernels $kernels: $SECONDS s"
   done
 }
