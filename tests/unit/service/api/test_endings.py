@@ -181,7 +181,7 @@ def test_a_full_server_says_when_to_come_back(running: Served, slow: PacedBacken
         assert slow.asked == 2
     wait_until(lambda: slow.busy == 0)
     with running.http() as http:
-        assert http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 1}).status_code == 200
+        assert http.post("/v1/chat/completions", json={**LONG_CHAT, "max_tokens": 1}).status_code == 200
 
 
 class SlowToClose(Scripted):
@@ -208,7 +208,7 @@ def test_a_request_that_is_cancelled_twice_frees_its_place(served_model: ServedM
         app = create_app(served_model, backend)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=CHAT))
+            asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=LONG_CHAT))
             while (status := (await client.get("/status")).json())["traffic"]["in_flight"] == 0:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
