@@ -7,9 +7,19 @@ Conversations about documents (a few are asked about most), of 1 to 4 turns and 
 in the middle of an answer, and some requests are bad. Afterwards each whole answer is compared with what the
 model gives alone, greedily, with the cache that the server said it used: the same artifact, or an exact one.
 
-Faults: kill-replica kills the engine's process, kill-redis the catalog's, empty-redis kills it and removes
-what it saved, corrupt damages 5 % of the blobs (at least one) before the start, and slow-disk keeps them in
-an object store whose answers come at 300 kB a second from a third of the time on.
+Faults, each after a third of the time: kill-replica kills the engine's process, kill-redis the catalog's,
+empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an object store whose answers
+come at 300 kB a second from then on. corrupt damages 5 % of the blobs (at least one), those of the documents
+asked about most. What is in memory stays right, so give it many documents and little memory: then the damaged
+ones leave, and are asked for again.
+
+    python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
+        --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json
+
+Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
+
+    python benchmarks/traffic.py --seconds 900 --rate 0.6 --longest 1200 --prefix-memory 6MiB \\
+        --tail-memory 8MiB --stored-tails 16MiB --unchecked --out benchmarks/results/traffic_memory.json
 """
 
 from __future__ import annotations
@@ -27,14 +37,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-from report import Report
+from report import Report, table
 from traffic_check import check
 from traffic_client import use
-from traffic_faults import FAULTS, SlowLink, damage, object_store, strike
+from traffic_damage import Damage, counted, met
+from traffic_faults import FAULTS, SlowLink, object_store, strike
+from traffic_memory import MemoryWatch, Samples, by_minute, early_and_late, growth
 
 from xkv_artifacts.store import ArtifactStore
 
+_LENGTHS = (600, 1200, 2400, 4800)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.extend(str(ROOT / "tests" / folder) for folder in ("e2e", "."))
 
@@ -51,10 +63,13 @@ def main() -> None:
         folder = Path(name)
         if arguments.fault == "slow-disk":
             with object_store(folder) as disk:
-                report.add(**_measure(folder, "s3://traffic/store", disk, arguments))
+                row, held = _measure(folder, "s3://traffic/store", disk, arguments)
         else:
-            report.add(**_measure(folder, str(folder / "store"), None, arguments))
-    report.write(arguments.out)
+            row, held = _measure(folder, str(folder / "store"), None, arguments)
+    report.add(**row)
+    grown = growth(held)
+    print("\n" + table(grown))
+    report.write(arguments.out, memory=grown, unique_mib=by_minute(held))
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,6 +82,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--stored", type=int, default=20, help="of them, have an artifact")
     parser.add_argument("--fault", choices=FAULTS, default="none")
+    parser.add_argument("--longest", type=int, default=4800, help="document, in tokens")
+    parser.add_argument("--prefix-memory", default="24MiB", help="of the server, as its options below")
+    parser.add_argument("--tail-memory", default="128MiB")
+    parser.add_argument("--stored-tails", default="4GiB")
+    parser.add_argument("--unchecked", action="store_true", help="do not compare the answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
@@ -76,38 +96,39 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(
     folder: Path, store: str, disk: SlowLink | None, arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Samples]:
     from served import Server
 
     documents = _documents(folder, arguments)
     command = [sys.executable, "-m", "xkv_cli", "precompute", "--docs", folder / "corpus", "--ratio", "8"]
     subprocess.run([*command, "--store", store], check=True)
-    if arguments.fault == "corrupt":
-        print(damage(Path(store)), "blobs damaged")
     (folder / "plan.json").write_text(json.dumps(documents))
-    server = Server(folder, "--store", store, "--prefix-memory", "24MiB", "--tail-memory", "128MiB")
-    memory: list[int] = []
+    sizes = ["--prefix-memory", arguments.prefix_memory, "--tail-memory", arguments.tail_memory]
+    damage, counts = Damage(folder / "store"), dict[str, float]()
+    server = Server(folder, "--store", store, *sizes, "--stored-tails", arguments.stored_tails)
     try:
-        watching = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(server.process.pid, memory, watching))
-        watcher.start()
-        fault = threading.Timer(
-            arguments.seconds / 3, strike, (arguments.fault, server.process.pid, folder / "store", disk)
-        )
+        memory = MemoryWatch(server.process.pid)
+        struck = (arguments.fault, server.process.pid, folder / "store", disk, damage)
+        fault = threading.Timer(arguments.seconds / 3, strike, struck)
         fault.start()
         words = ["--client", server.url, "--plan", folder / "plan.json", "--answers", folder / "answers.json"]
         options = ["--seconds", arguments.seconds, "--rate", arguments.rate, "--seed", arguments.seed]
         subprocess.run([sys.executable, __file__, *map(str, [*words, *options])], check=True)
         fault.cancel()
-        watching.set()
-        watcher.join()
+        held = memory.end()
+        if damage.ids:
+            counts = {**damage.mended(), **counted(server.url)}
     finally:
         server.stop()
     answers = json.loads((folder / "answers.json").read_text())
     if disk is not None:
         disk.bytes_s = None
     with ArtifactStore.open(store) as opened:
-        return {"fault": arguments.fault, **_summary(answers), **_memory(memory), **check(answers, opened)}
+        checked = {} if arguments.unchecked else check(answers, opened)
+    if damage.ids:
+        checked |= {**met(answers), **counts}
+    row = {"fault": arguments.fault, **_summary(answers), **early_and_late(held["engine"]), **checked}
+    return row, held
 
 
 def _documents(folder: Path, arguments: argparse.Namespace) -> list[Any]:
@@ -119,34 +140,12 @@ def _documents(folder: Path, arguments: argparse.Namespace) -> list[Any]:
     (folder / "corpus").mkdir(parents=True)
     found = []
     for number in range(arguments.documents):
-        tokens = dice.choice([600, 1200, 2400, 4800])
+        tokens = dice.choice([length for length in _LENGTHS if length <= arguments.longest])
         document = make_document(random.Random(f"traffic {arguments.seed} {number}"), tokens, measure)
         if number < arguments.stored:
             (folder / "corpus" / f"{number}.txt").write_text(document.text)
         found.append({"text": document.text, "questions": [one.question for one in document.questions]})
     return found
-
-
-def _watch(server: int, memory: list[int], ending: threading.Event) -> None:
-    """Resident bytes of the engine's process, once a second."""
-    while not ending.wait(1.0):
-        try:
-            found = [
-                process.memory_info().rss
-                for process in psutil.Process(server).children(recursive=True)
-                if "xkv:engine" in " ".join(process.cmdline())
-            ]
-        except psutil.Error:
-            continue
-        memory.append(max(found, default=0))
-
-
-def _memory(samples: list[int]) -> dict[str, float]:
-    """Of the engine, MiB: medians of the second quarter of the time and of the last."""
-    seen = [sample for sample in samples if sample]
-    quarter = max(1, len(seen) // 4)
-    early, late = seen[quarter : 2 * quarter] or seen, seen[-quarter:]
-    return {"mib_early": median(early) / 2**20, "mib_late": median(late) / 2**20}
 
 
 def _summary(answers: list[Any]) -> dict[str, Any]:

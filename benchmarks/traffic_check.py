@@ -9,7 +9,11 @@ from xkv_artifacts.store import ArtifactStore
 
 
 def check(answers: list[Any], store: ArtifactStore) -> dict[str, Any]:
-    """Answer every prompt again, alone, with the cache that the server said it used."""
+    """Answer every prompt again, alone, with the cache that the server said it used.
+
+    Args:
+        answers: each is told whether it is "right".
+    """
     import torch
     from bundled import load
 
@@ -42,11 +46,11 @@ def check(answers: list[Any], store: ArtifactStore) -> dict[str, Any]:
                 if used[0] is None:  # the next prompt is sorted behind it: often of the same document
                     contexts[used] = context
             text, margins = done[name]
-            if text != answer["text"]:
-                tie = min(margins) < 1e-3
-                close += tie
-                if not tie:
-                    wrong.append({"text": answer["text"], "alone": text, "margin": min(margins)})
+            tie = text != answer["text"] and min(margins) < 1e-3
+            close += tie
+            answer["right"] = tie or text == answer["text"]
+            if not answer["right"]:
+                wrong.append({"text": answer["text"], "alone": text, "margin": min(margins)})
     for one in wrong[:5]:
         print("WRONG", one)
     return {

@@ -17,33 +17,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-
-from xkv_artifacts.store import ArtifactStore
+from traffic_damage import Damage
 
 FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "slow-disk")
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 
 
-def damage(store: Path) -> int:
-    """Flip a byte in one of twenty blobs, from that of the document asked about most on; how many."""
-    with ArtifactStore.open(str(store)) as opened:
-        by_number = {int(Path(entry.document).stem): entry.id for entry in opened.entries()}
-    damaged = sorted(by_number)[::20]
-    for number in damaged:
-        (path,) = store.rglob(f"{by_number[number]}.safetensors")
-        data = bytearray(path.read_bytes())
-        data[-len(data) // 3] ^= 0xFF
-        path.write_bytes(data)
-    return len(damaged)
-
-
-def strike(fault: str, server: int, store: Path, disk: SlowLink | None) -> None:
+def strike(fault: str, server: int, store: Path, disk: SlowLink | None, damage: Damage) -> None:
     """Do it now.
 
     Args:
         server: the process. store: its folder. disk: the way to its blobs, where they are in an object store.
+        damage: of some of its blobs.
     """
+    if fault == "corrupt":
+        damage.strike()
     if fault == "kill-replica":
         for process in psutil.Process(server).children(recursive=True):
             if "xkv:engine" in " ".join(process.cmdline()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from xkv_artifacts import format as blob_format
 from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
+from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.read_ahead import Landing
 from xkv_artifacts.zstd_file import ZstdFile
@@ -18,10 +19,21 @@ if TYPE_CHECKING:
 
 
 class CheckedPrefixes:
-    """What `CheckedBlobs` gives of prefixes. Every method but `fault` raises as its `read`."""
+    """What `CheckedBlobs` gives of prefixes. Every method but `fault` raises as its `read`.
 
-    def __init__(self, blobs: BlobStore, forget: Callable[[str], None]) -> None:
+    Args:
+        on_damage: told of each blob whose header or token ids `read_tokens` found bad, with its manifest
+            where the header was whole.
+    """
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        forget: Callable[[str], None],
+        on_damage: Callable[[str, PrefixManifest | None], None],
+    ) -> None:
         self._checked = CheckedBlobs(blobs, forget)
+        self._on_damage = on_damage
 
     def read_prefix(
         self, artifact_id: str, names: Iterable[str] | None
@@ -54,11 +66,18 @@ class CheckedPrefixes:
     def read_tokens(self, artifact_id: str) -> tuple[PrefixManifest, bytes]:
         """The manifest and the token ids as little-endian int32 bytes."""
 
+        seen: list[PrefixManifest] = []
+
         def read(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
-            manifest, tokens = blob_format.read_tokens(file)
+            manifest, tokens = blob_format.read_tokens(file, seen.append)
             return of_id(artifact_id, manifest), tokens
 
-        return self._checked.read(artifact_id, read)
+        try:
+            return self._checked.read(artifact_id, read)
+        except CorruptArtifact:
+            whole = next((manifest for manifest in seen if manifest.id == artifact_id), None)
+            self._on_damage(artifact_id, whole)
+            raise
 
     def fault(self, artifact_id: str) -> str | None:
         """Read every byte; what is wrong, or None. Nothing is moved. Raises StoreError."""

@@ -150,13 +150,20 @@ def _wanted(manifest: PrefixManifest, header: Header, names: list[str]) -> list[
     return sorted((header.tensors[name] for name in names), key=lambda info: info.start)
 
 
-def read_tokens(file: BinaryIO) -> tuple[PrefixManifest, bytes]:
+def read_tokens(
+    file: BinaryIO, on_manifest: Callable[[PrefixManifest], None] | None = None
+) -> tuple[PrefixManifest, bytes]:
     """The manifest and the token ids as little-endian int32 bytes, checked against the artifact's id.
+
+    Args:
+        on_manifest: told what the header says before the token ids are read.
 
     Raises:
         CorruptArtifact, UnsupportedFormat: as `read_prefix`.
     """
     manifest, header = _open(file)
+    if on_manifest is not None:
+        on_manifest(manifest)
     tokens = read_checked(file, header.tensors[TOKENS], manifest.tensors[TOKENS])
     _check_id(manifest, tokens)
     return manifest, bytes(tokens)

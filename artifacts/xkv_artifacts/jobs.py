@@ -4,6 +4,10 @@ A record says nothing of the text: it stays in the memory of the process that ma
 process the job ends. So its maker vouches for a record again and again; one that nobody vouched for lately
 counts as failed. A Redis that lost its records has them again when their makers vouch the next time. Records
 are advice: what is stored is for the store to say.
+
+That a job was deleted is known by its record alone. So a record outlives every maker that may still make it:
+it is kept for KEEP_S after it was last vouched for, and what was asked for longer ago and has no record is
+not made. Once an artifact is about to be published, that its job was deleted is kept until somebody saw it.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ PUBLISHING_KEY: Final = STORE_KEYS + "publishing"  # hash: artifact id -> namesp
 VOUCH_S: Final = 30.0
 """Seconds for which a maker vouches: as long as a lease on an artifact outlives its owner."""
 KEEP_S: Final = 86_400
-"""Seconds that a failure is remembered: a day, in which somebody asks or never will."""
+"""Seconds that a failure or a deletion is remembered: a day, in which somebody asks or never will, and longer
+than any maker is away that still has the texts it was given.
+"""
 MOST_JOBS: Final = 256
 """Records of one namespace; the oldest give way. A maker has 64 unfinished ones at most."""
 STOPPED: Final = "the server stopped before it was made; ask again"
@@ -66,21 +72,38 @@ write()
 return 1
 """
 )
-# Of a record that is there, status and error (the first two fields) are what may have changed.
+# Of a record that is there, status and error (the first two fields) are what may have changed. Answers 0
+# where there is none and the job is so old that it may have been deleted: the last field is when it was asked
+# for.
 _TELL = (
     _WRITE
     + """
-if not status then return write() end
+if not status then
+  if now - ARGV[#ARGV] > tonumber(ARGV[3]) then return 0 end
+  write()
+  return 1
+end
 redis.call('HSET', KEYS[1], 'vouched', now + ARGV[2])
+if redis.call('TTL', KEYS[1]) >= 0 then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+redis.call('EXPIRE', KEYS[2], ARGV[3])
 if status ~= 'deleted' then redis.call('HSET', KEYS[1], unpack(ARGV, 6, 9)) end
+return 1
 """
 )
-# KEYS: job. ARGV: fields. Answers 0 where there is none.
+# KEYS: job, publishing. ARGV: id, fields. Answers 0 where there is none.
 _CHANGE = """
 local status = redis.pcall('HGET', KEYS[1], 'status')
 if type(status) ~= 'string' or status == 'deleted' then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+if ARGV[3] == 'deleted' and redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then
+  redis.call('PERSIST', KEYS[1])
+end
 return 1
+"""
+# KEYS: job, publishing. ARGV: id, text.
+_PUBLISHING = """
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+if redis.pcall('HGET', KEYS[1], 'status') == 'deleted' then redis.call('PERSIST', KEYS[1]) end
 """
 # KEYS: job, jobs, publishing. ARGV: id, whether to forget a deleted one too. Answers the fields; none of one
 # that was deleted and asked for again meanwhile.
@@ -122,7 +145,7 @@ class Job(BaseModel):
     created: float = Field(ge=0, le=1e12)
 
     def fields(self) -> list[str]:
-        """Names and values for Redis, status and error first."""
+        """Names and values for Redis: status and error first, last when it was asked for."""
         rest = self.model_dump(exclude={"id", "namespace", "status", "error"})
         texts = {"status": self.status, "error": self.error, **{name: _text(rest[name]) for name in rest}}
         return [text for pair in texts.items() for text in pair]
@@ -154,9 +177,13 @@ class JobBoard:
         """Record a job; False where somebody vouches for the same one already. A failed one is replaced."""
         return bool(self._write(_ADD, job))
 
-    def tell(self, job: Job) -> None:
-        """Vouch for a job for the next VOUCH_S, and say its status and error. What was changed stays."""
-        self._write(_TELL, job)
+    def tell(self, job: Job) -> bool:
+        """Vouch for a job for the next VOUCH_S, and say its status and error. What was changed stays.
+
+        Returns:
+            False: it has no record, and is so old that it may have been deleted. It is not to be made.
+        """
+        return bool(self._write(_TELL, job))
 
     def fail(self, job: Job, error: str) -> None:
         """Say that a job failed, and why."""
@@ -167,8 +194,8 @@ class JobBoard:
         """Say before the artifact of a job is published that it will be; until the job is finished it stands
         among the `publications`. `made`: see there.
         """
-        text = f"{job.namespace} {made!r}"
-        self._link.call(lambda client: client.hset(self._publishing, job.id, text))
+        keys = [self._keys(job.namespace, job.id)[0], self._publishing]
+        self._link.script(_PUBLISHING, keys, [job.id, f"{job.namespace} {made!r}"])
 
     def publications(self) -> list[Publication]:
         """The artifacts that were to be published, and whose jobs are not finished."""
@@ -238,7 +265,8 @@ class JobBoard:
         if not is_artifact_id(job_id):
             return False
         pairs = [text for pair in texts.items() for text in pair]
-        return bool(self._link.script(_CHANGE, self._keys(namespace, job_id)[:1], pairs))
+        keys = [self._keys(namespace, job_id)[0], self._publishing]
+        return bool(self._link.script(_CHANGE, keys, [job_id, *pairs]))
 
     def _keys(self, namespace: str, job_id: str) -> list[str]:
         place = {"store": self._store_id, "namespace": check_namespace(namespace)}

@@ -16,6 +16,7 @@ from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.collector import Collector
+from xkv_artifacts.damage_board import DamageBoard
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
 from xkv_artifacts.embedded_keeper import kept_alive
 from xkv_artifacts.entry import Entry
@@ -24,6 +25,7 @@ from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
+    StoreError,
 )
 from xkv_artifacts.jobs import JobBoard
 from xkv_artifacts.keys import check_namespace, is_artifact_id
@@ -64,9 +66,10 @@ class ArtifactStore:
         self.catalog = catalog
         self.calibrations = CalibrationShelf(blobs, catalog.calibrations)
         self.jobs = JobBoard(catalog.link, catalog.store_id)
+        self.damaged = DamageBoard(catalog.link, catalog.store_id)
         self.tails = TailShelf(blobs, catalog.link, catalog.store_id)
         self._embedded = embedded
-        self._checked = CheckedPrefixes(blobs, self._forget)
+        self._checked = CheckedPrefixes(blobs, self._forget, self._note_damage)
         self._lookup = PrefixLookup(blobs, catalog, self._checked)
         self._readers = Readers(catalog)
         self._retention = RetentionShelf(blobs)
@@ -164,7 +167,10 @@ class ArtifactStore:
             InvalidLimits: the store's limits cannot be read, or `ttl_s` is none.
         """
         quota = self.limits().quota(manifest.namespace)
-        return self._publisher.publish(manifest, tensors, quota, pinned, ttl_s)
+        written = self._publisher.publish(manifest, tensors, quota, pinned, ttl_s)
+        with suppress(CatalogUnavailable):  # it is listed, and a note does no harm
+            self.damaged.take(manifest.id)
+        return written
 
     def check_room(self, namespace: str, size: int, artifact_id: str) -> None:
         """Say before an artifact is made that publishing `size` bytes would be refused; nothing is collected.
@@ -334,6 +340,7 @@ class ArtifactStore:
             CatalogUnavailable, StoreError
         """
         listed = self.catalog.drop(artifact_id)
+        self.damaged.take(artifact_id)
         stored = self.blobs.remove(artifact_id)
         return self._retention.remove(artifact_id) or stored or listed
 
@@ -358,6 +365,23 @@ class ArtifactStore:
             ArtifactNotFound, CatalogUnavailable, CatalogError, StoreError: as `pin`.
         """
         return self._retain(artifact_id, lambda old, now: old.with_ttl(ttl_s, now))
+
+    def promised(self, artifact_id: str) -> tuple[Retention, float]:
+        """What is promised of an artifact, stored or lost, and the second since the epoch that it is now.
+
+        Raises:
+            CatalogUnavailable, CatalogError, StoreError
+        """
+        return self._retention.get(artifact_id), self.catalog.now()
+
+    def end_promise(self, artifact_id: str) -> None:
+        """Promise nothing any more of an artifact that is lost; of one that is stored all stays as it is.
+
+        Raises:
+            StoreError
+        """
+        if not self.blobs.exists(artifact_id):
+            self._promises.forget(artifact_id)
 
     def limits(self) -> Limits:
         """What the store and its namespaces may hold: its own file `limits.json`, read now.
@@ -499,3 +523,10 @@ class ArtifactStore:
         """Drop the entry of a blob that is gone; tried once, a reader waits, and `lookup` would notice."""
         with suppress(CatalogUnavailable, CatalogError):
             self.catalog.drop(artifact_id, patience_s=0)
+
+    def _note_damage(self, artifact_id: str, manifest: PrefixManifest | None) -> None:
+        """Whoever has its tokens can make it again; one whose time is over is not missed."""
+        with suppress(CatalogUnavailable, CatalogError, StoreError):
+            retention, now = self.promised(artifact_id)
+            if not retention.over(now):
+                self.damaged.note(artifact_id, manifest)

@@ -239,7 +239,7 @@ def main() -> None:
         _compile(model)
     report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
     tokens = 160 if arguments.smoke else 1024 * arguments.tokens
-    started = time.monotonic()
+    started, profiles = time.monotonic(), dict[str, dict[str, float]]()
     for name in arguments.sides.split(","):
         for batch in _batches(arguments, name, model, shape, tokens, device):
             if time.monotonic() - started > arguments.seconds:
@@ -250,11 +250,12 @@ def main() -> None:
                 batch = batch * 15 // 16
                 row = _measure(arguments, name, model, shape, tokens, batch, device)
             if row is not None:
+                profiles[f"{name}, {row['batch']} sessions"] = row.pop("kernels_us", {})
                 report.add(**row)
     _compare(report)
     report.write(
         arguments.out, model="Llama-3.1-8B shapes, random weights and factors", tail=_TAIL,
-        weight_bytes=sum(one.nbytes for one in model.parameters()),
+        weight_bytes=sum(one.nbytes for one in model.parameters()), kernels_us=profiles,
     )  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile norms and MLPs")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
+    parser.add_argument("--profile", action="store_true", help="also a step's time by kernel")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks this script")
     return parser.parse_args()
 
@@ -349,6 +351,8 @@ def _measure(
             "GiB_held": side.nbytes / 2**30, "rebuilt": side.rebuilt if isinstance(side, Factors) else 0,
             "backend": backend.name if name == "full" else "kernels",
         }  # fmt: skip
+        if arguments.profile:
+            row["kernels_us"] = _profiled(step, device)
     except torch.OutOfMemoryError:
         print(f"out of memory: {row}", flush=True)
         return None
@@ -418,6 +422,24 @@ def _timed_steps(step: Callable[[], None], count: int, device: torch.device) -> 
         torch.cuda.synchronize()
         times.append(first.elapsed_time(last) / 1000)
     return sorted(times)[len(times) // 2]
+
+
+def _profiled(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Microseconds of a step by kernel: those that take most, and all others together."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    times = {one.key: float(one.self_device_time_total) for one in profile.key_averages()}
+    most = sorted(times, key=lambda name: -times[name])[:14]
+    found = {f"{name[:80]} x{one}": times[name] for name in most for one in [_calls(profile, name)]}
+    print("\n".join(f"{took:10.0f} us  {name}" for name, took in found.items()), flush=True)
+    return found | {"others": sum(times.values()) - sum(found.values())}
+
+
+def _calls(profile: Any, name: str) -> int:
+    return next(int(one.count) for one in profile.key_averages() if one.key == name)
 
 
 def _compare(report: Report) -> None:

@@ -15,6 +15,8 @@ from xkv_artifacts.errors import CatalogUnavailable, InvalidNamespace
 from xkv_artifacts.jobs import JOB_KEY, JOBS_KEY, PUBLISHING_KEY, STOPPED, Job, JobBoard, Publication
 from xkv_artifacts.redis_link import RedisLink
 
+STARTED = round(time.time())
+
 
 @pytest.fixture
 def board(catalog: Catalog) -> JobBoard:
@@ -27,7 +29,7 @@ def job(number: int = 0, namespace: str = "acme", **fields: Any) -> Job:
         "model": "tiny",
         "tokens": 100,
         "name": "lisbon.txt",
-        "created": 1e9 + number,
+        "created": STARTED + number / 4,
         **fields,
     }
     return Job(id=f"{number:064x}", namespace=namespace, **told)
@@ -173,6 +175,43 @@ def test_records_are_bounded_in_number_and_age(
     board.add(job(5))
     time.sleep(1.2)
     assert board.get("acme", job(5).id) is None and board.all("acme") == []
+
+
+def test_a_deletion_is_remembered_as_long_as_somebody_may_still_make_it(
+    board: JobBoard, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEEP_S", 2)
+    board.add(job())
+    board.remove("acme", job().id)
+    for _ in range(5):  # its maker has yet to come to it
+        time.sleep(0.6)
+        assert board.tell(running(job()))
+    last = board.last("acme", job().id)
+    assert last is not None and last.status == "deleted"
+
+    long_ago = job(created=time.time() - 5)
+    time.sleep(2.2)  # nobody vouches
+    assert board.last("acme", job().id) is None
+    assert not board.tell(running(long_ago)) and board.last("acme", job().id) is None
+    assert board.tell(running(job(created=time.time()))), "this one cannot have been deleted long ago"
+
+
+@pytest.mark.parametrize("deleted", ["before", "after"])
+def test_that_what_is_published_was_deleted_is_remembered_until_it_is_seen(
+    board: JobBoard, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, deleted: str
+) -> None:
+    monkeypatch.setattr(module, "KEEP_S", 1)
+    board.add(job())
+    steps = [lambda: board.publishing(job(), 1.0), lambda: board.remove("acme", job().id)]
+    for step in steps if deleted == "after" else steps[::-1]:
+        step()
+    board.tell(running(job()))
+    time.sleep(1.5)
+    last = board.last("acme", job().id)
+    assert last is not None and last.status == "deleted"
+    assert board.add(job())  # wanted again: it ends as any other
+    time.sleep(1.5)
+    assert board.last("acme", job().id) is None
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "../../etc/passwd", "A" * 64, "a" * 32, "0" * 64])

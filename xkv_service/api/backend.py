@@ -16,6 +16,10 @@ PrefixStatus = Literal["queued", "running", "ready", "failed"]
 class Backend(Protocol):
     """Runs requests. Every method may be called by many requests at once, on one event loop."""
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine has got yet."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request. Closing the iterator cancels the request within a step."""
 
@@ -33,6 +37,7 @@ class NewPrefix:
         ratio: as `CompressionSpec.ratio`; None: the server's. spec: used as it is, whatever the ratio
             says, where its calibration can be; else its ratio is.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
+        replaces: an artifact that was lost: its pin and its end are this one's, also under another id.
     """
 
     namespace: str
@@ -43,6 +48,7 @@ class NewPrefix:
     ttl_s: float | None = None
     pinned: bool = False
     spec: CompressionSpec | None = None
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.reports import Match
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.damage_notes import DamageNotes
 from xkv_service.api.errors import APIError
 from xkv_service.api.remaker import Remaker
 from xkv_service.api.settings import APISettings
@@ -89,6 +90,7 @@ class PrefixFinder:
         self._threads = ThreadPoolExecutor(_THREADS, "xkv-lookup")
         self._breaker = Breaker(settings.lookup_pause_s)
         self._facts: OrderedDict[str, _Facts] = OrderedDict()
+        self._notes = DamageNotes(store)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -142,15 +144,36 @@ class PrefixFinder:
         usable, miss = self._best(prompt, namespace, damaged.append)
         for name in damaged:
             self._tell_damage(name, prompt)
+        damaged += self._take_noted(prompt, namespace)
         if damaged:  # whatever else is found, this might have gone further
             miss = _damaged(damaged[0])
         return usable, miss
 
+    def _take_noted(self, prompt: array[int], namespace: str) -> list[str]:
+        """Have what was found damaged without a prompt made again, where this prompt holds all of it."""
+        if self._remaker is None:
+            return []
+        allowed, found = (namespace, self._settings.public_namespace), []
+        for name, manifest in self._notes.all().items():
+            origin = self._origin(name, manifest)
+            if origin is None or origin.namespace not in allowed or origin.tokens > len(prompt):
+                continue
+            if self._remaker.begins(name, origin, prompt) and self._notes.take(name):
+                self._remaker.ask(name, origin, prompt, "it was found damaged without a prompt")
+                found.append(name)
+        return found
+
     def _tell_damage(self, artifact_id: str, prompt: array[int]) -> None:
-        facts = self._facts.get(artifact_id)
-        origin = None if facts is None else facts.origin
         if self._remaker is not None:
+            origin = self._origin(artifact_id, self._notes.manifest(artifact_id))
             self._remaker.ask(artifact_id, origin, prompt, "a lookup found it damaged")
+
+    def _origin(self, artifact_id: str, manifest: PrefixManifest | None) -> Origin | None:
+        """What a damaged artifact was made from: as it was read before it was, or as its manifest says."""
+        facts = self._facts.get(artifact_id)
+        if facts is None and manifest is not None:
+            facts = _Facts.of(manifest)
+        return None if facts is None else facts.origin
 
     def _best(self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None]) -> Found:
         found = self._longest(prompt, namespace, on_corrupt)
@@ -211,7 +234,8 @@ class PrefixFinder:
         name = prefix_id[:12]
         facts = self._facts_of_own(prefix_id, namespace, prompt)
         if isinstance(facts, Miss):
-            return None, facts
+            noted = prefix_id in self._take_noted(prompt, namespace)
+            return None, _damaged(prefix_id) if noted else facts
         if facts.fingerprint != self._fingerprint:
             return None, Miss("other_model", f"prefix {name} was made with another model")
         try:

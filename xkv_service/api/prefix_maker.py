@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from xkv_artifacts.errors import XKVError
@@ -34,6 +34,8 @@ MOST_WAITING = 64
 _SHARE = 4
 """A namespace has one of so many places for waiting prefixes: one key cannot take them all."""
 _LOOK_AGAIN_S = 0.5
+_LEAST_TTL_S = 1.0
+"""Of what is pinned and would have ended already."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,11 +107,13 @@ class PrefixMaker:
         identity, layout = self._loaded.identity, inspect_loaded(self._loaded.model).layout
         size = size_of(layout, len(new.token_ids), spec, None, self._named_by(spec))
         name = artifact_id(identity.fingerprint, new.namespace, new.token_ids, spec.canonical())
+        new = self._with_promises(new, name)
         changes = PrefixChanges(new.ttl_s, new.pinned or None)
         last = self._store.jobs.last(new.namespace, name)
         if last is None or last.status != "deleted":  # else what is stored may go at any moment
             known = self._records.change([new.namespace], name, changes)
             if known is not None and known.status != "failed":
+                self._end_promise(new, name)
                 return known
         with self._place(new.namespace):
             self._store.check_room(new.namespace, size.bytes_tensors, name)
@@ -127,6 +131,25 @@ class PrefixMaker:
             if self._store.jobs.add(job):
                 self._wait(_Task(job, new, spec))
         return of_job(job)
+
+    def _with_promises(self, new: NewPrefix, name: str) -> NewPrefix:
+        """With the pin and the end of what it replaces under another id; what is there ends no sooner."""
+        if new.replaces in (None, name):
+            return new
+        promised, now = self._store.promised(str(new.replaces))
+        there = self._records.get([new.namespace], name)
+        if there is not None and there.status != "failed":
+            endless = None in (promised.expires, there.expires)
+            ends = None if endless else max(promised.expires or 0.0, there.expires or 0.0)
+        else:
+            ends = promised.expires
+        ttl_s = None if ends is None else max(_LEAST_TTL_S, ends - now)
+        return replace(new, pinned=new.pinned or promised.pinned, ttl_s=ttl_s)
+
+    def _end_promise(self, new: NewPrefix, name: str) -> None:
+        """What was promised of the artifact that this one replaces holds for this one now."""
+        if new.replaces not in (None, name):
+            self._store.end_promise(str(new.replaces))
 
     @contextmanager
     def _place(self, namespace: str) -> Iterator[None]:
@@ -197,7 +220,8 @@ class PrefixMaker:
         while not self._closed.wait(VOUCH_S / 3):
             for task in self._unfinished():
                 try:
-                    self._tell(task)
+                    if not self._tell(task):
+                        self._give_up(task)
                 except XKVError as error:
                     _log.warning("nobody can see how prefixes are getting on: %s", error.message)
                     break
@@ -206,10 +230,17 @@ class PrefixMaker:
         with self._changed:
             return [*filter(None, [self._making]), *self._waiting]
 
-    def _tell(self, task: _Task) -> None:
+    def _tell(self, task: _Task) -> bool:
+        """Vouch for a task; False: its record is gone for so long that it may have been deleted."""
         with self._telling:
-            if task in self._unfinished():
-                self._store.jobs.tell(task.job)
+            return task not in self._unfinished() or self._store.jobs.tell(task.job)
+
+    def _give_up(self, task: _Task) -> None:
+        """Let a task not wait any more; one that is being made will not be published."""
+        with self._changed:
+            if task in self._waiting:
+                self._waiting.remove(task)
+                _log.warning("prefix %s is not made: it may have been deleted long ago", task.job.id[:12])
 
     def _fail(self, task: _Task, error: str) -> None:
         try:
@@ -236,7 +267,11 @@ class PrefixMaker:
             self._finish(task, None if stored else self._publish(task))
 
     def _wanted(self, task: _Task) -> Job | None:
-        """The job as it was changed since, None where it was deleted; a record that was lost was not."""
+        """The job as it was changed since, None where it was deleted or may have been; a record that was lost
+        is told again.
+        """
+        if not self._tell(task):
+            return None
         job = self._store.jobs.last(task.job.namespace, task.job.id) or task.job
         return None if job.status == "deleted" else job
 
@@ -256,6 +291,7 @@ class PrefixMaker:
         if job is not None:
             self._store.jobs.publishing(job, manifest.created.timestamp())
             self._store.publish(manifest, factors.to_tensors(), pinned=job.pinned, ttl_s=job.ttl_s)
+            self._end_promise(task.new, job.id)
         return job
 
     def _finish(self, task: _Task, published: Job | None) -> None:

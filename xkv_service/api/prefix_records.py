@@ -74,8 +74,16 @@ class PrefixRecords:
     def delete(self, namespaces: Sequence[str], prefix_id: str) -> bool:
         """As `PrefixService`."""
         jobs = [self._store.jobs.remove(namespace, prefix_id) for namespace in namespaces]
+        self._forget_damage(namespaces, prefix_id)
         stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
         return stored or any(jobs)
+
+    def _forget_damage(self, namespaces: Sequence[str], prefix_id: str) -> None:
+        """What was deleted is not made again, though it was damaged before."""
+        if is_artifact_id(prefix_id):
+            noted = self._store.damaged.get(prefix_id)
+            if noted is None or noted.namespace in namespaces:
+                self._store.damaged.take(prefix_id)
 
     def remove_left(self) -> int:
         """Remove what jobs published that were deleted meanwhile and whose makers died before they saw it;

@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 from xkv_artifacts.errors import XKVError
 from xkv_artifacts.keys import artifact_id
@@ -46,6 +47,8 @@ class Remaker:
         """
         try:
             new = None if origin is None else self._new(name, origin, token_ids)
+            if new is not None:
+                self._store.damaged.take(name)
             with self._lock:
                 self._counters["remakes_impossible" if new is None else "remakes_asked"] += 1
             if new is None:
@@ -56,41 +59,34 @@ class Remaker:
         except Exception:  # noqa: BLE001 - whoever found the damage has a prompt to answer
             _log.exception("artifact %s is damaged, and nobody could be told", name[:12])
 
-    def _new(self, name: str, origin: Origin, token_ids: array[int]) -> NewPrefix | None:
-        """What makes the same artifact, or its prefix over other bases; None: these are not its tokens."""
+    def begins(self, name: str, origin: Origin, token_ids: array[int]) -> bool:
+        """Whether these tokens begin with all of an artifact's: its id says so."""
+        return self._spec(name, origin, token_ids) is not None
+
+    def _spec(self, name: str, origin: Origin, token_ids: array[int]) -> CompressionSpec | None:
+        """What an artifact was made with; None: these are not its tokens."""
         ids = token_ids[: origin.tokens]
         try:
             spec = CompressionSpec.from_canonical(origin.spec)
             same = artifact_id(self._fingerprint, origin.namespace, ids, spec.canonical()) == name
         except XKVError:
             return None
-        if not same:
+        return spec if same else None
+
+    def _new(self, name: str, origin: Origin, token_ids: array[int]) -> NewPrefix | None:
+        """What makes the same artifact, or its prefix over other bases; None: these are not its tokens."""
+        spec = self._spec(name, origin, token_ids)
+        if spec is None:
             return None
+        ids = token_ids[: origin.tokens]
+        new = NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec, replaces=name)
         if self._has_lost_its_bases(name, spec):
-            return self._over_other_bases(name, origin, ids, spec)
-        return NewPrefix(origin.namespace, ids, origin.name, origin.sha256, spec=spec)
+            self._store.catalog.drop(name)  # its blob stays, for a calibration that is brought back
+            return replace(new, spec=None, ratio=spec.ratio)
+        return new
 
     def _has_lost_its_bases(self, name: str, spec: CompressionSpec) -> bool:
         """Whether an artifact is whole, and the calibration whose bases it shares is gone."""
         if spec.basis != "calibrated" or spec.calibration is None:
             return False
         return self._store.blobs.exists(name) and not self._store.calibrations.blobs.exists(spec.calibration)
-
-    def _over_other_bases(
-        self, name: str, origin: Origin, ids: array[int], spec: CompressionSpec
-    ) -> NewPrefix:
-        """The prefix over bases that there are, with the promises of the old one, which is not found any
-        more: its blob stays, for a calibration that is brought back.
-        """
-        entry = self._store.get(name)
-        self._store.catalog.drop(name)
-        ends = None if entry is None else entry.expires
-        return NewPrefix(
-            origin.namespace,
-            ids,
-            origin.name,
-            origin.sha256,
-            ratio=spec.ratio,
-            ttl_s=None if ends is None else max(1.0, ends - self._store.catalog.now()),
-            pinned=entry is not None and entry.pinned,
-        )

@@ -14,30 +14,43 @@ class BatchTails:
     """Where the sessions' layers keep their tails, and how long these are.
 
     Args:
-        layers: of one layer index, each of some rows that have got the keys and values of a new token.
+        layers: of one layer index, each of some rows that have got the keys and values of new tokens.
+        counts: new tokens of each row of each layer. Every one is a session, whose tail ends with it.
 
     Attributes:
         table: of exact tokens and tails. lengths: int32 [sessions], tokens of each tail.
     """
 
-    def __init__(self, layers: Sequence[PrefixLayer]) -> None:
-        tails = [(layer, tail) for layer in layers for tail in tail_states(layer)]
+    def __init__(self, layers: Sequence[PrefixLayer], counts: Sequence[int]) -> None:
+        tails = [
+            (layer, tail)
+            for layer, count in zip(layers, counts, strict=True)
+            for tail in tail_states(layer)
+            for _ in range(count)
+        ]
         self._tails = [tail for _, tail in tails]  # copies live as long as their addresses
-        counts = [layer.tail_tokens for layer in layers for _ in range(len(layer.keys))]
+        lengths = [
+            layer.tail_tokens - count + token + 1
+            for layer, count in zip(layers, counts, strict=True)
+            for _ in layer.keys
+            for token in range(count)
+        ]
         with torch.inference_mode(False):  # a later step may not be in inference mode
             device = layers[0].keys.device
             self.table = TailTable([tail_row(*one) for one in tails], device)
-            self.lengths = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
-        self._held = [layer.held() for layer in layers]
+            self.lengths = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        self._held = [layer.held() for layer in layers] if set(counts) == {1} else []
 
     def append(self, layers: Sequence[PrefixLayer]) -> bool:
         """Take the newest token of every session.
 
         Returns:
-            False: the tails are not those they were but for it, or have moved.
+            False: the tails are not those they were but for it, have moved, or got several tokens.
         """
         held = [layer.held() for layer in layers]
-        if not all(now.follows(before) for now, before in zip(held, self._held, strict=True)):
+        if not self._held or not all(
+            now.follows(before) for now, before in zip(held, self._held, strict=True)
+        ):
             return False
         self.lengths += 1
         self._held = held

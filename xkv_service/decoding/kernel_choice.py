@@ -20,6 +20,8 @@ VARIABLE = "XKV_DECODE_KERNELS"
 """Environment variable that turns the kernels off, with the value "off"."""
 DEVICES: tuple[str, ...] = () if os.environ.get(VARIABLE) == "off" else ("cuda",)
 """Kinds of device that kernels run on; tests add the CPU, where Triton interprets them."""
+MOST_TOKENS = 128
+"""New tokens of a question that kernels take at once, each as a session: buffers grow with them."""
 _CAPABILITY = (8, 0)
 """Kernels copy asynchronously and multiply bfloat16, which older devices do not."""
 _SHARED_MEMORY = 160 * 1024
@@ -38,7 +40,7 @@ def kernels_run(device: torch.device) -> bool:
 
 
 def why_not(cache: XKVCache, scoring: Scoring) -> str | None:
-    """Why a step of single new tokens of a cache cannot run by kernels, or None where it can.
+    """Why new tokens of a cache cannot run by kernels, or None where they can.
 
     Either all compressed layers of a cache run by kernels or none does: layers take each other's choices.
     """

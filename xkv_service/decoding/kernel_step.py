@@ -42,15 +42,21 @@ class DecodeLaunch:
     Args:
         caches: of one layout (`layout_of`), which kernels take; every row of their tails is a session.
         sizes: what buffers are for, as `sizes_of`; by default that of `caches`.
+        counts: new tokens of each cache, by default one; each is a session with a choice of its own.
 
     Attributes:
         tables: by layer index, each session's document.
     """
 
-    def __init__(self, caches: Sequence[XKVCache], sizes: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, caches: Sequence[XKVCache], sizes: tuple[int, int] | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         first = caches[0]
+        self._counts = counts or [1] * len(caches)
         rows = [len(cache.layers[first.prefix.compressed[0]].keys) for cache in caches]
-        batch = [cache for cache, count in zip(caches, rows, strict=True) for _ in range(count)]
+        sessions = [row * count for row, count in zip(rows, self._counts, strict=True)]
+        batch = [cache for cache, count in zip(caches, sessions, strict=True) for _ in range(count)]
         self._capacity, self._most = sizes or sizes_of(caches)
         self.tables: dict[int, DocumentTable] = {}
         self._turns: dict[int, Turns] = {}
@@ -66,11 +72,11 @@ class DecodeLaunch:
         self._ran: tuple[int, int] | None = None
 
     def attend(self, layers: Sequence[PrefixLayer], query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of every session's newest token, whose keys and values its layer has already.
+        """Attention of every session's newest tokens, whose keys and values its layer has already.
 
         Args:
             layers: of one layer index, in the order of the caches. scaling: of products.
-            query: [sessions, query_heads, D], rotated.
+            query: [sessions, query_heads, D], rotated: those of a row one behind the other.
 
         Returns:
             [sessions, query_heads, Dv] in the dtype of `query`.
@@ -110,7 +116,7 @@ class DecodeLaunch:
     def _tails_of(self, index: int, layers: Sequence[PrefixLayer]) -> BatchTails:
         kept = self._tails.get(index)
         if kept is None or not kept.append(layers):
-            kept = self._tails[index] = BatchTails(layers)
+            kept = self._tails[index] = BatchTails(layers, self._counts)
         return kept
 
     def _kernels_of(self, index: int, query: torch.Tensor, scaling: float) -> DecodeAttention:

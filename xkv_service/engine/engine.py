@@ -20,14 +20,14 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.engine.admission import refusal_of, room_for
+from xkv_service.engine.entrance import STOPPING, Entrance
 from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
-from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.runners import Runner, SeparateRunner, make_runner
+from xkv_service.engine.runners import PackedRunner, Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
@@ -77,7 +77,7 @@ class Engine:
             stored.offer if stored is not None else None,
         )
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._open = OpenRequests(self.settings.max_running + self.settings.max_waiting)
+        self._entrance = Entrance()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
@@ -105,7 +105,7 @@ class Engine:
             most=min(request.settings.max_new_tokens, room_for(request, self.loaded)),
             ends=self._ends,
         )
-        refusal = refusal_of(request, self.loaded) or self._open.enter(
+        refusal = refusal_of(request, self.loaded) or self._entrance.enter(
             lambda: self._inbox.put(Submitted(sequence))
         )
         if refusal is not None:
@@ -139,6 +139,7 @@ class Engine:
             stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
             counters=counters,
+            rates=self._prefixes.rates.figures() if self._prefixes is not None else {},
         )
 
     def close(self) -> None:
@@ -157,7 +158,7 @@ class Engine:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
                 runner = self._runner = make_runner(self.loaded.model)
-                if not isinstance(runner, SeparateRunner):  # it may depend on what runs beside it
+                if isinstance(runner, PackedRunner):  # by kernels a question is quicker than its load
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
@@ -168,7 +169,7 @@ class Engine:
             _log.exception("the engine died")
             raise
         finally:
-            self._open.close()
+            self._entrance.close()
             self._abandon()
 
     def _receive(self) -> bool:
@@ -226,7 +227,6 @@ class Engine:
             self._put_away(sequence)
         finally:
             self._counters[f"ended_{reason}"] += 1
-            self._open.leave()
 
     def _put_away(self, sequence: Sequence) -> None:
         context, sequence.context = sequence.context, None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.kernel_choice import why_not
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, why_not
 from xkv_service.decoding.kernel_step import layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
@@ -52,9 +52,14 @@ class GraphRunner:
         for layout, places in self._by_layout(work).items():
             found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
             logits |= dict(zip(places, found, strict=True)) if found is not None else {}
-        rest = [place for place in range(len(work)) if place not in logits]
-        for place in rest:
-            self.settle(work[place][0])
+        rest = []
+        for place, (context, ids) in enumerate(work):
+            if place not in logits:
+                self.settle(context)
+                if self._layout(context) is not None:
+                    logits[place] = self._ask(context, ids)
+                else:
+                    rest.append(place)
         if len(rest) == len(work):
             return self._packed.run(work)
         if rest:
@@ -76,21 +81,28 @@ class GraphRunner:
         """Places of sequences that graphs run for, by what those of one graph have in common."""
         found: dict[Any, list[int]] = {}
         for place, (context, ids) in enumerate(work):
-            layout = self._layout(context) if len(ids) == 1 and not self._broken else None
+            steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
+            layout = self._layout(context) if steps and context.cache.tail_tokens else None
             if layout is not None:
                 found.setdefault(layout, []).append(place)
         return found
 
     def _layout(self, context: Context) -> Any:
-        """None: no graph runs for the context."""
+        """None: kernels do not run for the context, or only for some layers of the model."""
         cache = context.cache
-        if not isinstance(cache, XKVCache) or cache.tail_tokens == 0:
+        if not isinstance(cache, XKVCache):
             return None
         if cache not in self._layouts:
             every = all(isinstance(layer, PrefixLayer) for layer in cache.layers)
-            taken = every and len(cache.layers[0].keys) == 1 and why_not(cache, Scoring(1.0)) is None
+            taken = every and why_not(cache, Scoring(1.0)) is None
             self._layouts[cache] = layout_of(cache) if taken else None
         return self._layouts[cache]
+
+    def _ask(self, context: Context, ids: list[int]) -> torch.Tensor:
+        """Several tokens of one context, as many at a time as kernels take."""
+        for start in range(0, len(ids), MOST_TOKENS):
+            logits = self._packed.run([(context, ids[start : start + MOST_TOKENS])])
+        return logits[0]
 
     def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
         """Logits of a step, or None: there was none, and graphs are not used any more."""

@@ -18,7 +18,7 @@ from xkv_service.kernels.tail_table import TailTable
 @triton.jit  # type: ignore[untyped-decorator]
 def _at(addresses, session, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The beginning of a session's tensor."""
-    return tl.multiple_of(tl.load(addresses + session), 16).to(tl.pointer_type(DTYPE))
+    return tl.load(addresses + session).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,10 +62,10 @@ def _tail(  # type: ignore[no-untyped-def]
             place = first + tl.arange(0, SIZE)
             inside = place < length
             at = start + place * apart
-            key = tl.load(keys + at[None, :] * DIM + dim[:, None], mask=inside[None, :], other=0.0)
-            value = tl.load(
-                values + at[:, None] * VALUE_DIM + value_dim[None, :], mask=inside[:, None], other=0.0
-            )
+            key_at = tl.multiple_of(keys + at[None, :] * DIM + dim[:, None], [16, 16])
+            value_at = tl.multiple_of(values + at[:, None] * VALUE_DIM + value_dim[None, :], [16, 16])
+            key = tl.load(key_at, mask=inside[None, :], other=0.0)
+            value = tl.load(value_at, mask=inside[:, None], other=0.0)
             peak, total, result = _attend(
                 queries, key, value, inside, peak, total, result, scaling, ROWS, SIZE, DTYPE, PRECISION
             )

@@ -344,6 +344,35 @@ def test_a_redis_that_comes_back_empty_knows_the_jobs_again(
         maker.close()
 
 
+@pytest.mark.parametrize("place", ["being made", "waiting"])
+def test_what_was_deleted_does_not_come_back_with_a_maker_that_was_away(
+    opened: Open, loaded: LoadedModel, going: Gate, place: str
+) -> None:
+    """For two days: the record of the deletion is gone."""
+    store, elsewhere = opened(), PrefixRecords(opened())
+    maker = PrefixMaker(store, loaded, ratio=2.0)
+    try:
+        both = [asyncio.run(maker.create(new(number))) for number in (0, 1)]
+        assert going.reached.wait(240)
+        gone, kept = both if place == "being made" else both[::-1]
+        (task,) = (task for task in maker._unfinished() if task.job.id == gone.id)
+        assert elsewhere.delete(["a"], gone.id)
+        key = jobs.JOB_KEY.format(store=store.catalog.store_id, namespace="a", id=gone.id)
+        store.catalog.link.call(lambda client: client.delete(key))
+        task.job = task.job.model_copy(update={"created": task.job.created - 2 * 86_400})
+        going.set()
+        seen(elsewhere, kept.id, "ready")
+        end = time.monotonic() + 240
+        while maker._unfinished():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert elsewhere.get(["a"], gone.id) is None and list(store.blobs.ids()) == [kept.id]
+        assert store.jobs.publications() == []
+    finally:
+        going.set()
+        maker.close()
+
+
 def test_over_http_every_process_tells_the_same(
     opened: Open, loaded: LoadedModel, served_model: ServedModel, redis: RedisServer, going: Gate,
     monkeypatch: pytest.MonkeyPatch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,13 @@ import pytest
 from measured import calibrated
 from rivers import DOCUMENT, SETTINGS, publish
 
+from xkv_artifacts.checked_file import open_header
+from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.retention import NO_PROMISE
 from xkv_artifacts.store import ArtifactStore
 from xkv_artifacts.token_cache import TokenCache
+from xkv_service.api import damage_notes
 from xkv_service.api.backend import NewPrefix
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.api.metrics import Metrics
@@ -55,7 +60,9 @@ def tokens_of(store: ArtifactStore, manifest: PrefixManifest) -> list[int]:
 
 
 def asking(prompt: list[int], match: PrefixMatch | None) -> GenerationRequest:
-    return GenerationRequest("1", tuple(prompt), GenerationSettings(), namespace="asker", match=match)
+    return GenerationRequest(
+        "1", tuple(prompt), GenerationSettings(max_new_tokens=40), namespace="asker", match=match
+    )
 
 
 def found(finder: PrefixFinder, prompt: list[int], namespace: str = "default") -> PrefixMatch:
@@ -160,6 +167,118 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
         match, miss = ask(fresh)  # it has never read it
         assert miss is not None and miss.reason == "corrupt"
         assert not told and fresh.counters == {"remakes_impossible": 1}
+
+
+@pytest.mark.parametrize("how", ["found", "named"])
+@pytest.mark.parametrize("part", ["header", "tokens"])
+@pytest.mark.parametrize("known", ["by who read it before", "by its header"])
+def test_damage_that_is_found_without_a_prompt_is_mended_with_the_next_one(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, how: str, part: str, known: str
+) -> None:
+    """A catalog was emptied, and made again."""
+    monkeypatch.setattr(damage_notes, "LOOK_S", 0.0)
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        ids = tokens_of(store, made)
+        prompt, fingerprint = [*ids, 70], loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        if known == "by who read it before":
+            found(finder, prompt)
+        with store.blobs.open(made.id) as file:
+            place = 100 if part == "header" else open_header(file).tensors["tokens"].start
+        damage(store, made.id, place)
+        store._lookup._tokens = TokenCache()
+        store.catalog.clear()
+        assert store.list_if_lost() is not None
+
+        def ask(prompt: list[int], namespace: str = "default") -> str:
+            asked = (
+                finder.find(prompt, namespace) if how == "found" else finder.named(made.id, prompt, namespace)
+            )
+            match, miss = asyncio.run(asked)
+            assert match is None and miss is not None
+            return miss.reason
+
+        none = "no_artifact" if how == "found" else "evicted"
+        assert ask([*ids[:-1], 70, 70]) == ask(ids[:-1]) == ask(prompt, "other") == none
+        assert not told and finder.counters == {}
+        if part == "header" and known == "by its header":
+            assert ask(prompt) == none and not told
+            return
+        assert [ask(prompt), ask(prompt)] == ["corrupt", none]
+        (new,) = told
+        assert finder.counters == {"remakes_asked": 1}
+        maker = PrefixMaker(store, loaded, ratio=3.0)
+        try:
+            asyncio.run(maker.create(new))
+            becomes(lambda: store.get(made.id))
+        finally:
+            maker.close()
+        assert found(finder, prompt).artifact_id == made.id
+        assert store.manifest(made.id).document == made.document
+
+
+def test_what_was_deleted_after_its_damage_is_not_made_again(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damage_notes, "LOOK_S", 0.0)
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        prompt, fingerprint = [*tokens_of(store, made), 70], loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        found(finder, prompt)
+        damage(store, made.id, 100)
+        store.rebuild()
+        records = PrefixRecords(store)
+        assert not records.delete(["default"], made.id)  # it is not there any more
+        assert asyncio.run(finder.find(prompt, "default"))[0] is None
+        assert not told and store.damaged.all() == {}
+
+
+@pytest.mark.parametrize("there", ["nothing", "no end", "an earlier end"])
+def test_a_pin_and_an_end_go_to_the_other_id(tmp_path: Path, loaded: LoadedModel, there: str) -> None:
+    """Of a prefix that is made again with another calibration."""
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        theirs, mine = (
+            load_calibration(
+                store, save_calibration(store, calibrated(loaded.model, size), loaded.identity, SAMPLE).id
+            )
+            for size in (2, 4)
+        )
+        first = PrefixMaker(store, loaded, calibration=theirs)
+        new = NewPrefix("default", list(range(5, 205)), "a", "0" * 64, ratio=2.0, pinned=True, ttl_s=900.0)
+        old = asyncio.run(first.create(new)).id
+        becomes(lambda: store.get(old))
+        first.close()
+        ends = store.promised(old)[0].expires
+        assert ends is not None
+        told: list[NewPrefix] = []
+        remaker = Remaker(store, loaded.identity.fingerprint, told.append)
+        origin = Origin("default", store.manifest(old).spec, 200, "a", "0" * 64)
+        damage(store, old, -100)
+        with pytest.raises(CorruptArtifact):
+            store.load(old)
+        remaker.ask(old, origin, array("i", range(5, 206)), "damage")
+        maker = PrefixMaker(store, loaded, calibration=mine)
+        try:
+            if there != "nothing":
+                ttl_s = None if there == "no end" else 60.0
+                known = asyncio.run(maker.create(replace(new, pinned=False, ttl_s=ttl_s))).id
+                becomes(lambda: store.get(known))
+            again = asyncio.run(maker.create(told.pop())).id
+            assert again != old
+            becomes(lambda: store.get(again))
+            becomes(lambda: store.promised(old)[0] == NO_PROMISE)  # it was, and is not stored
+        finally:
+            maker.close()
+        promised = store.promised(again)[0]
+        assert promised.pinned
+        if there == "no end":
+            assert promised.expires is None
+        else:  # from when it was published on
+            assert promised.expires is not None and ends - 2 < promised.expires < ends + 240
 
 
 def strict(made: Calibration) -> Calibration:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -175,24 +174,6 @@ def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, e
     _until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
     asked[0].cancel()
     asked[0].wait()
-
-
-def test_more_than_can_wait_are_refused(talker: Talker) -> None:
-    begin = threading.Event()
-
-    def pause(*_: object) -> None:
-        begin.wait(60)
-
-    hook = talker.model.register_forward_pre_hook(pause)
-    with Engine(talker.loaded, replace(SETTINGS, max_running=2, max_waiting=3)) as engine:
-        prompt = _prompt(talker, "q" * 300, document=False)
-        asked = [Asked(engine, prompt) for _ in range(12)]
-        begin.set()
-        ends = [one.wait().end for one in asked]
-    hook.remove()
-    refused = [end for end in ends if isinstance(end, Failed)]
-    assert len(refused) == 7
-    assert {end.kind for end in refused} == {"overloaded"} and refused[0].retry_after_s
 
 
 def test_a_request_that_takes_too_long_fails(talker: Talker, engine: Engine) -> None:

@@ -1,0 +1,44 @@
+"""`DamageNotes`: what is noted as damaged in a store, for a process that is asked about prompts."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from xkv_artifacts.errors import CatalogUnavailable
+from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.store import ArtifactStore
+
+LOOK_S = 10.0
+"""Between two looks: as long as it takes until a replica's memory follows the catalog."""
+
+
+class DamageNotes:
+    """The store's `DamageBoard`, read again when what was read is 10 s old. For any thread."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._board = store.damaged
+        self._notes: dict[str, PrefixManifest | None] = {}
+        self._old_at = 0.0  # monotonic
+
+    def all(self) -> dict[str, PrefixManifest | None]:
+        """Damaged artifacts and their manifests; as before where Redis does not answer."""
+        now = time.monotonic()
+        if now >= self._old_at:
+            self._old_at = now + LOOK_S
+            with suppress(CatalogUnavailable):
+                self._notes = self._board.all()
+        return dict(self._notes)
+
+    def manifest(self, artifact_id: str) -> PrefixManifest | None:
+        """What is noted of one now."""
+        with suppress(CatalogUnavailable):
+            return self._board.get(artifact_id)
+        return None
+
+    def take(self, artifact_id: str) -> bool:
+        """Whether one was still noted; it is not any more."""
+        self._notes.pop(artifact_id, None)
+        with suppress(CatalogUnavailable):
+            return self._board.take(artifact_id)
+        return False
