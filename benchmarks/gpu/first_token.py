@@ -111,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", default="8,20", help="times smaller than the whole cache")
     parser.add_argument("--runs", type=int, default=5, help="of each figure, the median is kept")
     parser.add_argument(
-        "--patience", type=float, default=15, help="seconds after which a figure has no more runs"
+        "--patience", type=float, default=8, help="seconds after which a figure has no more runs"
     )
     parser.add_argument("--seconds", type=float, default=440, help="after so many nothing is begun")
     parser.add_argument("--no-raw", action="store_true", help="leave out raw caches")

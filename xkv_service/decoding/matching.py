@@ -53,7 +53,7 @@ class FirstTokens:
         layers = [layer.index for layer in inspect_loaded(model).layout.compressible]
         keys = [cache.layers[layer].keys[0].transpose(0, 1).float() for layer in layers]
         # To the CPU at once: a device is waited for each time.
-        flat = torch.cat([one.flatten() for one in keys]).cpu().split([one.numel() for one in keys])
+        flat = torch.split(torch.cat([one.flatten() for one in keys]).cpu(), [one.numel() for one in keys])
         self._keys = {layer: one.view(key.shape) for layer, one, key in zip(layers, flat, keys, strict=True)}
         self._distance = self._size = 0.0
 
