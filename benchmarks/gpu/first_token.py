@@ -449,6 +449,7 @@ class _Artifact:
 
     def _stages(self) -> dict[str, float]:
         run, store, name = self._run, self.store, self._job.artifact_id
+        blob_format._kept.cache_clear()
         manifest, header_s = run.timed(lambda: store.manifest(name))
         landing = _Host(run.device)
         landing.begin()
