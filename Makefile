@@ -29,7 +29,7 @@ demo: $(READY)  ## compress the example corpus, then compare an answer from both
 
 test: check  ## check, then run every test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/e2e
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/e2e
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/e2e
 
 check: $(READY)  ## format, lint, types and the direction of dependencies
 	$(BIN)/ruff format --check .

@@ -38,6 +38,8 @@ TOKENS, WORD = 500, "word "
 class Ready:
     """A backend whose answers are there already."""
 
+    waiting = 0
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As many tokens as may be."""
         yield Started(prompt_tokens=len(request.token_ids), cached_tokens=0)

@@ -10,9 +10,6 @@ has a cache of its own is not known here); `pages_dropped` says which share of t
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
-import os
 import queue
 import sys
 import tempfile
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 from bundled import document_ids, load
+from page_cache import drop, dropped_share
 from report import Report
 from transformers import DynamicCache
 
@@ -164,16 +162,16 @@ class _Measured:
 
     def row(self, question: torch.Tensor, exact: dict[str, float]) -> dict[str, Any]:
         """Read and bind apart, then all of it through a pool, as a server does."""
-        dropped = self._dropped_share()
+        dropped = dropped_share(self._path)
         read = self._median(self._read)
-        cold = self._median(self._read, before=self._drop)
+        cold = self._median(self._read, before=lambda: drop(self._path))
         factors = self._read()
         bind = self._median(lambda: self._bind(factors))
         pool_ms = self._median(lambda: self._through_pool(None), before=self._new_pool)
         resident = self._pool.bytes - self._before
         first = self._median(lambda: self._through_pool(question), before=self._new_pool)
         cold_first = self._median(
-            lambda: self._through_pool(question), before=lambda: (self._new_pool(), self._drop())
+            lambda: self._through_pool(question), before=lambda: (self._new_pool(), drop(self._path))
         )
         return {
             "stored_mib": self._path.stat().st_size / 2**20,
@@ -204,18 +202,6 @@ class _Measured:
         # A copy, since the prefix of the same factors is remembered.
         return Prefix.of(self._model, replace(factors))
 
-    def _drop(self) -> None:
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def _dropped_share(self) -> float:
-        """Share of the file's pages that leave memory when they are dropped."""
-        self._path.read_bytes()
-        before = _cached_pages(self._path)
-        self._drop()
-        return 1 - _cached_pages(self._path) / max(1, before)
-
     def _through_pool(self, question: torch.Tensor | None) -> None:
         """One request, and the first token behind `question`, if there is one."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -239,18 +225,6 @@ class _Measured:
         self._pool.request(self._other, OTHER, warm.put, deadline_s=PATIENT_S)
         warm.get()
         self._before = self._pool.bytes
-
-
-def _cached_pages(path: Path) -> int:
-    """Pages of a file that are in memory."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        count = -(-len(mapped) // mmap.PAGESIZE)
-        flags = (ctypes.c_ubyte * count)()
-        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        library = ctypes.CDLL(None, use_errno=True)
-        if library.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), flags):
-            raise OSError(ctypes.get_errno(), "mincore")
-        return sum(flag & 1 for flag in flags)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from xkv_artifacts.header import (
     header_length,
     parse_header,
 )
+from xkv_artifacts.positioned import PositionedFile
 
 if TYPE_CHECKING:
     import torch
@@ -148,19 +149,29 @@ def _read_range(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
 def read_checked(file: BinaryIO, info: TensorInfo, expected: str) -> bytearray:
     """Read one tensor into the buffer it will live in, so that what is checked is what is returned."""
     buffer = bytearray(info.nbytes)
-    view = memoryview(buffer)
+    fill_checked(PositionedFile(file), info, expected, memoryview(buffer))
+    return buffer
+
+
+def fill_checked(file: PositionedFile, info: TensorInfo, expected: str, view: memoryview) -> None:
+    """Read one tensor into the memory it will live in. Several threads may do so at once.
+
+    Args:
+        expected: its SHA-256. view: of `info.nbytes` bytes.
+
+    Raises:
+        CorruptArtifact: the file ends before the tensor does, or it is not what was written.
+    """
     digest = hashlib.sha256()
-    file.seek(info.start)
     done = 0
     while done < info.nbytes:
-        count = file.readinto(view[done : done + CHUNK_BYTES])  # type: ignore[attr-defined]
+        count = file.read_into(view[done : done + CHUNK_BYTES], info.start + done)
         if not count:
             raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
         digest.update(view[done : done + count])
         done += count
     if digest.hexdigest() != expected:
         raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
-    return buffer
 
 
 def read_tensors(
@@ -200,10 +211,17 @@ def as_tensor(info: TensorInfo, buffer: bytearray) -> torch.Tensor:
     """The tensor of the shape and dtype in `info` that lives in `buffer`, not copied."""
     import torch
 
-    dtype = getattr(torch, _TORCH_NAMES[info.dtype])
     if not buffer:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+        return torch.empty(info.shape, dtype=dtype_of(info))
+    return torch.frombuffer(buffer, dtype=dtype_of(info)).reshape(info.shape)
+
+
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """What PyTorch calls a tensor's dtype."""
+    import torch
+
+    found: torch.dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+    return found
 
 
 def _byte_view(tensor: torch.Tensor) -> memoryview:

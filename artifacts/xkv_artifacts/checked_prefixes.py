@@ -11,6 +11,7 @@ from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.read_ahead import Landing
 from xkv_artifacts.zstd_file import ZstdFile
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ class CheckedPrefixes:
         return self._checked.read(artifact_id, read)
 
     def read_parts(
-        self, artifact_id: str, parts: Iterable[Iterable[str]]
+        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None
     ) -> Generator[dict[str, torch.Tensor], None, None]:
-        """The tensors of each part, read when they are asked for. Raises MissingTensor too."""
+        """The tensors of each part, as `format.read_parts`. Raises MissingTensor too."""
         with self._checked.opened(artifact_id) as file:
             # Parts do not follow the order of the file, and going back in a packed one decodes it again.
             source = BytesIO(file.read()) if isinstance(file, ZstdFile) else file
-            manifest, found = blob_format.read_parts(source, parts)
+            manifest, found = blob_format.read_parts(source, parts, landing)
             of_id(artifact_id, manifest)
             yield from found
 

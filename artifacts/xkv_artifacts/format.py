@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts.checked_file import (
     as_tensor,
     check_tensors,
+    dtype_of,
+    fill_checked,
     lay_out,
     open_header,
     parse_manifest,
     read_checked,
 )
 from xkv_artifacts.errors import CorruptArtifact, InvalidKey, InvalidNamespace, MissingTensor
-from xkv_artifacts.header import Header
+from xkv_artifacts.header import Header, TensorInfo
 from xkv_artifacts.keys import artifact_id_of_bytes
 from xkv_artifacts.manifest import FORMAT, VERSION, PrefixManifest
+from xkv_artifacts.positioned import PositionedFile
+from xkv_artifacts.read_ahead import Landing, read_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -75,25 +81,57 @@ def read_prefix(
 
 
 def read_parts(
-    file: BinaryIO, parts: Iterable[Iterable[str]]
+    file: BinaryIO, parts: Iterable[Iterable[str]], landing: Landing | None = None
 ) -> tuple[PrefixManifest, Iterator[dict[str, torch.Tensor]]]:
-    """As `read_prefix`, the tensors of each part only when it is asked for."""
+    """As `read_prefix`, the tensors of each part only when it is asked for.
+
+    Args:
+        landing: where tensors go to, on whose threads; the next parts are read while one is used. By default
+            each part is read to the CPU when it is asked for.
+    """
     manifest, header = _open(file)
-    return manifest, (_read(file, manifest, header, list(names)) for names in parts)
+    if landing is None:
+        return manifest, (_read(file, manifest, header, list(names)) for names in parts)
+    return manifest, _landed(file, manifest, header, parts, landing)
+
+
+def _landed(
+    file: BinaryIO, manifest: PrefixManifest, header: Header, parts: Iterable[Iterable[str]], landing: Landing
+) -> Iterator[dict[str, torch.Tensor]]:
+    source = PositionedFile(file)
+
+    def read(info: TensorInfo) -> tuple[str, torch.Tensor]:
+        buffer = landing.buffer(info.name, info.nbytes)
+        if info.nbytes:
+            fill_checked(source, info, manifest.tensors[info.name], buffer.numpy().data)
+        return info.name, landing.placed(info.name, buffer.view(dtype_of(info)).reshape(info.shape))
+
+    jobs = ([partial(read, info) for info in _wanted(manifest, header, list(names))] for names in parts)
+    with closing(read_ahead(jobs, landing.threads)) as found:
+        for part in found:
+            tensors = dict(part)
+            if TOKENS in tensors:
+                _check_id(manifest, tensors[TOKENS].cpu().numpy().tobytes())
+            yield tensors
 
 
 def _read(
     file: BinaryIO, manifest: PrefixManifest, header: Header, wanted: list[str]
 ) -> dict[str, torch.Tensor]:
-    missing = [name for name in wanted if name not in header.tensors]
-    if missing:
-        raise MissingTensor(f"artifact {manifest.id} has no tensor {missing[0]}")
     buffers = {}
-    for info in sorted((header.tensors[name] for name in wanted), key=lambda info: info.start):
+    for info in _wanted(manifest, header, wanted):
         buffers[info.name] = read_checked(file, info, manifest.tensors[info.name])
     if TOKENS in buffers:
         _check_id(manifest, buffers[TOKENS])
     return {name: as_tensor(header.tensors[name], buffers[name]) for name in wanted}
+
+
+def _wanted(manifest: PrefixManifest, header: Header, names: list[str]) -> list[TensorInfo]:
+    """What the header says of these tensors, in the order of the file."""
+    missing = [name for name in names if name not in header.tensors]
+    if missing:
+        raise MissingTensor(f"artifact {manifest.id} has no tensor {missing[0]}")
+    return sorted((header.tensors[name] for name in names), key=lambda info: info.start)
 
 
 def read_tokens(

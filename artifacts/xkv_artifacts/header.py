@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn
 
 from xkv_artifacts.errors import CorruptArtifact
@@ -174,20 +175,19 @@ def _finite(text: str) -> float:
 
 def _check_tree(value: dict[str, Any], what: str) -> None:
     """No deep nesting, and no text that cannot be written out again."""
-    todo: list[tuple[Any, int]] = [(value, 1)]
+    todo: list[tuple[dict[str, Any] | list[Any], int]] = [(value, 1)]
     while todo:
         item, depth = todo.pop()
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH and item:
             raise CorruptArtifact(f"{what} is nested too deeply")
-        if isinstance(item, dict):
-            todo += [(part, depth + 1) for pair in item.items() for part in pair]
-        elif isinstance(item, list):
-            todo += [(part, depth + 1) for part in item]
-        elif isinstance(item, str) and not item.isascii():
-            try:
-                item.encode("utf-8")
-            except UnicodeEncodeError:
-                raise CorruptArtifact(f"{what} holds text that is not Unicode") from None
+        for part in chain(item, item.values()) if isinstance(item, dict) else item:
+            if isinstance(part, dict | list):
+                todo.append((part, depth + 1))
+            elif isinstance(part, str) and not part.isascii():
+                try:
+                    part.encode("utf-8")
+                except UnicodeEncodeError:
+                    raise CorruptArtifact(f"{what} holds text that is not Unicode") from None
 
 
 def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:

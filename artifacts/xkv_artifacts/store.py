@@ -37,6 +37,7 @@ from xkv_artifacts.prefix_listing import PrefixListing
 from xkv_artifacts.prefix_lookup import PrefixLookup
 from xkv_artifacts.promises import Change, Promises
 from xkv_artifacts.publishing import Publisher
+from xkv_artifacts.read_ahead import Landing
 from xkv_artifacts.readers import Readers
 from xkv_artifacts.redis_link import DEFAULT_PATIENCE_S, RedisLink
 from xkv_artifacts.reports import Collection, Match, Orphans, Rebuild, Verification
@@ -197,11 +198,15 @@ class ArtifactStore:
             return self._checked.read_prefix(artifact_id, names)
 
     def load_parts(
-        self, artifact_id: str, parts: Iterable[Iterable[str]]
+        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None
     ) -> Generator[dict[str, torch.Tensor], None, None]:
-        """As `load`, the tensors that each part names when they are asked for, in one read of the blob."""
+        """As `load`, the tensors that each part names when they are asked for, in one read of the blob.
+
+        Args:
+            landing: where they go to instead of the CPU's memory; the next parts are read while one is used.
+        """
         with self.reading(artifact_id):
-            yield from self._checked.read_parts(artifact_id, parts)
+            yield from self._checked.read_parts(artifact_id, parts, landing)
 
     def reading(self, artifact_id: str) -> AbstractContextManager[None]:
         """Keep every collector away from an artifact while the block runs, over several `load`s for example.

@@ -41,6 +41,7 @@ from xkv_service.kernels.document_table import DocumentTable
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 from xkv_service.kernels.tail_attention import tail_attention
+from xkv_service.kernels.tail_table import TailTable
 
 _ROTATED = 400 * 2**20
 """Bytes that the layers of one graph read at least: several times an L2 cache."""
@@ -105,7 +106,7 @@ class Case:
     def stages(self, layer: DecodeAttention) -> dict[str, Callable[[DocumentTable], Any]]:
         """Every stage by name, as a function of a table."""
         scores = {"interleaved": False, **layer.tiles.scores}
-        tail = (self.query, self.keys, self.values, self.lengths)
+        tail = (self.query, TailTable.of_rooms(self.keys, self.values), self.lengths)
         return {
             "tail": lambda table: tail_attention(*tail, layer._rest, layer._rest_log, self.scaling),
             "index": lambda table: layer.index(self.query, layer._rest_log, table),

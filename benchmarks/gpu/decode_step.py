@@ -35,6 +35,7 @@ from report import Report, command
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.document_table import DocumentTable
 from xkv_service.kernels.tail_attention import tail_attention
+from xkv_service.kernels.tail_table import TailTable
 
 _NAME = "decode_step"
 _TAIL, _CAPACITY = 128, 512
@@ -77,6 +78,10 @@ class Tails:
         )
         self.nbytes = sum(one.nbytes for one in (*self.keys, *self.values))
 
+    def tables(self) -> list[TailTable]:
+        """As the kernels find them, by layer."""
+        return [TailTable.of_rooms(*one) for one in zip(self.keys, self.values, strict=True)]
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
         """Write [batch, kv_heads, 1, D] at int places [batch]."""
         index = places.long()[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[3])
@@ -113,7 +118,7 @@ class Cascade:
 
     def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
         self._document, self._tails = Tails(shape, 1, tokens, device), Tails(shape, batch, _CAPACITY, device)
-        self._scaling = shape.dim**-0.5
+        self._rooms, self._scaling = self._tails.tables(), shape.dim**-0.5
         self._rest = torch.empty(batch, shape.query_heads, shape.dim, device=device)
         self._rest_log = torch.empty(batch, shape.query_heads, device=device)
         self.nbytes = self._document.nbytes + self._tails.nbytes
@@ -125,8 +130,7 @@ class Cascade:
         self._tails.append(layer, key, value, lengths)
         keys, values = self._document.keys[layer], self._document.values[layer]
         asked = query[:, :, 0].contiguous()
-        tail = (self._tails.keys[layer], self._tails.values[layer], lengths + 1)
-        tail_attention(asked, *tail, self._rest, self._rest_log, self._scaling)
+        tail_attention(asked, self._rooms[layer], lengths + 1, self._rest, self._rest_log, self._scaling)
         batch, heads, dim = asked.shape
         rows = asked.view(batch, keys.shape[1], -1, dim).transpose(0, 1).reshape(1, keys.shape[1], -1, dim)
         found, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values)
@@ -160,7 +164,7 @@ class Factors:
             synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
         )  # fmt: skip
         self._tails = Tails(shape, batch, _CAPACITY, device)
-        self._repeats = repeats
+        self._rooms, self._repeats = self._tails.tables(), repeats
         self.nbytes = self.documents.nbytes + self._tails.nbytes
 
     def attend(
@@ -170,10 +174,8 @@ class Factors:
         self._tails.append(layer, key, value, lengths)
         asked = query[:, :, 0].contiguous()
         out = torch.empty_like(asked)
-        self._attention(
-            asked, self._tails.keys[layer], self._tails.values[layer], lengths + 1, self._tables[layer], out,
-            repeat=layer % self._repeats > 0,
-        )  # fmt: skip
+        repeat = layer % self._repeats > 0
+        self._attention(asked, self._rooms[layer], lengths + 1, self._tables[layer], out, repeat=repeat)
         return out[:, None]
 
     @property
@@ -237,7 +239,7 @@ def main() -> None:
         _compile(model)
     report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
     tokens = 160 if arguments.smoke else 1024 * arguments.tokens
-    started = time.monotonic()
+    started, profiles = time.monotonic(), dict[str, dict[str, float]]()
     for name in arguments.sides.split(","):
         for batch in _batches(arguments, name, model, shape, tokens, device):
             if time.monotonic() - started > arguments.seconds:
@@ -248,11 +250,12 @@ def main() -> None:
                 batch = batch * 15 // 16
                 row = _measure(arguments, name, model, shape, tokens, batch, device)
             if row is not None:
+                profiles[f"{name}, {row['batch']} sessions"] = row.pop("kernels_us", {})
                 report.add(**row)
     _compare(report)
     report.write(
         arguments.out, model="Llama-3.1-8B shapes, random weights and factors", tail=_TAIL,
-        weight_bytes=sum(one.nbytes for one in model.parameters()),
+        weight_bytes=sum(one.nbytes for one in model.parameters()), kernels_us=profiles,
     )  # fmt: skip
 
 
@@ -274,6 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile norms and MLPs")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
+    parser.add_argument("--profile", action="store_true", help="also a step's time by kernel")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks this script")
     return parser.parse_args()
 
@@ -347,6 +351,8 @@ def _measure(
             "GiB_held": side.nbytes / 2**30, "rebuilt": side.rebuilt if isinstance(side, Factors) else 0,
             "backend": backend.name if name == "full" else "kernels",
         }  # fmt: skip
+        if arguments.profile:
+            row["kernels_us"] = _profiled(step, device)
     except torch.OutOfMemoryError:
         print(f"out of memory: {row}", flush=True)
         return None
@@ -416,6 +422,24 @@ def _timed_steps(step: Callable[[], None], count: int, device: torch.device) -> 
         torch.cuda.synchronize()
         times.append(first.elapsed_time(last) / 1000)
     return sorted(times)[len(times) // 2]
+
+
+def _profiled(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Microseconds of a step by kernel: those that take most, and all others together."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    times = {one.key: float(one.self_device_time_total) for one in profile.key_averages()}
+    most = sorted(times, key=lambda name: -times[name])[:14]
+    found = {f"{name[:80]} x{one}": times[name] for name in most for one in [_calls(profile, name)]}
+    print("\n".join(f"{took:10.0f} us  {name}" for name, took in found.items()), flush=True)
+    return found | {"others": sum(times.values()) - sum(found.values())}
+
+
+def _calls(profile: Any, name: str) -> int:
+    return next(int(one.count) for one in profile.key_averages() if one.key == name)
 
 
 def _compare(report: Report) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from xkv_artifacts.errors import XKVError
+from xkv_service.modeling.late_hqq import put_off_hqq
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -81,6 +82,7 @@ def xkv() -> None:
 def main() -> None:
     """Entry point of the console script: run, and turn every error into one line and an exit status."""
     sys.excepthook = _last_resort
+    put_off_hqq()
     try:
         status = xkv.main(standalone_mode=False, prog_name="xkv")
     except click.exceptions.Abort:

@@ -19,6 +19,12 @@ from command_runs import PATIENT_RAY, Done, words
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of workers that share them none waits long for the last one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster of one node with room for two workers, as "host:port"."""

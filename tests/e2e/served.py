@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import httpx
+import psutil
 from command_runs import PATIENT_RAY
 
 START_SECONDS = 600
@@ -61,8 +62,21 @@ class Server:
             )
         self._wait()
 
+    def metrics(self) -> str:
+        """The page that Prometheus reads."""
+        return httpx.get(f"{self.url}/metrics", timeout=60).text
+
+    def engine_process(self) -> psutil.Process:
+        """Of one of the replicas."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(
+            child
+            for child in children
+            if "EngineReplica" in " ".join(child.cmdline()) or "engine" in child.name()
+        )
+
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """SIGTERM, unless it has ended; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(300)
 

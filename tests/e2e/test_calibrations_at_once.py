@@ -10,6 +10,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import pytest
 from command_runs import Xkv, words
 
 from xkv_artifacts.calibration_format import CalibrationManifest
@@ -43,6 +44,7 @@ def made_in(store: Path) -> dict[str, CalibrationManifest]:
     return {one.id: one.model_copy(update={"created": _SOME_TIME}) for one in found}
 
 
+@pytest.mark.slow
 def test_two_at_once_make_what_each_makes_alone(
     xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path
 ) -> None:

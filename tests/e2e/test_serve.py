@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,21 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from asking import Asker, example_document, first_turn, wait_until
 from command_runs import Xkv
-from openai import APIStatusError, OpenAI
+from openai import APIStatusError
 from served import Server, use_factors
+from stopping import check_that_ctrl_c_twice_breaks_off_answers
 
 from xkv_artifacts.embedded import embedded_redis_url
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.slow
+
 NAMES = (
     "bulletin-houston-lucky-dove-society",
     "register-chicago-broken-wren-council",
     "report-mendoza-grey-hill-company",
 )
-
-
-class Asker:
-    """Asks about an example document, as an application would."""
-
-    def __init__(self, url: str) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
-        self.model = self.client.models.list().data[0].id
-
-    def ask(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        settings = {"model": self.model, "max_tokens": 48, "temperature": 0, **options}
-        return self.client.chat.completions.create(messages=messages, **settings)
-
-
-def _document(name: str) -> tuple[str, list[dict[str, str]]]:
-    (path,) = (EXAMPLES / "corpus").glob(f"{name}.*")
-    lines = (EXAMPLES / "questions" / f"{name}.questions.jsonl").read_text().splitlines()
-    return path.read_text().strip(), [json.loads(line) for line in lines]
-
-
-def _first(document: str, question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{document}\n\n{question}"}]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +41,8 @@ def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("server"), "--store", store_url, "--stored-tails", "64MiB")
+    options = ("--store", store_url, "--stored-tails", "64MiB", "--stop-grace", "10m")
+    started = Server(tmp_path_factory.mktemp("server"), *options)
     yield started
     assert started.stop() == 0, started.log.read_text()
 
@@ -72,7 +55,7 @@ def asker(server: Server) -> Asker:
 @pytest.fixture(scope="module")
 def prefix(server: Server, asker: Asker) -> dict[str, Any]:
     """The first document, made a prefix of by the server itself."""
-    document, _ = _document(NAMES[0])
+    document, _ = example_document(NAMES[0])
     made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
     assert made.status_code == 202, made.text
     url = f"{server.url}/v1/prefixes/{made.json()['id']}"
@@ -87,12 +70,12 @@ def prefix(server: Server, asker: Asker) -> dict[str, Any]:
 def test_a_conversation_over_a_prefix_is_answered_right_and_goes_on(
     asker: Asker, prefix: dict[str, Any]
 ) -> None:
-    document, questions = _document(NAMES[0])
+    document, questions = example_document(NAMES[0])
     messages: list[dict[str, str]] = []
     held = 0
     for item in questions[:3]:
         asked = item["question"]
-        messages += _first(document, asked) if not messages else [{"role": "user", "content": asked}]
+        messages += first_turn(document, asked) if not messages else [{"role": "user", "content": asked}]
         reply = asker.ask(messages)
         assert reply.choices[0].message.content == item["answer"]
         assert reply.xkv["artifact"] == prefix["id"] and reply.xkv["miss"] is None
@@ -103,9 +86,9 @@ def test_a_conversation_over_a_prefix_is_answered_right_and_goes_on(
 
 
 def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) -> None:
-    document, questions = _document(NAMES[0])
+    document, questions = example_document(NAMES[0])
     stream = asker.ask(
-        _first(document, questions[3]["question"]), stream=True, stream_options={"include_usage": True}
+        first_turn(document, questions[3]["question"]), stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -113,23 +96,45 @@ def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) 
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens >= prefix["tokens"]
 
 
+def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
+    """A replica takes 32 requests; the other 8 wait in Serve's router."""
+    body = {"model": "xkv-demo", "messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 4000}
+    url = f"{server.url}/v1/chat/completions"
+
+    async def see() -> None:
+        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=50)) as client:
+            asked = [asyncio.create_task(client.post(url, json=body)) for _ in range(40)]
+            seen: dict[str, int] = {}
+            end = time.monotonic() + 120
+            while (seen.get("running"), seen.get("waiting")) != (16, 24):
+                assert time.monotonic() < end, seen
+                await asyncio.sleep(0.2)
+                seen = (await client.get(f"{server.url}/status")).json()["engine"]
+            for one in asked:
+                one.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(see())
+    _until(lambda: httpx.get(f"{server.url}/status", timeout=60).json()["traffic"]["in_flight"] == 0)
+
+
 def test_a_document_that_is_not_stored_is_computed_and_said_to_be(asker: Asker, server: Server) -> None:
-    document, questions = _document(NAMES[1])
-    reply = asker.ask(_first(document, questions[0]["question"]))
+    document, questions = example_document(NAMES[1])
+    reply = asker.ask(first_turn(document, questions[0]["question"]))
     assert reply.choices[0].message.content == questions[0]["answer"]
     assert reply.xkv["artifact"] is None and reply.xkv["miss"]["reason"] in ("no_artifact", "diverges")
 
 
 def test_many_ask_at_once_and_some_leave(asker: Asker, prefix: dict[str, Any], server: Server) -> None:
-    document, questions = _document(NAMES[0])
+    document, questions = example_document(NAMES[0])
 
     def ask(item: dict[str, str]) -> bool:
         return bool(
-            asker.ask(_first(document, item["question"])).choices[0].message.content == item["answer"]
+            asker.ask(first_turn(document, item["question"])).choices[0].message.content == item["answer"]
         )
 
     def leave(item: dict[str, str]) -> None:
-        stream = asker.ask(_first(document, item["question"]), stream=True, max_tokens=400)
+        stream = asker.ask(first_turn(document, item["question"]), stream=True, max_tokens=400)
         next(iter(stream))
         stream.close()
 
@@ -138,8 +143,8 @@ def test_many_ask_at_once_and_some_leave(asker: Asker, prefix: dict[str, Any], s
         right = list(pool.map(ask, questions[:8]))
     assert all(right) and all(one.result() is None for one in gone)
     end = time.monotonic() + 120
-    while 'xkv_sessions{state="running"} 0.0' not in _metrics(server):
-        assert time.monotonic() < end, _metrics(server)
+    while 'xkv_sessions{state="running"} 0.0' not in server.metrics():
+        assert time.monotonic() < end, server.metrics()
         time.sleep(0.5)
 
 
@@ -159,8 +164,8 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
     asker: Asker, prefix: dict[str, Any], server: Server
 ) -> None:
     """In the ingress and in the engine replica; the controller and the proxy write JSON as well."""
-    document, questions = _document(NAMES[0])
-    asked = _first(document, questions[5]["question"])
+    document, questions = example_document(NAMES[0])
+    asked = first_turn(document, questions[5]["question"])
     answer = asker.client.chat.completions.with_raw_response.create(
         model=asker.model, messages=asked, max_tokens=8, extra_headers={"x-request-id": "mine-7"}
     )
@@ -179,7 +184,7 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
                     told.setdefault(line["deployment"], []).append(line)
         return told
 
-    _until(lambda: {"xkv_ingress", "xkv_engine"} <= lines().keys())
+    wait_until(lambda: {"xkv_ingress", "xkv_engine"} <= lines().keys())
     (line,) = (line for line in lines()["xkv_ingress"] if "request" in line)
     assert line["request"]["status"] == 200 and line["request"]["artifact"] == prefix["id"]
     written = b"".join(path.read_bytes() for path in Path(found).parent.rglob("*") if path.is_file())
@@ -189,15 +194,15 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
 
 def test_a_prefix_that_is_deleted_answers_nobody_any_more(asker: Asker, server: Server) -> None:
     """Not even from memory, where it was used and a conversation stands behind it."""
-    document, _ = _document("minutes-pretoria-sturdy-panda-union")
+    document, _ = example_document("minutes-pretoria-sturdy-panda-union")
     made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
     url = f"{server.url}/v1/prefixes/{made.json()['id']}"
-    _until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
     use_factors(f"{server.url}/v1", document)
-    assert asker.ask(_first(document, "Who?"), max_tokens=8).xkv["artifact"] == made.json()["id"]
+    assert asker.ask(first_turn(document, "Who?"), max_tokens=8).xkv["artifact"] == made.json()["id"]
     assert httpx.delete(url, timeout=60).status_code == 200
     for options in ({}, {"extra_body": {"prefix_id": made.json()["id"]}}):
-        reply = asker.ask(_first(document, "Who?"), max_tokens=8, **options)
+        reply = asker.ask(first_turn(document, "Who?"), max_tokens=8, **options)
         assert reply.xkv["artifact"] is None and reply.xkv["prefix_tokens"] == 0
         assert reply.xkv["miss"]["reason"] in ("no_artifact", "diverges", "evicted")
 
@@ -212,49 +217,45 @@ def test_a_corrupt_prefix_is_computed_instead_and_made_again(
         "rules-salzburg-vivid-ferry-association",
         "index-tokyo-orange-crow-council",
     ):
-        document, questions = _document(name)
+        document, questions = example_document(name)
         made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
         url = f"{server.url}/v1/prefixes/{made.json()['id']}"
-        _until(lambda url=url: httpx.get(url, timeout=60).json().get("status") == "ready")
+        wait_until(lambda url=url: httpx.get(url, timeout=60).json().get("status") == "ready")
         (blob,) = Path(store_url).rglob(f"*{made.json()['id']}*.safetensors")
         data = bytearray(blob.read_bytes())
         data[-2000] ^= 0xFF
         blob.write_bytes(data)
-        first = asker.ask(_first(document, questions[0]["question"]))
+        first = asker.ask(first_turn(document, questions[0]["question"]))
         assert first.choices[0].message.content == questions[0]["answer"]
         assert first.xkv["artifact"] is None
         if first.xkv["miss"]["reason"] == "corrupt":
             break
     assert first.xkv["miss"]["reason"] == "corrupt"
-    _until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
     assert len(list(Path(store_url).rglob(f"*{made.json()['id']}*.safetensors"))) == 2  # one is in quarantine
 
 
 def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, Any], server: Server) -> None:
-    document, questions = _document(NAMES[0])
-    victim = next(
-        process
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if "EngineReplica" in " ".join(process.cmdline()) or "engine" in process.name()
-    )
+    document, questions = example_document(NAMES[0])
+    victim = server.engine_process()
     killer = threading.Timer(0.3, lambda: os.kill(victim.pid, signal.SIGKILL))
     killer.start()
     ends = []
     for item in questions[:6]:
         try:
-            reply = asker.ask(_first(document, item["question"]), timeout=300)
+            reply = asker.ask(first_turn(document, item["question"]), timeout=300)
             ends.append(reply.choices[0].message.content == item["answer"])
         except APIStatusError as error:
             assert error.status_code in (500, 503), error
     assert ends and all(ends)
-    _until(lambda: _answers(asker, document, questions[0]))
+    wait_until(lambda: _answers(asker, document, questions[0]))
 
 
 def test_an_embedded_redis_that_is_killed_is_back_within_seconds(
     asker: Asker, prefix: dict[str, Any], server: Server, store_url: str
 ) -> None:
-    document, questions = _document(NAMES[0])
-    _until(lambda: _artifact(asker, document, questions[0]) == prefix["id"])
+    document, questions = example_document(NAMES[0])
+    wait_until(lambda: _artifact(asker, document, questions[0]) == prefix["id"])
     victim = next(
         process
         for process in psutil.process_iter(["cmdline"])
@@ -264,13 +265,13 @@ def test_an_embedded_redis_that_is_killed_is_back_within_seconds(
     victim.kill()
     # The server starts it at once; a prompt that met it dead keeps others from asking for 5 s.
     assert _answers(asker, document, questions[1])
-    _until(lambda: _artifact(asker, document, questions[2]) == prefix["id"], seconds=20)
+    wait_until(lambda: _artifact(asker, document, questions[2]) == prefix["id"], seconds=20)
     assert "the embedded Redis had died, and runs again" in server.log.read_text()
 
 
 def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
     """What served an answer, which is right in any case."""
-    reply = asker.ask(_first(document, item["question"]), timeout=300)
+    reply = asker.ask(first_turn(document, item["question"]), timeout=300)
     assert reply.choices[0].message.content == item["answer"]
     found: str | None = reply.xkv["artifact"]
     return found
@@ -279,24 +280,24 @@ def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
 def test_a_conversation_goes_on_after_a_restart(
     server: Server, store_url: str, xkv: Xkv, tmp_path: Path
 ) -> None:
-    """From the store; the server of the other tests ends here."""
-    document, questions = _document(NAMES[2])
-    messages = _first(document, questions[0]["question"])
+    """From the store. The server of the other tests ends here, while it answers others."""
+    document, questions = example_document(NAMES[2])
+    messages = first_turn(document, questions[0]["question"])
     reply = Asker(server.url).ask(messages, max_tokens=8)
     assert reply.usage.prompt_tokens_details.cached_tokens == 0
     messages += [
         {"role": "assistant", "content": reply.choices[0].message.content or ""},
         {"role": "user", "content": questions[1]["question"]},
     ]
-    assert server.stop() == 0, server.log.read_text()
+    check_that_ctrl_c_twice_breaks_off_answers(server)
     again = Server(tmp_path, "--store", store_url, "--stored-tails", "64MiB")
     try:
         held = reply.usage.prompt_tokens
         reply = Asker(again.url).ask(messages, max_tokens=8)
         assert reply.usage.prompt_tokens_details.cached_tokens >= held
         # Replicas say once a second what they did.
-        _until(lambda: "xkv_engine_tails_loaded_total 1.0" in _metrics(again))
-        assert "xkv_stored_tail_bytes" in _metrics(again)
+        wait_until(lambda: "xkv_engine_tails_loaded_total 1.0" in again.metrics())
+        assert "xkv_stored_tail_bytes" in again.metrics()
     finally:
         assert again.stop() == 0, again.log.read_text()
     told = xkv("ls", "--store", store_url, "--json").json["stored_tails"]
@@ -306,18 +307,7 @@ def test_a_conversation_goes_on_after_a_restart(
 
 def _answers(asker: Asker, document: str, item: dict[str, str]) -> bool:
     try:
-        reply = asker.ask(_first(document, item["question"]), timeout=300)
+        reply = asker.ask(first_turn(document, item["question"]), timeout=300)
     except APIStatusError:
         return False
     return bool(reply.choices[0].message.content == item["answer"])
-
-
-def _metrics(server: Server) -> str:
-    return httpx.get(f"{server.url}/metrics", timeout=60).text
-
-
-def _until(met: Callable[[], bool], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.3)

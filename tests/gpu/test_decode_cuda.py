@@ -7,6 +7,7 @@ differ where two tokens' shares are less than a bin apart, and numbers of 16 bit
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from xkv_service.decoding.kernel_choice import why_not
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.demo import demo_calibration_path, demo_model_path
 from xkv_service.demo.documents import Document, make_document
-from xkv_service.engine.runners import PackedRunner
+from xkv_service.engine.graph_runner import GraphRunner
+from xkv_service.engine.runners import PackedRunner, Runner, make_runner
 from xkv_service.evaluation.rendering import Renderer
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.models import LoadedModel, load_model
@@ -92,18 +94,30 @@ def sequences(
     return found
 
 
-def answers(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[list[int]]:
+def by_graphs(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[list[int]]:
+    """As the engine runs them: without kernels in ordinary forwards."""
+    return batched(loaded, work, make_runner(loaded.model))
+
+
+def in_forwards(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[list[int]]:
+    """Kernels without graphs."""
+    return batched(loaded, work, PackedRunner(loaded.model))
+
+
+def batched(loaded: LoadedModel, work: list[tuple[Context, list[int]]], runner: Runner) -> list[list[int]]:
     """Greedy answers, all sequences in one batch; each leaves when its answer has ended."""
     ends = loaded.model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
-    runner, found = PackedRunner(loaded.model), [[] for _ in work]
+    found: list[list[int]] = [[] for _ in work]
     active: dict[int, list[int]] = {number: ids for number, (_, ids) in enumerate(work)}
     for _ in range(LONGEST):
         logits = runner.run([(work[number][0], ids) for number, ids in active.items()])
         following = zip(list(active), logits.argmax(-1).tolist(), strict=True)
         active = {}
         for number, token in following:
-            if token not in ends:
+            if token in ends:
+                runner.settle(work[number][0])
+            else:
                 found[number].append(token)
                 active[number] = [token]
         if not active:
@@ -122,7 +136,7 @@ def alone(loaded: LoadedModel, work: list[tuple[Context, list[int]]]) -> list[li
     return found
 
 
-@pytest.mark.parametrize("ask", [answers, alone])
+@pytest.mark.parametrize("ask", [by_graphs, in_forwards, alone])
 def test_answers_are_those_of_pytorch(
     loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors], ask: Any
 ) -> None:
@@ -171,3 +185,41 @@ def test_a_step_keeps_its_tables_and_buffers(
         assert runner._launches._launches is kept
         del steps, work, kept
     assert not runner._launches._launches
+
+
+def test_a_graph_is_captured_while_other_threads_take_memory(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors]
+) -> None:
+    """Prefixes are loaded meanwhile, by threads with streams of their own."""
+    stop, failures = threading.Event(), []
+
+    def take() -> None:
+        kept: list[torch.Tensor] = []
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not stop.is_set():
+                    kept.append(torch.ones(3 * 2**20, device="cuda"))
+                    if len(kept) > 64:
+                        kept.clear()
+                        torch.cuda.current_stream().synchronize()
+        except Exception as error:  # noqa: BLE001 - shown to the test
+            failures.append(error)
+
+    thread = threading.Thread(target=take)
+    with torch.no_grad(), enable_xkv(loaded.model):
+        runner = GraphRunner(loaded.model)
+        work, same = (sequences(loaded, documents, prefixes)[:3] for _ in range(2))
+        plain = PackedRunner(loaded.model)
+        runner.run(work), plain.run(same)
+        thread.start()
+        try:
+            for place in range(1, 4):  # a graph of each size
+                found = runner.run([(context, [7]) for context, _ in work[:place]])
+                with in_pytorch():
+                    expected = plain.run([(context, [7]) for context, _ in same[:place]])
+                assert (found - expected).norm() < 0.1 * expected.norm()
+        finally:
+            stop.set()
+            thread.join()
+    assert not runner._broken and not failures
+    assert all(graph._graph is not None for graph in runner._graphs.values())

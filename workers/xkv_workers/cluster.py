@@ -203,7 +203,9 @@ class Crew:
     threads: int
 
 
-def plan_crew(room: Room, device: Device, workers: int | None, *, small: bool = False) -> Crew:
+def plan_crew(
+    room: Room, device: Device, workers: int | None, *, small: bool = False, what: str = "workers"
+) -> Crew:
     """The workers to start: as many as asked for, else one per GPU, or on CPUs one per machine with all its
     cores, of a small model one per core.
 
@@ -211,24 +213,31 @@ def plan_crew(room: Room, device: Device, workers: int | None, *, small: bool = 
 
     Args:
         small: several copies of the model fit into memory without a thought.
+        what: they are called, and so is the option that says how many.
 
     Raises:
         RayUnavailable: a GPU is asked for and there is none, or more workers than fit.
     """
     if device == "cuda":
-        if room.gpus < max(workers or 1, 1):
-            raise RayUnavailable(
-                f"{workers or 1} workers need as many GPUs; Ray sees {room.gpus}",
-                hint="use --device cpu, or fewer --workers",
-            )
+        _check_room(workers or 1, what, "GPUs", room.gpus)
         return Crew(workers or room.gpus, "cuda", max(room.cpus // room.gpus, 1))
-    if room.cpus < (workers or 1):
-        raise RayUnavailable(f"{workers or 1} workers need as many CPUs; Ray sees {room.cpus}")
+    _check_room(workers or 1, what, "CPUs", room.cpus)
     nodes = room.nodes - room.bare_nodes
     if workers is None:
         workers = nodes * (min(room.node_cpus, MOST_SMALL) if small else 1)
     per_node = -(-workers // nodes)
     return Crew(workers, "cpu", max(room.node_cpus // per_node, 1))
+
+
+def _check_room(count: int, what: str, kind: str, there: int) -> None:
+    if count <= there:
+        return
+    fewer = f"use --{what} {there} or fewer" if there else "start a node of Ray that has some"
+    other = ", or --device cpu" if kind == "GPUs" else ""
+    raise RayUnavailable(
+        f"{count:,} {what} need as many {kind}; Ray sees {there}",
+        hint=f"{fewer}{other}, or join a larger cluster with --ray-address",
+    )
 
 
 def plan_replicas(room: Room, device: Device, least: int, most: int) -> tuple[Crew, str | None]:
@@ -243,8 +252,8 @@ def plan_replicas(room: Room, device: Device, least: int, most: int) -> tuple[Cr
     """
     kind, there = ("GPUs", room.gpus) if device == "cuda" else ("CPUs", room.cpus)
     if least == most or most <= there:
-        return plan_crew(room, device, most), None
-    crew = plan_crew(room, device, least)
+        return plan_crew(room, device, most, what="replicas"), None
+    crew = plan_crew(room, device, least, what="replicas")
     each = "one" if device == "cuda" else str(crew.threads)
     return crew, f"no room for {most} replicas: each takes {each} of the {kind}, and Ray sees {there}"
 

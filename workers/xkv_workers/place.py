@@ -22,6 +22,9 @@ def open_place(place: ModelPlace) -> tuple[LoadedModel, ArtifactStore]:
     # OpenMP's threads spin while they wait; on cores shared with anything else that is many times slower.
     # Read when torch is imported, which happens here first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from xkv_service.modeling.late_hqq import put_off_hqq
+
+    put_off_hqq()
     import torch
 
     from xkv_service.modeling.models import load_model

@@ -1,4 +1,4 @@
-"""`Admission`: what each key has under way, held to its limits."""
+"""`Admission`: what is under way, of each key and in all, held to its limits."""
 
 from __future__ import annotations
 
@@ -40,9 +40,14 @@ class Slot:
 
 
 class Admission:
-    """Counts requests and prompt tokens under way by key name. For one event loop."""
+    """Counts requests and prompt tokens under way by key name. For one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        most_requests: of all keys together.
+    """
+
+    def __init__(self, most_requests: int) -> None:
+        self._most_requests = most_requests
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
 
@@ -50,10 +55,13 @@ class Admission:
         """A place for one request.
 
         Raises:
-            APIError: 429, the key has none left.
+            APIError: 429, the key has none left; 503, the server has none left.
         """
         if self.requests[key.name] >= key.limits.requests:
             raise _full(f"{key.limits.requests} requests of this key are under way, as many as it may have")
+        if self.requests.total() >= self._most_requests:
+            message = f"{self._most_requests} requests are under way, as many as this server takes at once"
+            raise APIError(503, message, code="overloaded", retry_after_s=RETRY_S)
         self.requests[key.name] += 1
         return Slot(self, key)
 

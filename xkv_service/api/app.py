@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from xkv_service.api import errors
+from xkv_service.api import error_handlers
+from xkv_service.api.admission import Admission
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.body_limit import BodyLimit
 from xkv_service.api.doorkeeper import Doorkeeper
@@ -36,6 +37,7 @@ def create_app(
     prefixes: PrefixService | None = None,
     keys: KeyRing | None = None,
     settings: APISettings | None = None,
+    most_requests: int = 272,
     ids_sent: bool = False,
 ) -> FastAPI:
     """The ASGI app. It keeps counters, and nothing that another copy of it would have to know.
@@ -48,10 +50,13 @@ def create_app(
         prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501.
         keys: who may enter; None or empty: everybody on this machine.
         settings: limits and times.
+        most_requests: under way at once, of all keys; more are refused (503). By default the 16 that an
+            engine runs, and 16 that wait for each of them.
         ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
-    server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics))
+    admission = Admission(most_requests)
+    server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics), admission)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,7 +74,7 @@ def create_app(
         generate_unique_id_function=_operation_id,
     )
     app.state.drain = server.drain
-    errors.install(app)
+    error_handlers.install(app)
     for routes in (generation_routes, prefix_routes, health_routes, status_routes):
         app.include_router(routes(server))
     # The last one added is the first to see a request.

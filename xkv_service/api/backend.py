@@ -16,6 +16,10 @@ PrefixStatus = Literal["queued", "running", "ready", "failed"]
 class Backend(Protocol):
     """Runs requests. Every method may be called by many requests at once, on one event loop."""
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine has got yet."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request. Closing the iterator cancels the request within a step."""
 

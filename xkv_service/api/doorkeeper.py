@@ -37,7 +37,8 @@ class Doorkeeper:
         key = self._keys.find(request.headers.get("authorization"))
         request.state.key = key
         if self._keys.is_open and not self._open_network and not _is_local(request):
-            return APIError(403, "this server has no keys: it answers requests to localhost only")
+            message = "this server has no keys and answers requests to localhost alone"
+            return APIError(403, f"{message} (its operator can start it with --keys, or --open-network)")
         if key is None and request.url.path not in OPEN_PATHS:
             return APIError(401, "no valid key: send one of this server's as Authorization: Bearer <key>")
         return None

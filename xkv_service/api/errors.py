@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from xkv_artifacts.errors import (
@@ -31,10 +26,8 @@ RETRY_S = 1.0
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-# Pydantic tells the place of an error with the types that it tried there.
-_UNION_MEMBER = re.compile(r"(str|int|list\[.*|function-.*)$")
+_MOST_SHOWN = 100
 _UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError, InvalidLimits)
-_NO_OBJECT = "the body is not a JSON object: send one, with the header Content-Type: application/json"
 _log = logging.getLogger(__name__)
 
 
@@ -111,13 +104,19 @@ def of_failure(failed: Failed) -> APIError:
     return APIError(500, message, code="internal_error")
 
 
+def told(error: XKVError) -> str:
+    """Its message and hint, in one line. What the command line calls the raw template is an address here."""
+    hint = (error.hint or "").replace("--template raw", "/v1/completions")
+    return f"{error.message} ({hint})" if hint else error.message
+
+
 def of_fault(error: XKVError) -> APIError:
     """What one of the project's own errors is over HTTP: the client's fault, or a store that is away."""
     if isinstance(error, _UNREACHABLE):
         _log.warning("%s", error.message)  # where the store is, is not for clients
         message = "the store of prefixes does not answer"
         return APIError(503, message, code="store_unavailable", retry_after_s=RETRY_S)
-    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    message = told(error)
     if isinstance(error, Overloaded):
         return APIError(503, message, code="overloaded", retry_after_s=RETRY_S)
     if isinstance(error, QuotaExceeded):
@@ -125,49 +124,6 @@ def of_fault(error: XKVError) -> APIError:
     return APIError(400, message)
 
 
-def install(app: FastAPI) -> None:
-    """Have the app tell every error in this form, the framework's own too."""
-
-    @app.exception_handler(APIError)
-    async def api_error(request: Request, error: APIError) -> Response:
-        return error.response()
-
-    @app.exception_handler(XKVError)
-    async def fault(request: Request, error: XKVError) -> Response:
-        return of_fault(error).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _invalid(error).response()
-
-    @app.exception_handler(HTTPException)
-    async def framework(request: Request, error: HTTPException) -> Response:
-        response = APIError(error.status_code, _told(request, error)).response()
-        response.headers.update(error.headers or {})
-        return response
-
-
-def _told(request: Request, error: HTTPException) -> str:
-    if error.status_code == 404:
-        return f"unknown address: {request.method} {request.url.path}"
-    if error.status_code == 405:
-        return f"{request.method} is not allowed at {request.url.path}"
-    return str(error.detail)
-
-
-def _invalid(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong with a body; OpenAI answers 400 where FastAPI would 422."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
-    place = takewhile(lambda part: not _UNION_MEMBER.match(part), map(str, first["loc"][1:]))
-    param = ".".join(place)
-    if first["type"] == "missing":
-        return APIError(400, f"{param or 'a JSON body'} is missing", param=param or None)
-    if first["type"] == "extra_forbidden":
-        return APIError(400, f"unknown parameter: {param}", param=param, code="unknown_parameter")
-    if first["type"] == "model_attributes_type":
-        text = f"{param}: not a JSON object" if param else _NO_OBJECT
-        return APIError(400, text, param=param or None)
-    message = first["msg"].removeprefix("Value error, ")
-    return APIError(400, f"{param}: {message}" if param else message, param=param or None)
+def shortened(text: str) -> str:
+    """What a client sent, as far as it is worth sending back."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

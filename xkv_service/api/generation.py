@@ -133,10 +133,12 @@ class GenerationResponse(Response):
                 late = APIError(504, f"no answer within {self._request.timeout_s:g} s", code="timeout")
                 await self._break_off(work, late, send)
         finally:
-            await _cancelled(work, left, over)
-            self._slot.release()
-            state["answer"] = self._outcome.fields()
-            self._traffic.add(self._request.namespace, self._outcome)
+            try:
+                await _cancelled(work, left, over)
+            finally:  # a server may cancel a request once more meanwhile
+                self._slot.release()
+                state["answer"] = self._outcome.fields()
+                self._traffic.add(self._request.namespace, self._outcome)
 
     async def _break_off(self, work: asyncio.Future[None], error: APIError, send: Send) -> None:
         await _cancelled(work)

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from xkv_service.api.answers import ChatCompletion, Completion, ModelList, ModelObject
-from xkv_service.api.errors import APIError
 from xkv_service.api.formats import ChatFormat, CompletionFormat, Format
 from xkv_service.api.generation import GenerationResponse
 from xkv_service.api.requests import ChatBody, CompletionBody
@@ -46,7 +45,7 @@ def generation_routes(server: Server) -> APIRouter:
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """How a text goes on."""
         form = CompletionFormat(request.state.request_id, server.model, body.logprobs is not None)
-        prompt = body.one_prompt
+        prompt = body.prompt
         return await _answer(server, request, body, form, lambda: server.renderer.completion(prompt))
 
     @router.get("/models", responses=ERRORS)
@@ -76,7 +75,8 @@ async def _answer(
     slot = server.admission.enter(key)
     try:
         ids = await asyncio.to_thread(render)
-        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids), body))
+        server.renderer.check_length(len(ids), "messages" if isinstance(body, ChatBody) else "prompt")
+        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
         slot.add_prompt(len(ids))
         match, miss = await server.match(ids, key.namespace, body.prefix_id)
         wanted = GenerationRequest(
@@ -105,16 +105,10 @@ async def _answer(
         raise
 
 
-def _room(server: Server, prompt_tokens: int, body: ChatBody | CompletionBody) -> int:
+def _room(server: Server, prompt_tokens: int) -> int:
     """Tokens that an answer may have: what the window leaves, and what the server allows."""
     window, most = server.model.window, server.settings.max_answer_tokens
-    if window is None:
-        return most
-    if prompt_tokens >= window:
-        message = f"this model's window is {window:,} tokens, and the prompt has {prompt_tokens:,}"
-        param = "messages" if isinstance(body, ChatBody) else "prompt"
-        raise APIError(400, message, param=param, code="context_length_exceeded")
-    return min(most, window - prompt_tokens)
+    return most if window is None else min(most, window - prompt_tokens)
 
 
 def _model(server: Server, name: str) -> ModelObject:

@@ -63,7 +63,7 @@ def health_routes(server: Server) -> APIRouter:
         """Figures of all namespaces together, for Prometheus."""
         refuse_others(request)
         lookups = server.finder.counters if server.finder is not None else {}
-        content = server.metrics.exposition(await states_of(server), lookups)
+        content = server.metrics.exposition(await states_of(server), lookups, server.backend.waiting)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     return router

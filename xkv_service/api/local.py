@@ -16,6 +16,11 @@ class EngineBackend:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def waiting(self) -> int:
+        """None: the engine has got them all, those that it has not begun too."""
+        return 0
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request; closing the iterator takes it out of the batch."""
         loop = asyncio.get_running_loop()

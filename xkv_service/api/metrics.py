@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from xkv_service.engine.messages import EngineState
@@ -35,7 +36,9 @@ class Metrics:
         self.requests = counter("requests", "Requests by route and status", "route", "status")
         self.first_token = histogram("time_to_first_token", "From the request to its first token", _TTFT_S)
         self.token_gap = histogram("inter_token", "Between tokens of an answer", _GAP_S)
-        self.queued = histogram("queue", "From submission until a prompt is begun", _TTFT_S)
+        self.queued = histogram(
+            "queue", "From submission until a prompt is begun, for a replica too", _TTFT_S
+        )
         self.loading = histogram("load", "Spent waiting for factors, of requests that did", _TTFT_S)
         self.lookup = histogram("lookup", "Until the catalog answered", _GAP_S)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
@@ -54,12 +57,18 @@ class Metrics:
         self._lookups: Mapping[str, float] = {}
         registry.register(self)
 
-    def exposition(self, states: Sequence[EngineState], lookups: Mapping[str, float] | None = None) -> bytes:
-        """The text that Prometheus reads, with what the engines, and lookups here, say now."""
+    def exposition(
+        self, states: Sequence[EngineState], lookups: Mapping[str, float] | None = None, waiting: int = 0
+    ) -> bytes:
+        """The text that Prometheus reads, with what the engines, and lookups here, say now.
+
+        Args:
+            waiting: requests that no engine has got yet.
+        """
         self._states, self._lookups = states, lookups or {}
         for name, values in (
             ("running", [state.running for state in states]),
-            ("waiting", [state.waiting for state in states]),
+            ("waiting", [waiting, *(state.waiting for state in states)]),
             ("kept", [state.kept_tails for state in states]),
         ):
             self.sessions.labels(name).set(sum(values))
@@ -71,9 +80,18 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The engines' own counters, added up, and those of lookups; damage is found by both."""
+        """The engines' own counters, added up, and those of lookups; damage is found by both. And what
+        the engines believe it costs to load and to prefill."""
         damaged = self.damaged_at_lookup + sum(state.counters.get(_DAMAGED, 0.0) for state in self._states)
         yield CounterMetricFamily("xkv_verification_failures", "Times that damage was found", value=damaged)
+        costs = GaugeMetricFamily(
+            "xkv_cost_seconds",
+            "What engines believe it costs, their mean",
+            labels=["of"],
+        )
+        for name in sorted({name for state in self._states for name in state.rates}):
+            costs.add_metric([name], mean(s.rates[name] for s in self._states if name in s.rates))
+        yield costs
         names = sorted({name for state in self._states for name in state.counters})
         for name in names:
             total = sum(state.counters.get(name, 0.0) for state in self._states)

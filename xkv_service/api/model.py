@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.modeling.model_files import ModelFiles, context_window
-from xkv_service.modeling.models import LoadedModel
+
+if TYPE_CHECKING:
+    from xkv_service.modeling.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ServedModel:
     @classmethod
     def of(cls, model: LoadedModel | ModelFiles, aliases: tuple[str, ...] = ()) -> ServedModel:
         """From a loaded model, or from the files of one that runs elsewhere."""
-        config = model.model.config if isinstance(model, LoadedModel) else model.config
+        config = model.config if isinstance(model, ModelFiles) else model.model.config
         vocabulary = int(config.get_text_config(decoder=True).vocab_size)
         return cls(model.identity, model.tokenizer, context_window(config), vocabulary, aliases)
 

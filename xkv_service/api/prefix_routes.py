@@ -19,9 +19,9 @@ from xkv_service.api.backend import (
     PrefixService,
     PrefixStatus,
 )
-from xkv_service.api.errors import APIError
+from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
-from xkv_service.api.requests import Body, Message, Text
+from xkv_service.api.requests import Body, Messages, Text
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
 from xkv_service.errors import InvalidPrompt
 
@@ -36,7 +36,7 @@ class PrefixBody(Body):
     """A prefix to compress: exactly one of `document`, `messages` and `text`."""
 
     document: Text | None = Field(None, description="Opens the first user message of every chat about it.")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+    messages: Messages | None = Field(
         None, description="The beginning of every chat that is to be served from it, a system prompt say."
     )
     text: Text | None = Field(None, description="The beginning of prompts of /v1/completions.")
@@ -148,7 +148,9 @@ def prefix_routes(server: Server) -> APIRouter:
         key, service = key_of(request), _service(server)
         namespace = body.namespace or key.namespace
         if namespace not in writable(key):
-            raise APIError(403, f"this key may not write to namespace {namespace[:64]!r}", param="namespace")
+            allowed = " and ".join(writable(key))
+            message = f"this key may not write to namespace {shortened(namespace)!r}, only to {allowed}"
+            raise APIError(403, message, param="namespace")
         slot = server.admission.enter(key)
         try:
             new = await asyncio.to_thread(_rendered, server, body, namespace)
@@ -169,7 +171,8 @@ def prefix_routes(server: Server) -> APIRouter:
         key = key_of(request)
         wanted = namespace or key.namespace
         if wanted not in readable(key):
-            raise APIError(403, f"this key may not read namespace {wanted!r}", param="namespace")
+            message = f"this key may not read namespace {wanted!r}, only {' and '.join(readable(key))}"
+            raise APIError(403, message, param="namespace")
         return PrefixList.of(await _service(server).page(wanted, after, limit))
 
     @router.get("/{prefix_id}")
@@ -209,7 +212,8 @@ def _service(server: Server) -> PrefixService:
 
 
 def _no_prefix(prefix_id: str) -> APIError:
-    return APIError(404, f"no prefix {prefix_id[:64]!r}", param="prefix_id", code="prefix_not_found")
+    message = f"no prefix {shortened(prefix_id)!r} (GET /v1/prefixes lists those there are)"
+    return APIError(404, message, param="prefix_id", code="prefix_not_found")
 
 
 def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
@@ -218,11 +222,8 @@ def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
     try:
         ids = render()
     except InvalidPrompt as error:
-        raise APIError(400, error.message, param=kind, code="invalid_prompt") from None
-    window = server.model.window
-    if window is not None and len(ids) >= window:
-        message = f"the prefix has {len(ids):,} tokens, and the window of {window:,} must hold a chat as well"
-        raise APIError(400, message, param=kind, code="context_length_exceeded")
+        raise APIError(400, told(error), param=kind, code="invalid_prompt") from None
+    server.renderer.check_length(len(ids), kind, prefix=True)
     digest = hashlib.sha256(source.encode()).hexdigest()
     return NewPrefix(
         namespace=namespace,

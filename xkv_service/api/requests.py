@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from xkv_service.api.errors import APIError
+from xkv_service.api.errors import APIError, shortened
 from xkv_service.sessions.settings import GenerationSettings
 
 MOST_STOPS = 4
 MOST_TOP_LOGPROBS = 20
 MOST_COMPLETION_LOGPROBS = 5
+_MOST_NAMES = 200
+_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 _IGNORED = frozenset(
     {
@@ -43,6 +47,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Parameters that are not supported, and the values that ask for nothing."""
 
+_INSTEAD = {
+    "n": "send a request for each answer",
+    "best_of": "send a request for each answer",
+    "response_format": "say in a message what the answer is to look like",
+}
+
 
 def _unicode(text: str) -> str:
     if text.isascii():
@@ -63,6 +73,14 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_names(cls, sent: Any) -> Any:
+        """Refuse at once what would take seconds to refuse name by name, while nobody else is served."""
+        if isinstance(sent, Mapping) and len(sent) > _MOST_NAMES:
+            raise ValueError(f"{len(sent):,} names are more than this object can have")
+        return sent
+
 
 class TextPart(Body):
     """One part of a message's content."""
@@ -71,22 +89,32 @@ class TextPart(Body):
     text: Text
 
 
-def _text_content(content: Any) -> Any:
-    """Refuse contents that are not text in words of the API."""
+def _joined(content: Any) -> Any:
+    """A message's content as one text; it is checked up to the first fault, in words of the API."""
     if content is None:
         raise ValueError("a message needs content; calls of tools are not supported")
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
-            raise ValueError(f"parts of type {kind!r} are not supported: use text")
-    return content
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError('give a text, or a list of parts {"type": "text", "text": "..."}')
+    return "".join(_text_of(at, part) for at, part in enumerate(content))
+
+
+def _text_of(at: int, part: Any) -> str:
+    given = part if isinstance(part, Mapping) else {}
+    kind, text = given.get("type", "text"), given.get("text")
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(f"parts of type {shortened(kind)!r} are not supported: use text")
+    if kind != "text" or not isinstance(text, str) or set(given) != {"type", "text"}:
+        raise ValueError(f'part {at} is not of the form {{"type": "text", "text": "..."}}')
+    return text
 
 
 class Message(Body):
     """One message of a conversation; `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text | list[TextPart], BeforeValidator(_text_content)]
+    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
     @model_validator(mode="before")
     @classmethod
@@ -95,15 +123,16 @@ class Message(Body):
         if not isinstance(message, Mapping):
             return message
         if message.get("role") in ("tool", "function") or message.get("tool_calls"):
-            text = "calls of tools are not supported"
-            raise APIError(400, text, param="messages", code="unsupported_value")
+            raise ValueError("calls of tools are not supported: leave out such messages and their results")
         unused = ("name", "refusal", "annotations", "tool_calls", "function_call", "audio")
         return {name: value for name, value in message.items() if name not in unused}
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it."""
-        parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -114,6 +143,8 @@ class StreamOptions(Body):
 
 
 def _list_of_stops(stop: Any) -> Any:
+    if not isinstance(stop, str | list):
+        raise ValueError(f"give a text, or a list of up to {MOST_STOPS}")
     return [stop] if isinstance(stop, str) else stop
 
 
@@ -122,6 +153,12 @@ Stops = Annotated[
     Field(max_length=MOST_STOPS),
     BeforeValidator(_list_of_stops, json_schema_input_type=str | list[str]),
 ]
+
+
+def _id(name: str) -> str:
+    if not _ID.fullmatch(name):
+        raise ValueError("not the id of a prefix: 64 hexadecimal digits, as /v1/prefixes tells them")
+    return name
 
 
 class GenerationBody(Body):
@@ -135,7 +172,7 @@ class GenerationBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Stops = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    prefix_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+    prefix_id: Annotated[str, AfterValidator(_id)] | None = Field(
         None, description="A stored prefix that the prompt begins with; it is an error if it does not."
     )
 
@@ -167,7 +204,7 @@ class GenerationBody(Body):
 class ChatBody(GenerationBody):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -189,7 +226,28 @@ class ChatBody(GenerationBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Prompt = Text | list[int] | list[Text] | list[list[int]]
+def _one_prompt(prompt: Any) -> Any:
+    """The prompt of a list of one. Token ids are checked here, up to the first that is none."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise ValueError(
+                f"{len(prompt):,} prompts in one request are not supported: send a request for each"
+            )
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise ValueError("give a text, or a list of token ids")
+    for at, token in enumerate(prompt):
+        if type(token) is not int:
+            raise ValueError(f"entry {at} of the token ids is not an integer")
+    return prompt
+
+
+Prompt = Annotated[
+    Text | list[int],
+    BeforeValidator(_one_prompt, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+]
 
 
 class CompletionBody(GenerationBody):
@@ -209,24 +267,16 @@ class CompletionBody(GenerationBody):
         """The longest answer that is asked for."""
         return self.max_tokens
 
-    @property
-    def one_prompt(self) -> str | list[int]:
-        """The prompt.
-
-        Raises:
-            APIError: there are several.
-        """
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
-            if len(prompt) != 1:
-                message = f"{len(prompt)} prompts in one request are not supported"
-                raise APIError(400, message, param="prompt")
-            prompt = prompt[0]
-        only: str | list[int] = prompt
-        return only
-
 
 def _unsupported(name: str, value: Any, neutral: Sequence[Any]) -> APIError:
-    use = f"use {neutral[0]!r} or leave it out" if neutral else "leave it out"
-    shown = repr(value) if len(repr(value)) <= 40 else "this value"
-    return APIError(400, f"{name}={shown} is not supported: {use}", param=name, code="unsupported_parameter")
+    asked = f"{name}={json.dumps(value)}" if _is_short(value) else name
+    others = " or ".join(json.dumps(one) for one in neutral if _is_short(one) and one not in (False, ""))
+    leave = f"leave it out, or use {others}" if others else "leave it out"
+    hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+    message = f"{asked} is not supported: {leave}{hint}"
+    return APIError(400, message, param=name, code="unsupported_parameter")
+
+
+def _is_short(value: Any) -> bool:
+    """Whether it is a plain value, and short enough to be told."""
+    return isinstance(value, str | int | float) and len(str(value)) <= 40

@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from xkv_service.api.admission import Admission
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.drain import Drain
-from xkv_service.api.errors import APIError, ErrorBody
+from xkv_service.api.errors import APIError, ErrorBody, shortened
 from xkv_service.api.keys import Key, KeyRing
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.api.metrics import Metrics
@@ -46,7 +46,7 @@ class Server:
     settings: APISettings
     metrics: Metrics
     traffic: Traffic
-    admission: Admission = field(default_factory=Admission)
+    admission: Admission
     drain: Drain = field(default_factory=Drain)
 
     @property
@@ -61,10 +61,9 @@ class Server:
             APIError: 404.
         """
         if name not in self.model.names:
-            names = ", ".join(self.model.names)
-            raise APIError(
-                404, f"no model {name[:200]!r}; there is {names}", param="model", code="model_not_found"
-            )
+            names = " or ".join(map(repr, self.model.names))
+            message = f"no model {shortened(name)!r}: use {names}"
+            raise APIError(404, message, param="model", code="model_not_found")
 
     async def match(self, prompt: tuple[int, ...], namespace: str, prefix_id: str | None) -> Found:
         """The stored prefix of a prompt: the named one if there is any, else the longest.

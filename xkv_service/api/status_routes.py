@@ -23,7 +23,7 @@ class EngineStatus(BaseModel):
 
     engines: int
     running: int
-    waiting: int
+    waiting: int = Field(description="For a replica, for a place in its batch, or for a load.")
     kept_tails: int
     resident_prefixes: int
     prefix_bytes: int
@@ -66,7 +66,7 @@ def status_routes(server: Server) -> APIRouter:
     async def status(request: Request) -> Status:
         """Figures of the key's own namespace; for an operator's key of all of them, and of the engines."""
         key = key_of(request)
-        engine = _engine(await states_of(server)) if key.operator else None
+        engine = _engine(await states_of(server), server.backend.waiting) if key.operator else None
         return Status(
             model=server.model.name,
             context_window=server.model.window,
@@ -79,11 +79,11 @@ def status_routes(server: Server) -> APIRouter:
     return router
 
 
-def _engine(states: list[EngineState]) -> EngineStatus:
+def _engine(states: list[EngineState], waiting: int) -> EngineStatus:
     return EngineStatus(
         engines=len(states),
         running=sum(state.running for state in states),
-        waiting=sum(state.waiting for state in states),
+        waiting=waiting + sum(state.waiting for state in states),
         kept_tails=sum(state.kept_tails for state in states),
         resident_prefixes=len({name for state in states for name in state.prefixes}),
         prefix_bytes=sum(state.prefix_bytes for state in states),

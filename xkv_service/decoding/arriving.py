@@ -30,12 +30,29 @@ class Arriving:
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
         self._ended = False
+        self._there: frozenset[int] = frozenset()
+        self._ready: torch.cuda.Event | None = None
         self._changed = threading.Condition()
 
-    def came(self) -> None:
-        """There are more layers."""
+    def came(self, ready: torch.cuda.Event | None = None) -> None:
+        """There are more layers.
+
+        Args:
+            ready: when a CUDA device has made them; it is waited for on the device alone.
+        """
+        with self._changed:
+            self._there, self._ready = frozenset(self.prefix.layers), ready or self._ready
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let those who wait see whether they are stopped."""
         with self._changed:
             self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Return when the device has made all layers that came: whoever reads them waits no more."""
+        if self._ready is not None:
+            self._ready.synchronize()
 
     def end(self) -> None:
         """No more will come."""
@@ -47,23 +64,26 @@ class Arriving:
         """Return when a layer is there.
 
         Raises:
-            NotArriving: it will not come, or `stopped` was set (and `came` called).
+            NotArriving: it will not come, or `stopped` was set (and `wake` called).
         """
 
         def over() -> bool:
-            return layer in self.prefix.layers or self._ended or stopped.is_set()
+            return layer in self._there or self._ended or stopped.is_set()
 
         with self._changed:
             self._changed.wait_for(over)
-        if stopped.is_set() or layer not in self.prefix.layers:
+            there, ready = layer in self._there, self._ready
+        if stopped.is_set() or not there:
             raise NotArriving
+        if ready is not None:
+            torch.cuda.current_stream(self.prefix.model.device).wait_event(ready)
 
 
 class ArrivingCache(XKVCache):
     """A cache over a prefix that is still being read: each layer waits for its own.
 
     Args:
-        arriving: the prefix. selection: as in `XKVCache`. stopped: set it, and call `arriving.came`, to end a
+        arriving: the prefix. selection: as in `XKVCache`. stopped: set it, and call `arriving.wake`, to end a
             forward at its next layer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Exact tokens and tails of a batch's sessions at one layer, side by side as the decode kernels read them."""
+"""Exact tokens and tails of a batch's sessions at one layer, as the decode kernels find them."""
 
 from __future__ import annotations
 
@@ -7,76 +7,69 @@ from collections.abc import Sequence
 import torch
 
 from xkv_service.decoding.cache_layer import PrefixLayer
-
-_GROWTH = 1.25
-_STEP = 64
-"""Tokens: the room of a batch is a multiple of it, so that kernels are compiled once."""
+from xkv_service.kernels.tail_table import States, TailRow, TailTable, is_roomy
 
 
 class BatchTails:
-    """What every session attends to whatever it chooses: its prefix's exact tokens, then its tail.
+    """Where the sessions' layers keep their tails, and how long these are.
 
     Args:
-        layers: of one layer index, each of some rows that have got the keys and values of a new token.
+        layers: of one layer index, each of some rows that have got the keys and values of new tokens.
+        counts: new tokens of each row of each layer. Every one is a session, whose tail ends with it.
 
     Attributes:
-        keys, values: [sessions, kv_heads, room, D], contiguous, keys rotated.
-        lengths: int32 [sessions], tokens of each.
+        table: of exact tokens and tails. lengths: int32 [sessions], tokens of each tail.
     """
 
-    def __init__(self, layers: Sequence[PrefixLayer]) -> None:
-        first = layers[0]
-        dtype, device = first.selection.prefix.dtype, first.keys.device
-        sessions = sum(layer.keys.shape[0] for layer in layers)
-        lengths = [len(layer.selection.prefix.exact_positions) + layer.tail_tokens for layer in layers]
-        self._room = -(-int(max(lengths) * _GROWTH + 1) // _STEP) * _STEP
+    def __init__(self, layers: Sequence[PrefixLayer], counts: Sequence[int]) -> None:
+        tails = [
+            (layer, tail)
+            for layer, count in zip(layers, counts, strict=True)
+            for tail in tail_states(layer)
+            for _ in range(count)
+        ]
+        self._tails = [tail for _, tail in tails]  # copies live as long as their addresses
+        lengths = [
+            layer.tail_tokens - count + token + 1
+            for layer, count in zip(layers, counts, strict=True)
+            for _ in layer.keys
+            for token in range(count)
+        ]
         with torch.inference_mode(False):  # a later step may not be in inference mode
-            self.keys, self.values = (
-                torch.empty(sessions, one.shape[1], self._room, one.shape[3], dtype=dtype, device=device)
-                for one in (first.keys, first.values)
-            )
-            by_row = [
-                length for length, layer in zip(lengths, layers, strict=True) for _ in range(len(layer.keys))
-            ]
-            self._ends = torch.tensor(by_row).to(device)
-            self.lengths = self._ends.int()
-            self._sessions = torch.arange(sessions, device=device)
-        self._longest = max(lengths)
-        row = 0
-        for layer in layers:
-            prefix, rows = layer.selection.prefix, slice(row, row + len(layer.keys))
-            for room, exact, tail in (
-                (self.keys, prefix.exact_keys, layer.keys),
-                (self.values, prefix.exact_values, layer.values),
-            ):
-                room[rows, :, : len(exact)] = exact.transpose(0, 1)
-                room[rows, :, len(exact) : len(exact) + tail.shape[2]] = tail
-            row = rows.stop
-        self._held = [layer.held() for layer in layers]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values, the room ahead included."""
-        return self.keys.nbytes + self.values.nbytes
+            device = layers[0].keys.device
+            self.table = TailTable([tail_row(*one) for one in tails], device)
+            self.lengths = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        self._held = [layer.held() for layer in layers] if set(counts) == {1} else []
 
     def append(self, layers: Sequence[PrefixLayer]) -> bool:
         """Take the newest token of every session.
 
         Returns:
-            False: the tails are not those they were but for it, or there is no room.
+            False: the tails are not those they were but for it, have moved, or got several tokens.
         """
         held = [layer.held() for layer in layers]
-        follow = all(now.follows(before) for now, before in zip(held, self._held, strict=True))
-        if self._longest == self._room or not follow:
-            return False
-        for room, newest in (
-            (self.keys, [layer.keys[:, :, -1] for layer in layers]),
-            (self.values, [layer.values[:, :, -1] for layer in layers]),
+        if not self._held or not all(
+            now.follows(before) for now, before in zip(held, self._held, strict=True)
         ):
-            new = newest[0] if len(newest) == 1 else torch.cat(newest)
-            room[self._sessions, :, self._ends] = new.to(room.dtype)
-        self._ends += 1
+            return False
         self.lengths += 1
-        self._longest += 1
         self._held = held
         return True
+
+
+def tail_states(layer: PrefixLayer) -> list[States]:
+    """Keys [kv_heads, n, D] and values of each row's tail: where they are, or a copy for the kernels."""
+    found, dtype = [], layer.selection.prefix.dtype
+    for keys, values in zip(layer.keys, layer.values, strict=True):
+        same = keys.dtype == values.dtype == dtype and is_roomy(keys) and is_roomy(values)
+        found.append((keys, values) if same else (_compact(keys, dtype), _compact(values, dtype)))
+    return found
+
+
+def tail_row(layer: PrefixLayer, tail: States) -> TailRow:
+    """A row over a tail, behind the tokens that the layer's prefix keeps exact."""
+    return TailRow((layer.selection.prefix.exact_keys, layer.selection.prefix.exact_values), tail)
+
+
+def _compact(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return states.to(dtype).clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from xkv_service.decoding.attend import attend
 from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.growing_layer import GrowingLayer
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, kernels_run, takes
 from xkv_service.decoding.select import Choosing, Recorded, Repeated, Selected, Selection
 from xkv_service.errors import CacheMisuse
 
@@ -49,9 +50,12 @@ class PrefixLayer(GrowingLayer):
             CacheMisuse: the layer that this one follows did not run before it in this call.
         """
         owner, self.owner = self.owner, None
-        if owner is not None and _is_step(call):
-            for _, launch in owner.launches.of([owner], call.scoring):
-                return launch.attend([self], call.query[:, :, 0], call.scoring.scaling)[:, None]
+        if owner is not None and _is_plain(call, owner):
+            rows, _, count, _ = call.query.shape
+            query = call.query.transpose(1, 2).flatten(0, 1)
+            for _, launch in owner.launches.of([owner], call.scoring, [count]):
+                out = launch.attend([self], query, call.scoring.scaling)
+                return out.reshape(rows, count, *out.shape[1:])
         choosing: Choosing = self.selection
         if self.selection.reuses:
             choosing = Repeated(self.selection.prefix, self._leaders_choice())
@@ -143,11 +147,16 @@ class PrefixLayer(GrowingLayer):
         return copy.copy(self)
 
 
-def _is_step(call: AttentionCall) -> bool:
-    """Whether every row has one new token, which sees all tokens, and nobody asks for gradients."""
-    asked = (call.query, call.keys, call.values)
+def _is_plain(call: AttentionCall, owner: XKVCache) -> bool:
+    """Whether new tokens see all that is before them, and nobody asks for gradients."""
+    if any(states.requires_grad for states in (call.query, call.keys, call.values)):
+        return False
+    rows, _, count, _ = call.query.shape
+    if call.mask is None:
+        return count == 1
+    few = rows == 1 and count <= MOST_TOKENS and call.mask.dtype == torch.bool
     return (
-        call.mask is None and call.query.shape[2] == 1 and not any(states.requires_grad for states in asked)
+        few and takes(call.scoring) and kernels_run(call.query.device) and owner.launches.is_causal(call.mask)
     )
 
 

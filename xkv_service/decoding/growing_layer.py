@@ -39,6 +39,12 @@ class _Room:
             self._filled += new
             return True
 
+    def give_back(self, end: int, used: int) -> None:
+        """Of tokens that were claimed up to `end` only those up to `used` were written."""
+        with self._lock:
+            if self._filled == end:
+                self._filled = used
+
     def write(
         self, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +98,30 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """What it holds now: says whether it is what another layer held, or this one before."""
         mine = self._room is not None and self.keys.data_ptr() == self._room.keys.data_ptr()
         return Held(self._room if mine else None, int(DynamicLayer.get_seq_length(self)))
+
+    def reserve(self) -> int:
+        """Claim room behind the tokens held, for somebody who writes there by address, then tells `extend`.
+
+        Until then nothing else may be appended.
+
+        Returns:
+            Tokens that may be written: at least `_LEAST_ROOM`.
+        """
+        held = int(DynamicLayer.get_seq_length(self))
+        free = 0 if self._room is None else self._room.keys.shape[-2] - held
+        if self._room is None or free < _LEAST_ROOM or not self._room.claim(self.keys, free):
+            self._room = _Room(self.keys, self.values, held + _LEAST_ROOM)
+            free = self._room.keys.shape[-2] - held
+            self.keys, self.values = (one[..., :held, :] for one in (self._room.keys, self._room.values))
+            self._room.claim(self.keys, free)
+        return free
+
+    def extend(self, tokens: int) -> None:
+        """The first `tokens` tokens of the reserved room have been written; the rest is free again."""
+        assert self._room is not None
+        end = int(DynamicLayer.get_seq_length(self)) + tokens
+        self._room.give_back(self._room.keys.shape[-2], end)
+        self.keys, self.values = (one[..., :end, :] for one in (self._room.keys, self._room.values))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,30 +17,35 @@ if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
 
 VARIABLE = "XKV_DECODE_KERNELS"
-"""Environment variable that turns the kernels on, with the value "on"."""
-DEVICES: tuple[str, ...] = ("cuda",) if os.environ.get(VARIABLE) == "on" else ()
+"""Environment variable that turns the kernels off, with the value "off"."""
+DEVICES: tuple[str, ...] = () if os.environ.get(VARIABLE) == "off" else ("cuda",)
 """Kinds of device that kernels run on; tests add the CPU, where Triton interprets them."""
+MOST_TOKENS = 128
+"""New tokens of a question that kernels take at once, each as a session: buffers grow with them."""
 _CAPABILITY = (8, 0)
 """Kernels copy asynchronously and multiply bfloat16, which older devices do not."""
 _SHARED_MEMORY = 160 * 1024
 """Bytes a program may share: their tiles need up to 122 KiB. Devices with 99 KiB have run none of them."""
 _HEAD_BYTES = 256
 """Of a head's key or value: tiles of wider ones do not fit into shared memory."""
+_TOLERANCE = 1e-3
+"""Relative error of the kernel that is tried: it is 1e-6, of a device that computes nonsense about 1."""
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton and a device that the kernels were made for are there."""
-    return device.type in DEVICES and _has_triton() and (device.type != "cuda" or _is_able(device))
+    return device.type in DEVICES and _has_triton() and (device.type != "cuda" or _does_it(device))
 
 
 def why_not(cache: XKVCache, scoring: Scoring) -> str | None:
-    """Why a step of single new tokens of a cache cannot run by kernels, or None where it can.
+    """Why new tokens of a cache cannot run by kernels, or None where they can.
 
     Either all compressed layers of a cache run by kernels or none does: layers take each other's choices.
     """
     if not kernels_run(cache.prefix.model.device):
-        return f"{VARIABLE}=on is not set, or Triton or a device that kernels run on is missing"
+        return f"{VARIABLE} is off, or Triton or a device that kernels run on is missing"
     if not takes(scoring):
         return "scores have a softcap, or sinks of their own"
     if cache.selection.granularity != "layer":
@@ -101,3 +107,21 @@ def _is_able(device: torch.device) -> bool:
     properties: Any = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0)
     return (properties.major, properties.minor) >= _CAPABILITY and shared >= _SHARED_MEMORY
+
+
+@cache
+def _does_it(device: torch.device) -> bool:
+    """Whether a kernel, compiled here and now, computes what PyTorch does: Triton needs a C compiler, too."""
+    if not _is_able(device):
+        return False
+    try:
+        from xkv_service.kernels.probe import error_of_kernels
+
+        error = error_of_kernels(device)
+    except Exception as failure:  # noqa: BLE001 - whatever a compiler may raise
+        _log.warning("decoding without kernels: they do not compile here (%s)", failure)
+        return False
+    if error > _TOLERANCE:
+        _log.warning("decoding without kernels: they compute something else here (error %.2g)", error)
+        return False
+    return True

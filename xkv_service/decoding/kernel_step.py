@@ -17,23 +17,21 @@ from xkv_service.errors import CacheMisuse
 from xkv_service.kernels.decode_attention import DecodeAttention
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
 from xkv_service.kernels.factor_rows import FactorRows
+from xkv_service.kernels.tail_table import TailTable
 
 if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
 
-_KEPT_BYTES = 2**30
-"""Tails of a batch, all layers, that are kept from step to step; larger ones are laid out anew each time."""
 _TOKENS = 2048
-"""Buffers are for a multiple of so many tokens, so that kernels are compiled once."""
+"""Buffers are for a multiple of so many tokens."""
 _DOCUMENTS: WeakKeyDictionary[LayerPrefix, dict[tuple[int, int], DocumentLayer]] = WeakKeyDictionary()
 
 
 def layout_of(cache: XKVCache) -> tuple[object, ...]:
     """What caches of one launch have in common; of a cache that kernels take."""
-    documents = _documents(cache)
     chosen = {index: cache.layers[index].selection for index in cache.prefix.compressed}
     return tuple(
-        (index, documents[index].layout, one.reuses, _turning(one.prefix.turns))
+        (index, document_of(cache, index).layout, one.reuses, _turning(one.prefix.turns))
         for index, one in chosen.items()
     )
 
@@ -43,34 +41,42 @@ class DecodeLaunch:
 
     Args:
         caches: of one layout (`layout_of`), which kernels take; every row of their tails is a session.
+        sizes: what buffers are for, as `sizes_of`; by default that of `caches`.
+        counts: new tokens of each cache, by default one; each is a session with a choice of its own.
+
+    Attributes:
+        tables: by layer index, each session's document.
     """
 
-    def __init__(self, caches: Sequence[XKVCache]) -> None:
+    def __init__(
+        self, caches: Sequence[XKVCache], sizes: tuple[int, int] | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         first = caches[0]
-        documents = [_documents(cache) for cache in caches]
+        self._counts = counts or [1] * len(caches)
         rows = [len(cache.layers[first.prefix.compressed[0]].keys) for cache in caches]
-        self._tables: dict[int, DocumentTable] = {}
+        sessions = [row * count for row, count in zip(rows, self._counts, strict=True)]
+        batch = [cache for cache, count in zip(caches, sessions, strict=True) for _ in range(count)]
+        self._capacity, self._most = sizes or sizes_of(caches)
+        self.tables: dict[int, DocumentTable] = {}
         self._turns: dict[int, Turns] = {}
-        self._most = self._capacity = 1
         for index in first.prefix.compressed:
-            chosen = [cache.layers[index].selection for cache in caches]
-            listed = [one[index] for one, count in zip(documents, rows, strict=True) for _ in range(count)]
-            budgets = [one.budget for one, count in zip(chosen, rows, strict=True) for _ in range(count)]
-            self._tables[index] = DocumentTable(listed, budgets)
-            self._turns[index] = max((one.prefix.turns for one in chosen), key=lambda turns: len(turns.cos))
-            self._most = max(self._most, *(_rebuilt(one) for one in chosen))
-            self._capacity = max(self._capacity, *(one.prefix.tokens for one in chosen))
-        self._shapes = {index: self._shape(index) for index in self._tables}
+            budgets = [cache.layers[index].selection.budget for cache in batch]
+            self.tables[index] = DocumentTable([document_of(cache, index) for cache in batch], budgets)
+            self._turns[index] = self._longest(
+                [cache.layers[index].selection.prefix.turns for cache in caches]
+            )
+        self._shapes = {index: self._shape(index) for index in self.tables}
         self._tails: dict[int, BatchTails] = {}
         self._kernels: dict[tuple[object, ...], DecodeAttention] = {}
         self._ran: tuple[int, int] | None = None
 
     def attend(self, layers: Sequence[PrefixLayer], query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of every session's newest token, whose keys and values its layer has already.
+        """Attention of every session's newest tokens, whose keys and values its layer has already.
 
         Args:
             layers: of one layer index, in the order of the caches. scaling: of products.
-            query: [sessions, query_heads, D], rotated.
+            query: [sessions, query_heads, D], rotated: those of a row one behind the other.
 
         Returns:
             [sessions, query_heads, Dv] in the dtype of `query`.
@@ -84,59 +90,78 @@ class DecodeLaunch:
                 f"layer {index} attends to what the layer before it chose, and that one did not run",
                 hint="run the model's layers in order, all of them",
             )
-        tails, table = self._tails_of(index, layers), self._tables[index]
-        query = query.contiguous()
-        out = query.new_empty(*query.shape[:2], table.documents[0].value_bases.shape[2])
-        kernels = self._kernels_of(index, query, scaling)
-        kernels(query, tails.keys, tails.values, tails.lengths, table, out, repeat=selection.reuses)
+        tails = self._tails_of(index, layers)
+        out = self.run(index, query, tails.table, tails.lengths, scaling, repeat=selection.reuses)
         self._ran = (index, layers[0].tail_tokens)
         for layer in layers:
-            layer.ran_by_kernels(_rebuilt(layer.selection))
+            layer.ran_by_kernels(rebuilt_tokens(layer.selection))
         return out
+
+    def run(
+        self, index: int, query: torch.Tensor, tails: TailTable, lengths: torch.Tensor, scaling: float, *,
+        repeat: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        """The kernels of one layer: nothing waits for the device.
+
+        Args:
+            query: as `attend`. tails, lengths: as `DecodeAttention`. repeat: attend to what was chosen last.
+
+        Returns:
+            As `attend`.
+        """
+        table, query = self.tables[index], query.contiguous()
+        out = query.new_empty(*query.shape[:2], table.value_dim)
+        return self._kernels_of(index, query, scaling)(query, tails, lengths, table, out, repeat=repeat)
 
     def _tails_of(self, index: int, layers: Sequence[PrefixLayer]) -> BatchTails:
         kept = self._tails.get(index)
-        if kept is not None and kept.append(layers):
-            return kept
-        self._tails.pop(index, None)
-        made = BatchTails(layers)
-        if made.nbytes * len(self._tables) <= _KEPT_BYTES:
-            self._tails[index] = made
-        return made
+        if kept is None or not kept.append(layers):
+            kept = self._tails[index] = BatchTails(layers, self._counts)
+        return kept
 
     def _kernels_of(self, index: int, query: torch.Tensor, scaling: float) -> DecodeAttention:
         """Shared by the layers of one shape; what one chose is there for layers of every other shape."""
         name = (*self._shapes[index], scaling)
         if name not in self._kernels:
-            alike = [self._tables[one] for one, shape in self._shapes.items() if shape == self._shapes[index]]
+            alike = [self.tables[one] for one, shape in self._shapes.items() if shape == self._shapes[index]]
             widest = max(alike, key=lambda table: table.value_layout.rank)
             turns = self._turns[index]
             chosen = next((one.chosen for one in self._kernels.values()), None)
             self._kernels[name] = DecodeAttention(
-                widest, query.shape[1], query.shape[2], widest.documents[0].value_bases.shape[2],
-                _rounded(self._capacity, _TOKENS), _rounded(self._most, 64),
+                widest, query.shape[1], query.shape[2], widest.value_dim, self._capacity, self._most,
                 (turns.cos.contiguous(), turns.sin.contiguous()), scaling,
                 interleaved=bool(is_interleaved(turns)), chosen=chosen,
             )  # fmt: skip
         return self._kernels[name]
 
+    def _longest(self, turns: list[Turns]) -> Turns:
+        """Of as many positions as there is room for; recorded angles are of one prefix, and have its own."""
+        longest = max(turns, key=lambda one: len(one.cos))
+        known = next((one for one in self._turns.values() if _turning(one) == _turning(longest)), None)
+        if known is not None or longest.table.inv_freq is None or len(longest.cos) >= self._capacity:
+            return known or longest
+        return Turns(longest.table, self._capacity, longest.cos.device)
+
     def _shape(self, index: int) -> tuple[object, ...]:
-        document = self._tables[index].documents[0]
-        heads, _, value_dim = document.value_bases.shape
-        return heads, value_dim, document.sketch.planes.shape, _turning(self._turns[index])
+        table = self.tables[index]
+        shape = (table.kv_heads, table.value_dim, table.sketch_planes, table.dim)
+        return (*shape, _turning(self._turns[index]))
 
 
-def _documents(cache: XKVCache) -> dict[int, DocumentLayer]:
-    """By layer, shared by all sessions with the same prefix and the same tokens that are rebuilt always."""
-    found: dict[int, DocumentLayer] = {}
-    for index in cache.prefix.compressed:
-        layer = cache.layers[index].selection.prefix
-        known = _DOCUMENTS.setdefault(layer, {})
-        name = (cache.selection.sink, cache.selection.recent)
-        if name not in known:
-            known[name] = _document(cache, index)
-        found[index] = known[name]
-    return found
+def sizes_of(caches: Sequence[XKVCache]) -> tuple[int, int]:
+    """Tokens of the longest document, and of the longest list, in multiples, so that kernels compile once."""
+    chosen = [cache.layers[index].selection for cache in caches for index in cache.prefix.compressed]
+    tokens, most = max(one.prefix.tokens for one in chosen), max(map(rebuilt_tokens, chosen))
+    return _rounded(tokens, _TOKENS), _rounded(most, 64)
+
+
+def document_of(cache: XKVCache, index: int) -> DocumentLayer:
+    """A layer of a cache's prefix, shared by all with this prefix and the same `sink` and `recent`."""
+    known = _DOCUMENTS.setdefault(cache.layers[index].selection.prefix, {})
+    name = (cache.selection.sink, cache.selection.recent)
+    if name not in known:
+        known[name] = _document(cache, index)
+    return known[name]
 
 
 def _document(cache: XKVCache, index: int) -> DocumentLayer:
@@ -147,7 +172,7 @@ def _document(cache: XKVCache, index: int) -> DocumentLayer:
     return DocumentLayer.of(selection.prefix, rows[0], rows[1], leader.always, leader.prefix.index)
 
 
-def _rebuilt(selection: Selection) -> int:
+def rebuilt_tokens(selection: Selection) -> int:
     """Tokens that kernels rebuild for one session: they choose as many as the budget has."""
     return selection.budget + len(selection.always)
 

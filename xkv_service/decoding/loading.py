@@ -15,6 +15,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.artifact_parts import part_names
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
+from xkv_service.decoding.device_landing import DeviceLanding
 from xkv_service.errors import InvalidSpec, ModelMismatch
 from xkv_service.factor_tensors import from_tensors
 from xkv_service.factors import PrefixFactors
@@ -72,20 +73,27 @@ def load_factors(
 
 
 def load_parts(
-    store: ArtifactStore, manifest: PrefixManifest, calibration: Calibration | None
+    store: ArtifactStore,
+    manifest: PrefixManifest,
+    calibration: Calibration | None,
+    landing: DeviceLanding | None = None,
 ) -> Generator[PrefixFactors, None, None]:
-    """The factors of an artifact in parts, on the CPU, each read and checked when it is asked for: first what
-    belongs to no group of layers, then group by group.
+    """The factors of an artifact in parts, every byte of a part checked: first what belongs to no group of
+    layers, then group by group.
 
     Args:
         manifest: of the artifact. calibration: whose bases it shares, or None.
+        landing: takes what a CUDA device alone reads to it, and the next parts are read while one is used. By
+            default each part is read to the CPU when it is asked for.
 
     Raises:
         ArtifactNotFound, CorruptArtifact, MissingTensor: as `load_factors`, for the part that is asked for.
     """
     head: dict[str, torch.Tensor] = {}
-    with closing(store.load_parts(manifest.id, part_names(manifest))) as parts:
+    with closing(store.load_parts(manifest.id, part_names(manifest), landing)) as parts:
         for number, tensors in enumerate(parts):
+            if landing is not None:
+                landing.join()
             head = head or tensors
             groups = () if number == 0 else (number - 1,)
             yield from_tensors(manifest, {**head, **tensors}, calibration, groups)

@@ -19,6 +19,8 @@ from xkv_service.modeling.inspect import inspect_loaded
 TOLERANCE = 0.05
 """Relative distance of all first keys together. Rounding to bfloat16, in the file and in the model's own
 sums, stays below 0.02; another checkpoint is near 1."""
+_MOST = 16
+"""Tokens that are compared, where an artifact keeps so many exact."""
 
 
 def check_model(model: PreTrainedModel, factors: PrefixFactors) -> None:
@@ -29,24 +31,50 @@ def check_model(model: PreTrainedModel, factors: PrefixFactors) -> None:
         UnsupportedModel: the model's cache cannot be compressed.
     """
     check_shapes(model, [group.layout for group in factors.groups])
-    count = min((_leading(factors, layer) for layer in factors.layers), default=0)
-    if not count:
-        return
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
+    if any(_leading(factors, layer) for layer in factors.layers):
+        first = FirstTokens(model, factors)
+        first.add(factors)
+        first.check()
+
+
+class FirstTokens:
+    """What a model computes for an artifact's first tokens, held against group after group of it.
+
+    Args:
+        factors: what belongs to no group.
+    """
+
+    def __init__(self, model: PreTrainedModel, factors: PrefixFactors) -> None:
+        count = min(_MOST, factors.spec.sink or _MOST)
+        cache = DynamicCache(config=model.config)
         ids = factors.token_ids[None, :count].long().to(model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        distance, size = 0.0, 0.0
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers = [layer.index for layer in inspect_loaded(model).layout.compressible]
+        self._keys = {layer: cache.layers[layer].keys[0].transpose(0, 1).float().cpu() for layer in layers}
+        self._distance = self._size = 0.0
+
+    def add(self, factors: PrefixFactors) -> None:
+        """Compare the layers of some groups."""
         for layer in factors.layers:
-            expected = _first_keys(factors, layer, count)
-            found = cache.layers[layer].keys[0].transpose(0, 1).float().cpu()
-            distance += float((found - expected).square().sum())
-            size += float(expected.square().sum())
-    if distance > TOLERANCE**2 * size:
-        raise ModelMismatch(
-            f"the artifact was made with another model: first keys differ by {(distance / size) ** 0.5:.0%}",
-            hint="load the checkpoint, revision and adapters that it was precomputed with",
-        )
+            count = min(_leading(factors, layer), len(self._keys[layer]))
+            if count:
+                expected = _first_keys(factors, layer, count)
+                self._distance += float((self._keys[layer][:count] - expected).square().sum())
+                self._size += float(expected.square().sum())
+
+    def check(self) -> None:
+        """Refuse what was compared.
+
+        Raises:
+            ModelMismatch: the keys differ.
+        """
+        if self._distance > TOLERANCE**2 * self._size:
+            raise ModelMismatch(
+                "the artifact was made with another model: "
+                f"first keys differ by {(self._distance / self._size) ** 0.5:.0%}",
+                hint="load the checkpoint, revision and adapters that it was precomputed with",
+            )
 
 
 def check_shapes(model: PreTrainedModel, groups: Iterable[GroupLayout]) -> None:
@@ -70,10 +98,10 @@ def check_shapes(model: PreTrainedModel, groups: Iterable[GroupLayout]) -> None:
 
 
 def _leading(factors: PrefixFactors, layer: int) -> int:
-    """Exact tokens from position 0 on without a gap, at most 16."""
+    """Exact tokens from position 0 on without a gap, at most `_MOST`."""
     if layer not in factors.exact:
         return 0
-    positions = factors.exact[layer].positions[:16].tolist()
+    positions = factors.exact[layer].positions[:_MOST].tolist()
     return next((i for i, position in enumerate(positions) if i != position), len(positions))
 
 

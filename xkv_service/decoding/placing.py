@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,28 +19,49 @@ def on_device(factors: PrefixFactors, device: torch.device) -> PrefixFactors:
     """The same factors with token factors, bases, index and exact tokens on `device`.
 
     To a CUDA device they go through pinned memory, on a stream of their own: steps of the model that are
-    running go on meanwhile. When this returns, the copies are done, and any stream may read them. Their
-    memory belongs to the stream that is current here, so whoever reads them on another stream must have
-    finished before the last reference goes.
+    running go on meanwhile. Whatever comes later on the stream that is current here reads the copies;
+    nothing is waited for on the CPU.
     """
     if device.type == "cpu":
         return factors
     if device.type != "cuda":
         return _moved(factors, lambda tensor: tensor.to(device))
-    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    # What the allocator hands out may still be read by earlier work of the current stream.
-    copying.wait_stream(torch.cuda.current_stream(device))
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "cpu":  # made on this device, and not stored yet
-            return tensor.to(device)
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        with torch.cuda.stream(copying):
-            return target.copy_(tensor.pin_memory() if tensor.numel() else tensor, non_blocking=True)
-
-    placed = _moved(factors, copied)
-    copying.synchronize()
+    copies = Copies(device)
+    placed = _moved(factors, copies.copy)
+    copies.join()
     return placed
+
+
+class Copies:
+    """Copies to a CUDA device on a stream of their own, for readers on the stream that is current now.
+
+    Whoever reads them on a third stream must have finished before the last reference goes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._reader = device, torch.cuda.current_stream(device)
+        self._stream = _copying(self._reader.device)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the CPU on the device, its copy begun; one that is there as it is. From any thread."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return tensor.to(self._device)
+        with torch.cuda.stream(self._stream):
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            target.copy_(tensor.pin_memory(), non_blocking=True)
+        # Its memory is given out again when the reader, too, has come past the last use.
+        target.record_stream(self._reader)
+        return target
+
+    def join(self) -> None:
+        """Let what comes later on the reader's stream wait for the copies begun."""
+        self._reader.wait_stream(self._stream)
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: the allocator keeps freed memory for the stream it was allocated on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def in_rows(factors: PrefixFactors) -> PrefixFactors:

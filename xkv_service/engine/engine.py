@@ -20,14 +20,14 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.engine.admission import refusal_of, room_for
+from xkv_service.engine.entrance import STOPPING, Entrance
 from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
-from xkv_service.engine.open_requests import STOPPING, OpenRequests
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.runners import PackedRunner, Runner, make_runner
+from xkv_service.engine.runners import Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
@@ -36,6 +36,7 @@ from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.tokens import end_tokens
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
+from xkv_service.sessions.sampling import choose
 from xkv_service.sessions.text_stream import TextStream
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Engine:
         self._loading: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._head_starts: HeadStarts | None = None
+        self._runner: Runner = SeparateRunner()
         self._beat = time.monotonic()
         self._tails = KeptTails(
             self.settings.tail_bytes,
@@ -75,7 +77,7 @@ class Engine:
             stored.offer if stored is not None else None,
         )
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._open = OpenRequests(self.settings.max_running + self.settings.max_waiting)
+        self._entrance = Entrance()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,7 +105,7 @@ class Engine:
             most=min(request.settings.max_new_tokens, room_for(request, self.loaded)),
             ends=self._ends,
         )
-        refusal = refusal_of(request, self.loaded) or self._open.enter(
+        refusal = refusal_of(request, self.loaded) or self._entrance.enter(
             lambda: self._inbox.put(Submitted(sequence))
         )
         if refusal is not None:
@@ -137,6 +139,7 @@ class Engine:
             stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
             counters=counters,
+            rates=self._prefixes.rates.figures() if self._prefixes is not None else {},
         )
 
     def close(self) -> None:
@@ -154,8 +157,8 @@ class Engine:
     def _live(self) -> None:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
-                runner = make_runner(self.loaded.model)
-                if isinstance(runner, PackedRunner):  # others may depend on what runs beside them
+                runner = self._runner = make_runner(self.loaded.model)
+                if not isinstance(runner, SeparateRunner):  # it may depend on what runs beside it
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
@@ -166,7 +169,7 @@ class Engine:
             _log.exception("the engine died")
             raise
         finally:
-            self._open.close()
+            self._entrance.close()
             self._abandon()
 
     def _receive(self) -> bool:
@@ -224,12 +227,12 @@ class Engine:
             self._put_away(sequence)
         finally:
             self._counters[f"ended_{reason}"] += 1
-            self._open.leave()
 
     def _put_away(self, sequence: Sequence) -> None:
         context, sequence.context = sequence.context, None
         if context is None:
             return
+        self._runner.settle(context)
         if sequence.failed or sequence.artifact_id in self._gone():
             self._release(sequence.artifact_id)
         else:
@@ -318,7 +321,7 @@ class Engine:
             self._count(head_starts=1, head_start_tokens=ran.tokens)
             if not sequence.todo:
                 self._join(sequence)
-                self._accept(sequence, ran.logits)
+                self._accept(sequence, ran.logits, sequence.sampler(ran.logits))
                 return
         began = time.monotonic()
 
@@ -370,13 +373,28 @@ class Engine:
         began = time.perf_counter()
         logits = self._run(runner, parts)
         self._note(parts, time.perf_counter() - began)
+        ready = []
         for part, row in zip(parts, logits, strict=True):
-            if row is None:
-                continue
+            if row is not None:
+                del part.sequence.todo[: part.count]
+                if not part.sequence.todo:
+                    ready.append((part.sequence, row))
+        self._choose(ready)
+
+    def _choose(self, ready: list[tuple[Sequence, torch.Tensor]]) -> None:
+        """The next token of sequences, each with the logits behind its last, all at once."""
+        if not ready:
+            return
+        tokens: list[int] = []
+        with suppress(Exception):  # then one after the other, each with an end of its own
+            tokens = choose(
+                [sequence.sampler for sequence, _ in ready], torch.stack([row for _, row in ready])
+            )
+        for number, (sequence, row) in enumerate(ready):
             try:
-                self._advance(part, row)
+                self._accept(sequence, row, tokens[number] if tokens else sequence.sampler(row))
             except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
-                self._fail(part.sequence, error)
+                self._fail(sequence, error)
 
     def _run(self, runner: Runner, parts: list[Part]) -> list[torch.Tensor | None]:
         """Logits of each part; None of one that failed, alone, and was told so."""
@@ -396,13 +414,8 @@ class Engine:
             sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
             self._leave(sequence, "failed")
 
-    def _advance(self, part: Part, logits: torch.Tensor) -> None:
-        del part.sequence.todo[: part.count]
-        if not part.sequence.todo:
-            self._accept(part.sequence, logits)
-
-    def _accept(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence.accept(logits)
+    def _accept(self, sequence: Sequence, logits: torch.Tensor, token: int) -> None:
+        sequence.accept(logits, token)
         self._counters["generated_tokens"] += 1
         if sequence.done:
             self._leave(sequence, "finished")

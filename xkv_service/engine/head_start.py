@@ -112,7 +112,7 @@ class HeadStart:
         self._stopped.set()
         arriving = self._arriving
         if arriving is not None:
-            arriving.came()
+            arriving.wake()
 
     def _run(self, arriving: Arriving) -> None:
         ran = None

@@ -95,13 +95,13 @@ class LoadingRates:
         return "load" if self.load_s(nbytes) <= self.prefill_s(tokens) else "prefill"
 
     def figures(self) -> dict[str, float]:
-        """Prefill tokens/s at position 0 and at 8,192, load bytes/s and fixed seconds per load."""
+        """What both ways are believed to cost now, in seconds: a token of a prefill at position 0 and what
+        each position adds to it, a load of no bytes and what each byte adds to it."""
         with self._lock:
-            fixed, per_byte = self._load.fit
-            near, far = self._prefill(0), self._prefill(8192)
+            (near, per_position), (fixed, per_byte) = self._prefill.fit, self._load.fit
         return {
-            "prefill_tokens_per_s": 1 / near if near else 0.0,
-            "prefill_tokens_per_s_at_8k": 1 / far if far else 0.0,
-            "load_bytes_per_s": 1 / per_byte if per_byte else 0.0,
-            "load_fixed_s": fixed,
+            "prefill_token": near,
+            "prefill_token_position": per_position,
+            "load": fixed,
+            "load_byte": per_byte,
         }

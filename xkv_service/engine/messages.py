@@ -180,6 +180,8 @@ class EngineState:
         running, waiting: requests. kept_tails: conversations between their turns.
         prefix_bytes, tail_bytes: resident. prefixes: artifact ids that are resident.
         stored_tail_bytes: of all tails in the store, as this engine heard last.
+        rates: what prefilling and loading are believed to cost, as `LoadingRates.figures`; none where nothing
+            is loaded.
         counters: by name, since the start: see `engine.counters`.
     """
 
@@ -191,3 +193,4 @@ class EngineState:
     prefixes: tuple[str, ...]
     counters: dict[str, float] = field(default_factory=dict)
     stored_tail_bytes: int = 0
+    rates: dict[str, float] = field(default_factory=dict)

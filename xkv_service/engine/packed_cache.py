@@ -3,14 +3,15 @@
 Projections and MLPs do not care whose token is whose, so they run once over all. Attention does: each
 sequence's new tokens meet that sequence's own cache. Single tokens of sequences that share a compressed
 prefix go through attention together, and the tokens they choose are rebuilt once. Where kernels run, single
-tokens of all sequences that they take go through them in one launch, whatever their prefixes.
+tokens of all sequences that they take go through them in one launch, whatever their prefixes, and so do the
+tokens of a short question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.kept_launches import KeptLaunches
-from xkv_service.decoding.kernel_choice import takes
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, takes
 from xkv_service.decoding.xkv_attention import attend_next
 
 if TYPE_CHECKING:
@@ -52,30 +53,42 @@ class _Step:
     """Sequences that one launch of the kernels attends for.
 
     Args:
-        places: of the sequences. starts: int64 [sequences], of their tokens in the row, on the device; None:
-            they are all of the row.
+        places: of the sequences. counts: of their new tokens.
+        starts: int64 [their tokens], places in the row, on the device; None: they are all of the row.
     """
 
     places: list[int]
+    counts: list[int]
     starts: torch.Tensor | None
     launch: DecodeLaunch
 
 
-class PackedCache(Cache):  # type: ignore[misc]
-    """The caches of many sequences as one, for one forward.
+class RowLayer(Protocol):
+    """A layer that attends for every token of a row as its own sequence has it.
 
-    Args:
-        segments: in the order of their tokens in the row. modules: attention modules by layer index.
-        launches: of the kernels, kept from forward to forward.
+    Attributes:
+        index: layer index in the model.
     """
 
-    def __init__(
-        self, segments: Sequence[Segment], modules: dict[int, nn.Module], launches: KeptLaunches
-    ) -> None:
-        self.segments, self._modules = list(segments), modules
-        steps = _Steps(self.segments, launches)
-        count = len(segments[0].cache.layers)
-        super().__init__(layers=[PackedLayer(index, self.segments, steps) for index in range(count)])
+    index: int
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """The caches of many sequences as one, for a forward over a row of their new tokens.
+
+    Args:
+        layers: of the model, in order. modules: attention modules by layer index.
+    """
+
+    def __init__(self, layers: Sequence[RowLayer], modules: dict[int, nn.Module]) -> None:
+        self._modules = modules
+        super().__init__(layers=list(layers))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -91,6 +104,23 @@ class PackedCache(Cache):  # type: ignore[misc]
         return 0
 
 
+class PackedCache(RowCache):
+    """Any sequences, each with a cache of its own.
+
+    Args:
+        segments: in the order of their tokens in the row. modules: as `RowCache`.
+        launches: of the kernels, kept from forward to forward.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], modules: dict[int, nn.Module], launches: KeptLaunches
+    ) -> None:
+        self.segments = list(segments)
+        steps = _Steps(self.segments, launches)
+        count = len(segments[0].cache.layers)
+        super().__init__([PackedLayer(index, self.segments, steps) for index in range(count)], modules)
+
+
 class _Steps:
     """Which sequences of a forward kernels attend for: found out when the first layer attends."""
 
@@ -101,24 +131,33 @@ class _Steps:
     def __call__(self, call: AttentionCall) -> list[_Step]:
         """For each launch, the places of its sequences."""
         if self._found is None:
-            singles = {
-                place: one.cache
-                for place, one in enumerate(self._segments)
-                if one.count == 1 and isinstance(one.cache, XKVCache)
-            }
-            order, self._found = list(singles), []
-            for taken, launch in self._kept.of(list(singles.values()), call.scoring):
+            order, self._found = _few(self._segments), []
+            caches = [self._segments[place].cache for place in order]
+            counts = [self._segments[place].count for place in order]
+            for taken, launch in self._kept.of(caches, call.scoring, counts):
                 places = [order[number] for number in taken]
-                starts = None  # a copy to the device waits for what runs there
+                starts = None
                 if len(places) < len(self._segments):
-                    where = [self._segments[one].start for one in places]
-                    starts = torch.tensor(where, device=call.query.device)
-                self._found.append(_Step(places, starts, launch))
+                    taken_ones = [self._segments[one] for one in places]
+                    where = torch.cat([torch.arange(one.start, one.columns.stop) for one in taken_ones])
+                    starts = where.to(call.query.device, non_blocking=True)
+                self._found.append(_Step(places, [counts[number] for number in taken], starts, launch))
         return self._found if takes(call.scoring) else []
 
 
+def _few(segments: Sequence[Segment]) -> list[int]:
+    """Places of compressed sequences with one token, or with several that are few enough for kernels."""
+    found, left = [], MOST_TOKENS
+    for place, one in enumerate(segments):
+        more = one.count if one.count > 1 else 0
+        if isinstance(one.cache, XKVCache) and more <= left:
+            found.append(place)
+            left -= more
+    return found
+
+
 class PackedLayer:
-    """One layer of a `PackedCache`.
+    """One layer of a `PackedCache`, as `RowLayer`.
 
     Args:
         index: layer index in the model. segments: the sequences. steps: those that kernels attend for.
@@ -131,7 +170,7 @@ class PackedLayer:
         self._tails: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Give every sequence its new keys and values of a row [1, kv_heads, N, D]."""
+        """As `RowLayer.append`."""
         for segment in self._segments:
             if isinstance(segment.cache, XKVCache):
                 segment.cache.follow(self.index)
@@ -142,14 +181,14 @@ class PackedLayer:
         ]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention of every sequence's new tokens: [1, N, query_heads, Dv]."""
+        """As `RowLayer.attend`."""
         parts: list[torch.Tensor | None] = [None] * len(self._segments)
         for step in self._steps(call) if any(isinstance(one, PrefixLayer) for one in self._layers) else ():
             query = call.query[0] if step.starts is None else call.query[0].index_select(1, step.starts)
             layers = [self._layers[place] for place in step.places]
             out = step.launch.attend(layers, query.transpose(0, 1), call.scoring.scaling)
-            for number, place in enumerate(step.places):
-                parts[place] = out[None, number : number + 1]
+            for place, part in zip(step.places, torch.split(out, step.counts), strict=True):
+                parts[place] = part[None]
         for places in self._groups([place for place, part in enumerate(parts) if part is None]):
             together = self._attend_together(call, places) if len(places) > 1 else None
             for number, place in enumerate(places):

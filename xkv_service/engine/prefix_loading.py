@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -10,16 +10,17 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
+from xkv_service.decoding.device_landing import landing_for
 from xkv_service.decoding.loading import load_parts, needed_calibration
-from xkv_service.decoding.matching import check_model, check_shapes
+from xkv_service.decoding.matching import FirstTokens, check_shapes
 from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
 from xkv_service.errors import ModelMismatch
-from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
@@ -30,17 +31,25 @@ class Announced:
     """What an artifact's header promises.
 
     Args:
-        tokens: of the prefix. stored_bytes: to read. resident_bytes: that the bound prefix holds, besides
+        manifest: of the artifact. stored_bytes: to read. resident_bytes: that the bound prefix holds, besides
             the calibration whose bases it shares.
-        spec: it was compressed with. fingerprint: of its model.
+        spec: it was compressed with.
     """
 
-    artifact_id: str
-    tokens: int
+    manifest: PrefixManifest
     stored_bytes: int
     resident_bytes: int
     spec: CompressionSpec
-    fingerprint: str
+
+    @property
+    def artifact_id(self) -> str:
+        """Its id."""
+        return self.manifest.id
+
+    @property
+    def tokens(self) -> int:
+        """Of the prefix."""
+        return self.manifest.tokens
 
     @property
     def calibration(self) -> str | None:
@@ -84,7 +93,7 @@ class PrefixLoading:
         spec = checked_spec(manifest, len(manifest.tensors))
         held = prefix_bytes(self._model, manifest, spec)
         stored = artifact_bytes(manifest, spec)
-        return Announced(artifact_id, manifest.tokens, stored, held, spec, manifest.model.fingerprint)
+        return Announced(manifest, stored, held, spec)
 
     def calibration(self, announced: Announced) -> Calibration:
         """Read the calibration whose bases an artifact shares.
@@ -94,7 +103,7 @@ class PrefixLoading:
             UnsupportedFormat, StoreError, ModelMismatch
         """
         try:
-            found = needed_calibration(self._store, announced.spec, announced.fingerprint)
+            found = needed_calibration(self._store, announced.spec, announced.manifest.model.fingerprint)
         except ArtifactNotFound as error:
             raise CorruptArtifact(error.message, hint=error.hint) from None
         assert found is not None
@@ -103,47 +112,47 @@ class PrefixLoading:
     @torch.no_grad()
     def bind(
         self,
-        artifact_id: str,
+        announced: Announced,
         calibration: Calibration | None,
         on_arriving: Callable[[Arriving], None] = lambda arriving: None,
     ) -> Prefix:
         """Read an artifact, every byte checked, and make the prefix ready on the model's device.
 
-        While it runs, the host holds the blob's bytes once or twice more.
+        While it runs, the host holds the blob's bytes once or twice more; for a CUDA device three parts of
+        them.
 
         Args:
-            calibration: whose bases it shares, or None.
+            announced: what `announce` said of it. calibration: whose bases it shares, or None.
             on_arriving: told of the prefix before the first of its layers is there.
 
         Raises:
             as `announce`; InvalidSpec: it has no index of the kind that the selection names.
         """
         device = self._model.device
-        manifest = self._store.manifest(artifact_id)
+        manifest = announced.manifest
         check_shapes(self._model, manifest.groups)
         with (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-            closing(load_parts(self._store, manifest, calibration)) as parts,
+            closing(load_parts(self._store, manifest, calibration, landing_for(device))) as parts,
         ):
             head = next(parts)
             binding = Binding(self._model, head, manifest.groups)
             arriving = Arriving(binding.prefix)
             on_arriving(arriving)
             try:
-                check_model(self._model, head.joined(self._bound(parts, binding, arriving)))
+                first = FirstTokens(self._model, head)
+                for part in parts:
+                    binding.add(part)
+                    arriving.came(_enqueued(device))
+                    first.add(part)
+                first.check()
+                arriving.settle()
             finally:
                 arriving.end()
         Selection(next(iter(binding.prefix.layers.values())), self._selection)
         return binding.prefix
 
-    def _bound(
-        self, parts: Iterable[PrefixFactors], binding: Binding, arriving: Arriving
-    ) -> Iterator[PrefixFactors]:
-        """The parts, each bound as soon as it is read."""
-        device = self._model.device
-        for part in parts:
-            binding.add(part)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-            arriving.came()
-            yield part
+
+def _enqueued(device: torch.device) -> torch.cuda.Event | None:
+    """What is over when the device has done all that it was given on this thread's stream."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

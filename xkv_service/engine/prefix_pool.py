@@ -277,7 +277,7 @@ class PrefixPool:
                     waiter.on_arriving(arriving)
 
         begin = time.perf_counter()
-        bound = BoundPrefix(self._loading.bind(announced.artifact_id, shared, on_arriving))
+        bound = BoundPrefix(self._loading.bind(announced, shared, on_arriving))
         seconds = time.perf_counter() - begin
         self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)

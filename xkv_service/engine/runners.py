@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kept_launches import KeptLaunches
+from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.engine.packed_cache import PackedCache, Segment
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.rotary_source import frequency_change
@@ -36,6 +37,9 @@ class Runner(Protocol):
             Logits behind the last of each: float32 [contexts, vocabulary].
         """
 
+    def settle(self, context: Context) -> None:
+        """Make a context whole that is not to run any more: until then it may lack what ran."""
+
 
 class SeparateRunner:
     """A forward for each context: right for every model."""
@@ -43,6 +47,9 @@ class SeparateRunner:
     def run(self, work: Work) -> torch.Tensor:
         """As `Runner.run`."""
         return torch.stack([context.advance(ids) for context, ids in work])
+
+    def settle(self, context: Context) -> None:
+        """Nothing is lacking."""
 
 
 class PackedRunner:
@@ -84,10 +91,17 @@ class PackedRunner:
             logits: torch.Tensor = out.logits[0] if self._picks_logits else out.logits[0, ends]
             return logits.float()
 
+    def settle(self, context: Context) -> None:
+        """Nothing is lacking."""
+
 
 def make_runner(model: PreTrainedModel) -> Runner:
     """The fastest runner that is right for the model. Call it inside `enable_xkv`."""
     reason = _why_separate(model)
+    if reason is None and kernels_run(model.device):
+        from xkv_service.engine.graph_runner import GraphRunner
+
+        return GraphRunner(model)
     if reason is None:
         return PackedRunner(model)
     _log.info("sequences run one after the other: %s", reason)

@@ -19,7 +19,7 @@ from xkv_service.engine.messages import (
     TokenLogprob,
 )
 from xkv_service.sessions.context import Context
-from xkv_service.sessions.sampling import Sampler
+from xkv_service.sessions.sampling import Sampler, check_chosen
 from xkv_service.sessions.text_stream import TextStream
 
 OnEvent = Callable[[Event], None]
@@ -41,6 +41,7 @@ class Sequence:
         computed: tokens of the context that were computed for this request before it joined the batch.
         done: whether it got its last event. failed: whether that was a failure.
         left: whether its place is free again.
+        sampler: chooses its tokens.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Sequence:
         self.computed = 0
         self.left = False
         self._tell, self._text, self._most, self._ends = on_event, text, most, ends
-        self._sample = Sampler(request.settings)
+        self.sampler = Sampler(request.settings)
         self._cached = self._prefix_tokens = 0
         self._chosen: list[int] = []
         self._begun = self._loaded = 0.0
@@ -97,11 +98,15 @@ class Sequence:
         if self.load_began is not None:
             self._loaded = self._begun - self.load_began
 
-    def accept(self, logits: torch.Tensor) -> None:
-        """Choose the next token from float32 logits [vocabulary], and tell what is certain of it."""
+    def accept(self, logits: torch.Tensor, token: int) -> None:
+        """Take the token that `sampler` chose from float32 logits [vocabulary]; tell what is certain of it.
+
+        Raises:
+            ArithmeticError: the logits are not numbers.
+        """
         if not self._chosen:
             self._tell(self._started())
-        token = self._sample(logits)
+        check_chosen(token)
         self._chosen.append(token)
         if token in self._ends:
             self._chosen.pop()

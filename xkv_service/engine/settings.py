@@ -12,11 +12,10 @@ from xkv_service.selection.spec import SelectionSpec
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Limits of one engine. Defaults: docs/serving.md.
+    """Limits of one engine. Defaults: docs/serving.md. How many wait for it is for its user to bound.
 
     Args:
         max_running: sequences in the batch at once.
-        max_waiting: requests that may wait for a place; more are refused as overloaded.
         step_tokens: tokens of a prompt computed in one step while others decode: what a stream may stall.
         prefill_tokens: tokens of a prompt computed in one step while nothing decodes.
         tail_bytes: budget of conversations between their turns.
@@ -29,7 +28,6 @@ class EngineSettings:
     """
 
     max_running: int = 16
-    max_waiting: int = 256
     step_tokens: int = 128
     prefill_tokens: int = 2048
     tail_bytes: int = 2**30
@@ -38,7 +36,7 @@ class EngineSettings:
     selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
-        least = {"max_running": 1, "max_waiting": 0, "step_tokens": 1, "prefill_tokens": 1}
+        least = {"max_running": 1, "step_tokens": 1, "prefill_tokens": 1}
         least |= {"tail_bytes": 0, "stored_tail_bytes": 0}
         for name, low in least.items():
             value = getattr(self, name)

@@ -15,8 +15,8 @@ import torch
 _ALIGNED = 16
 
 
-def addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """int64 [n] on the tensors' device: where each begins. The caller keeps the tensors alive.
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where each begins. The caller keeps the tensors alive.
 
     Raises:
         ValueError: a tensor does not begin at a multiple of 16 bytes.
@@ -25,4 +25,22 @@ def addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for number, address in enumerate(found):
         if address % _ALIGNED:
             raise ValueError(f"tensor {number} begins at byte {address % _ALIGNED} of 16: copy it first")
-    return torch.tensor(found, dtype=torch.int64).to(tensors[0].device)
+    return found
+
+
+def table(columns: Sequence[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
+    """Rows [n, sessions] in host memory of what each session has; every row begins at 16 bytes.
+
+    Launches see rows that begin elsewhere as another kind of argument, for which they compile again.
+    """
+    made = torch.zeros(len(columns[0]), -(-len(columns) // 4) * 4, dtype=dtype)
+    made[:, : len(columns)] = torch.tensor(columns, dtype=dtype).T
+    return made
+
+
+def upload(made: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table of at most a few kilobytes on the device, written in the order of the stream's work.
+
+    The driver takes such a copy's source before it returns, so nothing waits for the device.
+    """
+    return made.to(device, non_blocking=True)

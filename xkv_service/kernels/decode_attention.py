@@ -18,6 +18,7 @@ from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 from xkv_service.kernels.tail_attention import tail_attention
+from xkv_service.kernels.tail_table import TailTable
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class DecodeAttention:
         sessions, device = table.lengths.numel(), table.states.device
         self.tiles, self._turns = tiles or Tiles(), turns
         self._scaling, self._interleaved = scaling, interleaved
-        group, planes = query_heads // table.kv_heads, table.documents[0].sketch.planes.shape[1]
+        group, planes = query_heads // table.kv_heads, table.sketch_planes
         self.index = IndexScores(
             sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
         )
@@ -75,20 +76,20 @@ class DecodeAttention:
         self._rest_log = torch.empty(sessions, query_heads, device=device)
 
     def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor,
-        table: DocumentTable, out: torch.Tensor, *, repeat: bool = False,
+        self, query: torch.Tensor, tails: TailTable, lengths: torch.Tensor, table: DocumentTable,
+        out: torch.Tensor, *, repeat: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Attend.
 
         Args:
-            query: [sessions, query_heads, D], rotated, contiguous. keys, values, lengths: the tails, as
-                `tail_attention`. table: the layer's. out: [sessions, query_heads, Dv], contiguous.
+            query: [sessions, query_heads, D], rotated, contiguous. tails, lengths: as `tail_attention`.
+            table: the layer's. out: [sessions, query_heads, Dv], contiguous.
             repeat: attend to what the layer before chose: this one has no index.
 
         Returns:
             `out`.
         """
-        tail_attention(query, keys, values, lengths, self._rest, self._rest_log, self._scaling)
+        tail_attention(query, tails, lengths, self._rest, self._rest_log, self._scaling)
         if not repeat:
             self.index(query, self._rest_log, table)
             self.chosen(self.index.shares, table)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
 from xkv_service.decoding.scoring import Scorer, SketchScorer
-from xkv_service.kernels.addresses import addresses
-from xkv_service.kernels.factor_rows import FactorRows, RowLayout
+from xkv_service.kernels.addresses import addresses, table, upload
+from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.selection.sketch import KeySketch
 
 CLOSED, CHOOSABLE, ALWAYS = 0, 1, 2
@@ -72,7 +73,7 @@ class DocumentLayer:
         """T."""
         return self.states.numel()
 
-    @property
+    @cached_property
     def layout(self) -> tuple[object, ...]:
         """What must be alike in one launch."""
         bases, rows = (self.key_bases, self.value_bases), (self.key_rows.layout, self.value_rows.layout)
@@ -82,89 +83,91 @@ class DocumentLayer:
             tuple(self.sketch.planes.shape),
         )  # fmt: skip
 
+    @cached_property
+    def addresses(self) -> list[int]:
+        """In the order of a table's rows.
+
+        Raises:
+            ValueError: strided tensors.
+        """
+        contiguous = (self.sketch.codes, self.sketch.scales, self.sketch.planes, self.states)
+        bases = (self.key_bases, self.value_bases)
+        if not all(t.is_contiguous() for t in contiguous) or any(t.stride(-1) != 1 for t in bases):
+            raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
+        scales = (self.key_scales, self.value_scales)
+        scaled = [base if scale is None else scale for scale, base in zip(scales, bases, strict=True)]
+        return addresses([*contiguous, self.key_rows.data, self.value_rows.data, *bases, *scaled])
+
 
 class DocumentTable:
     """One layer's documents, one for each session of a batch, which decodes from it.
 
-    The tables are tensors on the device: a captured CUDA graph runs over other documents when they are
-    overwritten with another table's (`copy_`).
+    The tables are tensors on the device, which a captured CUDA graph reads anew: `overwrite` them to run it
+    for other documents.
 
     Args:
         documents: of one layout, in the order of the sessions. Sessions on one document list it each.
         budgets: tokens to choose for each session.
 
     Attributes:
+        documents: kept alive for the kernels, until `forget`.
         codes, scales, planes, states, key_rows, value_rows, key_bases, value_bases, key_scales, value_scales:
             int64 [sessions], addresses.
         lengths, budgets: int32 [sessions].
+        key_layout, value_layout: of a row of A_k and of A_v. dtype: of matrix products.
+        kv_heads, dim, value_dim, sketch_planes: of the layer.
+        key_base_stride, value_head_stride, value_row_stride: numbers from one row of the key bases to the
+            next, from one head of the value bases to the next, and from one row of a head to the next.
 
     Raises:
         ValueError: documents of different layouts, or strided tensors.
     """
 
     def __init__(self, documents: Sequence[DocumentLayer], budgets: Sequence[int]) -> None:
-        if len({one.layout for one in documents}) != 1:
-            raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
-        for one in documents:
-            tensors = (one.sketch.codes, one.sketch.scales, one.sketch.planes, one.states)
-            bases = (one.key_bases, one.value_bases)
-            if not all(t.is_contiguous() for t in tensors) or any(t.stride(-1) != 1 for t in bases):
-                raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
-        self.documents, first = tuple(documents), documents[0]
-        device = first.states.device
-        self.codes = addresses([one.sketch.codes for one in documents])
-        self.scales = addresses([one.sketch.scales for one in documents])
-        self.planes = addresses([one.sketch.planes for one in documents])
-        self.states = addresses([one.states for one in documents])
-        self.key_rows = addresses([one.key_rows.data for one in documents])
-        self.value_rows = addresses([one.value_rows.data for one in documents])
-        self.key_bases = addresses([one.key_bases for one in documents])
-        self.value_bases = addresses([one.value_bases for one in documents])
+        first = documents[0]
+        self._layout, device = first.layout, first.states.device
+        self.key_layout, self.value_layout = first.key_rows.layout, first.value_rows.layout
+        self.dtype = first.key_bases.dtype
+        self.kv_heads, _, self.value_dim = first.value_bases.shape
+        self.dim, self.sketch_planes = first.key_bases.shape[1] // self.kv_heads, first.sketch.planes.shape[1]
+        self.key_base_stride = first.key_bases.stride(0)
+        self.value_head_stride, self.value_row_stride = first.value_bases.stride()[:2]
         self.key_scaled, self.value_scaled = first.key_scales is not None, first.value_scales is not None
-        self.key_scales, self.value_scales = (
-            addresses([bases if scales is None else scales for scales, bases in pairs])
-            for pairs in (
-                [(one.key_scales, one.key_bases) for one in documents],
-                [(one.value_scales, one.value_bases) for one in documents],
-            )
-        )
-        self.lengths = torch.tensor([one.tokens for one in documents], dtype=torch.int32).to(device)
-        self.budgets = torch.tensor(list(budgets), dtype=torch.int32).to(device)
+        self.documents: tuple[DocumentLayer, ...] = ()
+        places, sizes = self._read(documents, budgets)
+        self._addresses, self._sizes = upload(places, device), upload(sizes, device)
+        rows = self._addresses[:, : len(documents)]
+        (
+            self.codes, self.scales, self.planes, self.states, self.key_rows, self.value_rows,
+            self.key_bases, self.value_bases, self.key_scales, self.value_scales,
+        ) = rows  # fmt: skip
+        self.lengths, self.budgets = self._sizes[:, : len(documents)]
 
-    @property
-    def key_layout(self) -> RowLayout:
-        """Of a row of A_k."""
-        return self.documents[0].key_rows.layout
+    def overwrite(
+        self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
+    ) -> None:
+        """Decode from other documents of the same layout, as many, from now on.
 
-    @property
-    def value_layout(self) -> RowLayout:
-        """Of a row of A_v."""
-        return self.documents[0].value_rows.layout
+        Args:
+            lengths: tokens of each to decode from, its first ones; by default all.
+        """
+        places, sizes = self._read(documents, budgets, lengths)
+        self._addresses.copy_(places, non_blocking=True)
+        self._sizes.copy_(sizes, non_blocking=True)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of matrix products."""
-        return self.documents[0].key_bases.dtype
+    def forget(self) -> None:
+        """Keep no document alive any more: it must not be read before it is overwritten."""
+        self.documents = ()
 
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of the layer."""
-        return self.documents[0].value_bases.shape[0]
-
-    @property
-    def key_base_stride(self) -> int:
-        """Numbers from one row of the key bases to the next."""
-        return self.documents[0].key_bases.stride(0)
-
-    @property
-    def value_head_stride(self) -> int:
-        """Numbers from one head of the value bases to the next."""
-        return self.documents[0].value_bases.stride(0)
-
-    @property
-    def value_row_stride(self) -> int:
-        """Numbers from one row of a head's value bases to the next."""
-        return self.documents[0].value_bases.stride(1)
+    def _read(
+        self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if any(one.layout != self._layout for one in documents):
+            raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
+        self.documents = tuple(documents)
+        sizes = zip(lengths or [one.tokens for one in documents], budgets, strict=True)
+        places = [one.addresses for one in documents]
+        return table(places, torch.int64), table([list(one) for one in sizes], torch.int32)
 
 
 def _rowwise(bases: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,21 +19,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from xkv_artifacts.errors import first_line
 from xkv_artifacts.fingerprint import digest_model, fingerprint_files
 from xkv_artifacts.manifest import ModelIdentity
 from xkv_service.errors import InvalidSpec, ModelNotFound
 from xkv_service.modeling.device import DTYPES, resolve_device, resolve_dtype
-from xkv_service.modeling.inspect import inspect_model
 from xkv_service.modeling.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What Transformers raises for a config that cannot be: each model type checks, or computes, in its own way.
 _BAD_CONFIG = (
@@ -106,6 +102,10 @@ class ModelFiles:
             UnsupportedModel: the cache cannot be compressed.
             ModelNotFound: Transformers has no causal language model for the config.
         """
+        from transformers import AutoModelForCausalLM
+
+        from xkv_service.modeling.inspect import inspect_model
+
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(

@@ -24,7 +24,7 @@ from xkv_service.sessions.rendering import ChatRenderer
 from xkv_service.sessions.saved import load_session, save_session
 from xkv_service.sessions.session import Session
 
-QUESTIONS = 5
+QUESTIONS = 3
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,18 @@ def test_replicas_for_which_there_is_no_room_are_told_of() -> None:
     crew, shortage = plan_replicas(GPU_BOX, "cuda", 2, 8)
     assert crew == Crew(2, "cuda", 8)
     assert shortage == "no room for 8 replicas: each takes one of the GPUs, and Ray sees 4"
-    with pytest.raises(RayUnavailable, match="3 workers need as many CPUs; Ray sees 2"):
-        plan_replicas(LAPTOP, "cpu", 3, 4)
+
+
+def test_more_replicas_than_fit_are_refused_with_how_many_do() -> None:
+    for least, most in ((3, 4), (9, 9)):
+        with pytest.raises(
+            RayUnavailable, match=f"^{least} replicas need as many CPUs; Ray sees 2"
+        ) as caught:
+            plan_replicas(LAPTOP, "cpu", least, most)
+        assert (caught.value.hint or "").startswith("use --replicas 2 or fewer, or join a larger cluster")
+    with pytest.raises(RayUnavailable, match="5 replicas need as many GPUs") as caught:
+        plan_replicas(GPU_BOX, "cuda", 5, 5)
+    assert (caught.value.hint or "").startswith("use --replicas 4 or fewer, or --device cpu")
 
 
 def test_one_ray_is_started_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
-"""A replica that dies is replaced only as long as nothing was told: its moment of death is chosen here."""
+"""A replica that dies is replaced only as long as nothing was told, and what waits for one is counted: the
+moments are chosen here."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,17 +34,33 @@ class Dying:
     def cancel(self) -> None:
         """The first call's."""
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[Event | None]:
         first = self.calls == 1
+        yield None
         for event in WHOLE[: self.events] if first else WHOLE:
             yield event
         if first:
             raise RayActorError
 
 
+class Full(Dying):
+    """Stands in for a Serve handle whose replicas have room for a request after a while."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.room = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[Event | None]:
+        await self.room.wait()
+        yield None
+        for event in WHOLE:
+            yield event
+
+
 async def told(handle: Dying, *, streamed: bool) -> list[Event]:
     request = GenerationRequest("one", (1, 2), GenerationSettings(), streamed=streamed)
-    return [event async for event in HandleBackend(handle, None).generate(request)]
+    events = [event async for event in HandleBackend(handle, None).generate(request)]
+    return [replace(one, queued_seconds=0.0) if isinstance(one, Started) else one for one in events]
 
 
 @pytest.mark.parametrize("events", [0, 1, 2])
@@ -67,3 +85,26 @@ def test_an_answer_that_has_ended_is_not_asked_again() -> None:
     handle = Dying(3)
     found = asyncio.run(told(handle, streamed=False))
     assert handle.calls == 1 and found[:3] == WHOLE
+
+
+def test_what_waits_for_a_replica_is_counted_and_timed() -> None:
+    async def asked() -> Event:
+        handle = Full()
+        backend = HandleBackend(handle, None)
+        events = backend.generate(GenerationRequest("one", (1, 2), GenerationSettings()))
+        gone = backend.generate(GenerationRequest("two", (1, 2), GenerationSettings()))
+        first = asyncio.ensure_future(anext(events))
+        leaves = asyncio.ensure_future(anext(gone))
+        await asyncio.sleep(0.05)
+        assert backend.waiting == 2
+        leaves.cancel()
+        await asyncio.sleep(0.01)
+        assert backend.waiting == 1
+        handle.room.set()
+        started = await first
+        assert backend.waiting == 0
+        await events.aclose()
+        return started
+
+    started = asyncio.run(asked())
+    assert isinstance(started, Started) and 0.05 <= started.queued_seconds < 10

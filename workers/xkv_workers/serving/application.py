@@ -18,6 +18,9 @@ _HEALTH_S = 5.0
 _FALLBACKS = 64
 """Replicas that may take over a prefix whose own one is full. With Ray's 2 the most popular document breaks
 first: at 1,000 GPUs 12 % of all requests find three full replicas, with 64 none (docs/scale.md)."""
+_OTHERS = 1000
+"""Requests besides answers that an ingress takes, such as those for the status: answers that are too many
+must be refused there, not wait unseen in Serve's proxy."""
 _ENGINE_GPU = 0.9
 """Of a GPU: one engine on each, and the compressor beside one of them."""
 
@@ -41,7 +44,6 @@ def build_application(settings: ServeSettings) -> Any:
         EngineReplica,
         name=ENGINE,
         max_ongoing_requests=settings.ongoing,
-        max_queued_requests=4 * settings.ongoing * settings.max_replicas,
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
@@ -68,8 +70,8 @@ def build_application(settings: ServeSettings) -> Any:
     ingress = serve.deployment(
         serve.ingress(_app_builder(settings))(Ingress),
         name=INGRESS,
-        num_replicas=settings.ingresses,
-        max_ongoing_requests=1000,
+        num_replicas=1,
+        max_ongoing_requests=settings.most_requests + _OTHERS,
         ray_actor_options={"num_cpus": 0},
         logging_config=serve_logging(settings.log_format),
     )

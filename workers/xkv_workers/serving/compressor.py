@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from xkv_artifacts.errors import XKVError
 from xkv_service.api.backend import NewPrefix, PrefixRecord
-from xkv_service.api.prefix_maker import PrefixMaker
 from xkv_service.api.prefix_records import PrefixRecords
-from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
 from xkv_workers.serving.logs import join_serve
@@ -38,6 +36,10 @@ class Compressor:
     def __init__(self, settings: ServeSettings) -> None:
         join_serve()
         loaded, self._store = open_place(settings.place)
+        # Only a replica needs these, not the process that deploys it.
+        from xkv_service.api.prefix_maker import PrefixMaker
+        from xkv_workers.calibration_choice import choose_calibration
+
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
         self._records = PrefixRecords(self._store)
         self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)

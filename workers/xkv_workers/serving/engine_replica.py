@@ -8,13 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from xkv_service.api.local import EngineBackend
 from xkv_service.api.remaker import Remaker
-from xkv_service.engine.engine import Engine
 from xkv_service.engine.free_memory import FreeMemory
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
-from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.stored_tails import StoredTails
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
 from xkv_workers.serving.logs import join_serve
@@ -36,6 +32,12 @@ class EngineReplica:
     def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
         join_serve()
         self._loaded, self._store = open_place(settings.place)
+        # Only a replica needs these, not the process that deploys it.
+        from xkv_service.api.local import EngineBackend
+        from xkv_service.engine.engine import Engine
+        from xkv_service.engine.prefix_pool import PrefixPool
+        from xkv_service.engine.stored_tails import StoredTails
+
         fingerprint = self._loaded.identity.fingerprint
         self._remaker = Remaker(self._store, fingerprint, lambda new: compressor.create.remote(new))
         self._remakes = Remakes(self._remaker)
@@ -56,8 +58,10 @@ class EngineReplica:
         self._board, self._name = board, _replica_name()
         self._reporting: asyncio.Task[None] | None = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """The events of one request. Cancelling the call takes it out of the batch."""
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event | None]:
+        """None at once, as a sign that the request is here, then its events. Cancelling the call takes it out
+        of the batch."""
+        yield None
         self._report_from_now_on()
         self._remakes.note(request)
         events = self._backend.generate(request)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
-from xkv_service.engine.messages import EngineState, Event, Failed, Finished, GenerationRequest
+from xkv_service.engine.messages import EngineState, Event, Failed, Finished, GenerationRequest, Started
 
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
@@ -23,6 +25,12 @@ class HandleBackend:
 
     def __init__(self, engine: Any, board: Any) -> None:
         self._engine, self._board = engine, board
+        self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that Serve's router has given to no replica yet."""
+        return self._waiting
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request; closing the iterator cancels it on its replica.
@@ -55,14 +63,28 @@ class HandleBackend:
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._engine.options(stream=True, session_id=routing_key(request))
         response = handle.generate.remote(request)
+        events = aiter(response)
         ended = False
         try:
-            async for event in response:
+            waited = await self._taken(events)
+            async for event in events:
                 ended = isinstance(event, Finished | Failed)
+                if isinstance(event, Started):
+                    event = replace(event, queued_seconds=waited + event.queued_seconds)
                 yield event
         finally:
             if not ended:
                 response.cancel()
+
+    async def _taken(self, events: Any) -> float:
+        """Wait until a replica has the request; for how many seconds."""
+        began = time.perf_counter()
+        self._waiting += 1
+        try:
+            await anext(events)
+        finally:
+            self._waiting -= 1
+        return time.perf_counter() - began
 
 
 def routing_key(request: GenerationRequest) -> str:
@@ -76,10 +98,8 @@ def routing_key(request: GenerationRequest) -> str:
 def _failure_of(error: Exception) -> tuple[Failed, bool]:
     """What a client is told, and whether another replica may do better."""
     from ray.exceptions import RayActorError, RaySystemError
-    from ray.serve.exceptions import BackPressureError, RayServeException
+    from ray.serve.exceptions import RayServeException
 
-    if isinstance(error, BackPressureError):
-        return Failed("overloaded", "all replicas are busy", retry_after_s=2.0), False
     if isinstance(error, RayActorError | RaySystemError):
         return Failed("overloaded", "the replica that answered died", retry_after_s=1.0), True
     if isinstance(error, RayServeException):

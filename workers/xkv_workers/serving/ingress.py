@@ -58,5 +58,6 @@ def make_app(settings: ServeSettings) -> FastAPI:
         prefixes=StoredPrefixes(store, RemoteMaker(compressor)),
         keys=settings.keys,
         settings=settings.api,
+        most_requests=settings.most_requests,
         ids_sent=True,  # by Serve's proxy
     )

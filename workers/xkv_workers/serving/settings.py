@@ -18,6 +18,9 @@ ENGINE = "engine"
 INGRESS = "ingress"
 COMPRESSOR = "compressor"
 
+_ROUNDS = 16
+"""Answers that may wait for each one that can run: the last begins after so many times what one takes."""
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -29,7 +32,6 @@ class ServeSettings:
         ratio: of prefixes that are made here and ask for none.
         prefix_bytes: budget of each replica for resident prefixes.
         min_replicas, max_replicas: engine replicas; between them their number follows the requests.
-        ingresses: HTTP replicas.
         keys: who may enter. log_format: of all its processes.
 
     Raises:
@@ -44,12 +46,11 @@ class ServeSettings:
     prefix_bytes: int = 2**30
     min_replicas: int = 1
     max_replicas: int = 1
-    ingresses: int = 1
     keys: KeyRing = field(default_factory=KeyRing)
     log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
-        for name in ("prefix_bytes", "min_replicas", "max_replicas", "ingresses"):
+        for name in ("prefix_bytes", "min_replicas", "max_replicas"):
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
                 raise InvalidSpec(f"{name}={value!r} is out of range", hint="use an integer from 1")
@@ -61,5 +62,10 @@ class ServeSettings:
 
     @property
     def ongoing(self) -> int:
-        """Requests that a replica takes before others spill over to the next one."""
+        """Requests that a replica takes before others spill over to the next one, or wait for one of them."""
         return 2 * self.engine.max_running
+
+    @property
+    def most_requests(self) -> int:
+        """Requests under way at once, of all replicas that may come; more are refused."""
+        return (1 + _ROUNDS) * self.engine.max_running * self.max_replicas

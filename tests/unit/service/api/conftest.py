@@ -16,6 +16,7 @@ from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
+from xkv_service.engine.settings import EngineSettings
 from xkv_service.modeling.models import LoadedModel, load_model
 
 
@@ -50,6 +51,20 @@ def finder(store: ArtifactStore, loaded: LoadedModel) -> PrefixFinder:
 def backend(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
     with paced_backend(loaded, store) as running:
         yield running
+
+
+@pytest.fixture
+def room() -> int:
+    """Sequences that `slow` runs at once; as many may wait."""
+    return 2
+
+
+@pytest.fixture
+def slow(loaded: LoadedModel, store: ArtifactStore, room: int) -> Iterator[PacedBackend]:
+    """Takes a while for each token."""
+    with paced_backend(loaded, store, EngineSettings(max_running=room)) as backend:
+        backend.step_s = 0.03
+        yield backend
 
 
 @pytest.fixture(scope="module")

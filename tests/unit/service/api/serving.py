@@ -8,11 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import uvicorn
 from openai import OpenAI
 from starlette.types import ASGIApp
+
+LONG_CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Count to a thousand."}],
+    "temperature": 0,
+    "max_tokens": 1500,
+}
+"""A request whose answer is long."""
 
 
 @dataclass(frozen=True)

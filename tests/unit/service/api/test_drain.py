@@ -12,23 +12,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from engines import PacedBackend, paced_backend, wait_until
+from engines import PacedBackend, wait_until
 from fastapi import FastAPI
-from serving import Served, serve
+from serving import LONG_CHAT, Served, serve
 from starlette.types import Receive, Scope, Send
 
-from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.model import ServedModel
-from xkv_service.engine.settings import EngineSettings
-from xkv_service.modeling.models import LoadedModel
-
-CHAT: dict[str, Any] = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "Count to a thousand."}],
-    "temperature": 0,
-    "max_tokens": 1500,
-}
 
 
 class Ending:
@@ -53,14 +43,7 @@ class Ending:
 
     def ask(self, **body: Any) -> httpx.Response:
         url = f"{self.served.url}/v1/chat/completions"
-        return httpx.post(url, json={**CHAT, **body}, timeout=60)
-
-
-@pytest.fixture
-def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
-    with paced_backend(loaded, store, EngineSettings(max_running=2, max_waiting=2)) as backend:
-        backend.step_s = 0.02
-        yield backend
+        return httpx.post(url, json={**LONG_CHAT, **body}, timeout=60)
 
 
 @pytest.fixture
@@ -75,7 +58,7 @@ def test_answers_that_take_too_long_end_with_an_error_and_free_their_places(
 ) -> None:
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(ending.ask)
-        stream = ending.served.client().chat.completions.create(**CHAT, stream=True)
+        stream = ending.served.client().chat.completions.create(**LONG_CHAT, stream=True)
         next(iter(stream))
         wait_until(lambda: slow.asked == 2)
         began = time.monotonic()

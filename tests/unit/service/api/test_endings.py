@@ -7,12 +7,12 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from engines import PacedBackend, paced_backend, wait_until
-from serving import Served, serve
+from engines import PacedBackend, wait_until
+from serving import LONG_CHAT, Served, serve
 
-from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.model import ServedModel
 from xkv_service.api.settings import APISettings
@@ -25,29 +25,17 @@ from xkv_service.engine.messages import (
     GenerationRequest,
     Started,
 )
-from xkv_service.engine.settings import EngineSettings
-from xkv_service.modeling.models import LoadedModel
-
-CHAT: dict[str, Any] = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "Count to a thousand."}],
-    "temperature": 0,
-    "max_tokens": 1500,
-}
 
 
 @pytest.fixture
-def slow(loaded: LoadedModel, store: ArtifactStore) -> Iterator[PacedBackend]:
-    """Takes a while for each token, and has room for one sequence and one that waits."""
-    with paced_backend(loaded, store, EngineSettings(max_running=1, max_waiting=1)) as backend:
-        backend.step_s = 0.03
-        yield backend
+def room() -> int:
+    return 1
 
 
 @pytest.fixture
 def running(served_model: ServedModel, slow: PacedBackend) -> Iterator[Served]:
     settings = APISettings(request_timeout_s=600.0, min_fidelity=0.0)
-    with serve(create_app(served_model, slow, settings=settings)) as served:
+    with serve(create_app(served_model, slow, settings=settings, most_requests=2)) as served:
         yield served
 
 
@@ -62,7 +50,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(
     running: Served, slow: PacedBackend, stream: bool
 ) -> None:
     with running.connect() as client:
-        client.sendall(post({**CHAT, "stream": stream}))
+        client.sendall(post({**LONG_CHAT, "stream": stream}))
         wait_until(lambda: slow.state.running == 1)
         with slow.held():
             client.close()
@@ -74,9 +62,9 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(
 
 def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second:
-        first.sendall(post({**CHAT, "stream": True}))
+        first.sendall(post({**LONG_CHAT, "stream": True}))
         wait_until(lambda: slow.state.running == 1)
-        second.sendall(post(CHAT))
+        second.sendall(post(LONG_CHAT))
         wait_until(lambda: slow.state.waiting == 1)
         second.close()
         wait_until(lambda: slow.state.waiting == 0)
@@ -86,7 +74,7 @@ def test_a_client_that_leaves_before_its_turn_is_never_run(running: Served, slow
 
 
 def test_the_openai_client_may_stop_reading(running: Served, slow: PacedBackend) -> None:
-    stream = running.client().chat.completions.create(**CHAT, stream=True)
+    stream = running.client().chat.completions.create(**LONG_CHAT, stream=True)
     next(iter(stream))
     stream.close()
     wait_until(lambda: slow.busy == 0)
@@ -97,7 +85,7 @@ class Scripted:
 
     def __init__(self, *events: Event | Exception, hang: bool = False) -> None:
         self._events, self._hang = events, hang
-        self.closed = 0
+        self.closed = self.waiting = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         try:
@@ -139,13 +127,13 @@ def test_failures(
             continue
         with serve(create_app(served_model, backend)) as served:
             if stream and before:
-                chunks = served.client().chat.completions.create(**CHAT, stream=True)
+                chunks = served.client().chat.completions.create(**LONG_CHAT, stream=True)
                 with pytest.raises(openai.APIError) as caught:
                     list(chunks)
                 assert not isinstance(caught.value, openai.APIStatusError)
             else:
                 with pytest.raises(kind) as caught:
-                    served.client().chat.completions.create(**CHAT, stream=stream)
+                    served.client().chat.completions.create(**LONG_CHAT, stream=stream)
                 assert caught.value.status_code == status
                 assert ("retry-after" in caught.value.response.headers) == (status == 503)
             assert caught.value.code == code
@@ -156,7 +144,7 @@ def test_failures(
 def test_an_answer_that_begins_anew_is_told_once(served_model: ServedModel) -> None:
     again = [Started(5, 4), Delta("other", 2), Finished("stop", 2)]
     with serve(create_app(served_model, Scripted(STARTED, DELTA, *again))) as served:
-        answer = served.client().chat.completions.create(**CHAT)
+        answer = served.client().chat.completions.create(**LONG_CHAT)
     assert answer.choices[0].message.content == "other"
     usage = answer.usage
     assert usage is not None and usage.prompt_tokens_details is not None
@@ -172,24 +160,66 @@ def test_an_engine_that_hangs_does_not_hang_the_client(
         backend = Scripted(*before, hang=True)
         with serve(create_app(served_model, backend, settings=settings)) as served:
             with pytest.raises(openai.InternalServerError) as caught:
-                served.client().chat.completions.create(**CHAT)
+                served.client().chat.completions.create(**LONG_CHAT)
             assert caught.value.status_code == 504
             with pytest.raises(openai.APIError) as streamed:
-                list(served.client().chat.completions.create(**CHAT, stream=True))
+                list(served.client().chat.completions.create(**LONG_CHAT, stream=True))
             assert streamed.value.code == "timeout"
         assert backend.closed == 2
 
 
-def test_a_full_engine_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
+def test_a_full_server_says_when_to_come_back(running: Served, slow: PacedBackend) -> None:
     with running.connect() as first, running.connect() as second, running.http() as http:
-        first.sendall(post(CHAT))
+        first.sendall(post(LONG_CHAT))
         wait_until(lambda: slow.asked == 1)
-        second.sendall(post(CHAT))
+        second.sendall(post(LONG_CHAT))
         wait_until(lambda: slow.asked == 2)
-        answer = http.post("/v1/chat/completions", json=CHAT)
+        answer = http.post("/v1/chat/completions", json=LONG_CHAT)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "overloaded"
+        assert slow.asked == 2
+    wait_until(lambda: slow.busy == 0)
+    with running.http() as http:
+        assert http.post("/v1/chat/completions", json={**LONG_CHAT, "max_tokens": 1}).status_code == 200
+
+
+class SlowToClose(Scripted):
+    """Runs until it is closed, which takes a moment."""
+
+    def __init__(self) -> None:
+        super().__init__(hang=True)
+        self.closing = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        try:
+            async for event in super().generate(request):
+                yield event
+        finally:
+            self.closing.set()
+            await asyncio.sleep(0.05)
+
+
+def test_a_request_that_is_cancelled_twice_frees_its_place(served_model: ServedModel) -> None:
+    """As Ray Serve does it when a client leaves: the second time comes while the answer is being closed."""
+
+    async def in_flight() -> int:
+        backend = SlowToClose()
+        app = create_app(served_model, backend)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=LONG_CHAT))
+            while (status := (await client.get("/status")).json())["traffic"]["in_flight"] == 0:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            asked.cancel()
+            await backend.closing.wait()
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            status = (await client.get("/status")).json()
+        return int(status["traffic"]["in_flight"])
+
+    assert asyncio.run(in_flight()) == 0
 
 
 def test_a_client_that_reads_nothing_is_let_go(
@@ -201,7 +231,7 @@ def test_a_client_that_reads_nothing_is_let_go(
     settings = APISettings(request_timeout_s=1.0)
     app = create_app(served_model, backend, settings=settings)
     with serve(app) as served, served.connect() as client:
-        client.sendall(post({**CHAT, "stream": True}))
+        client.sendall(post({**LONG_CHAT, "stream": True}))
         wait_until(lambda: backend.closed == 1)
 
 
@@ -217,6 +247,6 @@ def test_an_engine_that_has_ended_is_not_ready(running: Served, slow: PacedBacke
     slow.engine.close()
     with running.http() as http:
         assert http.get("/readyz").status_code == 503
-        answer = http.post("/v1/chat/completions", json=CHAT)
+        answer = http.post("/v1/chat/completions", json=LONG_CHAT)
         assert answer.status_code == 503
         assert "retry-after" in answer.headers

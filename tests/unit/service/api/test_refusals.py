@@ -12,11 +12,13 @@ import httpx
 import openai
 import pytest
 from engines import PacedBackend
+from pydantic import ValidationError
 from rivers import SETTINGS
 from serving import Served, serve
 
 from xkv_service.api.app import create_app
 from xkv_service.api.model import ServedModel
+from xkv_service.api.requests import ChatBody, CompletionBody
 from xkv_service.api.settings import APISettings
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -79,7 +81,7 @@ def messages(*contents: Any, role: str = "user") -> dict[str, Any]:
         ({"messages": ["Hello"]}, "messages.0"),
         (messages(None), "messages.0.content"),
         (messages(None, role="assistant"), "messages.0.content"),
-        (messages("hi", role="tool"), "messages"),
+        (messages("hi", role="tool"), "messages.0"),
         (messages("hi", role="owner"), "messages.0.role"),
         (messages([IMAGE]), "messages.0.content"),
         (messages([{"type": "text"}]), "messages.0.content"),
@@ -121,6 +123,108 @@ def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -
     body = json.dumps({**TEXT, **changes})
     answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert error_of(answer, 400)["param"].startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tools": [FUNCTION]}, "tools is not supported: leave it out"),
+        (
+            {"tool_choice": "required"},
+            'tool_choice="required" is not supported: leave it out, or use "none" or "auto"',
+        ),
+        ({"n": 2}, "n=2 is not supported: leave it out, or use 1; send a request for each answer"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": "5"}, 'max_tokens must be an integer, not "5"'),
+        ({"temperature": 3}, "temperature must be at most 2, not 3"),
+        ({"stream": "yes"}, 'stream must be true or false, not "yes"'),
+        ({"stop": 3}, "stop: give a text, or a list of up to 4"),
+        ({"stop": ["x" * 300]}, "stop.0 is too long: it may have 256 characters"),
+        ({"stop": ["x"] * 5}, "stop is too long: it may have 4 entries"),
+        (
+            {"prefix_id": "abc"},
+            "prefix_id: not the id of a prefix: 64 hexadecimal digits, as /v1/prefixes tells",
+        ),
+        ({"p" * 5000: 1}, f"unknown parameter: {'p' * 100}... (leave it out)"),
+        ({"messages": "Hello"}, "messages must be a list"),
+        ({"messages": ["Hello"]}, "messages.0 must be a JSON object"),
+        (
+            messages("x", role="me"),
+            "messages.0.role must be 'system', 'developer', 'user' or 'assistant', not",
+        ),
+        (messages("x", role="tool"), "messages.0: calls of tools are not supported: leave out such messages"),
+        (messages([IMAGE]), "messages.0.content: parts of type 'image_url' are not supported: use text"),
+        (messages(["Hello"]), "messages.0.content: part 0 is not of the form"),
+        (messages(3), "messages.0.content: give a text, or a list of parts"),
+        (messages("a <|end|>"), "of this model's tokenizer (remove it from the text: a message could forge"),
+        ({"model": "gpt-5"}, "no model 'gpt-5': use 'tiny' or 'gpt-4o'"),
+    ],
+)
+def test_what_is_wrong_and_what_to_do_is_told(
+    http: httpx.Client, changes: dict[str, Any], message: str
+) -> None:
+    answer = http.post("/v1/chat/completions", json={**CHAT, **changes})
+    assert message in error_of(answer, answer.status_code)["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        (["a", "b"], "prompt: 2 prompts in one request are not supported: send a request for each"),
+        ([1, 1.5], "prompt: entry 1 of the token ids is not an integer"),
+        (3, "prompt: give a text, or a list of token ids"),
+        ("a <|end|>", "the prompt contains '<|end|>'"),
+        ([-1], "token id -1 is not one of the model's, 0 to "),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_told(http: httpx.Client, prompt: Any, message: str) -> None:
+    answer = http.post("/v1/completions", json={**TEXT, "prompt": prompt})
+    assert error_of(answer, 400)["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is not a JSON object"),
+        (b'{"model": "\xff"}', "the body is not text in UTF-8: byte 11 of it is none (send JSON in UTF-8)"),
+        (
+            b"{'model': 1}",
+            "the body is not JSON: Expecting property name enclosed in double quotes at character 1",
+        ),
+        (b"[" * 100_000, "the body is nested too deeply"),
+        (b'{"seed": ' + b"9" * 10_000 + b"}", "the body has a number of too many digits"),
+    ],
+)
+def test_why_a_body_cannot_be_read_is_told(http: httpx.Client, body: bytes, message: str) -> None:
+    headers = {"content-type": "application/json"}
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/prefixes"):
+        error = error_of(http.post(path, content=body, headers=headers), 400)
+        assert error["message"].startswith(message)
+        assert error["code"] == ("invalid_json" if body else None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [1] * 1000},
+        {"messages": [{}] * 1000},
+        messages([{"type": "text"}] * 1000),
+        {f"p{number}": 1 for number in range(1000)},
+    ],
+)
+def test_a_body_that_is_wrong_a_thousand_times_is_refused_once(changes: dict[str, Any]) -> None:
+    """Millions of errors take a minute to tell, in which nobody else is served."""
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate({**CHAT, **changes})
+    assert caught.value.error_count() <= 2
+
+
+@pytest.mark.parametrize("entry", [1.5, "a", [1], ["a"], None])
+def test_a_prompt_that_is_wrong_a_thousand_times_is_refused_once(entry: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({**TEXT, "prompt": [entry] * 1000})
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def tokens_of(store: ArtifactStore, manifest: PrefixManifest) -> list[int]:
 
 
 def asking(prompt: list[int], match: PrefixMatch | None) -> GenerationRequest:
-    return GenerationRequest("1", tuple(prompt), GenerationSettings(), namespace="asker", match=match)
+    return GenerationRequest(
+        "1", tuple(prompt), GenerationSettings(max_new_tokens=40), namespace="asker", match=match
+    )
 
 
 def found(finder: PrefixFinder, prompt: list[int], namespace: str = "default") -> PrefixMatch:

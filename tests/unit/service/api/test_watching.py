@@ -75,6 +75,8 @@ def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest)
     assert after["xkv_resident_prefixes", ()] == 1
     assert after["xkv_resident_bytes", ("prefixes",)] > 0
     assert grown("xkv_engine_generated_tokens_total") >= answered
+    assert after["xkv_cost_seconds", ("prefill_token",)] > 0
+    assert after["xkv_cost_seconds", ("load",)] >= 0 and after["xkv_cost_seconds", ("load_byte",)] >= 0
 
 
 def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,6 +116,12 @@ def test_status(http: httpx.Client, backend: PacedBackend) -> None:
     assert status["engine"]["prefix_bytes"] > 0
     traffic = status["traffic"]
     assert traffic["hits"] >= 1 and traffic["tokens_per_second"] > 0
+
+
+def test_what_no_engine_has_got_yet_waits_too(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PacedBackend, "waiting", 3)
+    assert metrics(http)["xkv_sessions", ("waiting",)] == 3
+    assert http.get("/status").json()["engine"]["waiting"] == 3
 
 
 def test_the_page_fetches_nothing_from_elsewhere(http: httpx.Client) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import Failed, Finished, PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
+from xkv_service.sessions.sampling import Sampler, choose
 from xkv_service.sessions.settings import GenerationSettings
 
 SETTINGS = EngineSettings(max_running=6, step_tokens=16, prefill_tokens=64, selection=SELECTION)
@@ -176,24 +176,6 @@ def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, e
     asked[0].wait()
 
 
-def test_more_than_can_wait_are_refused(talker: Talker) -> None:
-    begin = threading.Event()
-
-    def pause(*_: object) -> None:
-        begin.wait(60)
-
-    hook = talker.model.register_forward_pre_hook(pause)
-    with Engine(talker.loaded, replace(SETTINGS, max_running=2, max_waiting=3)) as engine:
-        prompt = _prompt(talker, "q" * 300, document=False)
-        asked = [Asked(engine, prompt) for _ in range(12)]
-        begin.set()
-        ends = [one.wait().end for one in asked]
-    hook.remove()
-    refused = [end for end in ends if isinstance(end, Failed)]
-    assert len(refused) == 7
-    assert {end.kind for end in refused} == {"overloaded"} and refused[0].retry_after_s
-
-
 def test_a_request_that_takes_too_long_fails(talker: Talker, engine: Engine) -> None:
     slow = GenerationSettings(max_new_tokens=900)
     asked = Asked(engine, _prompt(talker, "v", document=False), settings=slow, timeout_s=0.05).wait()
@@ -246,14 +228,11 @@ def test_a_model_that_fails_on_one_sequence_answers_the_others(
 def test_a_choice_that_fails_ends_one_answer_alone(
     talker: Talker, engine: Engine, artifact: str, pool: PrefixPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xkv_service.engine.sequence import Sequence
+    def bad(samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
+        spoilt = [[float("nan") if one.settings.top_p < 1 else 1.0] for one in samplers]
+        return choose(samplers, logits * torch.tensor(spoilt))
 
-    accept = Sequence.accept
-
-    def bad(sequence: Sequence, logits: torch.Tensor) -> None:
-        accept(sequence, logits if sequence.request.settings.top_p == 1 else logits * float("nan"))
-
-    monkeypatch.setattr(Sequence, "accept", bad)
+    monkeypatch.setattr("xkv_service.engine.engine.choose", bad)
     match = PrefixMatch(artifact, talker.factors.tokens)
     prompt, nucleus = _prompt(talker, "n" * 70), replace(SHORT, temperature=1.0, top_p=0.5)
     good, failing = Asked(engine, prompt, match=match), Asked(engine, prompt, match=match, settings=nucleus)

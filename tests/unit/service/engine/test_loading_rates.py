@@ -58,7 +58,19 @@ def test_the_faster_way_is_taken() -> None:
     for _ in range(32):
         rates.loaded(10_000_000, 1000, 0.01)
     assert rates.decide(1000) == "load"
-    assert rates.figures()["load_fixed_s"] >= 0
+
+
+def test_figures_are_those_that_decide() -> None:
+    rates = LoadingRates(1e-4)
+    for start in range(0, 32_000, 1000):
+        rates.prefilled(start, 1000, 1000 * (1e-4 + 1e-8 * (start + 500)))
+        rates.loaded(1000 * start, 1000, 0.02 + 1e-9 * 1000 * start)
+    costs = rates.figures()
+    expected = {"prefill_token": 1e-4, "prefill_token_position": 1e-8, "load": 0.02, "load_byte": 1e-9}
+    assert costs == pytest.approx(expected, rel=0.05)
+    tokens = 4000
+    told = tokens * (costs["prefill_token"] + costs["prefill_token_position"] * tokens / 2)
+    assert rates.prefill_s(tokens) == pytest.approx(told)
 
 
 def test_it_starts_with_a_measurement() -> None:

@@ -17,6 +17,7 @@ from xkv_service.decoding.select import Selection
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
 from xkv_service.kernels.factor_rows import FactorRows
+from xkv_service.kernels.tail_table import TailRow, TailTable
 
 SCALING, TAIL, BUDGET, LAYER = 0.3, 6, 24, 1
 TILES = Tiles(
@@ -47,12 +48,10 @@ def test_attention_over_an_artifact_is_decodings(dtype: str, device: torch.devic
     query = 3 * torch.randn(1, 4, 1, 32, device=device)
     keys, values = (torch.randn(1, 2, TAIL, 32, device=device) for _ in range(2))
     expected, rebuilt = attend(query, keys, values, None, selection, Scoring(SCALING))
-    count = len(layer.exact_positions) + TAIL
-    exact = (one.transpose(0, 1)[None] for one in (layer.exact_keys, layer.exact_values))
-    whole = [torch.cat(pair, 2).contiguous() for pair in zip(exact, (keys, values), strict=True)]
-    lengths = torch.tensor([count], dtype=torch.int32, device=device)
+    tails = TailTable([TailRow((layer.exact_keys, layer.exact_values), (keys[0], values[0]))], device)
+    lengths = torch.tensor([TAIL], dtype=torch.int32, device=device)
     out = torch.full((1, 4, 32), torch.nan, device=device)
-    kernels(query[:, :, 0].contiguous(), *whole, lengths, table, out)
+    kernels(query[:, :, 0].contiguous(), tails, lengths, table, out)
     assert int(kernels.chosen.counts) == rebuilt
     # float32 throughout; one token of equal share may be exchanged for another.
     assert samples.relative(out, expected[:, 0]) < 1e-3

@@ -18,6 +18,7 @@ from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.tail_table import TailTable
 
 # Relative errors of norms. In bfloat16 keys rebuilt and turned, weights and latents have 8 bits each.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -101,14 +102,15 @@ def test_a_layer_is_its_reference(interleaved: bool, device: torch.device) -> No
     keys, values, lengths = samples.tails([5, 1, 40, 8, 64], dtype, device)
     layer = DecodeAttention(table, 8, 32, 32, 150, 150, turns, 0.2, interleaved=interleaved, tiles=TILES)
     out = torch.full((5, 8, 32), torch.nan, device=device)
-    layer(query, keys, values, lengths, table, out)
+    rooms = TailTable.of_rooms(keys, values)
+    layer(query, rooms, lengths, table, out)
     tail = keys.nan_to_num(), values.nan_to_num()
     expected = decode_attention_plainly(
         query, tail, lengths, documents, budgets, turns, 0.2, bins=256, interleaved=interleaved
     )
     assert samples.relative(out, expected) < TOLERANCE[dtype]
     again = torch.full_like(out, torch.nan)
-    layer(query, keys, values, lengths, table, again, repeat=True)
+    layer(query, rooms, lengths, table, again, repeat=True)
     assert torch.equal(again, out)
 
 

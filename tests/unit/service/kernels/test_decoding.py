@@ -79,7 +79,13 @@ class Watched:
             self.launches += 1
             out = real(launch, layers, query, scaling)
             chosen = next(iter(launch._kernels.values())).chosen
-            sessions = [(layer, row) for layer in layers for row in range(len(layer.keys))]
+            sessions = [
+                (layer, row, layer.tail_tokens - count + token + 1)
+                for layer, count in zip(layers, launch._counts, strict=True)
+                for row in range(len(layer.keys))
+                for token in range(count)
+            ]
+            assert len(sessions) == len(query)
             for number, session in enumerate(sessions):
                 positions = chosen.positions[number, : chosen.counts[number]].long()
                 check(*session, query[number], scaling, positions, out[number])
@@ -91,13 +97,14 @@ class Watched:
 def check(
     layer: PrefixLayer,
     row: int,
+    length: int,
     query: torch.Tensor,
     scaling: float,
     positions: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Hold one session's attention of one layer, and its choice, against PyTorch's."""
-    tail = layer.keys[row : row + 1], layer.values[row : row + 1]
+    """Hold one token's attention of one layer, and its choice, against PyTorch's."""
+    tail = layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length]
 
     def in_pytorch(choosing: Choosing) -> torch.Tensor:
         return attend(query[None, :, None], *tail, None, choosing, Scoring(scaling))[0][0, 0]
@@ -155,7 +162,7 @@ def test_steps_of_a_cache(
     for number, count in enumerate((5, 1, 1, 1, 3, 1, 1)):
         ids, before = random_ids(count, seed=number)[None], watched.launches
         assert samples.relative(step(model, ours, ids), in_pytorch(model, theirs, ids)) < TOLERANCE
-        assert watched.launches - before == (4 if count == 1 else 0)
+        assert watched.launches - before == 4
         assert ours.rebuilt_tokens == theirs.rebuilt_tokens or count > 1
 
 
@@ -187,6 +194,20 @@ def test_rows_forks_beams_and_tokens_taken_back(model: PreTrainedModel, watched:
         cache.reset()
     one(22)
     assert watched.launches == 4 * 8
+
+
+def test_masks_that_are_not_causal_go_through_pytorch(model: PreTrainedModel, watched: Watched) -> None:
+    """Padding before a question, and many tokens at once."""
+    factors = compressed(model, "int8")
+    ours, theirs = (XKVCache.from_factors(model, factors, FEW) for _ in range(2))
+    mask = torch.ones(1, 126, dtype=torch.int64)
+    mask[:, 121] = 0
+    ids = random_ids(6)[None]
+    logits = [model(ids, past_key_values=cache, attention_mask=mask).logits for cache in (ours, theirs)]
+    assert torch.equal(*logits) and watched.launches == 0
+    many = random_ids(kernel_choice.MOST_TOKENS + 1)[None]
+    step(model, XKVCache.from_factors(model, factors, FEW), many)
+    assert watched.launches == 0
 
 
 def contexts(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> list[Context]:

@@ -1,0 +1,90 @@
+"""Parts of a file read on several threads, the next ones while one is used."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+AHEAD = 2
+"""Parts that are read while one is used: with one, reading waits where a part is used slowly."""
+Result = TypeVar("Result")
+Job = Callable[[], Result]
+
+
+class Landing(Protocol):
+    """Where the tensors of a blob go to.
+
+    Attributes:
+        threads: that read and check at a time, each a tensor. The methods are called on them.
+    """
+
+    threads: int
+
+    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
+        """Memory to read a tensor into: uint8 [nbytes] on the CPU."""
+
+    def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is handed over in place of a tensor that was read into a buffer and checked."""
+
+
+def read_ahead(parts: Iterable[Sequence[Job[Result]]], threads: int) -> Generator[list[Result], None, None]:
+    """The results of each part's jobs, in order. While a part is used, the jobs of the next `AHEAD` run.
+
+    Closing it waits for jobs that have begun. An error of a job is raised in its part's place.
+    """
+    crew: _Crew[Result] = _Crew(threads)
+    begun: deque[list[Future[Result]]] = deque()
+    try:
+        for part in parts:
+            begun.append([crew.submit(job) for job in part])
+            if len(begun) > AHEAD:
+                yield [future.result() for future in begun.popleft()]
+        while begun:
+            yield [future.result() for future in begun.popleft()]
+    finally:
+        crew.close()
+
+
+class _Crew(Generic[Result]):
+    """Threads that do jobs in order. They do not keep a process from ending, as those of a pool would."""
+
+    def __init__(self, threads: int) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Result], Job[Result]] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"blob-reader-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job[Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        """Leave out what has not begun, and wait for what has."""
+        self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if self._closed:
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+            del item, future, job  # or the last result stays in memory

@@ -1,0 +1,169 @@
+"""Decode steps of the engine's own runner over real prefixes of a Llama-3.1-8B-shaped model, one GPU.
+
+python benchmarks/gpu/engine_decode.py --tokens 128 --batches 1,8,32 --out OUT/engine_decode_128.json
+TRITON_INTERPRET=1 python benchmarks/gpu/engine_decode.py --tiny --out tiny.json       # small, on a CPU
+
+Random weights, a document of random tokens compressed by `compress`; every session has a copy of its factors
+of its own. Timed on the clock: a step of all sessions with everything that the engine does for it, the choice
+of tokens included (greedy, or drawn with top_p 0.9). By CUDA graphs, by kernels without a graph, in PyTorch,
+and with whole caches in PyTorch. What joins and leaves costs is timed too. `decode_step.py` has the largest
+batches and the fastest whole cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from compression import LLAMA_8B, TINY
+from report import Report, command
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.decoding import kernel_choice
+from xkv_service.engine.graph_runner import GraphRunner
+from xkv_service.engine.runners import PackedRunner, Runner
+from xkv_service.factors import PrefixFactors
+from xkv_service.sessions.context import Context
+from xkv_service.sessions.sampling import Sampler, choose
+from xkv_service.sessions.settings import GenerationSettings
+
+_QUESTION = 32
+"""Tokens behind the document before the steps begin."""
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    arguments = _arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = _model(TINY | {"head_dim": 32} if arguments.tiny else LLAMA_8B, device)
+    tokens = 320 if arguments.tiny else 1024 * arguments.tokens
+    report = Report("engine_decode", command(), "the same steps by kernels without a graph")
+    ids = torch.randint(3, model.config.vocab_size, (tokens,))
+    spec = CompressionSpec(ratio=2.0 if arguments.tiny else arguments.ratio, factor_dtype="int8")
+    factors = compress(model, ids, spec)
+    print(f"compressed {tokens} tokens", flush=True)
+    selection = SelectionSpec("sketch", 64 if arguments.tiny else arguments.budget)
+    batches = [1, 2] if arguments.tiny else [int(one) for one in arguments.batches.split(",")]
+    copies = [factors]
+    started = time.monotonic()
+    with torch.no_grad(), enable_xkv(model):
+        for batch in batches:
+            while len(copies) < batch:
+                copies.append(copy.deepcopy(factors))
+            for side in arguments.sides.split(","):
+                if time.monotonic() - started > arguments.seconds:
+                    break
+                if row := _measured(model, side, copies[:batch], selection, arguments):
+                    report.add(tokens=tokens, **row)
+    _compare(report)
+    report.write(arguments.out, budget=selection.budget, ratio=arguments.ratio, question=_QUESTION)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=128, help="thousands of tokens of a document")
+    parser.add_argument("--batches", default="1,8,32", help="sessions, comma-separated")
+    parser.add_argument("--sides", default="graph,drawn,kernels,pytorch", help="of these")
+    parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
+    parser.add_argument("--ratio", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
+    parser.add_argument("--seconds", type=float, default=400, help="begin nothing after so long")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: checks this script")
+    return parser.parse_args()
+
+
+def _model(fields: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
+    config = LlamaConfig(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def _measured(
+    model: PreTrainedModel, side: str, factors: list[PrefixFactors], selection: SelectionSpec,
+    arguments: argparse.Namespace,
+) -> dict[str, Any] | None:  # fmt: skip
+    before = kernel_choice.DEVICES
+    kernel_choice.DEVICES = () if side == "pytorch" else ("cuda", "cpu")
+    try:
+        return _timed(model, side, factors, selection, 3 if arguments.tiny else arguments.steps)
+    except torch.OutOfMemoryError:
+        print(f"out of memory: {side}, {len(factors)} sessions", flush=True)
+        return None
+    finally:
+        kernel_choice.DEVICES = before
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _timed(
+    model: PreTrainedModel, side: str, factors: list[PrefixFactors], selection: SelectionSpec, steps: int
+) -> dict[str, Any]:
+    runner: Runner = GraphRunner(model) if side in ("graph", "drawn") else PackedRunner(model)
+    contexts = [
+        Context(model, XKVCache.from_factors(model, one, selection), one.token_ids.tolist())
+        for one in factors
+    ]
+    settings = GenerationSettings(temperature=1.0, top_p=0.9) if side == "drawn" else GenerationSettings()
+    samplers = [Sampler(settings) for _ in contexts]
+    asked = torch.randint(3, 90, (_QUESTION,)).tolist()
+    todo = [asked for _ in contexts]
+
+    def step() -> None:
+        logits = runner.run(list(zip(contexts, todo, strict=True)))
+        todo[:] = [[token] for token in choose(samplers, logits)]
+
+    took = [_seconds(step, model.device) for _ in range(steps + 4)]
+    row = {
+        "side": side, "batch": len(factors), "ms": 1000 * sorted(took[3:])[len(took[3:]) // 2],
+        "first_step_ms": 1000 * took[1],
+        "GiB_on_device": torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else 0.0,
+    }  # fmt: skip
+    if side == "graph" and len(contexts) > 2:  # one leaves, then comes back: another graph, or another table
+        leaving, rest = contexts.pop(), todo.pop()
+        runner.settle(leaving)
+        samplers.pop()
+        row["leaving_ms"] = 1000 * _seconds(step, model.device)
+        contexts.append(leaving), todo.append(rest), samplers.append(Sampler(settings))
+        row["joining_ms"] = 1000 * _seconds(step, model.device)
+    row["tokens/s"] = row["batch"] / row["ms"] * 1000
+    for context in contexts:
+        runner.settle(context)
+    return row
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _compare(report: Report) -> None:
+    plain = {row["batch"]: row["tokens/s"] for row in report.rows if row["side"] == "kernels"}
+    for row in report.rows:
+        if row["batch"] in plain:
+            row["ratio"] = row["tokens/s"] / plain[row["batch"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Steps as CUDA graphs are those of an ordinary forward; on a CPU the same forward runs uncaptured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import kernel_samples as samples
+import pytest
+import torch
+from compressed import random_ids
+from families import tiny_model
+from transformers import PreTrainedModel
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.decoding import kernel_choice
+from xkv_service.engine import step_graph
+from xkv_service.engine.graph_runner import GraphRunner
+from xkv_service.engine.runners import SeparateRunner, make_runner
+from xkv_service.factors import PrefixFactors
+from xkv_service.sessions.context import Context
+from xkv_service.sessions.exact import empty_context
+
+TOLERANCE = 0.1
+"""Relative error of logits: choices differ where shares of two tokens are less than a bin apart."""
+
+
+@pytest.fixture(scope="module")
+def model(device: torch.device) -> PreTrainedModel:
+    return tiny_model("llama", head_dim=32, num_hidden_layers=2).to(device)
+
+
+@pytest.fixture(scope="module")
+def prefixes(model: PreTrainedModel) -> list[PrefixFactors]:
+    """Two of one layout."""
+    spec = CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8")
+    return [compress(model, random_ids(size, seed=size), spec) for size in (120, 100)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(model: PreTrainedModel) -> Iterator[None]:
+    before, kernel_choice.DEVICES = kernel_choice.DEVICES, ("cpu", "cuda")
+    try:
+        with torch.no_grad(), enable_xkv(model):
+            yield
+    finally:
+        kernel_choice.DEVICES = before
+
+
+def contexts(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> dict[str, Context]:
+    """Three sequences over two prefixes, and one without any."""
+    found = {"exact": empty_context(model)}
+    for name, number in (("a", 0), ("b", 1), ("c", 0)):
+        cache = XKVCache.from_factors(model, prefixes[number], SelectionSpec("sketch", 60, recent=8))
+        found[name] = Context(model, cache, prefixes[number].token_ids.tolist())
+    return found
+
+
+def plainly(work: list[tuple[Context, list[int]]]) -> torch.Tensor:
+    before, kernel_choice.DEVICES = kernel_choice.DEVICES, ()
+    try:
+        return SeparateRunner().run(work)
+    finally:
+        kernel_choice.DEVICES = before
+
+
+PLAN = [
+    {"a": 3, "b": 2, "exact": 4}, {"a": 1, "b": 1, "exact": 1}, {"b": 1, "a": 1}, {"a": 1, "b": 1, "c": 5},
+    {"c": 1, "a": 1, "b": 1}, {"c": 1, "b": 1}, {"b": 4, "c": 1}, {"b": 1},
+]  # fmt: skip
+"""New tokens of each sequence, step by step: they come, go, change places, and go on with several at once."""
+
+
+def test_steps_are_those_of_each_sequence_alone(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    real = step_graph.StepGraph.run
+    monkeypatch.setattr(step_graph.StepGraph, "run", lambda graph, ids: runs.append(ids) or real(graph, ids))
+    runner = make_runner(model)
+    assert isinstance(runner, GraphRunner)
+    ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
+    for number, lengths in enumerate(PLAN):
+        ids = {name: random_ids(count, seed=100 + number).tolist() for name, count in lengths.items()}
+        before = len(runs)
+        found = runner.run([(ours[name], one) for name, one in ids.items()])
+        expected = plainly([(theirs[name], one) for name, one in ids.items()])
+        assert samples.relative(found, expected) < TOLERANCE
+        graphed = sum(count == 1 for name, count in lengths.items() if name != "exact")
+        assert sum(map(len, runs[before:])) == graphed
+    for name, context in ours.items():
+        runner.settle(context)
+        assert context.ids == theirs[name].ids
+        assert context.cache.get_seq_length() == len(context.ids)
+        for mine, other in zip(context.cache.layers, theirs[name].cache.layers, strict=True):
+            assert samples.relative(mine.keys, other.keys) < TOLERANCE
+            assert samples.relative(mine.values, other.values) < TOLERANCE
+    assert not runner._riders and all(not graph._riders for graph in runner._graphs.values())
+    ours["a"].rewind(len(ours["a"].ids) - 1)
+    theirs["a"].rewind(len(theirs["a"].ids) - 1)
+    assert samples.relative(runner.run([(ours["a"], [7])]), plainly([(theirs["a"], [7])])) < TOLERANCE
+
+
+def test_a_tail_moves_when_its_room_is_full(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
+    """A fork that shares a tail keeps it, wherever the other one goes on."""
+    runner = GraphRunner(model)
+    context = contexts(model, prefixes)["a"]
+    runner.run([(context, random_ids(3).tolist())])
+    fork = context.fork()
+    held = fork.cache.layers[0].keys.clone()
+    runner.run([(context, [5])])
+    rider = runner._riders[id(context)]
+    room = rider._end
+    while rider.count < room:  # as if so many steps had run
+        rider.count += 1
+        context.ids.append(5)
+    runner.run([(context, [6])])
+    assert rider._end > room and rider.count == room + 1
+    runner.settle(context)
+    assert context.cache.tail_tokens == room + 1
+    assert torch.equal(fork.cache.layers[0].keys, held)
+    assert torch.equal(context.cache.layers[0].keys[:, :, :3], held)
+
+
+def test_a_graph_that_fails_is_no_loss(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = GraphRunner(model)
+    ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
+    for ids in ([3, 4, 5], [6], [7], [8]):
+        if ids == [7]:
+            monkeypatch.setattr(step_graph.StepGraph, "run", lambda *_: 1 / 0)
+        found = runner.run([(ours["a"], ids), (ours["b"], ids)])
+        assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
+    assert runner._broken and ours["a"].ids == theirs["a"].ids

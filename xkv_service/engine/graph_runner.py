@@ -1,0 +1,163 @@
+"""`GraphRunner`: sequences that decode by kernels run by CUDA graphs, all others in one ordinary forward."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.cache_layer import PrefixLayer
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, why_not
+from xkv_service.decoding.kernel_step import layout_of
+from xkv_service.decoding.scoring import Scoring
+from xkv_service.engine.runners import PackedRunner, Work
+from xkv_service.engine.step_graph import Rider, StepGraph
+from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.sessions.context import Context
+
+_log = logging.getLogger(__name__)
+_KEPT = 6
+"""Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
+
+
+class GraphRunner:
+    """Runs new tokens of contexts, as `Runner`. Not thread-safe.
+
+    What graphs wrote for a context its cache does not show before `settle`: settle contexts that leave.
+
+    Args:
+        model: one that `can_pack` allows, inside `enable_xkv`, on a device where kernels run.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        inspected = inspect_loaded(model)
+        self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
+        self._packed = PackedRunner(model)
+        self._riders: dict[int, Rider] = {}
+        self._layouts: WeakKeyDictionary[XKVCache, Any] = WeakKeyDictionary()
+        self._graphs: OrderedDict[tuple[Any, ...], StepGraph] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._broken = False
+
+    @torch.no_grad()
+    def run(self, work: Work) -> torch.Tensor:
+        """As `Runner.run`."""
+        logits: dict[int, torch.Tensor] = {}
+        for layout, places in self._by_layout(work).items():
+            found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
+            logits |= dict(zip(places, found, strict=True)) if found is not None else {}
+        rest = []
+        for place, (context, ids) in enumerate(work):
+            if place not in logits:
+                self.settle(context)
+                if self._layout(context) is not None:
+                    logits[place] = self._ask(context, ids)
+                else:
+                    rest.append(place)
+        if len(rest) == len(work):
+            return self._packed.run(work)
+        if rest:
+            found = self._packed.run([work[place] for place in rest])
+            logits |= dict(zip(rest, found, strict=True))
+        return torch.stack([logits[place] for place in range(len(work))])
+
+    def settle(self, context: Context) -> None:
+        """As `Runner.settle`."""
+        rider = self._riders.pop(id(context), None)
+        if rider is None:
+            return
+        rider.settle()
+        for graph in self._graphs.values():
+            if graph.holds(rider):
+                graph.release()
+
+    def _by_layout(self, work: Work) -> dict[Any, list[int]]:
+        """Places of sequences that graphs run for, by what those of one graph have in common."""
+        found: dict[Any, list[int]] = {}
+        for place, (context, ids) in enumerate(work):
+            steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
+            layout = self._layout(context) if steps and context.cache.tail_tokens else None
+            if layout is not None:
+                found.setdefault(layout, []).append(place)
+        return found
+
+    def _layout(self, context: Context) -> Any:
+        """None: kernels do not run for the context, or only for some layers of the model."""
+        cache = context.cache
+        if not isinstance(cache, XKVCache):
+            return None
+        if cache not in self._layouts:
+            every = all(isinstance(layer, PrefixLayer) for layer in cache.layers)
+            taken = every and why_not(cache, Scoring(1.0)) is None
+            self._layouts[cache] = layout_of(cache) if taken else None
+        return self._layouts[cache]
+
+    def _ask(self, context: Context, ids: list[int]) -> torch.Tensor:
+        """Several tokens of one context, as many at a time as kernels take."""
+        for start in range(0, len(ids), MOST_TOKENS):
+            logits = self._packed.run([(context, ids[start : start + MOST_TOKENS])])
+        return logits[0]
+
+    def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
+        """Logits of a step, or None: there was none, and graphs are not used any more."""
+        riders = [self._rider(context) for context, _ in given]
+        try:
+            moved = [rider.make_room() for rider in riders]
+            graph = self._graph(layout, riders)
+            if any(moved) or not graph.carries(riders):
+                graph.bind(riders)
+            with ExitStack() as stack:
+                for context, token in given:
+                    stack.enter_context(context.extending([token]))
+                logits = graph.run([token for _, token in given]).clone()
+        except Exception:  # noqa: BLE001 - whatever it was, ordinary forwards go on
+            _log.exception("a decode step as a CUDA graph failed; steps run without graphs from now on")
+            self._give_up()
+            return None
+        for rider in riders:
+            rider.count += 1
+        return logits
+
+    def _rider(self, context: Context) -> Rider:
+        rider = self._riders.get(id(context))
+        if rider is None or rider.cache is not context.cache:
+            rider = self._riders[id(context)] = Rider(context)
+        return rider
+
+    def _graph(self, layout: Any, riders: list[Rider]) -> StepGraph:
+        sizes = [_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)]
+        name = (layout, _slots(len(riders)), *sizes)
+        graph = self._graphs.pop(name, None)
+        if graph is None:
+            while len(self._graphs) >= _KEPT:
+                self._graphs.popitem(last=False)
+            graph = StepGraph(
+                self._model, self._modules, riders, _slots(len(riders)), (sizes[0], sizes[1]), self._pool
+            )
+        self._graphs[name] = graph
+        return graph
+
+    def _give_up(self) -> None:
+        self._broken = True
+        self._graphs.clear()
+        for rider in self._riders.values():
+            rider.settle()
+        self._riders.clear()
+
+
+def _slots(count: int) -> int:
+    """Sequences that a graph has room for: 1, 2, 4, 8, 16, then multiples of 16.
+
+    Slots without a sequence take part in products alone, which read the weights once for all.
+    """
+    return _power(count) if count <= 16 else -(-count // 16) * 16
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()

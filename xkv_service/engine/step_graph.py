@@ -1,0 +1,217 @@
+"""A decode step of many sequences as one CUDA graph. Importing it needs Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkv_service.decoding.attention_call import AttentionCall
+from xkv_service.decoding.batch_tails import tail_row, tail_states
+from xkv_service.decoding.cache import XKVCache
+from xkv_service.decoding.kernel_choice import takes
+from xkv_service.decoding.kernel_step import DecodeLaunch, document_of, rebuilt_tokens, sizes_of
+from xkv_service.engine.packed_cache import RowCache
+from xkv_service.kernels.tail_attention import append_token
+from xkv_service.kernels.tail_table import TailRow, TailTable
+from xkv_service.sessions.context import Context
+
+_WARM = 2
+"""Runs before a capture: the first compiles kernels and chooses products, which a capture cannot hold."""
+
+
+class Rider:
+    """A sequence while graphs run for it: they write its new tokens into room behind its tail.
+
+    Its cache does not know of these tokens before `settle`. Nobody else may use it until then.
+
+    Args:
+        context: over an `XKVCache` that kernels take, with a tail of at least a token.
+
+    Attributes:
+        count: tokens of its tail, those written since included.
+        rows: of tables of tails, by layer index. documents: of tables of documents, likewise.
+        sizes: that it needs, as `sizes_of`.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.cache: XKVCache = context.cache
+        self.count = self._held = self.cache.tail_tokens
+        self._end = 0
+        self.rows: dict[int, TailRow] = {}
+        self.sizes = sizes_of([self.cache])
+        self.documents = {index: document_of(self.cache, index) for index in self.cache.prefix.compressed}
+        self._reserve()
+
+    def budget(self, index: int) -> int:
+        """Tokens that a layer chooses."""
+        return int(self.cache.layers[index].selection.budget)
+
+    def make_room(self) -> bool:
+        """Before a step: whether what it holds had to move, so that it would have room for a token more."""
+        if self.count < self._end:
+            return False
+        self.settle()
+        self._reserve()
+        return True
+
+    def settle(self) -> None:
+        """Show the cache what was written: it is an ordinary one again."""
+        new = self.count - self._held
+        if new:
+            ids = self.context.ids[len(self.context.ids) - new :]
+            self.cache.serve(torch.tensor([ids]))
+        for index in self.rows:
+            layer: Any = self.cache.layers[index]
+            layer.extend(new)
+            if new:
+                layer.ran_by_kernels(rebuilt_tokens(layer.selection))
+        self._held, self.rows = self.count, {}
+
+    def _reserve(self) -> None:
+        free = []
+        for index in self.cache.prefix.compressed:
+            layer: Any = self.cache.layers[index]
+            free.append(layer.reserve())
+            self.rows[index] = tail_row(layer, tail_states(layer)[0])
+        self._end = self._held + min(free)
+
+
+class StepGraph:
+    """The forward of a model over one new token of up to `slots` sequences, captured once.
+
+    On a CPU, where kernels are interpreted, it runs the same forward uncaptured.
+
+    Args:
+        model: inside `enable_xkv`. modules: attention modules by layer index.
+        riders: of one layout, whose next step it runs first. slots: room for so many.
+        sizes: of buffers, as `sizes_of`. pool: memory that graphs share, or None on a CPU.
+
+    Raises:
+        NotImplementedError: the model makes its scores in a way that kernels do not.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
+        sizes: tuple[int, int], pool: Any,
+    ) -> None:  # fmt: skip
+        self.slots, self.sizes, self._model, self._modules = slots, sizes, model, modules
+        device, padded = model.device, _padded(riders, slots)
+        self._launch = DecodeLaunch([one.cache for one in padded], sizes)
+        self._tails = {
+            index: TailTable([one.rows[index] for one in padded], device) for index in riders[0].rows
+        }
+        self._repeats = {index: bool(riders[0].cache.layers[index].selection.reuses) for index in self._tails}
+        self._read = torch.zeros(3, slots, dtype=torch.int64, device=device)
+        self._riders: list[Rider] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+        self._pool = pool
+
+    def holds(self, rider: Rider) -> bool:
+        """Whether the tables have its addresses."""
+        return any(one is rider for one in self._riders)
+
+    def carries(self, riders: Sequence[Rider]) -> bool:
+        """Whether the tables are those of the riders, in this order."""
+        return self._riders == list(riders)
+
+    def bind(self, riders: Sequence[Rider]) -> None:
+        """Run for these riders from now on: at most `slots`, of the layout and within the sizes."""
+        padded, none = _padded(riders, self.slots), self.slots - len(riders)
+        for index, table in self._launch.tables.items():
+            documents = [one.documents[index] for one in padded]
+            budgets = [one.budget(index) for one in riders] + [0] * none
+            lengths = [one.documents[index].tokens for one in riders] + [1] * none  # next to no work
+            table.overwrite(documents, budgets, lengths)
+            self._tails[index].overwrite([one.rows[index] for one in padded])
+        self._riders = list(riders)
+
+    def release(self) -> None:
+        """Keep no sequence and no document alive; bind it before it runs again."""
+        self._riders = []
+        for table in self._launch.tables.values():
+            table.forget()
+
+    def run(self, ids: Sequence[int]) -> torch.Tensor:
+        """A step of the riders that are bound, each with its next id; `Rider.count` stays.
+
+        Returns:
+            Logits, float32 [riders, vocabulary], that the next step overwrites.
+        """
+        none = [0] * (self.slots - len(ids))
+        positions = [len(one.context.ids) for one in self._riders]
+        counts = [one.count for one in self._riders] + [-1] * len(none)
+        self._read.copy_(torch.tensor([[*ids, *none], [*positions, *none], counts]), non_blocking=True)
+        if self._model.device.type != "cuda":
+            return self._forward()[: len(ids)]
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None and self._logits is not None
+        self._graph.replay()
+        return self._logits[: len(ids)]
+
+    def _capture(self) -> None:
+        """Before it is captured a step runs some times: each writes the same tokens to the same places."""
+        beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(_WARM):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # Threads that load prefixes meanwhile may take memory: only this one's calls are captured.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._logits = self._forward()
+        self._graph = graph
+
+    def _forward(self) -> torch.Tensor:
+        ids, positions, counts = self._read
+        counts = counts.int()
+        lengths = counts + 1
+        layers = [
+            _GraphLayer(index, self._launch, tails, counts, lengths, repeat=self._repeats[index])
+            for index, tails in self._tails.items()
+        ]
+        out: Any = self._model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # nobody reads it
+            past_key_values=RowCache(layers, self._modules),
+            use_cache=True,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits.float()
+
+
+class _GraphLayer:
+    """One layer of a step, as `RowLayer`: tokens are written and read by address."""
+
+    def __init__(
+        self, index: int, launch: DecodeLaunch, tails: TailTable, counts: torch.Tensor, lengths: torch.Tensor,
+        *, repeat: bool,
+    ) -> None:  # fmt: skip
+        self.index, self._launch, self._tails, self._repeat = index, launch, tails, repeat
+        self._counts, self._lengths = counts, lengths
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """As `RowLayer.append`."""
+        append_token(keys[0].transpose(0, 1), values[0].transpose(0, 1), self._tails, self._counts)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """As `RowLayer.attend`."""
+        if not takes(call.scoring):
+            raise NotImplementedError("scores have a softcap, or sinks of their own")
+        query = call.query[0].transpose(0, 1)
+        return self._launch.run(
+            self.index, query, self._tails, self._lengths, call.scoring.scaling, repeat=self._repeat
+        )[None]
+
+
+def _padded(riders: Sequence[Rider], slots: int) -> list[Rider]:
+    """Slots without a rider have the addresses of the first: they must be of something that is there."""
+    return [*riders, *[riders[0]] * (slots - len(riders))]
