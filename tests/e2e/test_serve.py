@@ -115,7 +115,7 @@ def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
             await asyncio.gather(*asked, return_exceptions=True)
 
     asyncio.run(see())
-    _until(lambda: httpx.get(f"{server.url}/status", timeout=60).json()["traffic"]["in_flight"] == 0)
+    wait_until(lambda: httpx.get(f"{server.url}/status", timeout=60).json()["traffic"]["in_flight"] == 0)
 
 
 def test_a_document_that_is_not_stored_is_computed_and_said_to_be(asker: Asker, server: Server) -> None:

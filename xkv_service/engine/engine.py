@@ -27,7 +27,7 @@ from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.runners import Runner, SeparateRunner, make_runner
+from xkv_service.engine.runners import PackedRunner, Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
@@ -158,7 +158,7 @@ class Engine:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
                 runner = self._runner = make_runner(self.loaded.model)
-                if not isinstance(runner, SeparateRunner):  # it may depend on what runs beside it
+                if isinstance(runner, PackedRunner):  # by kernels a question is quicker than its load
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
                     self._end_late()
