@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,38 @@ ROOT = Path(__file__).parents[2]
 _SHARED_MACHINE = ("--min-worker-port=0", "--max-worker-port=0")
 """Containers have their ports to themselves; nodes of one machine take any that are free."""
 
-_ENGINE_CPUS = """
+_MOST_RESTARTS = 3
+
+_RAN = """
 import json, logging, ray
 from ray._private import state
 ray.init(address="auto", logging_level=logging.ERROR)
 cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
-alive = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
-engines = [actor for actor in alive if "engine" in actor["ActorClassName"]]
-print(json.dumps([cpus[actor["Address"]["NodeID"]] for actor in engines]))
+nodes = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in state.actors().values()]
+tasks = [(event["cat"], event["tid"]) for event in ray.timeline()]
+print(json.dumps({"cpus": cpus, "nodes": nodes, "tasks": tasks}))
 """
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What ran where on the cluster so far, what has ended among it.
+
+    Args:
+        cpus: of each node. nodes: class and node of each actor. tasks: name and process of each task.
+    """
+
+    cpus: dict[str, int]
+    nodes: list[tuple[str, str]]
+    tasks: list[tuple[str, str]]
+
+    def nodes_of(self, actor: str) -> list[str]:
+        """Of the actors whose class holds a word."""
+        return [node for name, node in self.nodes if actor in name]
+
+    def processes_of(self, task: str) -> set[str]:
+        """That ran tasks whose name holds a word."""
+        return {process for name, process in self.tasks if task in name}
 
 
 class Composed:
@@ -47,6 +71,7 @@ class Composed:
         self._services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
         self._folder, self._given = folder, environment
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._restarts = 0
         self._ray_folder = tempfile.mkdtemp(prefix="xkv-ray-")  # short: names of sockets are
         ports = _free_ports(3)
         self.url = f"http://127.0.0.1:{ports[2]}"
@@ -61,9 +86,12 @@ class Composed:
         self._redis_port, self._http_port = ports[0], ports[2]
 
     def start(self, service: str) -> None:
-        """Start a service, its output in a file of its name."""
-        with (self._folder / f"{service}.log").open("w") as output:
-            self._processes[service] = subprocess.Popen(
+        """Start a service, once more where it runs already, its output in a file of its name."""
+        self._spawn(service, f"{service}-{len(self._of(service)) + 1}")
+
+    def _spawn(self, service: str, name: str) -> None:
+        with (self._folder / f"{name}.log").open("a") as output:
+            self._processes[name] = subprocess.Popen(
                 self.command(service),
                 stdout=output,
                 stderr=output,
@@ -79,23 +107,21 @@ class Composed:
         """
         kind, *words = self._services[service]["healthcheck"]["test"]
         words = ["sh", "-c", *words] if kind == "CMD-SHELL" else words
-        end = time.monotonic() + seconds
-        while True:
-            assert self._processes[service].poll() is None and time.monotonic() < end, self.log(service)
-            if self._run(service, words).returncode == 0:
-                return
-            time.sleep(0.3)
+        self._wait(service, lambda: self._run(service, words).returncode == 0, seconds)
+
+    def wait_said(self, service: str, words: str, times: int, seconds: float = 300.0) -> None:
+        """Until the service's processes said something so many times. Raises as `wait_healthy`."""
+        self._wait(service, lambda: self.log(service).count(words) >= times, seconds)
 
     def run(self, service: str, *more: str) -> subprocess.CompletedProcess[str]:
         """A service that is a job, to its end."""
         return self._run(service, [*self.command(service), *more], as_is=True)
 
-    def engine_cpus(self) -> list[int]:
-        """CPUs of the nodes that the server's engine replicas run on, as the cluster says."""
-        told = self._run("server", [sys.executable, "-c", _ENGINE_CPUS])
+    def ran(self) -> Ran:
+        """As the cluster says."""
+        told = self._run("server", [sys.executable, "-c", _RAN])
         assert told.returncode == 0, told.stderr
-        found: list[int] = json.loads(told.stdout.splitlines()[-1])
-        return found
+        return Ran(**json.loads(told.stdout.splitlines()[-1]))
 
     def command(self, service: str) -> list[str]:
         """The words that its container would run."""
@@ -116,8 +142,9 @@ class Composed:
         return environment | PATIENT_RAY | {"PATH": path, "RAY_TMPDIR": self._ray_folder}
 
     def log(self, service: str) -> str:
-        """What a service said so far."""
-        return (self._folder / f"{service}.log").read_text(errors="replace")
+        """What all of a service said so far."""
+        found = [self._folder / f"{name}.log" for name in self._of(service)]
+        return "".join(path.read_text(errors="replace") for path in found)
 
     def stop(self) -> None:
         """End all, the last one first; then Ray's processes of drivers' nodes, which nobody waits for."""
@@ -129,6 +156,27 @@ class Composed:
                 process.kill()
         until(lambda: not _end_all_with(self._ray_folder))
         shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+    def _wait(self, service: str, met: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            assert time.monotonic() < end, self.log(service)
+            for name in self._of(service):
+                if self._processes[name].poll() is not None:
+                    self._start_again(service, name)
+            if met():
+                return
+            time.sleep(0.3)
+
+    def _start_again(self, service: str, name: str) -> None:
+        """As the file says: a node of Ray that does not come up in 30 s ends."""
+        self._restarts += 1
+        restart = self._services[service].get("restart")
+        assert restart == "unless-stopped" and self._restarts <= _MOST_RESTARTS, self.log(service)
+        self._spawn(service, name)
+
+    def _of(self, service: str) -> list[str]:
+        return [name for name in self._processes if name.rpartition("-")[0] == service]
 
     def _run(
         self, service: str, words: list[str], *, as_is: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def test_all_join_one_ray_and_drivers_give_it_nothing_to_run_on(compose: dict[st
         )
         assert "--ray-address auto" in " ".join(services[name]["command"])
     assert "ports" in services["ray-head"] and "ports" not in services["server"], "Serve listens on the head"
+
+
+def test_a_gpu_worker_is_a_worker_with_gpus(compose: dict[str, Any]) -> None:
+    worker, gpu = (deepcopy(compose["services"][name]) for name in ("worker", "gpu-worker"))
+    assert gpu.pop("profiles") == ["gpu"]
+    assert (worker.pop("image"), gpu.pop("image")) == ("xkv-service:cpu", "xkv-service:cuda")
+    cpu_build, cuda_build = worker.pop("build"), gpu.pop("build")
+    assert cpu_build.pop("target") == "cpu" and cuda_build.pop("target") == "cuda"
+    assert "cpu" in cpu_build.pop("args")["TORCH_INDEX"], "CUDA's torch comes from the default index"
+    assert cpu_build == cuda_build
+    assert worker.pop("deploy") == {"replicas": 2} and set(gpu.pop("deploy")) == {"resources"}
+    limits = [word for word in worker["command"] if word.startswith(("--num-cpus", "--num-gpus"))]
+    assert limits == ["--num-cpus=${XKV_WORKER_CPUS:-2}", "--num-gpus=0"], "the other one gives all it has"
+    assert [word for word in worker.pop("command") if word not in limits] == gpu.pop("command")
+    assert worker == gpu
 
 
 def test_what_is_scaled_publishes_no_port_and_has_no_name(compose: dict[str, Any]) -> None:
