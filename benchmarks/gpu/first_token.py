@@ -55,7 +55,7 @@ from xkv_service.decoding import kernel_choice, prefix
 from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.device_landing import HOST, MOST_THREADS, PINNED, landing_for, place_of
 from xkv_service.decoding.loading import load_parts
-from xkv_service.decoding.matching import FirstTokens
+from xkv_service.decoding.matching import FirstKeys, FirstTokens
 from xkv_service.decoding.placing import Copies
 from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.engine import prefix_loading
@@ -482,7 +482,7 @@ class _Artifact:
             binding.add(group)
 
     def _matched(self, head: PrefixFactors, groups: list[PrefixFactors]) -> None:
-        first = FirstTokens(self._model, head)
+        first = FirstTokens(FirstKeys(self._model), head)
         for group in groups:
             first.add(group)
         first.check()

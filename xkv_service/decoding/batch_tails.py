@@ -23,12 +23,11 @@ class BatchTails:
 
     def __init__(self, layers: Sequence[PrefixLayer], counts: Sequence[int]) -> None:
         tails = [
-            (layer, tail)
+            (layer, tail, count)
             for layer, count in zip(layers, counts, strict=True)
             for tail in tail_states(layer)
-            for _ in range(count)
         ]
-        self._tails = [tail for _, tail in tails]  # copies live as long as their addresses
+        self._tails = [tail for _, tail, _ in tails]  # copies live as long as their addresses
         lengths = [
             layer.tail_tokens - count + token + 1
             for layer, count in zip(layers, counts, strict=True)
@@ -37,7 +36,8 @@ class BatchTails:
         ]
         with torch.inference_mode(False):  # a later step may not be in inference mode
             device = layers[0].keys.device
-            self.table = TailTable([tail_row(*one) for one in tails], device)
+            rows = [(tail_row(layer, tail), count) for layer, tail, count in tails]
+            self.table = TailTable([row for row, count in rows for _ in range(count)], device)
             self.lengths = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
         self._held = [layer.held() for layer in layers] if set(counts) == {1} else []
 

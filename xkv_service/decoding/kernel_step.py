@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TOKENS = 2048
 """Buffers are for a multiple of so many tokens."""
+_TURNINGS: WeakKeyDictionary[Turns, tuple[Any, ...]] = WeakKeyDictionary()
 _DOCUMENTS: WeakKeyDictionary[LayerPrefix, dict[tuple[int, int], DocumentLayer]] = WeakKeyDictionary()
 
 
@@ -179,6 +180,12 @@ def rebuilt_tokens(selection: Selection) -> int:
 
 def _turning(turns: Turns) -> tuple[Any, ...]:
     """What angles depend on; recorded ones are each prefix's own."""
+    if turns not in _TURNINGS:
+        _TURNINGS[turns] = _described(turns)
+    return _TURNINGS[turns]
+
+
+def _described(turns: Turns) -> tuple[Any, ...]:
     table = turns.table
     if table.inv_freq is None:
         return (id(turns),)

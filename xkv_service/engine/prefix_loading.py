@@ -16,7 +16,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.device_landing import landing_for
 from xkv_service.decoding.loading import load_parts, needed_calibration
-from xkv_service.decoding.matching import FirstTokens, check_shapes
+from xkv_service.decoding.matching import FirstKeys, FirstTokens, check_shapes
 from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.decoding.select import Selection
 from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
@@ -75,7 +75,7 @@ class PrefixLoading:
         fingerprint: str | None,
     ) -> None:
         self._model, self._store, self._selection = model, store, selection
-        self._fingerprint = fingerprint
+        self._fingerprint, self._first_keys = fingerprint, FirstKeys(model)
 
     def announce(self, artifact_id: str) -> Announced:
         """Read an artifact's header.
@@ -140,7 +140,7 @@ class PrefixLoading:
             arriving = Arriving(binding.prefix)
             on_arriving(arriving)
             try:
-                first = FirstTokens(self._model, head)
+                first = FirstTokens(self._first_keys, head)
                 for part in parts:
                     binding.add(part)
                     arriving.came(_enqueued(device))
