@@ -232,7 +232,12 @@ class Engine:
         context, sequence.context = sequence.context, None
         if context is None:
             return
-        self._runner.settle(context)
+        try:
+            self._runner.settle(context)
+        except Exception:  # noqa: BLE001 - its device may be gone; the others must hear of their end
+            _log.exception("what a sequence held is lost")
+            self._release(sequence.artifact_id)
+            return
         if sequence.failed or sequence.artifact_id in self._gone():
             self._release(sequence.artifact_id)
         else:

@@ -71,8 +71,8 @@ class GraphRunner:
         """As `Runner.settle`."""
         rider = self._riders.pop(id(context), None)
         if rider is not None:
-            rider.settle()
             self._release(rider)
+            rider.settle()
 
     def _by_layout(self, work: Work) -> dict[Any, list[int]]:
         """Places of sequences that graphs run for, by what those of one graph have in common."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,9 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.messages import Failed
 from xkv_service.engine.prefix_pool import PrefixPool
+from xkv_service.engine.runners import SeparateRunner, Work
 from xkv_service.engine.settings import EngineSettings
+from xkv_service.sessions.context import Context
 
 SETTINGS = EngineSettings(max_running=4, step_tokens=64, prefill_tokens=64, selection=SELECTION)
 PROMPT, BAD = [5 + number % 90 for number in range(40)], [7, 200, 7]
@@ -69,3 +72,31 @@ def test_an_engine_outlives_a_request_that_fails_alone(
         assert Asked(engine, PROMPT, settings=SHORT).wait().tokens == generated(talker, PROMPT)
         assert engine.alive
     pool.close()
+
+
+def test_what_cannot_be_settled_is_lost_and_nothing_else(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All hear of their end, also where a device takes every sequence with it."""
+
+    slow = threading.Event()
+
+    class Lost(SeparateRunner):
+        def run(self, work: Work) -> torch.Tensor:
+            time.sleep(0.2 * slow.is_set())
+            return super().run(work)
+
+        def settle(self, context: Context) -> None:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr("xkv_service.engine.engine.make_runner", lambda model: Lost())
+    expected = generated(talker, PROMPT)
+    with Engine(talker.loaded, SETTINGS) as engine:
+        for _ in range(2):
+            assert Asked(engine, PROMPT).wait().tokens == expected
+        assert engine.alive and engine.state().kept_tails == 0
+        slow.set()
+        asked = [Asked(engine, PROMPT) for _ in range(3)]
+        while engine.state().running < 3:
+            time.sleep(0.01)
+    assert all(one.wait(1.0) for one in asked)
