@@ -153,7 +153,8 @@ class StepGraph:
         if self._model.device.type != "cuda":
             return self._forward()[: len(ids)]
         if self._graph is None:
-            self._capture()
+            with torch.cuda.device_of(self._read):  # type: ignore[no-untyped-call]
+                self._capture()
         assert self._graph is not None and self._logits is not None
         self._graph.replay()
         return self._logits[: len(ids)]
