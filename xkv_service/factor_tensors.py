@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout
-from xkv_service.artifact_parts import owner_of, owners
 from xkv_service.calibration.calibration import Calibration, Kind, SharedBasis
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import GroupFactors, LayerWindow, LowRank, PrefixFactors
@@ -19,7 +19,7 @@ from xkv_service.packed_factors import PackedFactors, Runs, column_blocks, packe
 from xkv_service.selection.exact import ExactTokens
 from xkv_service.selection.sketch import KeySketch
 from xkv_service.spec import CompressionSpec
-from xkv_service.stored import RANK_BLOCK, StoredTensor, runs_of, stored_tensors
+from xkv_service.stored import RANK_BLOCK, StoredTensor, group_tensors, runs_of, stored_tensors
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -61,17 +61,12 @@ def to_tensors(factors: PrefixFactors) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(
-    manifest: PrefixManifest,
-    tensors: Tensors,
-    calibration: Calibration | None = None,
-    groups: Collection[int] | None = None,
+    manifest: PrefixManifest, tensors: Tensors, calibration: Calibration | None = None
 ) -> PrefixFactors:
     """Factors from a file's tensors.
 
     Args:
         calibration: whose bases the artifact shares, where it has none of its own.
-        groups: numbers of those that are wanted, whose tensors alone are there besides what belongs to no
-            group; by default all.
 
     Raises:
         CorruptArtifact: names the first tensor that is not what the manifest says.
@@ -80,18 +75,73 @@ def from_tensors(
     spec = checked_spec(manifest, max(len(tensors), len(manifest.tensors)))
     shared = _needed(spec, calibration)
     table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
-    wanted = {n: one for n, one in enumerate(manifest.groups) if groups is None or n in groups}
-    left_out = {owner for n, one in enumerate(manifest.groups) if n not in wanted for owner in owners(n, one)}
-    _check({name: one for name, one in table.items() if owner_of(name) not in left_out}, tensors)
-    layers = [layer for group in wanted.values() for layer in group.layers]
-    latent = {layer for group in wanted.values() if group.latent for layer in group.layers}
-    indexed = [layer for layer in layers if layer not in latent and layer not in spec.reuse]
+    _check(table, tensors)
+    return _with_groups(_head(spec, manifest, tensors), manifest, tensors, shared, manifest.groups)
+
+
+def head_from_tensors(
+    manifest: PrefixManifest, tensors: Tensors, calibration: Calibration | None = None
+) -> PrefixFactors:
+    """Factors without groups, from the tensors that belong to none. As `from_tensors`."""
+    spec = checked_spec(manifest, max(len(tensors), len(manifest.tensors)))
+    _needed(spec, calibration)
+    _check(stored_tensors(spec, manifest.tokens, (), manifest.windows, manifest.states), tensors)
+    return _head(spec, manifest, tensors)
+
+
+def group_from_tensors(
+    head: PrefixFactors,
+    manifest: PrefixManifest,
+    number: int,
+    tensors: Tensors,
+    calibration: Calibration | None = None,
+) -> PrefixFactors:
+    """Factors of one group, from its tensors and those of its layers. As `from_tensors`.
+
+    Args:
+        head: from the tensors that belong to no group. number: of the group in the manifest.
+    """
+    group = manifest.groups[number]
+    _check(group_tensors(head.spec, manifest.tokens, number, group), tensors, rotary=False)
+    return _with_groups(head, manifest, tensors, _needed(head.spec, calibration), (group,), number)
+
+
+def _head(spec: CompressionSpec, manifest: PrefixManifest, tensors: Tensors) -> PrefixFactors:
     return PrefixFactors(
         spec=spec,
         bytes_full=manifest.bytes_full,
         token_ids=tensors["tokens"],
-        groups=tuple(_group(number, group, spec, tensors, shared) for number, group in wanted.items()),
+        groups=(),
         rotary=_rotary(manifest, tensors),
+        windows={
+            window.layer: LayerWindow(
+                tensors[f"layer.{window.layer}.window.keys"], tensors[f"layer.{window.layer}.window.values"]
+            )
+            for window in manifest.windows
+        },
+        states={state.layer: _state(state, tensors) for state in manifest.states},
+        fidelity=manifest.fidelity,
+    )
+
+
+def _with_groups(
+    head: PrefixFactors,
+    manifest: PrefixManifest,
+    tensors: Tensors,
+    shared: Calibration | None,
+    groups: Sequence[GroupLayout],
+    first: int = 0,
+) -> PrefixFactors:
+    """The head with groups that follow each other, `first` the number of the first one."""
+    spec = head.spec
+    layers = [layer for group in groups for layer in group.layers]
+    latent = {layer for group in groups if group.latent for layer in group.layers}
+    indexed = [layer for layer in layers if layer not in latent and layer not in spec.reuse]
+    return replace(
+        head,
+        groups=tuple(
+            _group(number, group, spec, tensors, shared) for number, group in enumerate(groups, first)
+        ),
         sketches={layer: _sketch(layer, manifest, tensors) for layer in indexed if spec.index == "sketch"},
         planes={layer: _planes(layer, manifest, tensors) for layer in indexed if spec.index == "derived"},
         landmarks={
@@ -103,14 +153,6 @@ def from_tensors(
             if f"layer.{layer}.exact.positions" in tensors
         },
         rope_keys={layer: tensors[f"layer.{layer}.rope_key"] for layer in layers if layer in latent},
-        windows={
-            window.layer: LayerWindow(
-                tensors[f"layer.{window.layer}.window.keys"], tensors[f"layer.{window.layer}.window.values"]
-            )
-            for window in manifest.windows
-        },
-        states={state.layer: _state(state, tensors) for state in manifest.states},
-        fidelity=manifest.fidelity,
     )
 
 
@@ -148,7 +190,7 @@ def _needed(spec: CompressionSpec, calibration: Calibration | None) -> Calibrati
     return calibration
 
 
-def _check(expected: Mapping[str, StoredTensor], tensors: Tensors) -> None:
+def _check(expected: Mapping[str, StoredTensor], tensors: Tensors, *, rotary: bool = True) -> None:
     for name, wanted in expected.items():
         found = tensors.get(name)
         if found is None:
@@ -158,7 +200,7 @@ def _check(expected: Mapping[str, StoredTensor], tensors: Tensors) -> None:
                 f"tensor {name} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
             )
     for name in tensors:
-        if name not in expected and not name.startswith("rotary."):
+        if name not in expected and not (rotary and name.startswith("rotary.")):
             raise CorruptArtifact(f"tensor {name} is not part of the format")
 
 

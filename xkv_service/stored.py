@@ -52,17 +52,25 @@ def stored_tensors(
     """Every tensor of a prefix artifact but the `rotary.*` tables, by name."""
     table = {"tokens": StoredTensor((tokens,), torch.int32)}
     for number, group in enumerate(groups):
-        keys = runs_of(spec, group.rank_k, group.columns_k)
-        values = runs_of(spec, group.rank_v, group.columns_v)
-        table.update(_factors(f"group.{number}.key", spec, tokens, keys, sum(group.key_widths)))
-        table.update(_factors(f"group.{number}.value", spec, tokens, values, sum(group.value_widths)))
-        layer = _latent_layer if group.latent else _layer
-        for position in range(len(group.layers)):
-            table.update(layer(spec, tokens, group, position))
+        table.update(group_tensors(spec, tokens, number, group))
     for window in windows:
         table.update(_window(spec, window))
     for state in states:
         table.update(_state(state))
+    return table
+
+
+def group_tensors(
+    spec: CompressionSpec, tokens: int, number: int, group: GroupLayout
+) -> dict[str, StoredTensor]:
+    """The tensors of one group and its layers, by name."""
+    keys = runs_of(spec, group.rank_k, group.columns_k)
+    values = runs_of(spec, group.rank_v, group.columns_v)
+    table = dict(_factors(f"group.{number}.key", spec, tokens, keys, sum(group.key_widths)))
+    table.update(_factors(f"group.{number}.value", spec, tokens, values, sum(group.value_widths)))
+    layer = _latent_layer if group.latent else _layer
+    for position in range(len(group.layers)):
+        table.update(layer(spec, tokens, group, position))
     return table
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from xkv_artifacts.errors import CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.extents import Extent
 from xkv_artifacts.header import (
     DTYPES,
     LENGTH_BYTES,
@@ -89,6 +90,15 @@ def open_header(file: BinaryIO) -> Header:
     Raises:
         CorruptArtifact: the header is not one that this project wrote.
     """
+    return parse_header(*read_head(file))
+
+
+def read_head(file: BinaryIO) -> tuple[bytes, bytes, int]:
+    """A file's length prefix, its header, and its size: what `parse_header` takes.
+
+    Raises:
+        CorruptArtifact: the file is too short, or the length is absurd.
+    """
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = file.read(LENGTH_BYTES)
@@ -96,7 +106,7 @@ def open_header(file: BinaryIO) -> Header:
     raw = file.read(length)
     if len(raw) < length:
         raise CorruptArtifact("the file was truncated while it was read")
-    return parse_header(prefix, raw, file_bytes)
+    return prefix, raw, file_bytes
 
 
 def parse_manifest(header: Header, kind: type[Kind], name: str, *versions: int) -> Kind:
@@ -163,14 +173,29 @@ def fill_checked(file: PositionedFile, info: TensorInfo, expected: str, view: me
         CorruptArtifact: the file ends before the tensor does, or it is not what was written.
     """
     digest = hashlib.sha256()
-    done = 0
-    while done < info.nbytes:
-        count = file.read_into(view[done : done + CHUNK_BYTES], info.start + done)
-        if not count:
-            raise CorruptArtifact(f"tensor {info.name}: the file was truncated while it was read")
-        digest.update(view[done : done + count])
-        done += count
-    if digest.hexdigest() != expected:
+    for start in range(0, info.nbytes, CHUNK_BYTES):
+        part = view[start : start + CHUNK_BYTES]
+        file.fill(part, info.start + start, info.name)
+        digest.update(part)
+    _check_digest(info, digest.hexdigest(), expected)
+
+
+def fill_extent(file: PositionedFile, extent: Extent, digests: Mapping[str, str], view: memoryview) -> None:
+    """Read neighbouring tensors at once. As `fill_checked`.
+
+    Args:
+        digests: SHA-256 by name. view: of `extent.nbytes` bytes.
+    """
+    if len(extent.infos) == 1:
+        fill_checked(file, extent.infos[0], digests[extent.infos[0].name], view)
+        return
+    file.fill(view, extent.start, extent.infos[0].name)
+    for info in extent.infos:
+        _check_digest(info, hashlib.sha256(view[extent.range_of(info)]).hexdigest(), digests[info.name])
+
+
+def _check_digest(info: TensorInfo, found: str, expected: str) -> None:
+    if found != expected:
         raise CorruptArtifact(f"tensor {info.name}: the checksum does not match")
 
 

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts.checked_file import (
+    CHUNK_BYTES,
     as_tensor,
     check_tensors,
     dtype_of,
-    fill_checked,
+    fill_extent,
     lay_out,
-    open_header,
     parse_manifest,
     read_checked,
+    read_head,
 )
 from xkv_artifacts.errors import CorruptArtifact, InvalidKey, InvalidNamespace, MissingTensor
-from xkv_artifacts.header import Header, TensorInfo
+from xkv_artifacts.extents import Extent, extents_of, jobs_of
+from xkv_artifacts.header import Header, TensorInfo, parse_header
 from xkv_artifacts.keys import artifact_id_of_bytes
 from xkv_artifacts.manifest import FORMAT, VERSION, PrefixManifest
 from xkv_artifacts.positioned import PositionedFile
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS = "tokens"
+_MOST_KEPT = 1 << 20
+"""Bytes of a header that is kept parsed; one of 600 tensors has a tenth."""
 
 
 def write_prefix(
@@ -100,19 +105,30 @@ def _landed(
 ) -> Iterator[dict[str, torch.Tensor]]:
     source = PositionedFile(file)
 
-    def read(info: TensorInfo) -> tuple[str, torch.Tensor]:
-        buffer = landing.buffer(info.name, info.nbytes)
-        if info.nbytes:
-            fill_checked(source, info, manifest.tensors[info.name], buffer.numpy().data)
-        return info.name, landing.placed(info.name, buffer.view(dtype_of(info)).reshape(info.shape))
+    def read(extents: list[Extent]) -> list[tuple[str, torch.Tensor]]:
+        found = []
+        for extent in extents:
+            buffer = landing.buffer(extent.place, extent.nbytes)
+            if extent.nbytes:
+                fill_extent(source, extent, manifest.tensors, buffer.numpy().data)
+            placed = landing.placed(extent.place, buffer)
+            found += [(info.name, _of_bytes(info, placed[extent.range_of(info)])) for info in extent.infos]
+        return found
 
-    jobs = ([partial(read, info) for info in _wanted(manifest, header, list(names))] for names in parts)
-    with closing(read_ahead(jobs, landing.threads)) as found:
+    def jobs(names: Iterable[str]) -> list[Callable[[], list[tuple[str, torch.Tensor]]]]:
+        extents = extents_of(_wanted(manifest, header, list(names)), landing.place, CHUNK_BYTES)
+        return [partial(read, one) for one in jobs_of(extents, CHUNK_BYTES)]
+
+    with closing(read_ahead(map(jobs, parts), landing.threads)) as found:
         for part in found:
-            tensors = dict(part)
+            tensors = dict(chain.from_iterable(part))
             if TOKENS in tensors:
                 _check_id(manifest, tensors[TOKENS].cpu().numpy().tobytes())
             yield tensors
+
+
+def _of_bytes(info: TensorInfo, buffer: torch.Tensor) -> torch.Tensor:
+    return buffer.view(dtype_of(info)).reshape(info.shape)
 
 
 def _read(
@@ -167,8 +183,17 @@ def verify(file: BinaryIO) -> PrefixManifest:
 
 
 def _open(file: BinaryIO) -> tuple[PrefixManifest, Header]:
-    header = open_header(file)
+    head = read_head(file)
+    return _kept(*head) if len(head[1]) <= _MOST_KEPT else _parsed(*head)
+
+
+def _parsed(prefix: bytes, raw: bytes, file_bytes: int) -> tuple[PrefixManifest, Header]:
+    header = parse_header(prefix, raw, file_bytes)
     return _check_manifest(header), header
+
+
+_kept = lru_cache(maxsize=2)(_parsed)
+"""A load asks for the same header twice: once for what it promises, once for the tensors."""
 
 
 def _check_manifest(header: Header) -> PrefixManifest:

@@ -7,6 +7,8 @@ import os
 import threading
 from typing import Any, BinaryIO
 
+from xkv_artifacts.errors import CorruptArtifact
+
 
 class PositionedFile:
     """Reads of an open file that do not depend on its position.
@@ -19,8 +21,20 @@ class PositionedFile:
         self._file, self._lock = file, threading.Lock()
         self._descriptor = _descriptor(file)
 
-    def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view` with bytes from `offset` on; how many there were, 0 at the end of the file."""
+    def fill(self, view: memoryview, offset: int, name: str) -> None:
+        """Fill `view` with the bytes from `offset` on.
+
+        Raises:
+            CorruptArtifact: the file ends before; `name` is the tensor that is read.
+        """
+        done = 0
+        while done < len(view):
+            count = self._read_into(view[done:], offset + done)
+            if not count:
+                raise CorruptArtifact(f"tensor {name}: the file was truncated while it was read")
+            done += count
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
         if self._descriptor is not None:
             return os.preadv(self._descriptor, [view], offset)
         file: Any = self._file

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
 
-AHEAD = 2
-"""Parts that are read while one is used: with one, reading waits where a part is used slowly."""
+AHEAD = 4
+"""Parts that are read while one is used: with fewer, reading waits while a model computes first tokens."""
 Result = TypeVar("Result")
 Job = Callable[[], Result]
 
@@ -22,16 +22,19 @@ class Landing(Protocol):
     """Where the tensors of a blob go to.
 
     Attributes:
-        threads: that read and check at a time, each a tensor. The methods are called on them.
+        threads: that read and check at a time. `buffer` and `placed` are called on them.
     """
 
     threads: int
 
-    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
-        """Memory to read a tensor into: uint8 [nbytes] on the CPU."""
+    def place(self, name: str) -> str:
+        """Where a tensor goes to. Neighbours in the file that go to the same place share a buffer."""
 
-    def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What is handed over in place of a tensor that was read into a buffer and checked."""
+    def buffer(self, place: str, nbytes: int) -> torch.Tensor:
+        """Memory to read tensors into: uint8 [nbytes] on the CPU."""
+
+    def placed(self, place: str, buffer: torch.Tensor) -> torch.Tensor:
+        """The memory that is handed over in place of a buffer whose tensors were read and checked."""
 
 
 def read_ahead(parts: Iterable[Sequence[Job[Result]]], threads: int) -> Generator[list[Result], None, None]:
@@ -58,16 +61,18 @@ class _Crew(Generic[Result]):
     def __init__(self, threads: int) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Result], Job[Result]] | None] = queue.SimpleQueue()
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"blob-reader-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._most = threads
+        self._threads: list[threading.Thread] = []
 
     def submit(self, job: Job[Result]) -> Future[Result]:
+        """Have a job done. The first ones start a thread each: what is read first waits for one alone."""
         future: Future[Result] = Future()
         self._jobs.put((future, job))
+        if len(self._threads) < self._most:
+            name = f"blob-reader-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return future
 
     def close(self) -> None:

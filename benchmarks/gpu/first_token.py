@@ -8,7 +8,10 @@ tokens, one forward; the document precomputed by a worker's own `compute` (prefi
 blob on disk), by stage; the artifact loaded, bound and asked, one after the other ("load") and with the
 question's forward beside the load ("head start"); and the raw cache, loaded in two plain ways, unchecked.
 Files in the page cache, and from the disk: their pages are dropped first, `disk_share` says how much of
-them this process had read from a disk. Medians; the device is waited for at each end.
+them this process had read from a disk. The device is waited for at each end. Loads: figures of the run whose
+first token came in the median time, so that they add up: header, waiting for parts, binding, the match of the
+first tokens (all on the loading thread, the device not waited for), the question, and the rest. `cold_s`: the
+run before, which finds no memory of the device kept.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -47,11 +52,13 @@ from xkv_artifacts.manifest import DocumentRef, ModelIdentity
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compression, enable_xkv
 from xkv_service.artifact_parts import part_names
 from xkv_service.decoding import kernel_choice, prefix
-from xkv_service.decoding.device_landing import MOST_THREADS, goes_to_device, landing_for
+from xkv_service.decoding.arriving import Arriving
+from xkv_service.decoding.device_landing import HOST, MOST_THREADS, PINNED, landing_for, place_of
 from xkv_service.decoding.loading import load_parts
 from xkv_service.decoding.matching import FirstTokens
 from xkv_service.decoding.placing import Copies
 from xkv_service.decoding.prefix import Binding, Prefix
+from xkv_service.engine import prefix_loading
 from xkv_service.engine.head_start import HeadStarts
 from xkv_service.engine.prefix_loading import PrefixLoading
 from xkv_service.errors import InvalidSpec
@@ -104,10 +111,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", default="8,20", help="times smaller than the whole cache")
     parser.add_argument("--runs", type=int, default=5, help="of each figure, the median is kept")
     parser.add_argument(
-        "--patience", type=float, default=15, help="seconds after which a figure has no more runs"
+        "--patience", type=float, default=8, help="seconds after which a figure has no more runs"
     )
     parser.add_argument("--seconds", type=float, default=440, help="after so many nothing is begun")
     parser.add_argument("--no-raw", action="store_true", help="leave out raw caches")
+    parser.add_argument("--many", action="store_true", help="documents an hour of two at a time, too")
     parser.add_argument(
         "--profile", action="store_true", help="print where a load's own thread spends its time"
     )
@@ -164,7 +172,7 @@ class _Run:
             return
         ids = self.ids(tokens)
         self.reset_peak()
-        base, runs = self.median(lambda: self.prefill(ids), most=3)
+        base, runs = self.median(lambda: self.prefill(ids), most=2)
         yield {
             "tokens": tokens,
             "way": "prefill",
@@ -199,7 +207,7 @@ class _Run:
                 ratio_to_base = {"times_prefill": base / row["first_token_s"]}
                 memory = artifact.memory() if (way, source) == ("load", "page cache") else {}
                 yield {"tokens": tokens, "way": f"{name}, {way}, {source}", **row, **ratio_to_base, **memory}
-        if ratio == self.ratios[0] and not self.over():
+        if self._arguments.many and ratio == self.ratios[0] and not self.over():
             yield {"tokens": tokens, "way": f"precompute, {ratio:g}x, many", **artifact.precompute_many(3)}
         artifact.path.unlink()
 
@@ -220,24 +228,23 @@ class _Run:
         raw.path.unlink()
 
     def _ask_raw(self, load: Callable[[], DynamicCache]) -> dict[str, float]:
-        cache, loaded = self.timed(load)
-        _, asked = self.timed(
-            lambda: (
-                self.model(self.question, past_key_values=cache, logits_to_keep=1)
-                .logits[0, -1]
-                .argmax()
-                .item()
-            )
-        )
-        return {"first_token_s": loaded + asked, "load_s": loaded, "question_s": asked}
+        def ask(cache: DynamicCache) -> int:
+            logits = self.model(self.question, past_key_values=cache, logits_to_keep=1).logits
+            return int(logits[0, -1].argmax())
+
+        clock = _Clock()
+        took = self.timed(lambda: clock.timed("question", ask)(self._waited(clock, load)))[1]
+        return {"first_token_s": took, **clock.figures(took)}
+
+    def _waited(self, clock: _Clock, load: Callable[[], DynamicCache]) -> DynamicCache:
+        return clock.timed("load", lambda: self.timed(load)[0])()
 
     def loads(self, path: Path, source: str, function: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        """Medians of a function that loads a file and says what took how long."""
+        """Of a function that loads a file and says what took how long, the run of the median time."""
         disk = source == "disk"
         share = {"pages_dropped": page_cache.dropped_share(path)} if disk else {}
-        if not disk:
-            function()
         self.reset_peak()
+        cold = {} if disk else {"cold_s": function()["first_token_s"]}
         found, read, begun = [], [], time.perf_counter()
         while len(found) < self._arguments.runs and (
             not found or time.perf_counter() - begun < self._arguments.patience
@@ -247,10 +254,10 @@ class _Run:
             before = page_cache.bytes_read()
             found.append(function())
             read.append((page_cache.bytes_read() - before) / path.stat().st_size)
-        medians = {key: median(one[key] for one in found) for key in found[0]}
-        spread = {"least_s": min(one["first_token_s"] for one in found)}
+        found.sort(key=lambda one: one["first_token_s"])
+        middle, spread = found[(len(found) - 1) // 2], {"least_s": found[0]["first_token_s"]}
         file = {"file_gib": path.stat().st_size / 2**30, "disk_share": median(read)}
-        return {**medians, **spread, "runs": len(found), **file, **share, "peak_gib": self.peak()}
+        return {**middle, **spread, **cold, "runs": len(found), **file, **share, "peak_gib": self.peak()}
 
     def prefill(self, ids: torch.Tensor) -> int:
         """The model's own first token behind document and question."""
@@ -368,14 +375,23 @@ class _Artifact:
 
     def load(self) -> dict[str, float]:
         """Load, bind, ask: one after the other."""
-        name = self._job.artifact_id
+        name, clock, ends = self._job.artifact_id, _Clock(), []
 
-        def loaded() -> Prefix:
-            return self._loading.bind(self._loading.announce(name), None)
+        def first_token() -> int:
+            bound = self._bind(clock, name)
+            self._run.wait()
+            ends.append(time.perf_counter())
+            return clock.timed("question", self._ask)(bound)
 
-        bound, load_s = self._run.timed(loaded)
-        _, asked = self._run.timed(lambda: self._ask(bound))
-        return {"first_token_s": load_s + asked, "load_s": load_s, "question_s": asked}
+        begun = time.perf_counter()
+        took = self._run.timed(first_token)[1]
+        return {"first_token_s": took, "load_s": ends[0] - begun, **clock.figures(took)}
+
+    def _bind(self, clock: _Clock, name: str, **options: Any) -> Prefix:
+        blob_format._kept.cache_clear()  # every load parses its header, once, as the first one does
+        with clock.steps():
+            announced = clock.timed("header", self._loading.announce)(name)
+            return self._loading.bind(announced, None, **options)
 
     def profile(self) -> None:
         """Print what takes the time of the thread that binds and asks; of the second load."""
@@ -387,18 +403,19 @@ class _Artifact:
     def head_start(self) -> dict[str, float]:
         """The question's forward beside the load, as a server begins it."""
         starts, ended = HeadStarts(self._model, SelectionSpec()), queue.SimpleQueue[Any]()
+        clock = _Clock()
 
         def first_token() -> int:
             name = self._job.artifact_id
             start = starts.of(self._run.question[0].tolist(), lambda answer, ran: ended.put(ran))
-            announced = self._loading.announce(name)
-            start.loaded(self._loading.bind(announced, None, on_arriving=start.begin))
-            ran = ended.get(timeout=60)
+            start.loaded(self._bind(clock, name, on_arriving=start.begin))
+            ran = clock.timed("after", ended.get)(timeout=60)
             if ran is None:
                 raise RuntimeError("the forward beside a load failed")
             return int(ran.logits.argmax())
 
-        return {"first_token_s": self._run.timed(first_token)[1]}
+        took = self._run.timed(first_token)[1]
+        return {"first_token_s": took, **clock.figures(took)}
 
     def _ask(self, bound: Prefix) -> int:
         cache = XKVCache(bound, SelectionSpec())
@@ -432,13 +449,15 @@ class _Artifact:
 
     def _stages(self) -> dict[str, float]:
         run, store, name = self._run, self.store, self._job.artifact_id
+        blob_format._kept.cache_clear()
         manifest, header_s = run.timed(lambda: store.manifest(name))
         landing = _Host(run.device)
-        with _replaced((blob_format, "fill_checked", lambda f: _unchecked)):
+        landing.begin()
+        with _replaced((blob_format, "fill_extent", lambda f: _unchecked)):
             _, read_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
-        parts, check_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
-        bulk = [one for part in parts for key, one in part.items() if goes_to_device(key)]
-        del parts
+        landing.begin()
+        _, check_s = run.timed(lambda: list(store.load_parts(name, part_names(manifest), landing)))
+        bulk = landing.bulk()
         copy_s = run.timed(lambda bulk=bulk: _copied(bulk, run.device))[1]
         del bulk
         head, *groups = load_parts(cast(Any, store), manifest, None, landing_for(run.device))
@@ -469,23 +488,83 @@ class _Artifact:
         first.check()
 
 
+class _Clock:
+    """Seconds of the steps of a load on the thread that takes them; the device is not waited for.
+
+    `after` is what a forward beside the load takes longer than the load.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def figures(self, whole: float) -> dict[str, float]:
+        """The steps, and what of `whole` is in none of them."""
+        rest = whole - sum(self._seconds.values())
+        return {**{f"{name}_s": value for name, value in self._seconds.items()}, "rest_s": rest}
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Time the steps of `PrefixLoading.bind`."""
+        bind, match = (partial(self.timed, name) for name in ("bind", "match"))
+        with _replaced(
+            (prefix_loading, "load_parts", self._waiting),
+            *((Binding, name, bind) for name in ("__init__", "add")),
+            *((FirstTokens, name, match) for name in ("__init__", "add", "check")),
+            (Arriving, "settle", partial(self.timed, "settle")),
+        ):
+            yield
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time added to a step."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return measured
+
+    def _waiting(self, load: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+        def parts(*args: Any) -> Iterator[Any]:
+            with closing(load(*args)) as found:
+                take = self.timed("wait", lambda: next(found, None))
+                while (part := take()) is not None:
+                    yield part
+
+        return parts
+
+
 class _Host:
     """A landing in (pinned) memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.threads, self._pinned = _threads(), device.type == "cuda"
 
-    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was read."""
+        self._read: list[tuple[str, torch.Tensor]] = []
+
+    def bulk(self) -> list[torch.Tensor]:
+        """What is copied to the device while other extents are read."""
+        return [one for place, one in self._read if place not in (HOST, PINNED)]
+
+    def place(self, name: str) -> str:
+        return place_of(name)
+
+    def buffer(self, place: str, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def placed(self, place: str, buffer: torch.Tensor) -> torch.Tensor:
+        self._read.append((place, buffer))
+        return buffer
 
 
-def _unchecked(file: Any, info: Any, expected: str, view: memoryview) -> None:
-    done = 0
-    while done < info.nbytes:
-        done += file.read_into(view[done:], info.start + done)
+def _unchecked(file: Any, extent: Any, digests: Any, view: memoryview) -> None:
+    file.fill(view, extent.start, "")
 
 
 def _copied(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

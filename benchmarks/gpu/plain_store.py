@@ -23,7 +23,7 @@ class PlainStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs = open_blob_store(str(root))
-        checked = CheckedPrefixes(self.blobs, lambda artifact_id: None)
+        checked = CheckedPrefixes(self.blobs, lambda artifact_id: None, lambda artifact_id, manifest: None)
         self.manifest, self.load_parts = checked.read_manifest, checked.read_parts
         self._root = root
 

@@ -53,9 +53,7 @@ class RawCache:
                 begin, end = header[name]["data_offsets"]
                 size = min(_PIECE, end - begin - first)
                 buffer = torch.empty(size, dtype=torch.uint8, pin_memory=copying is not None)
-                done = 0
-                while done < size:
-                    done += source.read_into(buffer.numpy().data[done:], start + begin + first + done)
+                source.fill(buffer.numpy().data, start + begin + first, name)
                 with torch.cuda.stream(copying):
                     target = made[name].view(torch.uint8).flatten()[first : first + size]
                     target.copy_(buffer, non_blocking=True)

@@ -147,7 +147,8 @@ def test_a_damaged_blob_is_refused_and_ends_the_forward_beside_it(tmp_path: Path
         threads[0].start()
 
     threads: list[threading.Thread] = []
-    with enable_xkv(model), pytest.raises(CorruptArtifact):
-        PrefixLoading(model, cast(Any, store), SELECTION, None).bind(announced, None, begin)
-    threads[0].join(60)
+    with enable_xkv(model):
+        with pytest.raises(CorruptArtifact):
+            PrefixLoading(model, cast(Any, store), SELECTION, None).bind(announced, None, begin)
+        threads[0].join(60)  # it reads the cache for as long as it runs
     assert ended

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
+from xkv_service.decoding.placing import sent
 from xkv_service.packed_factors import PackedFactors
 from xkv_service.selection.sketch import KeySketch, encode
 
-_PIECE = 16384
-"""Tokens whose keys are rebuilt at once."""
+_PIECE, _DEVICE_PIECE = 16384, 65536
+"""Tokens whose keys are rebuilt at once, on a CPU and elsewhere: there each piece costs launches."""
 _Codes = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -27,19 +28,21 @@ def derived_sketches(
 
     Args:
         factors: A [T, r]. layers: those that have an index.
-        planes: by layer index, int16 [kv_heads, P, 2], the pairs of dimensions that its sketch keeps.
+        planes: by layer index, int16 [kv_heads, P, 2], the pairs of dimensions that its sketch keeps; on the
+            CPU, or the device is waited for.
     """
     found: dict[int, KeySketch] = {}
     quick: dict[int, KeptPlanes] = {}
     for layer in layers:
-        mine = planes[layer.layer].to(layer.positions.device)
+        mine = planes[layer.layer]
         try:
             quick[layer.layer] = KeptPlanes(mine, layer)
         except KeyError:  # an artifact may name any two dimensions
-            found[layer.layer] = derived_plainly(layer.keys, mine, layer.tokens)
+            found[layer.layer] = derived_plainly(layer.keys, mine.to(layer.positions.device), layer.tokens)
     parts: dict[int, list[_Codes]] = {index: [] for index in quick}
-    for start in range(0, factors.shape[0] if quick else 0, _PIECE):
-        piece = slice(start, start + _PIECE)
+    size = _PIECE if layers and layers[0].positions.device.type == "cpu" else _DEVICE_PIECE
+    for start in range(0, factors.shape[0] if quick else 0, size):
+        piece = slice(start, start + size)
         rows = factors[piece].to(layers[0].dtype)
         for index, kept in quick.items():
             parts[index].append(kept.encoded(rows, piece))
@@ -70,14 +73,15 @@ class KeptPlanes:
     """
 
     def __init__(self, planes: torch.Tensor, layer: LayerPrefix) -> None:
-        self.planes, self._turns = planes, layer.turns
+        self._turns = layer.turns
         table = layer.turns.table.planes
         numbers = {tuple(pair): number for number, pair in enumerate(table.tolist())}
         turning, still = set(table.flatten().tolist()), len(table)
         pairs = [tuple(pair) for head in planes.tolist() for pair in head]
         numbers |= {pair: still for pair in pairs if turning.isdisjoint(pair)}
         device = layer.key_bases.device
-        self._numbers = torch.tensor([numbers[pair] for pair in pairs], device=device)
+        self.planes = planes = sent(planes, device)
+        self._numbers = sent(torch.tensor([numbers[pair] for pair in pairs]), device)
         heads, count, _ = planes.shape
         by_head = layer.key_bases.reshape(-1, heads, layer.head_dim)
         head = torch.arange(heads, device=device)[:, None]

@@ -10,14 +10,18 @@ from xkv_service.decoding.placing import Copies
 
 MOST_THREADS = 16
 """One core checks 1 to 2 GB/s, so 16 keep up with the copies; more would take cores from whoever serves."""
-_ON_THE_DEVICE = (".sketch.codes", ".sketch.scales", ".landmarks", ".rope_key")
+DEVICE, PINNED, HOST = "device", "pinned", "host"
+"""Places: memory of the device, the CPU's that is copied from later, and the CPU's."""
+_KEPT = (".sketch.codes", ".sketch.scales", ".landmarks", ".rope_key")
+_COPIED_LATER = (".scales", ".exact.positions", ".exact.keys", ".exact.values", ".sketch.planes")
 
 
 class DeviceLanding:
     """As `xkv_artifacts.read_ahead.Landing`: token factors, bases and index go to the device, the rest stays.
 
-    Pinned memory is PyTorch's, which keeps a buffer until its copy is done and gives it out again. At most
-    three parts are in it.
+    Blocks of factors and bases share memory there until they are joined. What is kept as it is has memory of
+    its own: it stays aligned as the allocator gives it out, and keeps no neighbour. Pinned memory is
+    PyTorch's, which keeps a buffer until its copy is done and gives it out again.
 
     Args:
         device: a CUDA device.
@@ -27,22 +31,30 @@ class DeviceLanding:
         self.threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
         self._copies = Copies(device)
 
-    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes], pinned where it is copied from."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=goes_to_device(name))
+    def place(self, name: str) -> str:
+        """As `place_of`."""
+        return place_of(name)
 
-    def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device, its copy begun, or as it is."""
-        return self._copies.copy(tensor) if goes_to_device(name) else tensor
+    def buffer(self, place: str, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], pinned where it is copied from."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=place != HOST)
+
+    def placed(self, place: str, buffer: torch.Tensor) -> torch.Tensor:
+        """The buffer on the device, its copy begun, or as it is."""
+        return buffer if place in (HOST, PINNED) else self._copies.copy(buffer)
 
     def join(self) -> None:
         """Let what comes on the stream that was current when this was made wait for the copies begun."""
         self._copies.join()
 
 
-def goes_to_device(name: str) -> bool:
-    """Whether a stored tensor is read by the device alone; the others are looked at on the CPU first."""
-    return name.startswith("group.") and not name.endswith(".scales") or name.endswith(_ON_THE_DEVICE)
+def place_of(name: str) -> str:
+    """`DEVICE`, `PINNED`, `HOST`, or the name itself: memory of its own on the device."""
+    if name.endswith(_KEPT):
+        return name
+    if name.endswith(_COPIED_LATER):
+        return PINNED
+    return DEVICE if name.startswith("group.") else HOST
 
 
 def landing_for(device: torch.device) -> DeviceLanding | None:

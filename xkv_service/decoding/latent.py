@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xkv_service.decoding.layer_prefix import described_positions, half, keep_first
+from xkv_service.decoding.layer_prefix import half, keep_first
 from xkv_service.decoding.scoring import Scorer
 from xkv_service.errors import UnsupportedModel
 from xkv_service.factors import PrefixFactors
@@ -67,7 +67,7 @@ class LatentPrefix:
 
     Args:
         factors: the prefix, all of it. layer: a latent layer. expansion: what its latents expand to.
-        device: where attention runs.
+        device: where attention runs. positions: as `ReadablePrefix`.
     """
 
     def __init__(
@@ -76,9 +76,11 @@ class LatentPrefix:
         layer: int,
         expansion: Expansion,
         device: torch.device,
+        positions: torch.Tensor,
     ) -> None:
         group, place = factors.locate(layer)
         self.layer, self.tokens, self.dtype, self._expand = layer, factors.tokens, expansion.dtype, expansion
+        self.positions = positions
         self._factors, bases, scales = half(group.keys, place, device, self.dtype)
         self._bases = bases if scales is None else bases * scales[:, None]
         self._rope_keys = factors.rope_keys[layer].to(device, self.dtype)
@@ -100,7 +102,6 @@ class LatentPrefix:
         keys, values = self._expand(latents, self._rope_keys[where])
         self.exact_positions = where
         self.exact_keys, self.exact_values = keys.transpose(0, 1), values.transpose(0, 1)
-        self.positions = described_positions(where, self.tokens)
 
     def first(self, tokens: int) -> LatentPrefix:
         """The layer's share of the first tokens: views, so it costs no memory."""

@@ -7,11 +7,14 @@ from typing import Protocol
 
 import torch
 
+from xkv_service.decoding.placing import sent
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
 from xkv_service.selection.sketch import KeySketch
+
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 class ReadablePrefix(Protocol):
@@ -67,6 +70,7 @@ class LayerPrefix:
     Args:
         factors: the prefix, all of it. layer: a compressed layer. turns: cos and sin of the layer's kind.
         device, dtype: where attention runs, and the dtype of its matrix products.
+        positions: as `ReadablePrefix`, where they are known.
 
     Attributes:
         key_bases: [r_k, kv_heads D]. key_scales, value_scales: [r_k], [r_v], which the rows of `key_bases`
@@ -82,6 +86,7 @@ class LayerPrefix:
         turns: Turns,
         device: torch.device,
         dtype: torch.dtype,
+        positions: torch.Tensor | None = None,
     ) -> None:
         group, place = factors.locate(layer)
         assert group.values is not None
@@ -94,6 +99,9 @@ class LayerPrefix:
         self.value_bases = value_bases.contiguous() if self.value_scales is None else value_bases
         self.head_dim = self.key_bases.shape[1] // self.kv_heads
         self._keep_exact(factors, device)
+        self.positions = (
+            described_positions(self.exact_positions, self.tokens) if positions is None else positions
+        )
         self.index: Scorer | None = _scorer(factors, layer, device)
 
     def _keep_exact(self, factors: PrefixFactors, device: torch.device) -> None:
@@ -106,7 +114,6 @@ class LayerPrefix:
             keys = self.turns.rotate(exact.keys.to(device), where).to(self.dtype)
             values = exact.values.to(device, self.dtype)
         self.exact_positions, self.exact_keys, self.exact_values = where, keys, values
-        self.positions = described_positions(where, self.tokens)
 
     def first(self, tokens: int) -> LayerPrefix:
         """The layer's share of the first tokens: views, so it costs no memory."""
@@ -148,6 +155,30 @@ class LayerPrefix:
     def _scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         rows = rows.to(self.dtype)
         return rows if scales is None else rows * scales
+
+
+class DescribedPositions:
+    """`described_positions` of layers, held once for all that have the same exact tokens.
+
+    They are made on the CPU, where the exact positions of a file are: a device would have to be waited for.
+
+    Args:
+        tokens: of the prefix. device: where the layers are.
+    """
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._tokens, self._device = tokens, device
+        self._known: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def of(self, factors: PrefixFactors, layer: int) -> torch.Tensor:
+        """int64 [n], ascending, on the device."""
+        exact = factors.exact[layer].positions.to("cpu", torch.int64) if layer in factors.exact else _NONE
+        for mine, found in self._known:
+            if torch.equal(mine, exact):
+                return found
+        found = sent(described_positions(exact, self._tokens), self._device)
+        self._known.append((exact, found))
+        return found
 
 
 def described_positions(exact: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound
@@ -17,7 +16,7 @@ from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.storage import load_calibration
 from xkv_service.decoding.device_landing import DeviceLanding
 from xkv_service.errors import InvalidSpec, ModelMismatch
-from xkv_service.factor_tensors import from_tensors
+from xkv_service.factor_tensors import group_from_tensors, head_from_tensors
 from xkv_service.factors import PrefixFactors
 from xkv_service.manifest_checks import checked_spec
 from xkv_service.modeling.model_files import fingerprint_of
@@ -89,14 +88,16 @@ def load_parts(
     Raises:
         ArtifactNotFound, CorruptArtifact, MissingTensor: as `load_factors`, for the part that is asked for.
     """
-    head: dict[str, torch.Tensor] = {}
+    head: PrefixFactors | None = None
     with closing(store.load_parts(manifest.id, part_names(manifest), landing)) as parts:
         for number, tensors in enumerate(parts):
             if landing is not None:
                 landing.join()
-            head = head or tensors
-            groups = () if number == 0 else (number - 1,)
-            yield from_tensors(manifest, {**head, **tensors}, calibration, groups)
+            if head is None:
+                head = head_from_tensors(manifest, tensors, calibration)
+                yield head
+            else:
+                yield group_from_tensors(head, manifest, number - 1, tensors, calibration)
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:

@@ -51,7 +51,10 @@ class FirstTokens:
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers = [layer.index for layer in inspect_loaded(model).layout.compressible]
-        self._keys = {layer: cache.layers[layer].keys[0].transpose(0, 1).float().cpu() for layer in layers}
+        keys = [cache.layers[layer].keys[0].transpose(0, 1).float() for layer in layers]
+        # To the CPU at once: a device is waited for each time.
+        flat = torch.split(torch.cat([one.flatten() for one in keys]).cpu(), [one.numel() for one in keys])
+        self._keys = {layer: one.view(key.shape) for layer, one, key in zip(layers, flat, keys, strict=True)}
         self._distance = self._size = 0.0
 
     def add(self, factors: PrefixFactors) -> None:

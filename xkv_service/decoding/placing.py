@@ -11,7 +11,7 @@ import torch
 
 from xkv_service.factors import LowRank, PrefixFactors
 
-_ON_THE_HOST = ("token_ids", "rotary", "states", "windows", "fidelity", "spec")
+_ON_THE_HOST = ("token_ids", "rotary", "states", "windows", "planes", "fidelity", "spec")
 """Read on the CPU, or brought to the device by who uses them."""
 
 
@@ -30,6 +30,16 @@ def on_device(factors: PrefixFactors, device: torch.device) -> PrefixFactors:
     placed = _moved(factors, copies.copy)
     copies.join()
     return placed
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on `device`, copied on the stream that is current.
+
+    A CUDA device is not waited for: its stream may be busy with a forward.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Copies:

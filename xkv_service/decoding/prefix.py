@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from xkv_artifacts.manifest import GroupLayout
 from xkv_service.decoding.derived_index import derived_sketches
 from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.decoding.latent import Expansion, LatentPrefix
-from xkv_service.decoding.layer_prefix import LayerPrefix, ReadablePrefix, Turns
+from xkv_service.decoding.layer_prefix import DescribedPositions, LayerPrefix, Turns
 from xkv_service.decoding.matching import check_model
 from xkv_service.decoding.placing import in_rows, on_device
 from xkv_service.decoding.scoring import SketchScorer
@@ -134,6 +134,7 @@ class Binding:
         support = inspect_loaded(model)
         refuse_reuse(factors.spec.reuse, followers(support.layout.compressible))
         self._turns = [Turns(table, factors.tokens, model.device) for table in factors.rotary]
+        self._described = DescribedPositions(factors.tokens, model.device)
         windows = {
             layer: (as_cached(window.keys, model), as_cached(window.values, model))
             for layer, window in factors.windows.items()
@@ -151,8 +152,9 @@ class Binding:
 
     def add(self, factors: PrefixFactors) -> None:
         """Bind the groups of `factors`."""
-        model, known = self.prefix.model, self.prefix.layers
+        model = self.prefix.model
         device, dtype = model.device, product_dtype(model)
+        positions = {layer: self._described.of(factors, layer) for layer in factors.layers}
         factors = on_device(factors, device)
         if kernels_run(device) and factors.spec.index in ("sketch", "derived"):
             factors = in_rows(factors)
@@ -161,12 +163,13 @@ class Binding:
             for layer, table in zip(group.layout.layers, group.layout.rotary, strict=True):
                 if group.layout.latent:
                     expansion = Expansion(self.prefix.modules[layer], model.dtype, dtype)
-                    layers[layer] = LatentPrefix(factors, layer, expansion, device)
+                    layers[layer] = LatentPrefix(factors, layer, expansion, device, positions[layer])
                 else:
-                    layers[layer] = LayerPrefix(factors, layer, self._turns[table], device, dtype)
+                    layers[layer] = LayerPrefix(
+                        factors, layer, self._turns[table], device, dtype, positions[layer]
+                    )
         _derive_indexes(layers, factors)
-        _share_positions([*known.values(), *layers.values()])
-        known.update(layers)
+        self.prefix.layers.update(layers)
 
 
 def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: PrefixFactors) -> None:
@@ -175,17 +178,6 @@ def _derive_indexes(layers: Mapping[int, LayerPrefix | LatentPrefix], factors: P
         owners = [layer for layer in mine if isinstance(layer, LayerPrefix)]
         for index, sketch in derived_sketches(group.keys.factors, owners, factors.planes).items():
             layers[index].index = SketchScorer(sketch)
-
-
-def _share_positions(layers: Iterable[ReadablePrefix]) -> None:
-    """Let layers with the same exact tokens hold the positions of the others, 8 bytes a token, once."""
-    known: list[torch.Tensor] = []
-    for layer in layers:
-        same = next((one for one in known if torch.equal(one, layer.positions)), None)
-        if same is None:
-            known.append(layer.positions)
-        else:
-            layer.positions = same
 
 
 def product_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -118,8 +118,8 @@ class PrefixLoading:
     ) -> Prefix:
         """Read an artifact, every byte checked, and make the prefix ready on the model's device.
 
-        While it runs, the host holds the blob's bytes once or twice more; for a CUDA device three parts of
-        them.
+        While it runs, the host holds the blob's bytes once or twice more; for a CUDA device what is being
+        read and copied.
 
         Args:
             announced: what `announce` said of it. calibration: whose bases it shares, or None.

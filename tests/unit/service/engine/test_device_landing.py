@@ -39,7 +39,7 @@ class Copied:
 def as_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_landing, "Copies", Copied)
     monkeypatch.setattr(
-        DeviceLanding, "buffer", lambda self, name, nbytes: torch.empty(nbytes, dtype=torch.uint8)
+        DeviceLanding, "buffer", lambda self, place, nbytes: torch.empty(nbytes, dtype=torch.uint8)
     )
     monkeypatch.setattr(prefix_loading, "landing_for", DeviceLanding)
 
