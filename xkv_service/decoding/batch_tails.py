@@ -39,13 +39,14 @@ class BatchTails:
             rows = [(tail_row(layer, tail), count) for layer, tail, count in tails]
             self.table = TailTable([row for row, count in rows for _ in range(count)], device)
             self.lengths = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
-        self._held = [layer.held() for layer in layers] if set(counts) == {1} else []
+        grows = set(counts) == {1} and all(map(_stays, layers))  # copies do not
+        self._held = [layer.held() for layer in layers] if grows else []
 
     def append(self, layers: Sequence[PrefixLayer]) -> bool:
         """Take the newest token of every session.
 
         Returns:
-            False: the tails are not those they were but for it, have moved, or got several tokens.
+            False: the tails are not those they were but for it, were moved or copied, or got several tokens.
         """
         held = [layer.held() for layer in layers]
         if not self._held or not all(
@@ -59,16 +60,21 @@ class BatchTails:
 
 def tail_states(layer: PrefixLayer) -> list[States]:
     """Keys [kv_heads, n, D] and values of each row's tail: where they are, or a copy for the kernels."""
-    found, dtype = [], layer.selection.prefix.dtype
-    for keys, values in zip(layer.keys, layer.values, strict=True):
-        same = keys.dtype == values.dtype == dtype and is_roomy(keys) and is_roomy(values)
-        found.append((keys, values) if same else (_compact(keys, dtype), _compact(values, dtype)))
-    return found
+    dtype, rows = layer.selection.prefix.dtype, zip(layer.keys, layer.values, strict=True)
+    if _stays(layer):
+        return list(rows)
+    return [(_compact(keys, dtype), _compact(values, dtype)) for keys, values in rows]
 
 
 def tail_row(layer: PrefixLayer, tail: States) -> TailRow:
     """A row over a tail, behind the tokens that the layer's prefix keeps exact."""
     return TailRow((layer.selection.prefix.exact_keys, layer.selection.prefix.exact_values), tail)
+
+
+def _stays(layer: PrefixLayer) -> bool:
+    """Whether kernels read a layer's tails where they are."""
+    alike = layer.keys.dtype == layer.values.dtype == layer.selection.prefix.dtype
+    return alike and all(is_roomy(row) for states in (layer.keys, layer.values) for row in states)
 
 
 def _compact(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -112,7 +112,8 @@ class DecodeLaunch:
         """
         table, query = self.tables[index], query.contiguous()
         out = query.new_empty(*query.shape[:2], table.value_dim)
-        return self._kernels_of(index, query, scaling)(query, tails, lengths, table, out, repeat=repeat)
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call] # Triton launches on the current one
+            return self._kernels_of(index, query, scaling)(query, tails, lengths, table, out, repeat=repeat)
 
     def _tails_of(self, index: int, layers: Sequence[PrefixLayer]) -> BatchTails:
         kept = self._tails.get(index)

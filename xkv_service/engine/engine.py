@@ -232,7 +232,12 @@ class Engine:
         context, sequence.context = sequence.context, None
         if context is None:
             return
-        self._runner.settle(context)
+        try:
+            self._runner.settle(context)
+        except Exception:  # noqa: BLE001 - its device may be gone; the others must hear of their end
+            _log.exception("what a sequence held is lost")
+            self._release(sequence.artifact_id)
+            return
         if sequence.failed or sequence.artifact_id in self._gone():
             self._release(sequence.artifact_id)
         else:
@@ -399,13 +404,28 @@ class Engine:
     def _run(self, runner: Runner, parts: list[Part]) -> list[torch.Tensor | None]:
         """Logits of each part; None of one that failed, alone, and was told so."""
         work = [(_context_of(part.sequence), part.ids) for part in parts]
+        held = [len(context.ids) for context, _ in work]
         try:
             return list(runner.run(work))
         except Exception as error:  # noqa: BLE001 - one bad sequence must not take the others along
-            if len(parts) > 1:
-                return [self._run(runner, [part])[0] for part in parts]
-            self._fail(parts[0].sequence, error)
-            return [None]
+            if len(parts) == 1:
+                self._fail(parts[0].sequence, error)
+                return [None]
+        return [self._run_again(runner, part, count) for part, count in zip(parts, held, strict=True)]
+
+    def _run_again(self, runner: Runner, part: Part, held: int) -> torch.Tensor | None:
+        """Alone, behind the `held` tokens that were there before: it may have run, or lost what it held."""
+        context = _context_of(part.sequence)
+        try:
+            runner.settle(context)
+            context.rewind(held)
+            ids = [*part.sequence.ids[len(context.ids) : held], *part.ids]
+            for start in range(0, len(ids), self.settings.prefill_tokens):
+                logits = runner.run([(context, ids[start : start + self.settings.prefill_tokens])])
+            return logits[0]
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(part.sequence, error)
+            return None
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         name = sequence.request.id
@@ -422,9 +442,9 @@ class Engine:
 
     def _note(self, parts: list[Part], seconds: float) -> None:
         self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
-        if self._prefixes is None or len(parts) != 1:
-            return
         part = parts[0]
+        if self._prefixes is None or len(parts) != 1 or part.sequence.left:
+            return
         start = len(_context_of(part.sequence).ids) - part.count
         if part.sequence.artifact_id is None:
             self._prefixes.rates.prefilled(start, part.count, seconds)

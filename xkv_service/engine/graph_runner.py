@@ -70,17 +70,15 @@ class GraphRunner:
     def settle(self, context: Context) -> None:
         """As `Runner.settle`."""
         rider = self._riders.pop(id(context), None)
-        if rider is None:
-            return
-        rider.settle()
-        for graph in self._graphs.values():
-            if graph.holds(rider):
-                graph.release()
+        if rider is not None:
+            self._release(rider)
+            rider.settle()
 
     def _by_layout(self, work: Work) -> dict[Any, list[int]]:
         """Places of sequences that graphs run for, by what those of one graph have in common."""
         found: dict[Any, list[int]] = {}
         for place, (context, ids) in enumerate(work):
+            context.rewind(len(context.ids))  # mends what a forward that failed has left of it
             steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
             layout = self._layout(context) if steps and context.cache.tail_tokens else None
             if layout is not None:
@@ -106,11 +104,13 @@ class GraphRunner:
 
     def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
         """Logits of a step, or None: there was none, and graphs are not used any more."""
-        riders = [self._rider(context) for context, _ in given]
         try:
-            moved = [rider.make_room() for rider in riders]
+            riders = [self._rider(context) for context, _ in given]
+            for rider in riders:
+                if rider.make_room():
+                    self._release(rider)
             graph = self._graph(layout, riders)
-            if any(moved) or not graph.carries(riders):
+            if not graph.carries(riders):
                 graph.bind(riders)
             with ExitStack() as stack:
                 for context, token in given:
@@ -126,9 +126,18 @@ class GraphRunner:
 
     def _rider(self, context: Context) -> Rider:
         rider = self._riders.get(id(context))
-        if rider is None or rider.cache is not context.cache:
+        if rider is not None and rider.cache is not context.cache:
+            self._release(self._riders.pop(id(context)))
+            rider = None
+        if rider is None:
             rider = self._riders[id(context)] = Rider(context)
         return rider
+
+    def _release(self, rider: Rider) -> None:
+        """No graph may run by the addresses that it had."""
+        for graph in self._graphs.values():
+            if graph.holds(rider):
+                graph.release()
 
     def _graph(self, layout: Any, riders: list[Rider]) -> StepGraph:
         sizes = [_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)]

@@ -81,6 +81,11 @@ class Sequence:
         """Whether its prompt is done and it runs a token at a time."""
         return bool(self._chosen)
 
+    @property
+    def ids(self) -> list[int]:
+        """Its prompt, and the tokens chosen since."""
+        return [*self.request.token_ids, *self._chosen]
+
     def begin(self, context: Context, artifact_id: str | None, computed: int = 0) -> None:
         """Go on from a context that holds the beginning of the prompt.
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_service.decoding.attention_call import AttentionCall
-from xkv_service.decoding.batch_tails import tail_row, tail_states
+from xkv_service.decoding.batch_tails import tail_row
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.kernel_step import DecodeLaunch, document_of, rebuilt_tokens, sizes_of
@@ -35,6 +35,9 @@ class Rider:
         count: tokens of its tail, those written since included.
         rows: of tables of tails, by layer index. documents: of tables of documents, likewise.
         sizes: that it needs, as `sizes_of`.
+
+    Raises:
+        ValueError: a tail of another dtype than the products: kernels could read no more than a copy of it.
     """
 
     def __init__(self, context: Context) -> None:
@@ -77,7 +80,7 @@ class Rider:
         for index in self.cache.prefix.compressed:
             layer: Any = self.cache.layers[index]
             free.append(layer.reserve())
-            self.rows[index] = tail_row(layer, tail_states(layer)[0])
+            self.rows[index] = tail_row(layer, (layer.keys[0], layer.values[0]))
         self._end = self._held + min(free)
 
 
@@ -150,7 +153,8 @@ class StepGraph:
         if self._model.device.type != "cuda":
             return self._forward()[: len(ids)]
         if self._graph is None:
-            self._capture()
+            with torch.cuda.device_of(self._read):  # type: ignore[no-untyped-call]
+                self._capture()
         assert self._graph is not None and self._logits is not None
         self._graph.replay()
         return self._logits[: len(ids)]

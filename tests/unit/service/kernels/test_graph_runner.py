@@ -132,3 +132,49 @@ def test_a_graph_that_fails_is_no_loss(
         found = runner.run([(ours["a"], ids), (ours["b"], ids)])
         assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
     assert runner._broken and ours["a"].ids == theirs["a"].ids
+
+
+def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
+    model: PreTrainedModel, prefixes: list[PrefixFactors]
+) -> None:
+    runner, ours = GraphRunner(model), contexts(model, prefixes)
+    pair = [ours["a"], ours["b"]]
+    for ids in ([3, 4], [5]):
+        runner.run([(context, ids) for context in pair])
+    (both,) = runner._graphs.values()
+    rider = runner._riders[id(ours["a"])]
+    before = rider.rows[0].addresses
+    while rider.count < rider._end:  # as if so many steps had run
+        rider.count += 1
+        ours["a"].ids.append(5)
+    runner.run([(ours["a"], [6])])
+    assert rider.rows[0].addresses != before
+    runner.run([(context, [7]) for context in pair])
+    for index, table in both._tails.items():
+        assert table.addresses[:, 0].tolist() == rider.rows[index].addresses
+
+
+def test_a_context_that_a_forward_left_half_done_is_mended_first(
+    model: PreTrainedModel, prefixes: list[PrefixFactors]
+) -> None:
+    """A first token that only the first layer got is none of the tail."""
+    runner = GraphRunner(model)
+    ours, theirs = contexts(model, prefixes)["a"], contexts(model, prefixes)["a"]
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.run([(ours, [5])])
+    handle.remove()
+    for token in (5, 6):
+        assert samples.relative(runner.run([(ours, [token])]), plainly([(theirs, [token])])) < TOLERANCE
+    assert not runner._broken and runner._riders[id(ours)].count == 2
+
+
+def test_a_tail_of_another_dtype_is_no_loss(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
+    runner = GraphRunner(model)
+    ours, theirs = contexts(model, prefixes)["a"], contexts(model, prefixes)["a"]
+    for ids in ([3, 4, 5], [6], [7]):
+        found = runner.run([(ours, ids)])
+        assert samples.relative(found, plainly([(theirs, ids)])) < TOLERANCE
+        for layer in ours.cache.layers:
+            layer.keys, layer.values = layer.keys.half(), layer.values.half()
+    assert runner._broken and ours.ids == theirs.ids
