@@ -39,6 +39,16 @@ def kernels_run(device: torch.device) -> bool:
     return device.type in DEVICES and _has_triton() and (device.type != "cuda" or _does_it(device))
 
 
+def turned_off(error: Exception) -> bool:
+    """Whether an error is Triton's: kernels do not compile or launch here, and none runs from now on."""
+    global DEVICES
+    if type(error).__module__.split(".")[0] != "triton" and not str(error).startswith("Triton Error"):
+        return False
+    _log.error("decoding without kernels from now on: one of them does not run (%s)", error)
+    DEVICES = ()
+    return True
+
+
 def why_not(cache: XKVCache, scoring: Scoring) -> str | None:
     """Why new tokens of a cache cannot run by kernels, or None where they can.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.kernel_choice import MOST_TOKENS, why_not
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
 from xkv_service.decoding.kernel_step import layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
@@ -99,7 +99,16 @@ class GraphRunner:
     def _ask(self, context: Context, ids: list[int]) -> torch.Tensor:
         """Several tokens of one context, as many at a time as kernels take."""
         for start in range(0, len(ids), MOST_TOKENS):
-            logits = self._packed.run([(context, ids[start : start + MOST_TOKENS])])
+            held, piece = len(context.ids), ids[start : start + MOST_TOKENS]
+            try:
+                logits = self._packed.run([(context, piece)])
+            except Exception as error:
+                if not turned_off(error):
+                    raise
+                self._packed, self._broken = PackedRunner(self._model), True
+                self._layouts.clear()
+                context.rewind(held)
+                logits = self._packed.run([(context, piece)])
         return logits[0]
 
     def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice
+from xkv_service.decoding.kernel_choice import why_not
+from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine import step_graph
 from xkv_service.engine.graph_runner import GraphRunner
 from xkv_service.engine.runners import SeparateRunner, make_runner
@@ -178,3 +180,25 @@ def test_a_tail_of_another_dtype_is_no_loss(model: PreTrainedModel, prefixes: li
         for layer in ours.cache.layers:
             layer.keys, layer.values = layer.keys.half(), layer.values.half()
     assert runner._broken and ours.ids == theirs.ids
+
+
+def test_kernels_that_do_not_compile_are_no_loss(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a shape needs more shared memory than a device has: PyTorch attends, now and later."""
+
+    class OutOfResources(Exception):
+        __module__ = "triton.runtime.errors"
+
+    def fail(*_: object, **__: object) -> None:
+        raise OutOfResources("out of resource: shared memory")
+
+    runner = GraphRunner(model)
+    ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
+    for ids in ([3, 4, 5], [6], [7]):
+        if ids == [6]:
+            monkeypatch.setattr("xkv_service.decoding.kernel_step.DecodeLaunch.run", fail)
+        found = runner.run([(ours["a"], ids), (ours["b"], ids)])
+        assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
+    assert ours["a"].ids == theirs["a"].ids and kernel_choice.DEVICES == ()
+    assert why_not(ours["a"].cache, Scoring(0.2)) is not None
