@@ -85,7 +85,7 @@ def main() -> None:
         arguments.out,
         model="Llama-3.1-8B shapes, random weights",
         question=QUESTION,
-        kernels=os.environ.get(kernel_choice.VARIABLE, "off"),
+        kernels="on" if kernel_choice.kernels_run(run.device) else "off",
     )
     # Not in /tmp, which may be memory: then dropping pages would drop nothing.
     with (
