@@ -97,7 +97,7 @@ def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) 
 
 
 def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
-    """A replica takes 32 requests; the other 8 wait in Serve's router."""
+    """A replica takes 32 requests, of which 16 run; the other 8 wait in Serve's router, until answers end."""
     body = {"model": "xkv-demo", "messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 4000}
     url = f"{server.url}/v1/chat/completions"
 
@@ -106,7 +106,7 @@ def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
             asked = [asyncio.create_task(client.post(url, json=body)) for _ in range(40)]
             seen: dict[str, int] = {}
             end = time.monotonic() + 120
-            while (seen.get("running"), seen.get("waiting")) != (16, 24):
+            while seen.get("running") != 16 or seen.get("waiting", 0) <= 16:
                 assert time.monotonic() < end, seen
                 await asyncio.sleep(0.2)
                 seen = (await client.get(f"{server.url}/status")).json()["engine"]

@@ -25,7 +25,6 @@ from xkv_service.decoding.kernel_choice import why_not
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.demo import demo_calibration_path, demo_model_path
 from xkv_service.demo.documents import Document, make_document
-from xkv_service.engine.graph_runner import GraphRunner
 from xkv_service.engine.runners import PackedRunner, Runner, make_runner
 from xkv_service.evaluation.rendering import Renderer
 from xkv_service.factors import PrefixFactors
@@ -191,6 +190,8 @@ def test_a_graph_is_captured_while_other_threads_take_memory(
     loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors]
 ) -> None:
     """Prefixes are loaded meanwhile, by threads with streams of their own."""
+    from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
+
     stop, failures = threading.Event(), []
 
     def take() -> None:
