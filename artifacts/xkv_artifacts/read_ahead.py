@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 AHEAD = 4
-"""Parts that are read while one is used: with fewer, reading waits while a model computes first tokens."""
+"""Parts that are read while one is used, so that reading goes on while a model computes first tokens; no
+other number was measured."""
 Result = TypeVar("Result")
 Job = Callable[[], Result]
 

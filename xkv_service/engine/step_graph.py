@@ -102,7 +102,7 @@ class StepGraph:
         self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
         sizes: tuple[int, int], pool: Any,
     ) -> None:  # fmt: skip
-        self.slots, self.sizes, self._model, self._modules = slots, sizes, model, modules
+        self.slots, self._model, self._modules = slots, model, modules
         device, padded = model.device, _padded(riders, slots)
         self._launch = DecodeLaunch([one.cache for one in padded], sizes)
         self._tails = {
