@@ -27,20 +27,22 @@ def main() -> None:
     made = [json.loads(path.read_text("utf-8")) for path in arguments.files]
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, side in enumerate(_NAMES):
+    sides = [side for side in _NAMES if any(_best(report["rows"], side) for report in made)]
+    for number, side in enumerate(sides):
         for place, report in enumerate(made):
             best = _best(report["rows"], side)
             if best is None:
                 continue
-            where = place + (number - 1) * 0.27
+            where = place + (number - (len(sides) - 1) / 2) * 0.27
             axes.bar(where, best["tokens/s"], 0.25, color=_COLORS[side])
             text = f"{best['tokens/s']:,.0f}\n{best['batch']} sessions"
             axes.annotate(text, (where, best["tokens/s"]), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(made)), [f"{one['rows'][0]['tokens'] // 1024}k tokens each" for one in made])
+    axes.set_xlim(-0.6, len(made) - 0.4)
     axes.set_ylabel("tokens a second")
     axes.margins(y=0.18)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [axes.bar(0, 0, color=_COLORS[side], label=name) for side, name in _NAMES.items()]
+    handles = [axes.bar(0, 0, color=_COLORS[side], label=_NAMES[side]) for side in sides]
     axes.legend(handles=handles, frameon=False, fontsize=9)
     card = made[0]["machine"]["accelerator"]
     axes.set_title(f"A decode step, Llama-3.1-8B shapes, one {card}", fontsize=10, loc="left")
