@@ -33,12 +33,12 @@ def main() -> None:
             best = _best(report["rows"], side)
             if best is None:
                 continue
-            where = place + (number - (len(sides) - 1) / 2) * 0.27
+            where = place + (number - (len(sides) - 1) / 2) * 0.3
             axes.bar(where, best["tokens/s"], 0.25, color=_COLORS[side])
             text = f"{best['tokens/s']:,.0f}\n{best['batch']} sessions"
-            axes.annotate(text, (where, best["tokens/s"]), ha="center", va="bottom", fontsize=8)
+            axes.annotate(text, (where, best["tokens/s"]), ha="center", va="bottom", fontsize=7)
     axes.set_xticks(range(len(made)), [f"{one['rows'][0]['tokens'] // 1024}k tokens each" for one in made])
-    axes.set_xlim(-0.6, len(made) - 0.4)
+    axes.set_xlim(-0.42, len(made) - 0.58)
     axes.set_ylabel("tokens a second")
     axes.margins(y=0.18)
     axes.spines[["top", "right"]].set_visible(False)
