@@ -44,6 +44,7 @@ def build_application(settings: ServeSettings) -> Any:
         EngineReplica,
         name=ENGINE,
         max_ongoing_requests=settings.ongoing,
+        graceful_shutdown_timeout_s=settings.drain_s,
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,

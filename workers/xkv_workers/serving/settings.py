@@ -18,6 +18,8 @@ ENGINE = "engine"
 INGRESS = "ingress"
 COMPRESSOR = "compressor"
 
+_CLOSING_S = 20.0
+"""A replica without requests ends within: its engine's last step, and what waits to be stored."""
 _ROUNDS = 16
 """Answers that may wait for each one that can run: the last begins after so many times what one takes."""
 
@@ -69,3 +71,8 @@ class ServeSettings:
     def most_requests(self) -> int:
         """Requests under way at once, of all replicas that may come; more are refused."""
         return (1 + _ROUNDS) * self.engine.max_running * self.max_replicas
+
+    @property
+    def drain_s(self) -> float:
+        """How long a replica that leaves may take: for the longest answer, and for its tails to be stored."""
+        return self.api.request_timeout_s + _CLOSING_S
