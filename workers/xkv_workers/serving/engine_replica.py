@@ -18,6 +18,7 @@ from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
 
 _REPORT_S = 1.0
+_GOODBYE_S = 1.0
 _STUCK_S = 600.0
 """A step that takes longer than a request may is not one that goes on."""
 
@@ -93,8 +94,14 @@ class EngineReplica:
             self._free_memory.close()
             if self._stored is not None:
                 self._stored.close()
+            self._say_goodbye()
             self._pool.close()
             self._store.close()
+
+    def _say_goodbye(self) -> None:
+        said = self._board.leave.remote(self._name, self._state())
+        with suppress(Exception):  # the board may be gone before; Serve kills this process any moment now
+            said.future().result(_GOODBYE_S)
 
     def _state(self) -> EngineState:
         state = self._engine.state()
