@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +19,7 @@ from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
 
+_log = logging.getLogger(__name__)
 _REPORT_S = 1.0
 _GOODBYE_S = 1.0
 _STUCK_S = 600.0
@@ -79,6 +82,8 @@ class EngineReplica:
     async def check_health(self) -> None:
         """Asked by Serve again and again; a replica that raises is replaced.
 
+        Where the engine hangs the process ends: Serve would wait for its answers. Others begin them again.
+
         Raises:
             WorkerFailed: the engine died.
         """
@@ -86,7 +91,9 @@ class EngineReplica:
         if not self._engine.alive:
             raise WorkerFailed("the engine died", hint="its log says why")
         if self._engine.stuck_s > _STUCK_S:
-            raise WorkerFailed("the engine hangs", hint="look at its device")
+            _log.error("a step of the engine takes more than %d s: this replica ends", _STUCK_S)
+            logging.shutdown()
+            os._exit(1)
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
