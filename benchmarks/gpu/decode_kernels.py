@@ -69,7 +69,7 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "splits": [{"splits": splits} for splits in (1, 2, 4, 8, 16)],
     "output": [
         {"columns": columns, "step": step, "warps": warps}
-        for columns, step, warps in itertools.product((32, 64, 128), (64, 128), (2, 4))
+        for columns, step, warps in itertools.product((32, 64, 128), (32, 64), (2, 4))
     ],
 }
 
@@ -130,7 +130,7 @@ class Case:
         shape, table = self.shape, self.tables[0]
         documents = len({int(address) for address in table.key_rows.tolist()})
         width = shape.kv_heads * shape.dim
-        rank_k, rank_v = table.key_layout.rank, table.value_layout.rank
+        keys, values = (rows.layout for rows in (table.documents[0].key_rows, table.documents[0].value_rows))
         bases = documents if self.documents.kind.shared is False else 1
         index = documents * self.tokens * shape.kv_heads * (shape.planes + 2)
         kept = rebuilt * shape.query_heads * 4
@@ -139,14 +139,17 @@ class Case:
             "index": (2 * index, 0.0),
             "choose": (self.batch * self.tokens * 4, 0.0),
             "scores": (
-                rebuilt * table.key_layout.stride + bases * rank_k * width * 2 + kept,
-                2.0 * rebuilt * rank_k * width,
+                rebuilt * keys.stride + bases * keys.rank * width * 2 + kept,
+                2.0 * rebuilt * keys.rank * width,
             ),
             "values": (
-                rebuilt * table.value_layout.stride + kept,
-                2.0 * rebuilt * shape.query_heads * rank_v,
+                rebuilt * values.stride + kept,
+                2.0 * rebuilt * shape.query_heads * values.rank,
             ),
-            "output": (bases * rank_v * width * 2, 2.0 * self.batch * shape.query_heads * rank_v * shape.dim),
+            "output": (
+                bases * values.rank * width * 2,
+                2.0 * self.batch * shape.query_heads * values.rank * shape.dim,
+            ),
         }
         found["all"] = (sum(one for one, _ in found.values()), sum(one for _, one in found.values()))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +37,14 @@ def layout_of(cache: XKVCache) -> tuple[object, ...]:
     )
 
 
+class Sizes(NamedTuple):
+    """Most tokens of a document, and of a session's list; most ranks of values."""
+
+    tokens: int
+    listed: int
+    rank: int
+
+
 class DecodeLaunch:
     """The kernels for a batch of sessions, all layers; tables and buffers are made once.
 
@@ -50,7 +58,7 @@ class DecodeLaunch:
     """
 
     def __init__(
-        self, caches: Sequence[XKVCache], sizes: tuple[int, int] | None = None,
+        self, caches: Sequence[XKVCache], sizes: Sizes | None = None,
         counts: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         first = caches[0]
@@ -58,7 +66,7 @@ class DecodeLaunch:
         rows = [len(cache.layers[first.prefix.compressed[0]].keys) for cache in caches]
         sessions = [row * count for row, count in zip(rows, self._counts, strict=True)]
         batch = [cache for cache, count in zip(caches, sessions, strict=True) for _ in range(count)]
-        self._capacity, self._most = sizes or sizes_of(caches)
+        self._capacity, self._most, self._rank = sizes or sizes_of(caches)
         self.tables: dict[int, DocumentTable] = {}
         self._turns: dict[int, Turns] = {}
         for index in first.prefix.compressed:
@@ -125,14 +133,12 @@ class DecodeLaunch:
         """Shared by the layers of one shape; what one chose is there for layers of every other shape."""
         name = (*self._shapes[index], scaling)
         if name not in self._kernels:
-            alike = [self.tables[one] for one, shape in self._shapes.items() if shape == self._shapes[index]]
-            widest = max(alike, key=lambda table: table.value_layout.rank)
-            turns = self._turns[index]
+            table, turns = self.tables[index], self._turns[index]
             chosen = next((one.chosen for one in self._kernels.values()), None)
             self._kernels[name] = DecodeAttention(
-                widest, query.shape[1], query.shape[2], widest.value_dim, self._capacity, self._most,
+                table, query.shape[1], query.shape[2], table.value_dim, self._capacity, self._most,
                 (turns.cos.contiguous(), turns.sin.contiguous()), scaling,
-                interleaved=bool(is_interleaved(turns)), chosen=chosen,
+                interleaved=bool(is_interleaved(turns)), chosen=chosen, rank=self._rank,
             )  # fmt: skip
         return self._kernels[name]
 
@@ -150,11 +156,13 @@ class DecodeLaunch:
         return (*shape, _turning(self._turns[index]))
 
 
-def sizes_of(caches: Sequence[XKVCache]) -> tuple[int, int]:
-    """Tokens of the longest document, and of the longest list, in multiples, so that kernels compile once."""
-    chosen = [cache.layers[index].selection for cache in caches for index in cache.prefix.compressed]
+def sizes_of(caches: Sequence[XKVCache]) -> Sizes:
+    """What buffers of a launch are for, in multiples, so that kernels compile once."""
+    layers = [(cache, index) for cache in caches for index in cache.prefix.compressed]
+    chosen = [cache.layers[index].selection for cache, index in layers]
     tokens, most = max(one.prefix.tokens for one in chosen), max(map(rebuilt_tokens, chosen))
-    return _rounded(tokens, _TOKENS), _rounded(most, 64)
+    rank = max(document_of(*one).value_rows.layout.rank for one in layers)
+    return Sizes(_rounded(tokens, _TOKENS), _rounded(most, 64), _rounded(rank, 64))
 
 
 def document_of(cache: XKVCache, index: int) -> DocumentLayer:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
-from xkv_service.decoding.kernel_step import layout_of
+from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
 from xkv_service.engine.step_graph import Rider, StepGraph
@@ -149,15 +149,13 @@ class GraphRunner:
                 graph.release()
 
     def _graph(self, layout: Any, riders: list[Rider]) -> StepGraph:
-        sizes = [_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)]
+        sizes = Sizes(*(_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)))
         name = (layout, _slots(len(riders)), *sizes)
         graph = self._graphs.pop(name, None)
         if graph is None:
             while len(self._graphs) >= _KEPT:
                 self._graphs.popitem(last=False)
-            graph = StepGraph(
-                self._model, self._modules, riders, _slots(len(riders)), (sizes[0], sizes[1]), self._pool
-            )
+            graph = StepGraph(self._model, self._modules, riders, _slots(len(riders)), sizes, self._pool)
         self._graphs[name] = graph
         return graph
 

@@ -13,7 +13,7 @@ from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.batch_tails import tail_row
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
-from xkv_service.decoding.kernel_step import DecodeLaunch, document_of, rebuilt_tokens, sizes_of
+from xkv_service.decoding.kernel_step import DecodeLaunch, Sizes, document_of, rebuilt_tokens, sizes_of
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
@@ -100,7 +100,7 @@ class StepGraph:
 
     def __init__(
         self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
-        sizes: tuple[int, int], pool: Any,
+        sizes: Sizes, pool: Any,
     ) -> None:  # fmt: skip
         self.slots, self._model, self._modules = slots, model, modules
         device, padded = model.device, _padded(riders, slots)

@@ -40,11 +40,12 @@ class DecodeAttention:
     """Attention of one new token a session, for every layer of one shape; memory is taken once.
 
     Args:
-        table: of a layer, none of which has more ranks of values. query_heads, dim, value_dim: of layers.
+        table: of a layer. query_heads, dim, value_dim: of layers.
         capacity: most tokens of a document. most: most tokens of a session's list (see `ChooseTokens`).
         turns: cos and sin [positions, D / 2], contiguous. scaling: of products. interleaved: as
             `rebuilt_scores`.
         chosen: where to keep what is chosen, for layers of another shape that take it; by default its own.
+        rank: most ranks of values of a document, by default those of `table`.
 
     Raises:
         ValueError: a shape that kernels do not take.
@@ -53,7 +54,7 @@ class DecodeAttention:
     def __init__(
         self, table: DocumentTable, query_heads: int, dim: int, value_dim: int, capacity: int, most: int,
         turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
-        tiles: Tiles | None = None, chosen: ChooseTokens | None = None,
+        tiles: Tiles | None = None, chosen: ChooseTokens | None = None, rank: int | None = None,
     ) -> None:  # fmt: skip
         _refuse(table, query_heads, dim, value_dim, turns)
         sessions, device = table.lengths.numel(), table.states.device
@@ -65,11 +66,7 @@ class DecodeAttention:
         )
         self.chosen = chosen or ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)
         self.values = LatentValues(
-            sessions,
-            query_heads,
-            table.value_layout.rank,
-            device,
-            splits=self.tiles.splits,
+            sessions, query_heads, rank or table.value_rank, device, splits=self.tiles.splits
         )
         self.scores = torch.empty(sessions, query_heads, most, device=device)
         self._rest = torch.empty(sessions, query_heads, value_dim, device=device)

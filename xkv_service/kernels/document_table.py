@@ -11,7 +11,7 @@ import torch
 from xkv_service.decoding.layer_prefix import LayerPrefix
 from xkv_service.decoding.scoring import Scorer, SketchScorer
 from xkv_service.kernels.addresses import addresses, table, upload
-from xkv_service.kernels.factor_rows import FactorRows
+from xkv_service.kernels.factor_rows import SHAPE, FactorRows
 from xkv_service.selection.sketch import KeySketch
 
 CLOSED, CHOOSABLE, ALWAYS = 0, 1, 2
@@ -75,13 +75,19 @@ class DocumentLayer:
 
     @cached_property
     def layout(self) -> tuple[object, ...]:
-        """What must be alike in one launch."""
-        bases, rows = (self.key_bases, self.value_bases), (self.key_rows.layout, self.value_rows.layout)
+        """What must be alike in one launch: ranks need not be."""
+        keys, values = self.key_bases, self.value_bases
         return (
-            *rows, *(tuple(base.shape) for base in bases), *(base.stride() for base in bases),
-            *(base.dtype for base in bases), self.key_scales is None, self.value_scales is None,
-            tuple(self.sketch.planes.shape),
+            self.key_rows.layout.widths, self.value_rows.layout.widths, keys.shape[1], values.shape[::2],
+            keys.stride(0), values.stride(1), keys.dtype, values.dtype, self.key_scales is None,
+            self.value_scales is None, tuple(self.sketch.planes.shape),
         )  # fmt: skip
+
+    @cached_property
+    def shape(self) -> list[int]:
+        """Its row of `DocumentTable.key_shapes`."""
+        keys, values = self.key_rows.layout.counts, self.value_rows.layout.counts
+        return [*keys, 0, *values, self.value_bases.stride(0)]
 
     @cached_property
     def addresses(self) -> list[int]:
@@ -106,7 +112,8 @@ class DocumentTable:
     for other documents.
 
     Args:
-        documents: of one layout, in the order of the sessions. Sessions on one document list it each.
+        documents: of one layout, in the order of the sessions; each has ranks of its own. Sessions on one
+            document list it each.
         budgets: tokens to choose for each session.
 
     Attributes:
@@ -114,10 +121,12 @@ class DocumentTable:
         codes, scales, planes, states, key_rows, value_rows, key_bases, value_bases, key_scales, value_scales:
             int64 [sessions], addresses.
         lengths, budgets: int32 [sessions].
-        key_layout, value_layout: of a row of A_k and of A_v. dtype: of matrix products.
-        kv_heads, dim, value_dim, sketch_planes: of the layer.
-        key_base_stride, value_head_stride, value_row_stride: numbers from one row of the key bases to the
-            next, from one head of the value bases to the next, and from one row of a head to the next.
+        key_shapes: int32 [sessions, SHAPE], columns of A_k of each width, and nothing; then what begins
+            `value_shapes`: columns of A_v of each width, and numbers from one head of the value bases to the
+            next.
+        key_widths, value_widths: `RowLayout.arguments` of all rows. dtype: of matrix products.
+        key_stride, value_stride: numbers from one row of the key bases to the next, and of a head's values.
+        kv_heads, dim, value_dim, sketch_planes: of the layer. value_rank: the largest.
 
     Raises:
         ValueError: documents of different layouts, or strided tensors.
@@ -126,27 +135,32 @@ class DocumentTable:
     def __init__(self, documents: Sequence[DocumentLayer], budgets: Sequence[int]) -> None:
         first = documents[0]
         self._layout, device = first.layout, first.states.device
-        self.key_layout, self.value_layout = first.key_rows.layout, first.value_rows.layout
+        self.key_widths, self.value_widths = (
+            rows.layout.arguments for rows in (first.key_rows, first.value_rows)
+        )
+        self.key_stride, self.value_stride = first.key_bases.stride(0), first.value_bases.stride(1)
         self.dtype = first.key_bases.dtype
         self.kv_heads, _, self.value_dim = first.value_bases.shape
         self.dim, self.sketch_planes = first.key_bases.shape[1] // self.kv_heads, first.sketch.planes.shape[1]
-        self.key_base_stride = first.key_bases.stride(0)
-        self.value_head_stride, self.value_row_stride = first.value_bases.stride()[:2]
         self.key_scaled, self.value_scaled = first.key_scales is not None, first.value_scales is not None
+        self.value_rank = max(one.value_rows.layout.rank for one in documents)
         self.documents: tuple[DocumentLayer, ...] = ()
         places, sizes = self._read(documents, budgets)
         self._addresses, self._sizes = upload(places, device), upload(sizes, device)
-        rows = self._addresses[:, : len(documents)]
+        count, width = len(documents), places.shape[1]
+        rows = self._addresses[:, :count]
         (
             self.codes, self.scales, self.planes, self.states, self.key_rows, self.value_rows,
             self.key_bases, self.value_bases, self.key_scales, self.value_scales,
         ) = rows  # fmt: skip
-        self.lengths, self.budgets = self._sizes[:, : len(documents)]
+        self.lengths, self.budgets = self._sizes[:count], self._sizes[width : width + count]
+        self.key_shapes = self._sizes[2 * width :].view(count, SHAPE.value)
+        self.value_shapes = self.key_shapes[:, 4:]
 
     def overwrite(
         self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
     ) -> None:
-        """Decode from other documents of the same layout, as many, from now on.
+        """Decode from other documents of the same layout, as many, from now on; their ranks may be others.
 
         Args:
             lengths: tokens of each to decode from, its first ones; by default all.
@@ -163,11 +177,14 @@ class DocumentTable:
         self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if any(one.layout != self._layout for one in documents):
-            raise ValueError("documents of one launch have the same ranks, bits, heads and dtype")
+            raise ValueError("documents of one launch have the same bits, heads and dtype")
         self.documents = tuple(documents)
+        places = table([one.addresses for one in documents], torch.int64)
         sizes = zip(lengths or [one.tokens for one in documents], budgets, strict=True)
-        places = [one.addresses for one in documents]
-        return table(places, torch.int64), table([list(one) for one in sizes], torch.int32)
+        shapes = torch.tensor([one.shape for one in documents], dtype=torch.int32)
+        return places, torch.cat(
+            (table([list(one) for one in sizes], torch.int32).flatten(), shapes.flatten())
+        )
 
 
 def _rowwise(bases: torch.Tensor) -> torch.Tensor:

@@ -27,44 +27,58 @@ KERNEL_TYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.int8: tl.int8,
 }
+SHAPE = tl.constexpr(8)
+"""Numbers of a session in a table's shapes, which begin at 16 bytes."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where a row keeps its columns: whole numbers first, then those of 4 bits, then those of 2.
+    """Which columns a row has: whole numbers first, then those of 4 bits, then those of 2.
 
     Args:
-        stride: bytes from one row to the next, a multiple of 16.
-        whole: dtype of the first columns. whole_columns: how many.
-        four_columns, four_offset: columns of 4 bits, and the byte where they begin; two_*: of 2 bits.
+        whole: dtype of the first columns. whole_columns, four_columns, two_columns: how many of each width.
     """
 
-    stride: int
     whole: torch.dtype
     whole_columns: int
     four_columns: int = 0
-    four_offset: int = 0
     two_columns: int = 0
-    two_offset: int = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Columns of each width: numbers that kernels read, so that rows of any rank go in one launch."""
+        return self.whole_columns, self.four_columns, self.two_columns
 
     @property
     def rank(self) -> int:
         """Columns in all."""
-        return self.whole_columns + self.four_columns + self.two_columns
+        return sum(self.counts)
+
+    @property
+    def four_offset(self) -> int:
+        """The byte where columns of 4 bits begin."""
+        return _padded(self.whole_columns * self.whole.itemsize)
+
+    @property
+    def two_offset(self) -> int:
+        """The byte where columns of 2 bits begin."""
+        return self.four_offset + _padded(packed_width(4, self.four_columns))
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one row to the next, a multiple of 16."""
+        return self.two_offset + _padded(packed_width(2, self.two_columns))
+
+    @property
+    def widths(self) -> tuple[torch.dtype, bool, bool]:
+        """What kernels are compiled for: the dtype of whole numbers, whether there are 4 bits, and 2."""
+        return self.whole, self.four_columns > 0, self.two_columns > 0
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `row_columns` takes, by name."""
-        return {
-            "STRIDE": self.stride,
-            "WHOLE": KERNEL_TYPES[self.whole],
-            "WHOLE_BYTES": self.whole.itemsize,
-            "WHOLE_COLUMNS": self.whole_columns,
-            "FOUR_COLUMNS": self.four_columns,
-            "FOUR_OFFSET": self.four_offset,
-            "TWO_COLUMNS": self.two_columns,
-            "TWO_OFFSET": self.two_offset,
-        }
+        """`widths`, as kernels take them by name."""
+        whole, four, two = self.widths
+        return {"WHOLE": KERNEL_TYPES[whole], "WHOLE_BYTES": whole.itemsize, "FOUR": four, "TWO": two}
 
 
 @dataclass(frozen=True)
@@ -89,15 +103,9 @@ class FactorRows:
             return cls._whole(factors)
         if [bits for bits, _ in factors.runs] != sorted({bits for bits, _ in factors.runs}, reverse=True):
             raise ValueError(f"runs={factors.runs}: rows have one run of each width, most bits first")
-        width, offsets = 0, {}
-        for bits, count in factors.runs:
-            offsets[bits] = width
-            width += _padded(packed_width(bits, count))
         counts = dict(factors.runs)
-        layout = RowLayout(
-            width, torch.int8, counts.get(8, 0), counts.get(4, 0), offsets.get(4, 0), counts.get(2, 0),
-            offsets.get(2, 0),
-        )  # fmt: skip
+        layout = RowLayout(torch.int8, *(counts.get(bits, 0) for bits in (8, 4, 2)))
+        width, offsets = layout.stride, {8: 0, 4: layout.four_offset, 2: layout.two_offset}
         first = factors.pieces[0]
         starts = [offsets[bits] for bits, _ in factors.runs]
         if _are_rows(factors.pieces, starts, width):
@@ -127,8 +135,8 @@ class FactorRows:
         if factors.dtype not in KERNEL_TYPES:
             raise ValueError(f"token factors of {factors.dtype} have no kernel")
         count, size = factors.shape[1], factors.element_size()
-        width = _padded(count * size)
-        layout = RowLayout(width, factors.dtype, count)
+        layout = RowLayout(factors.dtype, count)
+        width = layout.stride
         if _are_rows([factors], [0], width):
             return cls(layout, _rows_from(factors, width))
         data = torch.zeros(factors.shape[0], width // size, dtype=factors.dtype, device=factors.device)
@@ -162,43 +170,52 @@ def _converted(numbers, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return numbers.to(tl.float32).to(DTYPE) if INTERPRETED else numbers.to(DTYPE)
 
 
+@triton.jit
+def column_counts(shape):  # type: ignore[no-untyped-def]
+    """`RowLayout.counts` of a session: what its row of a `DocumentTable`'s shapes begins with."""
+    return tl.load(shape), tl.load(shape + 1), tl.load(shape + 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_offsets(whole, four, two, WHOLE_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bytes where columns of 4 bits begin, where those of 2 do, and where the next row does (`RowLayout`)."""
+    at_four = (whole * WHOLE_BYTES + 15) // 16 * 16
+    at_two = at_four + ((four + 1) // 2 + 15) // 16 * 16
+    return at_four, at_two, at_two + ((two + 3) // 4 + 15) // 16 * 16
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def whole_columns(  # type: ignore[no-untyped-def]
-    rows, first, DTYPE: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
-    WHOLE_COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+    rows, first, columns, DTYPE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Columns first .. first + COUNT - 1 of whole numbers, [N, COUNT]; zeros behind the last.
+    """Columns first .. first + COUNT - 1 of the `columns` whole numbers, [N, COUNT]; zeros behind the last.
 
     `rows` are the addresses of the rows' first bytes, int64 [N, 1]; `first` is a multiple of 16.
     """
     column = first + tl.arange(0, COUNT)[None, :]
     source = rows.to(tl.pointer_type(WHOLE)) + column
     source = tl.multiple_of(source, [16, 16])
-    if WHOLE_COLUMNS % COUNT == 0:
-        columns = tl.load(source)
-    else:
-        columns = tl.load(source, mask=column < WHOLE_COLUMNS, other=0)
-    return _converted(columns, DTYPE) if WHOLE != DTYPE else columns
+    each: tl.constexpr = 16 // WHOLE_BYTES
+    there = (columns + each - 1) // each * each  # the row's own padding is zeros, and read 16 bytes at once
+    found = tl.load(source, mask=column < there, other=0)
+    return _converted(found, DTYPE) if WHOLE != DTYPE else found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def packed_columns(  # type: ignore[no-untyped-def]
-    rows, first, DTYPE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, COLUMNS: tl.constexpr,
-    COUNT: tl.constexpr,
+    rows, first, columns, DTYPE: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Columns first .. first + COUNT - 1 of those of BITS bits, [N, COUNT]; finite numbers behind the last.
+    """Columns first .. first + COUNT - 1 of the `columns` of BITS bits, [N, COUNT]; finite behind the last.
 
-    `first` is a multiple of COUNT, and COUNT of 64.
+    `rows` are the addresses of their first bytes; `first` is a multiple of COUNT, and COUNT of 64.
     """
     each: tl.constexpr = 8 // BITS
     size: tl.constexpr = COUNT // each
-    width: tl.constexpr = (COLUMNS + each - 1) // each
     byte = first // each + tl.arange(0, size)[None, :]
-    source = tl.multiple_of(rows.to(tl.pointer_type(tl.uint8)) + OFFSET + byte, [16, 16])
-    if width % size == 0:
-        raw = tl.load(source)
-    else:
-        raw = tl.load(source, mask=byte < width, other=0)
+    source = tl.multiple_of(rows.to(tl.pointer_type(tl.uint8)) + byte, [16, 16])
+    there = ((columns + each - 1) // each + 15) // 16 * 16
+    raw = tl.load(source, mask=byte < there, other=0)
     if BITS == 4:
         codes = tl.join(raw & 15, raw >> 4)
     else:

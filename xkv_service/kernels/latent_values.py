@@ -14,35 +14,42 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv_service.kernels.factor_rows import KERNEL_TYPES, packed_columns, whole_columns
+from xkv_service.kernels.factor_rows import (
+    KERNEL_TYPES,
+    SHAPE,
+    column_counts,
+    packed_columns,
+    row_offsets,
+    whole_columns,
+)
 from xkv_service.kernels.product import product
+
+ROOM = 64
+"""Columns of partial sums are a multiple, which `projected_output` reads at a time."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store_weighted(  # type: ignore[no-untyped-def]
-    scores, positions, base, count, line, there, place, piece, latents, peaks, sums, most, BITS: tl.constexpr,
-    SKIPPED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    RANK: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
-    WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr,
-    TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    scores, positions, base, stride, count, line, there, place, piece, columns, skipped, latents, peaks, sums,
+    most, room, BITS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Weights times one piece of the columns of one width (8 stands for whole numbers of any width)."""
+    """Weights times one piece of the `columns` of one width (8 stands for whole numbers of any width).
+
+    `base` is where the first row has them; `skipped` columns of the latent stand before them.
+    """
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.full((ROWS,), 0, tl.float32)
     latent = tl.full((ROWS, COLUMNS), 0, tl.float32)
     for first in range(tl.program_id(1) * SLOTS, count, SPLITS * SLOTS):
         slot = first + tl.arange(0, SLOTS)
         position = tl.load(positions + slot, mask=slot < count, other=0).to(tl.int64)
-        rows = base + position[:, None] * STRIDE
+        rows = base + position[:, None] * stride
         if BITS == 8:
-            part = whole_columns(
-                rows, piece * COLUMNS, DTYPE, STRIDE, WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, COLUMNS
-            )
-        elif BITS == 4:
-            part = packed_columns(rows, piece * COLUMNS, DTYPE, 4, FOUR_OFFSET, FOUR_COLUMNS, COLUMNS)
+            part = whole_columns(rows, piece * COLUMNS, columns, DTYPE, WHOLE, WHOLE_BYTES, COLUMNS)
         else:
-            part = packed_columns(rows, piece * COLUMNS, DTYPE, 2, TWO_OFFSET, TWO_COLUMNS, COLUMNS)
+            part = packed_columns(rows, piece * COLUMNS, columns, DTYPE, BITS, COLUMNS)
         source = scores + line[:, None] * most + slot[None, :]
         score = tl.load(source, mask=there[:, None] & (slot < count)[None, :], other=-float("inf"))
         higher = tl.maximum(peak, tl.max(score, axis=1))
@@ -53,8 +60,8 @@ def _store_weighted(  # type: ignore[no-untyped-def]
         peak = higher
         latent = product(weight.to(DTYPE), part, latent * shrink[:, None], PRECISION)
     column = piece * COLUMNS + tl.arange(0, COLUMNS)
-    target = latents + place[:, None] * RANK + (SKIPPED + column)[None, :]
-    tl.store(target, latent, mask=there[:, None] & (column < WIDTH)[None, :])
+    target = latents + place[:, None] * room + (skipped + column)[None, :]
+    tl.store(target, latent, mask=there[:, None] & (column < columns)[None, :])
     if tl.program_id(0) == 0:
         tl.store(peaks + place, peak, mask=there)
         tl.store(sums + place, total, mask=there)
@@ -62,11 +69,10 @@ def _store_weighted(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _latent_values(  # type: ignore[no-untyped-def]
-    scores, positions, counts, rows_at, latents, peaks, sums, most, ROWS: tl.constexpr,
+    scores, positions, counts, rows_at, shapes, latents, peaks, sums, most, room, ROWS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr, STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr,
-    FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+    FOUR: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     piece, session = tl.program_id(0), tl.program_id(2).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -75,29 +81,29 @@ def _latent_values(  # type: ignore[no-untyped-def]
     place = (session * SPLITS + tl.program_id(1)) * QUERY_HEADS + row
     count, base = tl.load(counts + session), tl.load(rows_at + session)
     listed = positions + session * most
-    four: tl.constexpr = (WHOLE_COLUMNS + COLUMNS - 1) // COLUMNS
-    two: tl.constexpr = four + (FOUR_COLUMNS + COLUMNS - 1) // COLUMNS
-    if WHOLE_COLUMNS > 0:  # noqa: SIM102, decided when it is compiled
-        if piece < four:
+    whole, four, two = column_counts(shapes + session * SHAPE)
+    at_four, at_two, stride = row_offsets(whole, four, two, WHOLE_BYTES)
+    first_four = (whole + COLUMNS - 1) // COLUMNS
+    first_two = first_four + (four + COLUMNS - 1) // COLUMNS
+    end = first_two + (two + COLUMNS - 1) // COLUMNS
+    if piece < first_four:
+        _store_weighted(
+            scores, listed, base, stride, count, line, there, place, piece, whole, 0, latents, peaks, sums,
+            most, room, 8, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE, PRECISION, WHOLE, WHOLE_BYTES,
+        )  # fmt: skip
+    if FOUR:  # noqa: SIM102, decided when it is compiled
+        if (piece >= first_four) & (piece < first_two):
             _store_weighted(
-                scores, listed, base, count, line, there, place, piece, latents, peaks, sums, most, 8, 0,
-                WHOLE_COLUMNS, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE, PRECISION, RANK, STRIDE, WHOLE,
-                WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
+                scores, listed, base + at_four, stride, count, line, there, place, piece - first_four, four,
+                whole, latents, peaks, sums, most, room, 4, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE, PRECISION,
+                WHOLE, WHOLE_BYTES,
             )  # fmt: skip
-    if FOUR_COLUMNS > 0:  # noqa: SIM102, decided when it is compiled
-        if (piece >= four) & (piece < two):
+    if TWO:  # noqa: SIM102, decided when it is compiled
+        if (piece >= first_two) & (piece < end):
             _store_weighted(
-                scores, listed, base, count, line, there, place, piece - four, latents, peaks, sums, most, 4,
-                WHOLE_COLUMNS, FOUR_COLUMNS, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE, PRECISION, RANK, STRIDE,
-                WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
-            )  # fmt: skip
-    if TWO_COLUMNS > 0:  # noqa: SIM102, decided when it is compiled
-        if piece >= two:
-            _store_weighted(
-                scores, listed, base, count, line, there, place, piece - two, latents, peaks, sums, most, 2,
-                WHOLE_COLUMNS + FOUR_COLUMNS, TWO_COLUMNS, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE, PRECISION,
-                RANK, STRIDE, WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS,
-                TWO_OFFSET,
+                scores, listed, base + at_two, stride, count, line, there, place, piece - first_two, two,
+                whole + four, latents, peaks, sums, most, room, 2, ROWS, SPLITS, COLUMNS, SLOTS, DTYPE,
+                PRECISION, WHOLE, WHOLE_BYTES,
             )  # fmt: skip
 
 
@@ -105,10 +111,11 @@ class LatentValues:
     """Partial sums of one batch of sessions, in memory that is taken once.
 
     Args:
-        sessions, query_heads: of the batch. rank: of the values. splits: of the budget.
+        sessions, query_heads: of the batch. rank: most of a document's values. splits: of the budget.
 
     Attributes:
-        latents: float32 [sessions, splits, query_heads, rank], sums of exp(score - peak) times rows of A_v.
+        latents: float32 [sessions, splits, query_heads, room], sums of exp(score - peak) times rows of A_v.
+            room is the rank rounded up to `ROOM`; nothing is written behind a document's own rank.
         peaks, sums: float32 [sessions, splits, query_heads], the largest score, and the sum of the weights.
     """
 
@@ -116,7 +123,7 @@ class LatentValues:
         self, sessions: int, query_heads: int, rank: int, device: torch.device, *, splits: int = 4
     ) -> None:
         self.splits = splits
-        self.latents = torch.empty(sessions, splits, query_heads, rank, device=device)
+        self.latents = torch.empty(sessions, splits, query_heads, -(-rank // ROOM) * ROOM, device=device)
         self.peaks = torch.empty(sessions, splits, query_heads, device=device)
         self.sums = torch.empty_like(self.peaks)
 
@@ -128,16 +135,17 @@ class LatentValues:
 
         Args:
             scores: as `rebuilt_scores` wrote them. chosen: a `ChooseTokens`. table: a `DocumentTable`.
-            slots, columns: tokens and columns of a tile.
+            slots, columns: tokens and columns of a tile. From 32 tokens on: with 16 the code that Triton 3.6
+                makes for packed columns in bfloat16 is wrong (H100).
         """
         sessions, query_heads, _ = scores.shape
-        layout = table.value_layout
-        counts = (layout.whole_columns, layout.four_columns, layout.two_columns)
-        pieces = sum(triton.cdiv(count, columns) for count in counts)
+        room, widths = self.latents.shape[3], table.value_widths
+        pieces = triton.cdiv(room, columns) + widths["FOUR"] + widths["TWO"]  # each width's last may be short
         _latent_values[pieces, self.splits, sessions](
-            scores, chosen.positions, chosen.counts, table.value_rows, self.latents, self.peaks, self.sums,
-            chosen.most, ROWS=max(16, triton.next_power_of_2(query_heads)), QUERY_HEADS=query_heads,
-            SPLITS=self.splits, COLUMNS=columns, SLOTS=slots, DTYPE=KERNEL_TYPES[table.dtype],
-            PRECISION="ieee" if table.dtype == torch.float32 else "tf32", RANK=layout.rank, num_warps=warps,
-            num_stages=stages, **layout.arguments,
+            scores, chosen.positions, chosen.counts, table.value_rows, table.value_shapes, self.latents,
+            self.peaks, self.sums, chosen.most, room, ROWS=max(16, triton.next_power_of_2(query_heads)),
+            QUERY_HEADS=query_heads, SPLITS=self.splits, COLUMNS=columns, SLOTS=slots,
+            DTYPE=KERNEL_TYPES[table.dtype],
+            PRECISION="ieee" if table.dtype == torch.float32 else "tf32", num_warps=warps,
+            num_stages=stages, **widths,
         )  # fmt: skip

@@ -15,15 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv_service.kernels.factor_rows import KERNEL_TYPES, packed_columns, whole_columns
+from xkv_service.kernels.factor_rows import (
+    KERNEL_TYPES,
+    SHAPE,
+    column_counts,
+    packed_columns,
+    row_offsets,
+    whole_columns,
+)
 from xkv_service.kernels.product import product
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _added(  # type: ignore[no-untyped-def]
-    keys, columns, first, count: tl.constexpr, bases, scales, DTYPE: tl.constexpr, SCALED: tl.constexpr,
-    BASE_STRIDE: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    keys, columns, first, count, bases, scales, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """keys + columns · bases[first : first + STEP], rows from `count` on left out."""
     row = first + tl.arange(0, STEP)
@@ -31,56 +37,53 @@ def _added(  # type: ignore[no-untyped-def]
         scale = tl.load(scales + row, mask=row < count, other=0.0)
         columns = (columns.to(tl.float32) * scale.to(tl.float32)[None, :]).to(DTYPE)
     source = bases + row[:, None] * BASE_STRIDE + tl.arange(0, WIDTH)[None, :]
-    source = tl.multiple_of(source, [16, 16])
-    if EVEN:
-        part = tl.load(source)
-    else:
-        part = tl.load(source, mask=(row < count)[:, None], other=0.0)
+    part = tl.load(tl.multiple_of(source, [16, 16]), mask=(row < count)[:, None], other=0.0)
     return product(columns, part, keys, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt(  # type: ignore[no-untyped-def]
-    rows, bases, scales, DTYPE: tl.constexpr, SCALED: tl.constexpr, BASE_STRIDE: tl.constexpr,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
-    FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr, TWO_COLUMNS: tl.constexpr,
-    TWO_OFFSET: tl.constexpr,
+    rows_at, position, whole, four, two, bases, scales, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, FOUR: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """Keys before RoPE, float32 [SLOTS, WIDTH], of rows at addresses int64 [SLOTS, 1]."""
+    """Keys before RoPE, float32 [SLOTS, WIDTH], of tokens int64 [SLOTS] of the document at `rows_at`."""
+    at_four, at_two, stride = row_offsets(whole, four, two, WHOLE_BYTES)
+    rows = rows_at + position[:, None] * stride
     keys = tl.full((SLOTS, WIDTH), 0, tl.float32)
-    for first in range(0, WHOLE_COLUMNS, STEP):
-        columns = whole_columns(rows, first, DTYPE, STRIDE, WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, STEP)
+    for first in range(0, whole, STEP):
+        columns = whole_columns(rows, first, whole, DTYPE, WHOLE, WHOLE_BYTES, STEP)
         keys = _added(
-            keys, columns, first, WHOLE_COLUMNS, bases, scales, DTYPE, SCALED, BASE_STRIDE, WIDTH, STEP,
-            WHOLE_COLUMNS % STEP == 0, PRECISION,
-        )  # fmt: skip
-    four: tl.constexpr = WHOLE_COLUMNS
-    for first in range(0, FOUR_COLUMNS, STEP):
-        columns = packed_columns(rows, first, DTYPE, 4, FOUR_OFFSET, FOUR_COLUMNS, STEP)
-        keys = _added(
-            keys, columns, first, FOUR_COLUMNS, bases + four * BASE_STRIDE, scales + four, DTYPE, SCALED,
-            BASE_STRIDE, WIDTH, STEP, FOUR_COLUMNS % STEP == 0, PRECISION,
-        )  # fmt: skip
-    two: tl.constexpr = WHOLE_COLUMNS + FOUR_COLUMNS
-    for first in range(0, TWO_COLUMNS, STEP):
-        columns = packed_columns(rows, first, DTYPE, 2, TWO_OFFSET, TWO_COLUMNS, STEP)
-        keys = _added(
-            keys, columns, first, TWO_COLUMNS, bases + two * BASE_STRIDE, scales + two, DTYPE, SCALED,
-            BASE_STRIDE, WIDTH, STEP, TWO_COLUMNS % STEP == 0, PRECISION,
-        )  # fmt: skip
+            keys, columns, first, whole, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
+        )
+    if FOUR:
+        bases, scales = bases + whole * BASE_STRIDE, scales + whole
+        for first in range(0, four, STEP):
+            columns = packed_columns(rows + at_four, first, four, DTYPE, 4, STEP)
+            keys = _added(
+                keys, columns, first, four, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
+            )
+        bases, scales = bases + four * BASE_STRIDE, scales + four
+    elif TWO:
+        bases, scales = bases + whole * BASE_STRIDE, scales + whole
+    if TWO:
+        for first in range(0, two, STEP):
+            columns = packed_columns(rows + at_two, first, two, DTYPE, 2, STEP)
+            keys = _added(
+                keys, columns, first, two, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
+            )
     return keys
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rebuilt_scores(  # type: ignore[no-untyped-def]
-    query, positions, counts, rows_at, bases_at, scales_at, cos, sin, scores, scaling, most,
+    query, positions, counts, rows_at, bases_at, scales_at, shapes, cos, sin, scores, scaling, most,
     HEADS: tl.constexpr, GROUP: tl.constexpr, INTERLEAVED: tl.constexpr,
     QUERIES: tl.constexpr, TOGETHER: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
     BASE_STRIDE: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
-    WHOLE_COLUMNS: tl.constexpr, FOUR_COLUMNS: tl.constexpr, FOUR_OFFSET: tl.constexpr,
-    TWO_COLUMNS: tl.constexpr, TWO_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr, FOUR: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
     first_head, block, session = (
         tl.program_id(0) * TOGETHER,
@@ -92,12 +95,12 @@ def _rebuilt_scores(  # type: ignore[no-untyped-def]
         return
     slot = block * SLOTS + tl.arange(0, SLOTS)
     position = tl.load(positions + session * most + slot, mask=slot < count, other=0).to(tl.int64)
-    rows = tl.load(rows_at + session) + position[:, None] * STRIDE
+    whole, four, two = column_counts(shapes + session * SHAPE)
     bases = tl.load(bases_at + session).to(tl.pointer_type(DTYPE)) + first_head * DIM
     scales = tl.load(scales_at + session).to(tl.pointer_type(DTYPE))
     keys = _rebuilt(
-        rows, bases, scales, DTYPE, SCALED, BASE_STRIDE, TOGETHER * DIM, SLOTS, STEP, PRECISION, STRIDE,
-        WHOLE, WHOLE_BYTES, WHOLE_COLUMNS, FOUR_COLUMNS, FOUR_OFFSET, TWO_COLUMNS, TWO_OFFSET,
+        tl.load(rows_at + session), position, whole, four, two, bases, scales, BASE_STRIDE, DTYPE,
+        SCALED, TOGETHER * DIM, SLOTS, STEP, PRECISION, WHOLE, WHOLE_BYTES, FOUR, TWO,
     )  # fmt: skip
     half: tl.constexpr = DIM // 2
     halves: tl.constexpr = TOGETHER * half
@@ -148,11 +151,11 @@ def rebuilt_scores(
     if heads % together:
         together = 1
     _rebuilt_scores[heads // together, triton.cdiv(chosen.most, slots), sessions](
-        query, chosen.positions, chosen.counts, table.key_rows, table.key_bases, table.key_scales, *turns,
-        scores, scaling, chosen.most, HEADS=heads, GROUP=group, INTERLEAVED=interleaved,
-        QUERIES=max(16, triton.next_power_of_2(together * group)), TOGETHER=together,
-        DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.key_scaled, BASE_STRIDE=table.key_base_stride,
+        query, chosen.positions, chosen.counts, table.key_rows, table.key_bases, table.key_scales,
+        table.key_shapes, *turns, scores, scaling, chosen.most, HEADS=heads, GROUP=group,
+        INTERLEAVED=interleaved, QUERIES=max(16, triton.next_power_of_2(together * group)), TOGETHER=together,
+        DTYPE=KERNEL_TYPES[table.dtype], SCALED=table.key_scaled, BASE_STRIDE=table.key_stride,
         DIM=dim, SLOTS=slots, STEP=step,
         PRECISION="ieee" if table.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
-        **table.key_layout.arguments,
+        **table.key_widths,
     )  # fmt: skip

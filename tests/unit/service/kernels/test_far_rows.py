@@ -26,7 +26,7 @@ def test_rows_behind_2_31_elements_are_read(device: torch.device) -> None:
     for table in turns:
         table[positions] = torch.randn(COUNT, SHAPES.dim // 2, device=device)
     assert rows.numel() > 2**32 and bool((positions * RANK > 2**31).any())
-    far = FactorRows(RowLayout(RANK, torch.int8, RANK), rows.view(torch.uint8))
+    far = FactorRows(RowLayout(torch.int8, RANK), rows.view(torch.uint8))
     near = samples.document(30, "int8", torch.float32, device, SHAPES)
     document = replace(near, key_rows=far, value_rows=far)
     chosen = ChooseTokens(1, 30, COUNT, device)
