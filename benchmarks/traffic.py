@@ -16,6 +16,8 @@ ones leave, and are asked for again.
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json
 
+What a fault did, and what was seen of it, is in the file as "struck"; one that did not happen is an error.
+
 Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
 
     python benchmarks/traffic.py --seconds 900 --rate 0.6 --longest 1200 --prefix-memory 6MiB \\
@@ -41,7 +43,7 @@ from report import Report, table
 from traffic_check import check
 from traffic_client import use
 from traffic_damage import Damage, counted, met
-from traffic_faults import FAULTS, SlowLink, object_store, strike
+from traffic_faults import FAULTS, SlowLink, Strike, object_store
 from traffic_memory import MemoryWatch, Samples, by_minute, early_and_late, growth
 
 from xkv_artifacts.store import ArtifactStore
@@ -63,13 +65,13 @@ def main() -> None:
         folder = Path(name)
         if arguments.fault == "slow-disk":
             with object_store(folder) as disk:
-                row, held = _measure(folder, "s3://traffic/store", disk, arguments)
+                row, held, struck = _measure(folder, "s3://traffic/store", disk, arguments)
         else:
-            row, held = _measure(folder, str(folder / "store"), None, arguments)
+            row, held, struck = _measure(folder, str(folder / "store"), None, arguments)
     report.add(**row)
     grown = growth(held)
     print("\n" + table(grown))
-    report.write(arguments.out, memory=grown, unique_mib=by_minute(held))
+    report.write(arguments.out, struck=struck, memory=grown, unique_mib=by_minute(held))
 
 
 def _arguments() -> argparse.Namespace:
@@ -96,7 +98,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(
     folder: Path, store: str, disk: SlowLink | None, arguments: argparse.Namespace
-) -> tuple[dict[str, Any], Samples]:
+) -> tuple[dict[str, Any], Samples, dict[str, Any]]:
     from served import Server
 
     documents = _documents(folder, arguments)
@@ -108,14 +110,22 @@ def _measure(
     server = Server(folder, "--store", store, *sizes, "--stored-tails", arguments.stored_tails)
     try:
         memory = MemoryWatch(server.process.pid)
-        struck = (arguments.fault, server.process.pid, folder / "store", disk, damage)
-        fault = threading.Timer(arguments.seconds / 3, strike, struck)
+        strike = Strike(
+            arguments.fault,
+            server=server.process.pid,
+            store=folder / "store",
+            log=server.log,
+            disk=disk,
+            damage=damage,
+        )
+        fault = threading.Timer(arguments.seconds / 3, strike.now)
         fault.start()
         words = ["--client", server.url, "--plan", folder / "plan.json", "--answers", folder / "answers.json"]
         options = ["--seconds", arguments.seconds, "--rate", arguments.rate, "--seed", arguments.seed]
         subprocess.run([sys.executable, __file__, *map(str, [*words, *options])], check=True)
-        fault.cancel()
+        fault.join()
         held = memory.end()
+        struck = strike.proof()
         if damage.ids:
             counts = {**damage.mended(), **counted(server.url)}
     finally:
@@ -128,7 +138,7 @@ def _measure(
     if damage.ids:
         checked |= {**met(answers), **counts}
     row = {"fault": arguments.fault, **_summary(answers), **early_and_late(held["engine"]), **checked}
-    return row, held
+    return row, held, struck
 
 
 def _documents(folder: Path, arguments: argparse.Namespace) -> list[Any]:

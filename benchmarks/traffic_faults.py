@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
@@ -12,56 +12,138 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from traffic_damage import Damage
+
+if TYPE_CHECKING:
+    from traffic_damage import Damage
 
 FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "slow-disk")
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
+_PATIENCE_S = 60.0
+_LISTED = re.compile(r"([1-9]\d*) prefixes are listed again")
 
 
-def strike(fault: str, server: int, store: Path, disk: SlowLink | None, damage: Damage) -> None:
-    """Do it now.
+class Strike:
+    """One fault: done once, and shown to have happened.
 
     Args:
-        server: the process. store: its folder. disk: the way to its blobs, where they are in an object store.
-        damage: of some of its blobs.
+        server: the process. store: its folder. log: of the server.
+        disk: the way to its blobs, where they are in an object store. damage: of some of its blobs.
     """
-    if fault == "corrupt":
-        damage.strike()
-    if fault == "kill-replica":
-        for process in psutil.Process(server).children(recursive=True):
-            if "xkv:engine" in " ".join(process.cmdline()):
-                process.kill()
-    if fault in ("kill-redis", "empty-redis"):
-        for process in psutil.process_iter(["name", "cmdline"]):
-            if "redis-server" in (process.info["name"] or "") and str(store) in " ".join(
-                [*(process.info["cmdline"] or ()), *_folder(process)]
-            ):
-                process.send_signal(signal.SIGKILL)
-    if fault == "empty-redis":
-        for path in store.rglob("*.rdb"):
-            path.unlink()
-    if fault == "slow-disk" and disk is not None:
-        disk.bytes_s = _SLOW_BYTES_S
+
+    def __init__(
+        self, fault: str, *, server: int, store: Path, log: Path, disk: SlowLink | None, damage: Damage
+    ) -> None:
+        self.fault = fault
+        self._server, self._store, self._log, self._disk, self._damage = server, store, log, disk, damage
+        self._did: dict[str, Any] = {}
+
+    def now(self) -> None:
+        """Do it."""
+        if self.fault == "corrupt":
+            self._damage.strike()
+            self._did["flipped"] = list(self._damage.ids)
+        elif self.fault == "kill-replica":
+            self._did["killed_replicas"] = _kill(self._replicas())
+        elif self.fault == "kill-redis":
+            self._did["killed_redis"] = _kill(_redis(self._store))
+        elif self.fault == "empty-redis":
+            # Before it dies: the server has it back within moments, and it would read them.
+            self._did["deleted"] = _delete_saved(self._store)
+            self._did["killed_redis"] = _kill(_redis(self._store))
+        elif self.fault == "slow-disk" and self._disk is not None:
+            self._disk.bytes_s = self._did["bytes_s"] = _SLOW_BYTES_S
+
+    def proof(self) -> dict[str, Any]:
+        """What was done and what is seen of it, waited for; nothing without a fault.
+
+        Raises:
+            RuntimeError: it did not happen.
+        """
+        if self.fault == "none":
+            return {}
+        if not self._did or not all(self._did.values()):
+            raise RuntimeError(f"{self.fault} was not done: {self._did}")
+        seen = self._seen()
+        if not all(seen.values()):
+            raise RuntimeError(f"nothing was seen of {self.fault}: {seen}")
+        return self._did | seen
+
+    def _seen(self) -> dict[str, Any]:
+        if self.fault == "kill-replica":
+            killed = self._did["killed_replicas"]
+            others = self._wait(lambda: [one.pid for one in self._replicas() if one.pid not in killed])
+            return {"replicas_after": others}
+        if self.fault in ("kill-redis", "empty-redis"):
+            back = self._wait(lambda: [one.pid for one in _redis(self._store)])
+            return {"redis_after": back, "said": self._wait(self._said)}
+        return {"slow_bytes": self._disk.slow_bytes} if self._disk is not None else {}
+
+    def _replicas(self) -> list[psutil.Process]:
+        return [one for one in psutil.Process(self._server).children(recursive=True) if _is_engine(one)]
+
+    def _said(self) -> list[str]:
+        """Lines of the server about its Redis; of one that was emptied what was listed again, too."""
+        lines = [line for line in self._log.read_text().splitlines() if "embedded Redis" in line]
+        relisted = any(_LISTED.search(line) for line in lines)
+        return lines if relisted or self.fault == "kill-redis" else []
+
+    def _wait(self, look: Callable[[], list[Any]]) -> list[Any]:
+        end = time.monotonic() + _PATIENCE_S
+        while not (seen := look()) and time.monotonic() < end:
+            time.sleep(0.2)
+        return seen
 
 
-def _folder(process: psutil.Process) -> list[str]:
+def _kill(processes: Iterable[psutil.Process]) -> list[int]:
+    killed = []
+    for process in processes:
+        process.kill()
+        killed.append(process.pid)
+    return killed
+
+
+def _delete_saved(store: Path) -> list[str]:
+    """What the embedded Redis wrote: one file, or the parts of it in a folder, as its version has it."""
+    files = [path for path in (store / "catalog").rglob("*.aof*") if path.is_file()]
+    for path in files:
+        path.unlink()
+    return [str(path.relative_to(store)) for path in files]
+
+
+def _redis(store: Path) -> list[psutil.Process]:
+    """The embedded ones of a store."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        with suppress(psutil.Error):
+            if "redis-server" in process.info["name"] and Path(process.cwd()).is_relative_to(store.resolve()):
+                found.append(process)
+    return found
+
+
+def _is_engine(process: psutil.Process) -> bool:
     try:
-        return [str(process.cwd())]
+        return "xkv:engine" in " ".join(process.cmdline())
     except psutil.Error:
-        return []
+        return False
 
 
 class SlowLink:
-    """Forwards TCP connections to a port of this machine; answers come at `bytes_s` (None: at once)."""
+    """Forwards TCP connections to a port of this machine; answers come at `bytes_s` (None: at once).
+
+    Attributes:
+        slow_bytes: of answers that came so.
+    """
 
     def __init__(self, to: int) -> None:
         self.bytes_s: float | None = None
+        self.slow_bytes = 0
         self.port = 0
         self._to, self._free = to, 0.0
         self._loop = asyncio.new_event_loop()
@@ -89,6 +171,7 @@ class SlowLink:
             while data := await reader.read(_CHUNK):
                 if limited and self.bytes_s is not None:  # all connections share the disk
                     self._free = max(self._free, time.monotonic()) + len(data) / self.bytes_s
+                    self.slow_bytes += len(data)
                     await asyncio.sleep(self._free - time.monotonic())
                 writer.write(data)
                 await writer.drain()

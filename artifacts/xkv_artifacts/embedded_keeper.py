@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from xkv_artifacts.embedded import EmbeddedRedis
 from xkv_artifacts.embedded_watch import Connection
 from xkv_artifacts.errors import XKVError
+from xkv_artifacts.reports import Rebuild
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -20,14 +21,15 @@ _LONGEST_PAUSE_S = 60.0
 
 
 @contextmanager
-def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], object]) -> Iterator[None]:
+def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], Rebuild | None]) -> Iterator[None]:
     """While the block runs, the server is started again within a second of its death.
 
     The first try comes at once. While it does not start, or dies again within a minute, tries come after 1,
     2, 4 and more seconds, then once a minute. Each is logged.
 
     Args:
-        on_back: called on a thread, after each time; what it raises of XKVError is logged.
+        on_back: called on a thread, after each time, to list again what was lost; what it raises of XKVError
+            is logged.
     """
     ending = threading.Event()
     keeper = _Keeper(embedded, on_back, ending)
@@ -42,7 +44,7 @@ def kept_alive(embedded: EmbeddedRedis, on_back: Callable[[], object]) -> Iterat
 
 class _Keeper:
     def __init__(
-        self, embedded: EmbeddedRedis, on_back: Callable[[], object], ending: threading.Event
+        self, embedded: EmbeddedRedis, on_back: Callable[[], Rebuild | None], ending: threading.Event
     ) -> None:
         self._embedded, self._on_back, self._ending = embedded, on_back, ending
         self._path = embedded.url.removeprefix("unix://")
@@ -69,6 +71,7 @@ class _Keeper:
         try:
             self._embedded.ensure()
             _log.warning("the embedded Redis had died, and runs again")
-            self._on_back()
+            if (listed := self._on_back()) is not None:
+                _log.warning("the embedded Redis was empty: %d prefixes are listed again", listed.artifacts)
         except XKVError as error:
             _log.warning("the embedded Redis died: %s", error.message)

@@ -146,6 +146,8 @@ def test_a_kept_server_comes_back_by_itself_with_what_it_had(
             assert seconds_until(lambda times=times: len(back()) == times and listed()) < 10
     assert server_pid(store_path) is None, "nobody brings it back when all have left"
     assert len(back()) == 2
+    relisted = [record.message for record in caplog.records if "listed again" in record.message]
+    assert relisted == ["the embedded Redis was empty: 1 prefixes are listed again"]
 
 
 def test_a_kept_server_that_dies_again_and_again_is_tried_ever_more_rarely(

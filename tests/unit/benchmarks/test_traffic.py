@@ -1,7 +1,9 @@
-"""What the traffic benchmark says of memory and of damaged blobs."""
+"""What the traffic benchmark says of memory, of damaged blobs, and of the faults that it caused."""
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from artifact_samples import sample
 
 from benchmarks.traffic_damage import Damage, met
+from benchmarks.traffic_faults import Strike
 from benchmarks.traffic_memory import by_minute, early_and_late, growth
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.store import ArtifactStore
@@ -54,3 +57,42 @@ def test_who_met_damage_was_told_so() -> None:
         {"end": "left"},
     ]
     assert met(answers) == {"met_damage": 2, "met_and_right": 1}
+
+
+def strike(fault: str, folder: Path) -> Strike:
+    """Of a server that is this process."""
+    store, log = folder / "store", folder / "serve.log"
+    return Strike(fault, server=os.getpid(), store=store, log=log, disk=None, damage=Damage(store))
+
+
+def test_a_redis_that_is_emptied_comes_back_empty(tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "serve.log")
+    logging.getLogger("xkv_artifacts").addHandler(handler)
+    try:
+        with ArtifactStore.open(str(tmp_path / "store")) as store, store.keeping_catalog():
+            for number in range(3):
+                store.publish(*sample(range(40 + number), uri=f"{number}.txt"))
+            emptied = strike("empty-redis", tmp_path)
+            emptied.now()
+            struck = emptied.proof()
+    finally:
+        logging.getLogger("xkv_artifacts").removeHandler(handler)
+    assert struck["deleted"] == ["catalog/catalog.aof"]
+    assert len(struck["killed_redis"]) == 1 and struck["redis_after"] != struck["killed_redis"]
+    assert "3 prefixes are listed again" in struck["said"][-1]
+
+
+@pytest.mark.parametrize("fault", ["kill-replica", "kill-redis", "empty-redis", "slow-disk"])
+def test_a_fault_that_did_not_happen_is_an_error(fault: str, tmp_path: Path) -> None:
+    with ArtifactStore.open(str(tmp_path / "store")):
+        pass  # nobody is left to be killed, and nothing is stored
+    (tmp_path / "store" / "catalog" / "catalog.aof").unlink()
+    (tmp_path / "serve.log").touch()
+    missed = strike(fault, tmp_path)
+    with pytest.raises(RuntimeError, match="was not done"):
+        missed.now()
+        missed.proof()
+
+
+def test_no_fault_needs_no_proof(tmp_path: Path) -> None:
+    assert strike("none", tmp_path).proof() == {}
