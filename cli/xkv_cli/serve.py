@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,10 @@ import click
 from xkv_cli.conversation_options import BudgetType
 from xkv_cli.options import place_options, store_options, wrong_usage
 from xkv_cli.sizes import SizeType
+from xkv_cli.stop_signals import StopSignals
 from xkv_cli.times import TimeType
+
+_LOOK_S = 2.0
 
 
 class ReplicasType(click.ParamType[tuple[int, int]]):
@@ -163,8 +164,18 @@ def serve(**options: Any) -> int:
       OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 
     Ctrl-C or SIGTERM stops it: it takes no more requests, and running answers get --stop-grace to end; a
-    second one breaks them off at once. Exit status: 0 stopped, 1 it could not start, 2 wrong usage.
+    second one breaks them off at once. While it starts, one ends it. Exit status: 0 stopped, 1 it could not
+    start or go on, 2 wrong usage.
     """
+    signals = StopSignals()
+    try:
+        return _serve(signals, options)
+    except KeyboardInterrupt:
+        click.echo("stopped before it had started", err=True)
+        return 0
+
+
+def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_service.api.settings import APISettings
     from xkv_service.engine.settings import EngineSettings
     from xkv_service.errors import InvalidSpec
@@ -188,16 +199,15 @@ def serve(**options: Any) -> int:
         )
     except InvalidSpec as error:
         raise wrong_usage(error) from None
-    stop, hurry = threading.Event(), threading.Event()
     with serving(request) as server:
-        for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets its own when it starts
-            signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
+        signals.started()
         click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
         if server.shortage is not None:
             click.echo(server.shortage, err=True)
         click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
-        stop.wait()
+        while not signals.stop.wait(_LOOK_S):
+            server.check()
         click.echo("stopping", err=True)
-        if not drain(stop_grace_s, hurry):
+        if not drain(stop_grace_s, signals.hurry):
             click.echo("warning: requests that were under way may have been cut off", err=True)
     return 0

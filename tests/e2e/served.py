@@ -39,10 +39,10 @@ class Server:
     """`xkv serve` with some options, until `stop`.
 
     Args:
-        folder: for its log. options: of the command.
+        folder: for its log. options: of the command. wait: until it answers.
     """
 
-    def __init__(self, folder: Path, *options: object) -> None:
+    def __init__(self, folder: Path, *options: object, wait: bool = True) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -60,20 +60,26 @@ class Server:
                 env=environment,
                 start_new_session=True,  # as a terminal would: a group that Ctrl-C reaches
             )
-        self._wait()
+        if wait:
+            self._wait()
 
     def metrics(self) -> str:
         """The page that Prometheus reads."""
         return httpx.get(f"{self.url}/metrics", timeout=60).text
 
+    def processes(self, words: str = "") -> list[psutil.Process]:
+        """Its children's and theirs, with some words in their command."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if words in " ".join(child.cmdline())]
+
     def engine_process(self) -> psutil.Process:
         """Of one of the replicas."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(
-            child
-            for child in children
-            if "EngineReplica" in " ".join(child.cmdline()) or "engine" in child.name()
-        )
+        return self.processes("xkv:engine")[0]
+
+    def terminate_all(self) -> None:
+        """SIGTERM to all its processes, as systemd sends it; `timeout` does to the group."""
+        for process in [psutil.Process(self.process.pid), *self.processes()]:
+            process.terminate()
 
     def stop(self) -> int:
         """SIGTERM, unless it has ended; the exit status."""

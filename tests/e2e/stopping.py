@@ -19,8 +19,8 @@ LONG = {"max_tokens": 4000, "temperature": 2.0, "seed": 1}
 
 
 def check_that_sigterm_breaks_off_answers(server: Server) -> None:
-    """After the time to finish, of a server that gives some seconds."""
-    _stop(server, [lambda: server.process.send_signal(signal.SIGTERM)])
+    """After the time to finish, of a server that gives some seconds; all its processes get the signal."""
+    _stop(server, [server.terminate_all])
 
 
 def check_that_ctrl_c_twice_breaks_off_answers(server: Server) -> None:
@@ -30,11 +30,11 @@ def check_that_ctrl_c_twice_breaks_off_answers(server: Server) -> None:
 
 def _stop(server: Server, signals: Sequence[Callable[[], object]]) -> None:
     """Running answers end with an error, and later ones are refused."""
-    client = _Client(server)
-    _wait_until_running(server, 0)  # what a replica said that was killed counts for a while
+    client = LongAnswers(server)
+    wait_until_running(server, 0)  # what a replica said that was killed counts for a while
     with ThreadPoolExecutor() as pool:
         whole, stream = pool.submit(client.whole, 1), pool.submit(client.stream, 2)
-        _wait_until_running(server, 2)
+        wait_until_running(server, 2)
         signals[0]()
         _check_refused(server)
         for again in signals[1:]:
@@ -44,7 +44,7 @@ def _stop(server: Server, signals: Sequence[Callable[[], object]]) -> None:
     assert "cut off" not in server.log.read_text()
 
 
-class _Client:
+class LongAnswers:
     """Asks for answers that are longer than the server has time for."""
 
     def __init__(self, server: Server) -> None:
@@ -69,8 +69,9 @@ class _Client:
         return None
 
 
-def _wait_until_running(server: Server, count: int) -> None:
-    wait_until(lambda: f'xkv_sessions{{state="running"}} {count}.0' in server.metrics(), seconds=120)
+def wait_until_running(server: Server, count: int, seconds: float = 120) -> None:
+    """So many answers, of all engines together."""
+    wait_until(lambda: f'xkv_sessions{{state="running"}} {count}.0' in server.metrics(), seconds)
 
 
 def _check_refused(server: Server) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import io
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -64,7 +66,31 @@ def cluster(address: str | None = None) -> Iterator[Room]:
         try:
             yield _room()
         finally:
-            ray.shutdown()
+            if address is None and has_ended():
+                atexit.register(_exit_without_ray)
+            else:
+                ray.shutdown()
+
+
+def _exit_without_ray() -> None:
+    """End this process at once. Ray would wait a minute for what is gone, and its threads crash later."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def has_ended() -> bool:
+    """Whether the Ray that was started here is gone: its head takes no connections, or knows of no node that
+    is alive. What is left of its processes ends with this one."""
+    import ray
+
+    try:
+        _knock(ray.get_runtime_context().gcs_address)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # a busy machine
+        return False
+    return not any(node["Alive"] for node in ray.nodes())
 
 
 def _set_defaults(address: str | None) -> None:
@@ -94,7 +120,8 @@ def _connect(address: str | None) -> None:
             return
         if fault := _health(address).fault:  # `ray.init` alone would try for minutes
             raise ConnectionError(fault)
-        ray.init(address=address, **quiet)
+        with _sigterm_for_us_alone():
+            ray.init(address=address, **quiet)
     except Exception as error:  # noqa: BLE001 - Ray raises plain Exception, among many others
         where = f"at {address}" if address else "on this machine"
         raise RayUnavailable(
@@ -109,14 +136,39 @@ def _start(quiet: dict[str, Any]) -> None:
 
     for left in reversed(range(_STARTS)):
         try:
-            ray.init(
-                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
-            )
+            with _sigterm_for_us_alone():
+                ray.init(
+                    address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+                )
             return
         except Exception as error:
             ray.shutdown()
             if not left or "timed out" not in str(error):
                 raise
+
+
+@contextmanager
+def _sigterm_for_us_alone() -> Iterator[None]:
+    """Processes that are started meanwhile never get SIGTERM.
+
+    `timeout` sends it to a whole group, and systemd to all processes of a service. Ray's must outlive that:
+    the process that started them is to end its work with them, and ends them itself. The mask is inherited.
+    A handler of our own stays, and gets what Ray's own met meanwhile, which ends the process without a word.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    met = False
+    try:
+        yield
+    except SystemExit:  # another thread of this process had no mask
+        met = True
+        raise
+    finally:
+        if callable(handler):
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        if met:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class CalibrationNeeded(XKVError):
 
 
 class ServerFailed(XKVError):
-    """The server does not come up."""
+    """The server does not come up, or ends by itself."""
 
 
 def one_line(error: BaseException) -> str:

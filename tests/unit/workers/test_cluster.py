@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from xkv_workers import cluster as module
 from xkv_workers.cluster import Crew, Room, plan_crew, plan_replicas, start_turn
 from xkv_workers.errors import RayUnavailable
 from xkv_workers.messages import Device
@@ -97,3 +101,33 @@ def test_one_ray_is_started_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / f"xkv-{os.getuid()}-ray.lock").symlink_to("/dev/null")
     with start_turn() as unlocked:
         assert unlocked, "a lock that cannot be used keeps nobody waiting"
+
+
+class Stopped(Exception):
+    """What this process does at SIGTERM."""
+
+
+def test_rays_processes_get_no_sigterm_and_this_one_keeps_its_handler() -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(number)  # as Ray's handler
+
+    wait = [sys.executable, "-c", "print(flush=True); input()"]
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped), module._sigterm_for_us_alone():
+            signal.signal(signal.SIGTERM, end)
+            child = subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            with child:
+                assert child.stdout is not None
+                child.stdout.readline()
+                child.terminate()
+                child.communicate(b"\n")
+            assert child.returncode == 0
+            end(15, None)
+        assert signal.getsignal(signal.SIGTERM) is stop
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ from xkv_service.api.keys import KeyRing
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
-from xkv_workers.cluster import Crew, cluster, plan_replicas
+from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
 from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
@@ -75,6 +75,7 @@ class Serving:
     Args:
         url: where. model: its name. store_url: of the prefixes. replicas: started.
         logs: the folder with the logs of its processes, on this machine.
+        own_ray: whether it has a Ray of its own, which may end by itself.
         open: whether nobody needs a key. shortage: why it cannot have the most replicas that it may, or None.
     """
 
@@ -83,8 +84,18 @@ class Serving:
     store_url: str
     replicas: int
     logs: str
+    own_ray: bool
     open: bool
     shortage: str | None = None
+
+    def check(self) -> None:
+        """See whether it goes on.
+
+        Raises:
+            ServerFailed: its own Ray has ended.
+        """
+        if self.own_ray and has_ended():
+            raise ServerFailed("the server has ended: its Ray is gone", hint=f"its logs are in {self.logs}")
 
 
 @contextmanager
@@ -119,6 +130,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
             store_url=store.blobs.url,
             replicas=settings.scaling.least,
             logs=_logs(),
+            own_ray=request.ray_address is None,
             open=keys.is_open,
             shortage=shortage,
         )
@@ -182,18 +194,17 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(
-            http_options=HTTPOptions(host=request.host, port=request.port),
-            logging_config=serve_logging(settings.log_format),
-        )
-        serve.run(build_application(settings), name=APP, route_prefix="/")
-    except (RuntimeError, RayServeException) as error:
-        serve.shutdown()
-        raise ServerFailed(
-            f"the server did not come up: {' '.join(str(error).split())[:300]}",
-            hint=f"its logs are in {_logs()}",
-        ) from None
-    try:
+        try:
+            serve.start(
+                http_options=HTTPOptions(host=request.host, port=request.port),
+                logging_config=serve_logging(settings.log_format),
+            )
+            serve.run(build_application(settings), name=APP, route_prefix="/")
+        except (RuntimeError, RayServeException) as error:
+            raise ServerFailed(
+                f"the server did not come up: {' '.join(str(error).split())[:300]}",
+                hint=f"its logs are in {_logs()}",
+            ) from None
         yield
     finally:
         _end(shared=request.ray_address is not None)
@@ -201,12 +212,16 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
 
 def _end(*, shared: bool) -> None:
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     if not shared:
-        serve.shutdown()
+        if not has_ended():
+            serve.shutdown()
         return
     try:
         serve.delete(APP)
+    except RayServeException:  # it had not come up
+        pass
     except TimeoutError:
         _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
 

@@ -1,0 +1,45 @@
+"""How `xkv serve` ends when it is stopped while it starts, and when its Ray ends first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asking import wait_until
+from served import Server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """One that starts."""
+    started = Server(tmp_path, "--store", tmp_path / "store", wait=False)
+    yield started
+    if started.process.poll() is None:
+        started.process.kill()
+        started.process.wait()
+
+
+@pytest.mark.parametrize("word", ["redis-server", "raylet", "ServeController"])
+def test_one_that_is_stopped_while_it_starts_says_so(server: Server, word: str) -> None:
+    """As soon as it has started a process of a kind; all its processes get the signal."""
+    if word == "redis-server":
+        wait_until(lambda: (server.log.parent / "store" / "catalog" / "redis.pid").exists())
+    else:
+        wait_until(lambda: bool(server.processes(word)))
+    server.terminate_all()
+    assert server.process.wait(120) == 0, server.log.read_text()
+    assert server.log.read_text() == "stopped before it had started\n"
+
+
+@pytest.mark.parametrize("part", ["gcs_server", "raylet/raylet"])
+def test_one_whose_ray_is_gone_says_so(server: Server, part: str) -> None:
+    wait_until(lambda: "status page at" in server.log.read_text(), seconds=600)
+    (victim,) = (one for one in server.processes(part) if one.cmdline()[0].endswith(part))
+    victim.kill()
+    assert server.process.wait(60) == 1
+    error, hint = server.log.read_text().splitlines()[-2:]
+    assert error == "error: the server has ended: its Ray is gone"
+    assert hint.startswith("hint: its logs are in ") and len(server.log.read_text().splitlines()) == 4
