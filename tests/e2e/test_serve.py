@@ -21,7 +21,7 @@ from asking import Asker, example_document, first_turn, wait_until
 from command_runs import Xkv
 from openai import APIStatusError
 from served import Server, use_factors
-from stopping import check_that_ctrl_c_twice_breaks_off_answers
+from stopping import LongAnswers, check_that_ctrl_c_twice_breaks_off_answers, wait_until_running
 
 from xkv_artifacts.embedded import embedded_redis_url
 
@@ -251,6 +251,29 @@ def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, An
     wait_until(lambda: _answers(asker, document, questions[0]))
 
 
+def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
+    asker: Asker, prefix: dict[str, Any], server: Server
+) -> None:
+    """Its streams end without an error event, and others with Serve's own 500."""
+    document, questions = example_document(NAMES[0])
+    wait_until_running(server, 0)
+    client, before = LongAnswers(server), _cancelled(server)
+    with ThreadPoolExecutor(4) as pool:
+        whole = [pool.submit(client.whole, number) for number in (1, 2)]
+        streams = [pool.submit(client.stream, number) for number in (3, 4)]
+        wait_until_running(server, 4)
+        (victim,) = server.processes("xkv:ingress")
+        victim.kill()
+        killed = time.monotonic()
+        assert [one.result(60).status_code for one in whole] == [500, 500]
+        assert all(isinstance(one.exception(60), httpx.RemoteProtocolError) for one in streams)
+    wait_until(lambda: _answers(asker, document, questions[0]), seconds=60)
+    assert time.monotonic() - killed < 60
+    wait_until_running(server, 0, seconds=10)
+    assert _cancelled(server) == before + 4, "they came to their ends, for nobody"
+    assert _answers(asker, document, questions[1])
+
+
 def test_an_embedded_redis_that_is_killed_is_back_within_seconds(
     asker: Asker, prefix: dict[str, Any], server: Server, store_url: str
 ) -> None:
@@ -267,6 +290,12 @@ def test_an_embedded_redis_that_is_killed_is_back_within_seconds(
     assert _answers(asker, document, questions[1])
     wait_until(lambda: _artifact(asker, document, questions[2]) == prefix["id"], seconds=20)
     assert "the embedded Redis had died, and runs again" in server.log.read_text()
+
+
+def _cancelled(server: Server) -> float:
+    """Answers that the engines gave up."""
+    found = re.search(r"^xkv_engine_ended_cancelled_total (\S+)", server.metrics(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:

@@ -13,8 +13,10 @@ from ray.exceptions import RayActorError
 
 from xkv_service.engine.messages import Delta, Event, Failed, Finished, GenerationRequest, Started
 from xkv_service.sessions.settings import GenerationSettings
+from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
 
+INGRESS = Caller("a reference")
 WHOLE: list[Event] = [Started(2, 0), Delta("a", 1), Finished("stop", 1, (5,))]
 
 
@@ -27,7 +29,8 @@ class Dying:
     def options(self, **_: Any) -> Dying:
         return self
 
-    def remote(self, _: GenerationRequest) -> Dying:
+    def remote(self, _: GenerationRequest, caller: Caller) -> Dying:
+        assert caller == INGRESS
         self.calls += 1
         return self
 
@@ -59,7 +62,7 @@ class Full(Dying):
 
 async def told(handle: Dying, *, streamed: bool) -> list[Event]:
     request = GenerationRequest("one", (1, 2), GenerationSettings(), streamed=streamed)
-    events = [event async for event in HandleBackend(handle, None).generate(request)]
+    events = [event async for event in HandleBackend(handle, None, INGRESS).generate(request)]
     return [replace(one, queued_seconds=0.0) if isinstance(one, Started) else one for one in events]
 
 
@@ -90,7 +93,7 @@ def test_an_answer_that_has_ended_is_not_asked_again() -> None:
 def test_what_waits_for_a_replica_is_counted_and_timed() -> None:
     async def asked() -> Event:
         handle = Full()
-        backend = HandleBackend(handle, None)
+        backend = HandleBackend(handle, None, INGRESS)
         events = backend.generate(GenerationRequest("one", (1, 2), GenerationSettings()))
         gone = backend.generate(GenerationRequest("two", (1, 2), GenerationSettings()))
         first = asyncio.ensure_future(anext(events))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 BOARD = "xkv-state-board"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH_S = 5.0
+_INGRESS_HEALTH_S = 1.0
+"""One ingress has all clients, who wait until its death is seen: with Serve's 10 s for up to so long."""
 _FALLBACKS = 64
 """Replicas that may take over a prefix whose own one is full. With Ray's 2 the most popular document breaks
 first: at 1,000 GPUs 12 % of all requests find three full replicas, with 64 none (docs/scale.md)."""
@@ -75,6 +77,7 @@ def build_application(settings: ServeSettings) -> Any:
         num_replicas=1,
         max_ongoing_requests=settings.most_requests + _OTHERS,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_INGRESS_HEALTH_S,
         logging_config=serve_logging(settings.log_format),
     )
     making = compressor.bind(settings)

@@ -15,6 +15,7 @@ from xkv_service.engine.free_memory import FreeMemory
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
+from xkv_workers.serving.callers import Caller, Callers
 from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
@@ -60,20 +61,22 @@ class EngineReplica:
         self._backend = EngineBackend(self._engine)
         self._free_memory = FreeMemory()
         self._board, self._name = board, _replica_name()
+        self._callers = Callers()
         self._reporting: asyncio.Task[None] | None = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event | None]:
+    async def generate(self, request: GenerationRequest, caller: Caller) -> AsyncIterator[Event | None]:
         """None at once, as a sign that the request is here, then its events. Cancelling the call takes it out
-        of the batch."""
+        of the batch, and so does the death of its caller."""
         yield None
         self._report_from_now_on()
         self._remakes.note(request)
         events = self._backend.generate(request)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
+        with self._callers.call(caller):
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                await events.aclose()
 
     async def state(self) -> EngineState:
         """What the engine holds and does now."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from xkv_service.engine.messages import EngineState, Event, Failed, Finished, GenerationRequest, Started
+from xkv_workers.serving.callers import Caller
 
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
@@ -21,10 +22,11 @@ class HandleBackend:
 
     Args:
         engine: the handle of the engine deployment. board: of the `StateBoard`.
+        caller: this process, without which its requests are given up.
     """
 
-    def __init__(self, engine: Any, board: Any) -> None:
-        self._engine, self._board = engine, board
+    def __init__(self, engine: Any, board: Any, caller: Caller) -> None:
+        self._engine, self._board, self._caller = engine, board, caller
         self._waiting = 0
 
     @property
@@ -62,7 +64,7 @@ class HandleBackend:
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._engine.options(stream=True, session_id=routing_key(request))
-        response = handle.generate.remote(request)
+        response = handle.generate.remote(request, self._caller)
         events = aiter(response)
         ended = False
         try:

@@ -11,6 +11,7 @@ from xkv_service.api.model import ServedModel
 from xkv_service.api.remaker import Remaker
 from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.model_files import find_model
+from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
 from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remote_maker import RemoteMaker
@@ -48,7 +49,8 @@ def make_app(settings: ServeSettings) -> FastAPI:
     place = settings.place
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
-    backend = HandleBackend(serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD))
+    engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD)
+    backend = HandleBackend(engine, board, Caller(board.never.remote()))
     compressor = serve.get_deployment_handle(COMPRESSOR, APP)
     remaker = Remaker(store, place.fingerprint, lambda new: compressor.create.remote(new))
     return create_app(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from dataclasses import replace
@@ -30,6 +31,10 @@ class StateBoard:
         """A replica's last word: it ends."""
         self._states.pop(replica, None)
         self._left.update(state.counters)
+
+    async def never(self) -> None:
+        """Never comes to an end. Whoever calls this owns what it returns, for a `Caller`."""
+        await asyncio.Event().wait()
 
     def all(self) -> list[EngineState]:
         """The states of all replicas that are alive; to the first one's counters those of all that are gone
