@@ -64,6 +64,12 @@ def test_two_replicas_share_the_work_and_one_may_die(server: Server) -> None:
     wait_until(lambda: right(questions[0]) is True)
 
 
+def test_a_busy_replica_has_a_second_to_say_how_busy_it_is(server: Server) -> None:
+    """Asked by the router, which is in the ingress."""
+    (ingress,) = server.processes("xkv:ingress")
+    assert ingress.environ()["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] == "1"
+
+
 def test_at_sigterm_running_answers_end_with_an_error_and_later_ones_are_refused(server: Server) -> None:
     """The server of this file ends here."""
     check_that_sigterm_breaks_off_answers(server)

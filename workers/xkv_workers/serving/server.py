@@ -28,6 +28,14 @@ _log = logging.getLogger(__name__)
 _BUNDLED = "xkv-demo"
 """A name of the bundled model besides that of its folder."""
 
+_RAY_SETTINGS = {
+    # Ray's 15 is for batches: answers must not wait for them.
+    "RAY_worker_niceness": "0",
+    # After Ray's 0.1 s the requests of a busy replica go to another one, which has to load their prefix.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+}
+"""For a Ray that is started here. What the user has set stays."""
+
 
 @dataclass(frozen=True)
 class ServeRequest:
@@ -107,9 +115,8 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     """
     keys = KeyRing.read(request.keys)
     _check_address(request, keys)
-    os.environ.setdefault(
-        "RAY_worker_niceness", "0"
-    )  # Ray's 15 is for batches: answers must not wait for them
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         stack.enter_context(store.keeping_catalog())
