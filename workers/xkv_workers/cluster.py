@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,8 +52,12 @@ class Room:
 
 
 @contextmanager
-def cluster(address: str | None = None) -> Iterator[Room]:
+def cluster(address: str | None = None, *, own_sigterm: bool = False) -> Iterator[Room]:
     """Ray, started here or joined at `address` ("host:port" or "auto"), and left again at the end.
+
+    Args:
+        own_sigterm: SIGTERM is for this process alone, and its handler stays. Ending a Ray that was started
+            here takes 4 s longer then, since its processes have to be killed.
 
     Raises:
         RayUnavailable: it does not start, or nothing answers at the address.
@@ -62,7 +66,8 @@ def cluster(address: str | None = None) -> Iterator[Room]:
     import ray
 
     with redirect_stdout(_LogLines()):  # Ray prints workers' deaths on stdout, which is for results
-        _connect(address)
+        with _sigterm_for_us_alone() if own_sigterm else nullcontext():
+            _connect(address)
         try:
             yield _room()
         finally:
@@ -120,8 +125,7 @@ def _connect(address: str | None) -> None:
             return
         if fault := _health(address).fault:  # `ray.init` alone would try for minutes
             raise ConnectionError(fault)
-        with _sigterm_for_us_alone():
-            ray.init(address=address, **quiet)
+        ray.init(address=address, **quiet)
     except Exception as error:  # noqa: BLE001 - Ray raises plain Exception, among many others
         where = f"at {address}" if address else "on this machine"
         raise RayUnavailable(
@@ -136,10 +140,9 @@ def _start(quiet: dict[str, Any]) -> None:
 
     for left in reversed(range(_STARTS)):
         try:
-            with _sigterm_for_us_alone():
-                ray.init(
-                    address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
-                )
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+            )
             return
         except Exception as error:
             ray.shutdown()

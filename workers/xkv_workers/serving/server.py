@@ -120,14 +120,16 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         stack.enter_context(store.keeping_catalog())
-        room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
+        room = None
+        if request.ray_address:
+            room = stack.enter_context(cluster(request.ray_address, own_sigterm=True))
         model = choose_model(request.model, request.revision, choose_device(request.device, room))
         if room is not None and room.nodes > 1 and store.redis_url.startswith("unix:"):
             raise RayUnavailable(
                 f"{room.nodes} machines cannot share the embedded Redis of this one",
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
-        room = room or stack.enter_context(cluster())
+        room = room or stack.enter_context(cluster(own_sigterm=True))
         crew, shortage = plan_replicas(room, model.device, request.scaling.least, request.scaling.most)
         settings = _settings(request, model, store, crew, keys)
         stack.enter_context(_application(request, settings))
