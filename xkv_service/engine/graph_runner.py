@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from contextlib import ExitStack
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -52,19 +54,12 @@ class GraphRunner:
         for layout, places in self._by_layout(work).items():
             found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
             logits |= dict(zip(places, found, strict=True)) if found is not None else {}
-        rest = []
-        for place, (context, ids) in enumerate(work):
-            if place not in logits:
-                self.settle(context)
-                if self._layout(context) is not None:
-                    logits[place] = self._ask(context, ids)
-                else:
-                    rest.append(place)
-        if len(rest) == len(work):
-            return self._packed.run(work)
-        if rest:
-            found = self._packed.run([work[place] for place in rest])
-            logits |= dict(zip(rest, found, strict=True))
+        left = [place for place in range(len(work)) if place not in logits]
+        for place in left:
+            self.settle(work[place][0])
+        for forward in self._forwards(work, left):
+            found = self._ask([(work[place][0], ids) for place, ids in forward.items()])
+            logits |= dict(zip(forward, found, strict=True))
         return torch.stack([logits[place] for place in range(len(work))])
 
     def settle(self, context: Context) -> None:
@@ -96,20 +91,39 @@ class GraphRunner:
             self._layouts[cache] = layout_of(cache) if taken else None
         return self._layouts[cache]
 
-    def _ask(self, context: Context, ids: list[int]) -> torch.Tensor:
-        """Several tokens of one context, as many at a time as kernels take."""
-        for start in range(0, len(ids), MOST_TOKENS):
-            held, piece = len(context.ids), ids[start : start + MOST_TOKENS]
-            try:
-                logits = self._packed.run([(context, piece)])
-            except Exception as error:
-                if not turned_off(error):
-                    raise
-                self._packed, self._broken = PackedRunner(self._model), True
-                self._layouts.clear()
-                context.rewind(held)
-                logits = self._packed.run([(context, piece)])
-        return logits[0]
+    def _forwards(self, work: Work, places: list[int]) -> list[dict[int, list[int]]]:
+        """Forwards over the new tokens of these places: in each, ids by place.
+
+        Questions share `MOST_TOKENS` of a forward, which its kernels take if they come first; all else is in
+        the first one.
+        """
+        questions = [
+            place for place in places if len(work[place][1]) > 1 and self._layout(work[place][0]) is not None
+        ]
+        tokens = [(place, token) for place in questions for token in work[place][1]]
+        pieces = [tokens[start : start + MOST_TOKENS] for start in range(0, len(tokens), MOST_TOKENS)]
+        forwards = [
+            {place: [token for _, token in some] for place, some in groupby(piece, itemgetter(0))}
+            for piece in pieces or [[]]
+        ]
+        forwards[0] |= {place: work[place][1] for place in places if place not in questions}
+        return forwards if places else []
+
+    def _ask(self, work: Work) -> torch.Tensor:
+        """An ordinary forward; where a kernel does not run, once more without kernels."""
+        try:
+            return self._packed.run(work)
+        except Exception as error:
+            if not turned_off(error):
+                raise
+        self._packed, self._broken = PackedRunner(self._model), True
+        self._layouts.clear()
+        for context, _ in work:
+            ids = list(context.ids)
+            context.rewind(len(ids))
+            if len(context.ids) < len(ids):  # a window could not go back
+                context.advance(ids[len(context.ids) :])
+        return self._packed.run(work)
 
     def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
         """Logits of a step, or None: there was none, and graphs are not used any more."""

@@ -15,9 +15,9 @@ from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enab
 from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.kernel_choice import why_not
 from xkv_service.decoding.scoring import Scoring
-from xkv_service.engine import step_graph
+from xkv_service.engine import graph_runner, packed_cache, step_graph
 from xkv_service.engine.graph_runner import GraphRunner
-from xkv_service.engine.runners import SeparateRunner, make_runner
+from xkv_service.engine.runners import PackedRunner, SeparateRunner, Work, make_runner
 from xkv_service.factors import PrefixFactors
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
@@ -70,6 +70,20 @@ def plainly(work: list[tuple[Context, list[int]]]) -> torch.Tensor:
         return SeparateRunner().run(work)
     finally:
         kernel_choice.DEVICES = before
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """New tokens of each context, forward by forward that no graph runs."""
+    found: list[list[int]] = []
+    real = PackedRunner.run
+
+    def run(runner: PackedRunner, work: Work) -> torch.Tensor:
+        found.append([len(ids) for _, ids in work])
+        return real(runner, work)
+
+    monkeypatch.setattr(PackedRunner, "run", run)
+    return found
 
 
 PLAN = [
@@ -143,6 +157,31 @@ def test_a_graph_that_fails_is_no_loss(
     assert runner._broken and ours["a"].ids == theirs["a"].ids
 
 
+def test_what_no_graph_runs_goes_in_one_forward(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], forwards: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As many tokens of questions as kernels take at once, whoever asks them; and all single tokens."""
+    for module in (graph_runner, packed_cache):
+        monkeypatch.setattr(module, "MOST_TOKENS", 6)
+    monkeypatch.setattr(step_graph.StepGraph, "run", lambda *_: 1 / 0)
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    steps = [
+        ({"exact": 9, "a": 4, "b": 5, "c": 3}, [[4, 2, 9], [3, 3]]),
+        ({"a": 1, "b": 1, "exact": 1, "c": 1}, [[1, 1, 1, 1]]),
+        ({"a": 1, "b": 7, "c": 1}, [[6, 1, 1], [1]]),
+    ]
+    for lengths, expected in steps:
+        forwards.clear()
+        ids = {name: random_ids(count, seed=count).tolist() for name, count in lengths.items()}
+        found = runner.run([(ours[name], one) for name, one in ids.items()])
+        assert forwards == expected
+        assert (
+            samples.relative(found, plainly([(theirs[name], one) for name, one in ids.items()])) < TOLERANCE
+        )
+    assert all(context.ids == theirs[name].ids for name, context in ours.items())
+
+
 def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
     model: PreTrainedModel, prefixes: list[PrefixFactors]
 ) -> None:
@@ -189,17 +228,20 @@ def test_a_tail_of_another_dtype_is_no_loss(model: PreTrainedModel, prefixes: li
     assert runner._broken and ours.ids == theirs.ids
 
 
+class OutOfResources(Exception):
+    """As where a shape needs more shared memory than a device has."""
+
+    __module__ = "triton.runtime.errors"
+
+
+def fail(*_: object, **__: object) -> None:
+    raise OutOfResources("out of resource: shared memory")
+
+
 def test_kernels_that_do_not_compile_are_no_loss(
     model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a shape needs more shared memory than a device has: PyTorch attends, now and later."""
-
-    class OutOfResources(Exception):
-        __module__ = "triton.runtime.errors"
-
-    def fail(*_: object, **__: object) -> None:
-        raise OutOfResources("out of resource: shared memory")
-
+    """PyTorch attends, now and later."""
     runner = GraphRunner(model)
     ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
     for ids in ([3, 4, 5], [6], [7]):
@@ -209,3 +251,22 @@ def test_kernels_that_do_not_compile_are_no_loss(
         assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
     assert ours["a"].ids == theirs["a"].ids and kernel_choice.DEVICES == ()
     assert why_not(ours["a"].cache, Scoring(0.2)) is not None
+
+
+def test_kernels_that_do_not_compile_are_no_loss_behind_windows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cannot go back: what they lost runs again."""
+    model = tiny_model("gemma3", head_dim=32).to(device)
+    spec = CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8")
+    with enable_xkv(model):
+        prefix = compress(model, random_ids(120, seed=120), spec)
+        runner = GraphRunner(model)
+        ours, theirs = contexts(model, [prefix, prefix]), contexts(model, [prefix, prefix])
+        for ids in ([3, 4, 5], [6], [7]):
+            if ids == [6]:
+                monkeypatch.setattr("xkv_service.decoding.kernel_step.DecodeLaunch.run", fail)
+            names = ("a", "b", "exact")
+            found = runner.run([(ours[name], ids) for name in names])
+            assert samples.relative(found, plainly([(theirs[name], ids) for name in names])) < TOLERANCE
+    assert kernel_choice.DEVICES == () and all(ours[name].ids == theirs[name].ids for name in names)
