@@ -7,8 +7,7 @@ from collections import OrderedDict
 from contextlib import ExitStack
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +27,10 @@ _KEPT = 6
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
 
 
+class _Layout:
+    """Stands for what `layout_of` gives: hundreds of numbers, which a step would compare for each context."""
+
+
 class GraphRunner:
     """Runs new tokens of contexts, as `Runner`. Not thread-safe.
 
@@ -42,8 +45,9 @@ class GraphRunner:
         self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
         self._packed = PackedRunner(model)
         self._riders: dict[int, Rider] = {}
-        self._layouts: WeakKeyDictionary[XKVCache, Any] = WeakKeyDictionary()
-        self._graphs: OrderedDict[tuple[Any, ...], StepGraph] = OrderedDict()
+        self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
+        self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
+        self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._broken = False
 
@@ -69,9 +73,9 @@ class GraphRunner:
             self._release(rider)
             rider.settle()
 
-    def _by_layout(self, work: Work) -> dict[Any, list[int]]:
+    def _by_layout(self, work: Work) -> dict[_Layout, list[int]]:
         """Places of sequences that graphs run for, by what those of one graph have in common."""
-        found: dict[Any, list[int]] = {}
+        found: dict[_Layout, list[int]] = {}
         for place, (context, ids) in enumerate(work):
             context.rewind(len(context.ids))  # mends what a forward that failed has left of it
             steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
@@ -80,7 +84,7 @@ class GraphRunner:
                 found.setdefault(layout, []).append(place)
         return found
 
-    def _layout(self, context: Context) -> Any:
+    def _layout(self, context: Context) -> _Layout | None:
         """None: kernels do not run for the context, or only for some layers of the model."""
         cache = context.cache
         if not isinstance(cache, XKVCache):
@@ -88,7 +92,7 @@ class GraphRunner:
         if cache not in self._layouts:
             every = all(isinstance(layer, PrefixLayer) for layer in cache.layers)
             taken = every and why_not(cache, Scoring(1.0)) is None
-            self._layouts[cache] = layout_of(cache) if taken else None
+            self._layouts[cache] = self._known.setdefault(layout_of(cache), _Layout()) if taken else None
         return self._layouts[cache]
 
     def _forwards(self, work: Work, places: list[int]) -> list[dict[int, list[int]]]:
@@ -125,7 +129,7 @@ class GraphRunner:
                 context.advance(ids[len(context.ids) :])
         return self._packed.run(work)
 
-    def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
+    def _step(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor | None:
         """Logits of a step, or None: there was none, and graphs are not used any more."""
         try:
             riders = [self._rider(context) for context, _ in given]
@@ -162,7 +166,7 @@ class GraphRunner:
             if graph.holds(rider):
                 graph.release()
 
-    def _graph(self, layout: Any, riders: list[Rider]) -> StepGraph:
+    def _graph(self, layout: _Layout, riders: list[Rider]) -> StepGraph:
         sizes = Sizes(*(_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)))
         name = (layout, _slots(len(riders)), *sizes)
         graph = self._graphs.pop(name, None)

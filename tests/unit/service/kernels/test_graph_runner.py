@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.kernel_choice import why_not
+from xkv_service.decoding.kernel_step import layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine import graph_runner, packed_cache, step_graph
 from xkv_service.engine.graph_runner import GraphRunner
@@ -121,6 +122,27 @@ def test_steps_are_those_of_each_sequence_alone(
     ours["a"].rewind(len(ours["a"].ids) - 1)
     theirs["a"].rewind(len(theirs["a"].ids) - 1)
     assert samples.relative(runner.run([(ours["a"], [7])]), plainly([(theirs["a"], [7])])) < TOLERANCE
+
+
+def test_layouts_are_compared_when_a_cache_is_new(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have hundreds of numbers: a step compares none of them."""
+    compared = []
+
+    class Layout(tuple[object, ...]):
+        def __hash__(self) -> int:
+            compared.append(self)
+            return super().__hash__()
+
+    monkeypatch.setattr(graph_runner, "layout_of", lambda cache: Layout(layout_of(cache)))
+    runner, ours = GraphRunner(model), contexts(model, prefixes)
+    pair = [ours["a"], ours["b"]]
+    for ids in ([3, 4], [5]):
+        runner.run([(context, ids) for context in pair])
+    compared.clear()
+    runner.run([(context, [6]) for context in pair])
+    assert not compared and len(runner._graphs) == 1
 
 
 def test_a_tail_moves_when_its_room_is_full(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
