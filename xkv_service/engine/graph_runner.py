@@ -18,7 +18,7 @@ from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
-from xkv_service.engine.step_graph import Rider, StepGraph
+from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 
@@ -50,6 +50,7 @@ class GraphRunner:
         self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._broken = False
+        self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
     @torch.no_grad()
     def run(self, work: Work) -> torch.Tensor:
@@ -57,7 +58,9 @@ class GraphRunner:
         logits: dict[int, torch.Tensor] = {}
         for layout, places in self._by_layout(work).items():
             found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
-            logits |= dict(zip(places, found, strict=True)) if found is not None else {}
+            if found is None:
+                break
+            logits |= dict(zip(places, found, strict=True))
         left = [place for place in range(len(work)) if place not in logits]
         for place in left:
             self.settle(work[place][0])
@@ -91,7 +94,7 @@ class GraphRunner:
             return None
         if cache not in self._layouts:
             every = all(isinstance(layer, PrefixLayer) for layer in cache.layers)
-            taken = every and why_not(cache, Scoring(1.0)) is None
+            taken = every and why_not(cache, self._scoring) is None
             self._layouts[cache] = self._known.setdefault(layout_of(cache), _Layout()) if taken else None
         return self._layouts[cache]
 
@@ -130,7 +133,7 @@ class GraphRunner:
         return self._packed.run(work)
 
     def _step(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor | None:
-        """Logits of a step, or None: there was none, and graphs are not used any more."""
+        """Logits of a step, or None: there was none, and graphs run no more."""
         try:
             riders = [self._rider(context) for context, _ in given]
             for rider in riders:
@@ -143,9 +146,16 @@ class GraphRunner:
                 for context, token in given:
                     stack.enter_context(context.extending([token]))
                 logits = graph.run([token for _, token in given]).clone()
+        except OtherScores as other:
+            _log.info("steps run without graphs: kernels do not make scores as the model does")
+            self._scoring = other.scoring
+            self._layouts.clear()
+            self._drop()
+            return None
         except Exception:  # noqa: BLE001 - whatever it was, ordinary forwards go on
             _log.exception("a decode step as a CUDA graph failed; steps run without graphs from now on")
-            self._give_up()
+            self._broken = True
+            self._drop()
             return None
         for rider in riders:
             rider.count += 1
@@ -177,8 +187,8 @@ class GraphRunner:
         self._graphs[name] = graph
         return graph
 
-    def _give_up(self) -> None:
-        self._broken = True
+    def _drop(self) -> None:
+        """All graphs and riders go."""
         self._graphs.clear()
         for rider in self._riders.values():
             rider.settle()

@@ -14,6 +14,7 @@ from xkv_service.decoding.batch_tails import tail_row
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.kernel_step import DecodeLaunch, Sizes, document_of, rebuilt_tokens, sizes_of
+from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
@@ -21,6 +22,18 @@ from xkv_service.sessions.context import Context
 
 _WARM = 2
 """Runs before a capture: the first compiles kernels and chooses products, which a capture cannot hold."""
+
+
+class OtherScores(Exception):
+    """Kernels do not make scores as the model does: it has a softcap, or sinks of their own.
+
+    Args:
+        scoring: the model's.
+    """
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__(scoring)
+        self.scoring = scoring
 
 
 class Rider:
@@ -95,7 +108,7 @@ class StepGraph:
         sizes: of buffers, as `sizes_of`. pool: memory that graphs share, or None on a CPU.
 
     Raises:
-        NotImplementedError: the model makes its scores in a way that kernels do not.
+        OtherScores: from `run`, the first time.
     """
 
     def __init__(
@@ -209,7 +222,7 @@ class _GraphLayer:
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """As `RowLayer.attend`."""
         if not takes(call.scoring):
-            raise NotImplementedError("scores have a softcap, or sinks of their own")
+            raise OtherScores(call.scoring)
         query = call.query[0].transpose(0, 1)
         return self._launch.run(
             self.index, query, self._tails, self._lengths, call.scoring.scaling, repeat=self._repeat

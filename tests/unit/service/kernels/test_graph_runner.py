@@ -292,3 +292,25 @@ def test_kernels_that_do_not_compile_are_no_loss_behind_windows(
             found = runner.run([(ours[name], ids) for name in names])
             assert samples.relative(found, plainly([(theirs[name], ids) for name in names])) < TOLERANCE
     assert kernel_choice.DEVICES == () and all(ours[name].ids == theirs[name].ids for name in names)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_model_of_other_scores_is_no_failure(
+    family: str, device: torch.device, forwards: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A softcap in all layers, or sinks: only a forward finds out. One tries, and no other."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    model = tiny_model(family, head_dim=32, **layers).to(device)
+    spec = CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8")
+    with enable_xkv(model):
+        prefix = compress(model, random_ids(120, seed=120), spec)
+        runner = GraphRunner(model)
+        ours, theirs = contexts(model, [prefix, prefix]), contexts(model, [prefix, prefix])
+        for lengths in ({"a": 2, "b": 2}, {"a": 1, "b": 1}, {"a": 1, "b": 1, "c": 2}, {"c": 1}):
+            ids = {name: random_ids(count, seed=count).tolist() for name, count in lengths.items()}
+            found = runner.run([(ours[name], one) for name, one in ids.items()])
+            expected = plainly([(theirs[name], one) for name, one in ids.items()])
+            assert samples.relative(found, expected) < TOLERANCE
+    assert forwards == [[2, 2], [1, 1], [1, 1, 2], [1]]
+    assert not runner._broken and kernel_choice.DEVICES
+    assert not [record for record in caplog.records if record.name.startswith("xkv")]
