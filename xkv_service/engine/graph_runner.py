@@ -7,6 +7,7 @@ from collections import OrderedDict
 from contextlib import ExitStack
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -25,6 +26,9 @@ from xkv_service.sessions.context import Context
 _log = logging.getLogger(__name__)
 _KEPT = 6
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
+
+_PAUSE = 256
+"""Steps without graphs where there was no memory for one: some seconds, where to try takes up to one."""
 
 
 class _Layout:
@@ -48,8 +52,8 @@ class GraphRunner:
         self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
         self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-        self._broken = False
+        self._pool = _new_pool(model.device)
+        self._broken, self._pause = False, 0
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
     @torch.no_grad()
@@ -79,9 +83,11 @@ class GraphRunner:
     def _by_layout(self, work: Work) -> dict[_Layout, list[int]]:
         """Places of sequences that graphs run for, by what those of one graph have in common."""
         found: dict[_Layout, list[int]] = {}
+        ride = not self._broken and not self._pause
+        self._pause = max(0, self._pause - 1)
         for place, (context, ids) in enumerate(work):
             context.rewind(len(context.ids))  # mends what a forward that failed has left of it
-            steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
+            steps = ride and len(ids) == 1 and isinstance(context.cache, XKVCache)
             layout = self._layout(context) if steps and context.cache.tail_tokens else None
             if layout is not None:
                 found.setdefault(layout, []).append(place)
@@ -133,30 +139,49 @@ class GraphRunner:
         return self._packed.run(work)
 
     def _step(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor | None:
-        """Logits of a step, or None: there was none, and graphs run no more."""
-        try:
-            riders = [self._rider(context) for context, _ in given]
-            for rider in riders:
-                if rider.make_room():
-                    self._release(rider)
-            graph = self._graph(layout, riders)
-            if not graph.carries(riders):
-                graph.bind(riders)
-            with ExitStack() as stack:
-                for context, token in given:
-                    stack.enter_context(context.extending([token]))
-                logits = graph.run([token for _, token in given]).clone()
-        except OtherScores as other:
+        """Logits of a step, or None: there was none, and no graphs run next time."""
+        for again in (True, False):
+            try:
+                return self._ride(layout, given)
+            except Exception as error:  # noqa: BLE001 - whatever it was, ordinary forwards go on
+                full = self._note(error)
+            self._drop()  # here nothing holds what failed any more
+            if not full:
+                return None
+            torch.cuda.empty_cache()
+            if again:
+                _log.warning("no memory for a decode step as a CUDA graph: once more without other graphs")
+        _log.warning("no memory for a decode step as a CUDA graph: the next %d run without", _PAUSE)
+        self._pause = _PAUSE
+        return None
+
+    def _note(self, error: Exception) -> bool:
+        """What comes of a failed step for the next ones, unless memory was full: then True."""
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        if isinstance(error, OtherScores):
             _log.info("steps run without graphs: kernels do not make scores as the model does")
-            self._scoring = other.scoring
+            self._scoring = error.scoring
             self._layouts.clear()
-            self._drop()
-            return None
-        except Exception:  # noqa: BLE001 - whatever it was, ordinary forwards go on
-            _log.exception("a decode step as a CUDA graph failed; steps run without graphs from now on")
+        else:
+            _log.error(
+                "a decode step as a CUDA graph failed; steps run without graphs from now on", exc_info=error
+            )
             self._broken = True
-            self._drop()
-            return None
+        return False
+
+    def _ride(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor:
+        riders = [self._rider(context) for context, _ in given]
+        for rider in riders:
+            if rider.make_room():
+                self._release(rider)
+        graph = self._graph(layout, riders)
+        if not graph.carries(riders):
+            graph.bind(riders)
+        with ExitStack() as stack:
+            for context, token in given:
+                stack.enter_context(context.extending([token]))
+            logits = graph.run([token for _, token in given]).clone()
         for rider in riders:
             rider.count += 1
         return logits
@@ -193,6 +218,11 @@ class GraphRunner:
         for rider in self._riders.values():
             rider.settle()
         self._riders.clear()
+        self._pool = _new_pool(self._model.device)  # one that no graph has any more cannot be taken again
+
+
+def _new_pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _slots(count: int) -> int:

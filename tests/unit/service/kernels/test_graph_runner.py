@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import kernel_samples as samples
@@ -202,6 +203,46 @@ def test_what_no_graph_runs_goes_in_one_forward(
             samples.relative(found, plainly([(theirs[name], one) for name, one in ids.items()])) < TOLERANCE
         )
     assert all(context.ids == theirs[name].ids for name, context in ours.items())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_without_memory_runs_once_more_and_graphs_go_on_later(
+    error: type[Exception], model: PreTrainedModel, prefixes: list[PrefixFactors], forwards: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    real, failed, left = step_graph.StepGraph.run, [], 0
+
+    def run(graph: step_graph.StepGraph, ids: list[int]) -> torch.Tensor:
+        nonlocal left
+        assert all(one() is None for one in failed)
+        if left:
+            left -= 1
+            failed.append(weakref.ref(graph))
+            handle = model.model.layers[1].register_forward_pre_hook(be_full)
+            try:
+                return real(graph, ids)
+            finally:
+                handle.remove()
+        return real(graph, ids)
+
+    def be_full(*_: object) -> None:
+        raise error("CUDA error: out of memory")
+
+    def step(token: int, fail: int = 0) -> int:
+        """Ordinary forwards of a step whose graphs fail so often."""
+        nonlocal left
+        left, before = fail, len(forwards)
+        found = runner.run([(ours[name], [token]) for name in "ab"])
+        assert not left
+        assert samples.relative(found, plainly([(theirs[name], [token]) for name in "ab"])) < TOLERANCE
+        return len(forwards) - before
+
+    monkeypatch.setattr(step_graph.StepGraph, "run", run)
+    monkeypatch.setattr(graph_runner, "_PAUSE", 2)
+    assert [step(3), step(4), step(5, fail=1), step(6)] == [1, 0, 0, 0] and len(failed) == 1
+    assert [step(7, fail=2), step(8), step(9), step(10)] == [1, 1, 1, 0] and len(failed) == 3
+    assert not runner._broken and all(ours[name].ids == theirs[name].ids for name in "ab")
 
 
 def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
