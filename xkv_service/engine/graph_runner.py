@@ -52,7 +52,7 @@ class GraphRunner:
         self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
         self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
-        self._pool = _new_pool(model.device)
+        self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
         self._broken, self._pause = False, 0
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
@@ -208,7 +208,9 @@ class GraphRunner:
         if graph is None:
             while len(self._graphs) >= _KEPT:
                 self._graphs.popitem(last=False)
-            graph = StepGraph(self._model, self._modules, riders, _slots(len(riders)), sizes, self._pool)
+            graph = StepGraph(
+                self._model, self._modules, riders, _slots(len(riders)), sizes, self._stream, self._pool
+            )
         self._graphs[name] = graph
         return graph
 
@@ -219,6 +221,13 @@ class GraphRunner:
             rider.settle()
         self._riders.clear()
         self._pool = _new_pool(self._model.device)  # one that no graph has any more cannot be taken again
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One that no other thread has, whose work would be captured: PyTorch deals out 32 of a priority over and
+    over, and nobody else takes one of high priority.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _new_pool(device: torch.device) -> Any:
