@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, no_memory, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
@@ -157,7 +157,7 @@ class GraphRunner:
 
     def _note(self, error: Exception) -> bool:
         """What comes of a failed step for the next ones, unless memory was full: then True."""
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if no_memory(error):
             return True
         if isinstance(error, OtherScores):
             _log.info("steps run without graphs: kernels do not make scores as the model does")

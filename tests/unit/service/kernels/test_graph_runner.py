@@ -316,6 +316,13 @@ def test_kernels_that_do_not_compile_are_no_loss(
     assert why_not(ours["a"].cache, Scoring(0.2)) is not None
 
 
+def test_kernels_that_find_no_memory_run_again() -> None:
+    """Triton loads what it compiled when it is first launched, which may be when memory is full."""
+    assert not kernel_choice.turned_off(RuntimeError("Triton Error [CUDA]: out of memory"))
+    assert kernel_choice.DEVICES
+    assert kernel_choice.turned_off(RuntimeError("Triton Error [CUDA]: invalid argument"))
+
+
 def test_kernels_that_do_not_compile_are_no_loss_behind_windows(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
