@@ -28,7 +28,7 @@ _KEPT = 6
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
 
 _PAUSE = 256
-"""Steps without graphs where there was no memory for one: some seconds, where to try takes up to one."""
+"""Steps without graphs where there was no memory for one: they take longer than trying does."""
 
 
 class _Layout:
