@@ -22,7 +22,7 @@ import psutil
 if TYPE_CHECKING:
     from traffic_damage import Damage
 
-FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "slow-disk")
+FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "missing", "slow-disk")
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 _PATIENCE_S = 60.0
@@ -46,9 +46,9 @@ class Strike:
 
     def now(self) -> None:
         """Do it."""
-        if self.fault == "corrupt":
-            self._damage.strike()
-            self._did["flipped"] = list(self._damage.ids)
+        if self.fault in ("corrupt", "missing"):
+            self._damage.strike(missing=self.fault == "missing")
+            self._did["lost_blobs"] = list(self._damage.ids)
         elif self.fault == "kill-replica":
             self._did["killed_replicas"] = _kill(self._replicas())
         elif self.fault == "kill-redis":

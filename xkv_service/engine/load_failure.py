@@ -11,6 +11,7 @@ from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
+    MissingBlob,
     MissingTensor,
     StoreError,
     UnsupportedFormat,
@@ -28,8 +29,14 @@ class LoadFailure:
     reason: MissReason
     detail: str
 
+    @property
+    def lost(self) -> bool:
+        """Whether the blob is damaged or missing, so that it must be made again."""
+        return self.reason in ("corrupt", "missing")
+
 
 _REASONS: tuple[tuple[tuple[type[BaseException], ...], MissReason], ...] = (
+    ((MissingBlob,), "missing"),
     ((ArtifactNotFound,), "evicted"),
     ((CorruptArtifact, MissingTensor), "corrupt"),
     ((StoreError, CatalogUnavailable, CatalogError), "unavailable"),

@@ -31,7 +31,7 @@ class EngineReplica:
     """Loads the model once, and serves until Serve ends it.
 
     Args:
-        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes damaged prefixes anew.
+        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes lost prefixes anew.
     """
 
     def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
@@ -52,7 +52,7 @@ class EngineReplica:
             settings.engine.selection,
             settings.prefix_bytes,
             fingerprint=fingerprint,
-            on_corrupt=self._remakes.damaged,
+            on_lost=self._remakes.lost,
         )
         self._stored = None
         if settings.engine.stored_tail_bytes:
