@@ -247,9 +247,8 @@ class PrefixPool:
                 return
             failure = self._no_room(load)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, those who wait must hear of it
-            failure = failure_of(error)
-            if failure.reason == "unavailable":
-                _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.detail)
+            failure = failure_of(error, load.artifact_id)
+            _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.fault)
         self._finish(load, bound, failure)
 
     def _loaded(self, load: Load) -> BoundPrefix:

@@ -55,9 +55,9 @@ class Remakes:
         with self._lock:
             source = self._forget(name)
         if source is None:
-            self._remaker.ask(name, None, array("i"), failure.detail)
+            self._remaker.ask(name, None, array("i"), failure.fault)
         else:
-            self._remaker.ask(name, source.origin, source.token_ids, failure.detail)
+            self._remaker.ask(name, source.origin, source.token_ids, failure.fault)
 
     def _forget(self, name: str) -> _Source | None:
         source = self._sources.pop(name, None)

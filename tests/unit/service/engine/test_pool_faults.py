@@ -96,7 +96,7 @@ def test_a_damaged_blob_is_quarantined_and_told_once(store: ArtifactStore, model
     until(lambda: len(answers) == 20 and bool(told))
     # Those who came after it was found damaged hear that it is gone.
     assert {one.reason for one in answers} <= {"corrupt", "evicted"} and answers[0].reason == "corrupt"
-    assert [one for one, _ in told] == [bad] and "checksum" in told[0][1].detail
+    assert [one for one, _ in told] == [bad] and "checksum" in told[0][1].fault
     assert not _path(store, bad).exists() and store.get(bad) is None
     assert _failed(ask(pool, bad, SIZES[0])).reason == "evicted"
     state = pool.state()
@@ -146,7 +146,7 @@ def test_another_model(store: ArtifactStore, model: PreTrainedModel) -> None:
     pool.close()
     other = _pool(tiny_model("llama", seed=1), store, fingerprint=FINGERPRINT)
     failure = _failed(ask(other, one, SIZES[0]))
-    assert failure.reason == "other_model" and "first keys" in failure.detail
+    assert failure.reason == "other_model" and "first keys" in failure.fault
     other.close()
 
 
@@ -211,7 +211,7 @@ def test_a_store_that_cannot_be_read_is_unavailable(
     folder.mkdir()
     (folder / f"{one}.safetensors").mkdir()  # a folder in its place: opening it is an error, not its absence
     failure = _failed(ask(pool, one, SIZES[0]))
-    assert failure.reason == "unavailable" and "cannot read" in failure.detail
+    assert failure.reason == "unavailable" and "cannot read" in failure.fault
     (folder / f"{one}.safetensors").rmdir()
     folder.rmdir()
     moved.rename(folder)
@@ -259,7 +259,7 @@ def test_a_calibration_that_cannot_be_used(tmp_path: Path, store: ArtifactStore,
     told: list[str] = []
     pool = _pool(model, store, on_corrupt=lambda artifact_id, failure: told.append(artifact_id))
     failure = _failed(ask(pool, one, 200))
-    assert failure.reason == "corrupt" and "calibration" in failure.detail
+    assert failure.reason == "corrupt" and "calibration" in failure.fault
     until(lambda: told == [one])
     loaded(pool, own, SIZES[0])
     assert pool.state().reserved == 0

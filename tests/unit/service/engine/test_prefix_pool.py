@@ -317,7 +317,7 @@ def test_a_selection_that_the_artifact_has_no_index_for(
     make_pool: MakePool, model: PreTrainedModel, ids: list[str]
 ) -> None:
     found = ask(make_pool(selection=SelectionSpec("landmark")), ids[0], SIZES[0])
-    assert isinstance(found, LoadFailure) and found.reason == "no_artifact" and "index" in found.detail
+    assert isinstance(found, LoadFailure) and found.reason == "no_artifact" and "index" in found.fault
 
 
 def test_a_closed_pool_answers_too(make_pool: MakePool, ids: list[str]) -> None:
