@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from xkv_service.api.backend import (
     NewPrefix,
@@ -29,6 +30,15 @@ LONGEST_TTL_S = 10 * 365 * 86_400
 MOST_RATIO = 256
 
 
+def _shown_as_it_is(name: str) -> str:
+    """Refuse what people would not see in a list, but their terminals might obey."""
+    for letter in name:
+        if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp"):
+            raise ValueError(f"U+{ord(letter):04X} is a control or format character: leave it out")
+    return name
+
+
+Name = Annotated[Text, Field(min_length=1, max_length=256), AfterValidator(_shown_as_it_is)]
 Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
 
 
@@ -41,7 +51,7 @@ class PrefixBody(Body):
     )
     text: Text | None = Field(None, description="The beginning of prompts of /v1/completions.")
     system_prompt: Text | None = Field(None, description="Of the chats about `document`.")
-    name: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(None, description="For people.")
+    name: Name | None = Field(None, description="For people: without control and format characters.")
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )

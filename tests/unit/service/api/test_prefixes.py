@@ -333,6 +333,23 @@ def test_what_cannot_be_made(alpha: httpx.Client, body: dict[str, Any], param: s
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("letter", "said"),
+    [
+        ("\u001b]0;pwned\u0007", "U+001B"),
+        ("\r\n", "U+000D"),
+        ("\u009b31m", "U+009B"),
+        ("\u202e", "U+202E"),
+        ("\u2028", "U+2028"),
+    ],
+)
+def test_a_name_that_terminals_would_obey_is_refused(alpha: httpx.Client, letter: str, said: str) -> None:
+    answer = alpha.post("/v1/prefixes", json={"document": DOCUMENT, "name": f"evil{letter}"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "name")
+    assert error["message"] == f"name: {said} is a control or format character: leave it out"
+
+
 @pytest.mark.parametrize(("place", "word"), [(100, "Hydra"), (-100, "Lerna")])
 def test_damage_is_told_and_counted_once(
     keeping: Keeping, alpha: httpx.Client, place: int, word: str
