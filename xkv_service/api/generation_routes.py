@@ -86,6 +86,7 @@ async def _answer(
             namespace=key.namespace,
             match=match,
             miss=miss,
+            prefix_id=body.prefix_id,
             top_logprobs=body.top_count,
             timeout_s=server.settings.request_timeout_s,
             streamed=body.stream,
