@@ -21,6 +21,7 @@ from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.serving.logs import LogFormat, serve_logging
+from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
 from xkv_workers.serving.settings import APP, ServeSettings
 
 _BUNDLED = "xkv-demo"
@@ -86,6 +87,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     os.environ.setdefault(
         "RAY_worker_niceness", "0"
     )  # Ray's 15 is for batches: answers must not wait for them
+    os.environ.setdefault(VARIABLE, CALLBACK)  # of a Ray that is started here; others have their own
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         stack.enter_context(store.keeping_catalog())

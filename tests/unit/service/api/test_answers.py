@@ -230,11 +230,8 @@ def test_a_request_id_that_a_proxy_sends_back_is_not_sent_twice(
     served_model: ServedModel, backend: PacedBackend
 ) -> None:
     with serve(create_app(served_model, backend, ids_sent=True)) as served, served.http() as http:
-        assert "x-request-id" not in http.get("/healthz", headers={"x-request-id": "mine"}).headers
-        # It would be logged under another one than its own.
-        assert (
-            http.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req-")
-        )
+        for given in ("mine", "a b"):
+            assert "x-request-id" not in http.get("/healthz", headers={"x-request-id": given}).headers
 
 
 def test_requests_side_by_side(served: Served, backend: PacedBackend) -> None:
