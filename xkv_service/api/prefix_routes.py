@@ -7,21 +7,15 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
-from xkv_service.api.backend import (
-    NewPrefix,
-    PrefixChanges,
-    PrefixPage,
-    PrefixRecord,
-    PrefixService,
-    PrefixStatus,
-)
+from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixService
 from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
+from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObject
 from xkv_service.api.requests import Body, Messages, Text
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
 from xkv_service.errors import InvalidPrompt
@@ -67,74 +61,6 @@ class PrefixPatch(Body):
     pin: bool | None = None
 
 
-class PrefixObject(BaseModel):
-    """A stored prefix, or one that is being made."""
-
-    id: str
-    object: Literal["prefix"]
-    status: PrefixStatus
-    namespace: str
-    model: str
-    name: str
-    tokens: int
-    created_at: int
-    bytes: int | None
-    ratio: float | None
-    fidelity: float | None = Field(description="Top-1 agreement with the exact cache, 0 to 1.")
-    kl: float | None = Field(description="KL divergence from the exact cache's predictions, nats.")
-    kl_limit: float | None = Field(description="Above it `kl` is low fidelity, by the calibration; or null.")
-    expires_at: int | None
-    pinned: bool
-    error: str | None
-
-    @classmethod
-    def of(cls, record: PrefixRecord) -> PrefixObject:
-        """As the service knows it."""
-        return cls(
-            id=record.id,
-            object="prefix",
-            status=record.status,
-            namespace=record.namespace,
-            model=record.model,
-            name=record.name,
-            tokens=record.tokens,
-            created_at=int(record.created),
-            bytes=record.bytes,
-            ratio=record.ratio,
-            fidelity=record.fidelity,
-            kl=record.kl,
-            kl_limit=record.kl_limit,
-            expires_at=None if record.expires is None else int(record.expires),
-            pinned=record.pinned,
-            error=record.error,
-        )
-
-
-class PrefixList(BaseModel):
-    """A page of prefixes. Where it `has_more`, the next one comes `after` its `last_id`."""
-
-    object: Literal["list"]
-    data: list[PrefixObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-    @classmethod
-    def of(cls, page: PrefixPage) -> PrefixList:
-        """As the service knows it."""
-        data = [PrefixObject.of(record) for record in page.records]
-        first, last = (data[0].id, data[-1].id) if data else (None, None)
-        return cls(object="list", data=data, first_id=first, last_id=last, has_more=page.more)
-
-
-class DeletedPrefix(BaseModel):
-    """What is gone."""
-
-    id: str
-    object: Literal["prefix"]
-    deleted: bool
-
-
 def prefix_routes(server: Server) -> APIRouter:
     """The routes of prefixes."""
     router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], dependencies=BEARER, responses=ERRORS)
@@ -165,7 +91,7 @@ def prefix_routes(server: Server) -> APIRouter:
         try:
             new = await asyncio.to_thread(_rendered, server, body, namespace)
             slot.add_prompt(len(new.token_ids))
-            return PrefixObject.of(await service.create(new))
+            return PrefixObject.of(await service.create(new), server)
         finally:
             slot.release()
 
@@ -183,7 +109,7 @@ def prefix_routes(server: Server) -> APIRouter:
         if wanted not in readable(key):
             message = f"this key may not read namespace {wanted!r}, only {' and '.join(readable(key))}"
             raise APIError(403, message, param="namespace")
-        return PrefixList.of(await _service(server).page(wanted, after, limit))
+        return PrefixList.of(await _service(server).page(wanted, after, limit), server)
 
     @router.get("/{prefix_id}")
     async def retrieve_prefix(prefix_id: str, request: Request) -> PrefixObject:
@@ -191,7 +117,7 @@ def prefix_routes(server: Server) -> APIRouter:
         record = await _service(server).get(readable(key_of(request)), prefix_id)
         if record is None:
             raise _no_prefix(prefix_id)
-        return PrefixObject.of(record)
+        return PrefixObject.of(record, server)
 
     @router.patch("/{prefix_id}")
     async def update_prefix(prefix_id: str, body: PrefixPatch, request: Request) -> PrefixObject:
@@ -202,7 +128,7 @@ def prefix_routes(server: Server) -> APIRouter:
         record = await _service(server).change(writable(key), prefix_id, changes)
         if record is None:
             raise await refuse_unwritable(key, prefix_id)
-        return PrefixObject.of(record)
+        return PrefixObject.of(record, server)
 
     @router.delete("/{prefix_id}")
     async def delete_prefix(prefix_id: str, request: Request) -> DeletedPrefix:
