@@ -30,7 +30,7 @@ RETRY_S = 1.0
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _MOST_SHOWN = 100
-_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError, InvalidLimits)
+_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError)
 _CLIENTS = (InvalidPrompt, InvalidSpec, InvalidCursor, InvalidKey, InvalidNamespace, UnsupportedModel)
 """Their messages speak of what a client sent; others may say where the store is, which is not for clients."""
 _log = logging.getLogger(__name__)
@@ -122,6 +122,10 @@ def of_fault(error: XKVError) -> APIError:
         _log.warning("%s", error.message)
         message = "the store of prefixes does not answer"
         return APIError(503, message, code="store_unavailable", retry_after_s=RETRY_S)
+    if isinstance(error, InvalidLimits):
+        _log.error("no prefix can be made: %s", told(error))
+        message = "the file of limits of this server's store cannot be read: its operator must mend it"
+        return APIError(503, message, code="store_misconfigured", retry_after_s=RETRY_S)
     if isinstance(error, Overloaded):
         return APIError(503, told(error), code="overloaded", retry_after_s=RETRY_S)
     if isinstance(error, QuotaExceeded):

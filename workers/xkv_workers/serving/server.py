@@ -26,6 +26,7 @@ from xkv_workers.serving.settings import APP, ServeSettings
 
 _BUNDLED = "xkv-demo"
 """A name of the bundled model besides that of its folder."""
+_LONGEST_NAME = 256
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class ServeRequest:
         ray_address: None starts a Ray here.
         keys: a file; None: `KEYS_VARIABLE`, else nobody needs a key.
         replicas: engine replicas at least, and at most: between them their number follows the requests.
+
+    Raises:
+        InvalidSpec: an alias that is no name.
     """
 
     store_url: str
@@ -54,6 +58,14 @@ class ServeRequest:
     engine: EngineSettings = field(default_factory=EngineSettings)
     api: APISettings = field(default_factory=APISettings)
     log_format: LogFormat = "json"
+
+    def __post_init__(self) -> None:
+        for alias in self.aliases:
+            if not alias.strip() or not alias.isprintable() or len(alias) > _LONGEST_NAME:
+                raise InvalidSpec(
+                    f"--alias {alias[:_LONGEST_NAME]!r} is no name for a model",
+                    hint="give the name that requests will say",
+                )
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
     os.environ.setdefault(VARIABLE, CALLBACK)  # of a Ray that is started here; others have their own
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
+        store.limits()  # a file of them that cannot be read is found now
         stack.enter_context(store.keeping_catalog())
         room = stack.enter_context(cluster(request.ray_address)) if request.ray_address else None
         model = choose_model(request.model, request.revision, choose_device(request.device, room))

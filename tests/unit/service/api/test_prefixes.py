@@ -279,7 +279,7 @@ def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None
     assert editor.delete(path).json()["deleted"]
 
 
-def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
+def test_a_quota(beta: httpx.Client, keeping: Keeping, caplog: pytest.LogCaptureFixture) -> None:
     """Room is made where it can be; else it is said at once."""
     store = keeping[1]
     limits = Path(store.blobs.url) / "limits.json"
@@ -293,8 +293,13 @@ def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
         assert refused.json()["error"]["message"].startswith("namespace beta may hold 1 artifacts")
         assert [one["id"] for one in beta.get("/v1/prefixes").json()["data"]] == [second["id"]]
         limits.write_text('{"namespaces": ')
-        broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
-        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_unavailable")
+        with caplog.at_level("ERROR"):
+            broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_misconfigured")
+        assert broken.json()["error"]["message"].startswith(
+            "the file of limits of this server's store cannot"
+        )
+        assert f"{limits}: the file: Invalid JSON" in caplog.text, "what is wrong with it is in the log"
     finally:
         limits.unlink()
 
