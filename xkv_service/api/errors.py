@@ -131,7 +131,7 @@ def of_fault(error: XKVError) -> APIError:
     if isinstance(error, QuotaExceeded):
         return APIError(403, told(error), code="quota_exceeded")
     if isinstance(error, _CLIENTS):
-        return APIError(400, told(error))
+        return APIError(400, told(error), param="after" if isinstance(error, InvalidCursor) else None)
     _log.error("%s: %s", type(error).__name__, error.message)
     return APIError(500, "internal error", code="internal_error")
 

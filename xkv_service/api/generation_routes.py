@@ -75,9 +75,10 @@ async def _answer(
     slot = server.admission.enter(key)
     try:
         ids = await asyncio.to_thread(render)
-        server.renderer.check_length(len(ids), "messages" if isinstance(body, ChatBody) else "prompt")
+        source = "messages" if isinstance(body, ChatBody) else "prompt"
+        server.renderer.check_length(len(ids), source)
         most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
-        slot.add_prompt(len(ids))
+        slot.add_prompt(len(ids), source)
         match, miss = await server.match(ids, key.namespace, body.prefix_id)
         wanted = GenerationRequest(
             id=request.state.request_id,

@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixService
 from xkv_service.api.errors import APIError, shortened, told
@@ -18,7 +18,7 @@ from xkv_service.api.keys import Key
 from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObject
 from xkv_service.api.requests import Body, Messages, Text
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
-from xkv_service.errors import InvalidPrompt
+from xkv_service.errors import InvalidPrompt, PrefixTooShort, RatioUnreachable
 
 LONGEST_TTL_S = 10 * 365 * 86_400
 MOST_RATIO = 256
@@ -37,7 +37,7 @@ Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
 
 
 class PrefixBody(Body):
-    """A prefix to compress: exactly one of `document`, `messages` and `text`."""
+    """A prefix to compress: exactly one of `document`, `messages` and `text`. Null counts as left out."""
 
     document: Text | None = Field(None, description="Opens the first user message of every chat about it.")
     messages: Messages | None = Field(
@@ -52,6 +52,13 @@ class PrefixBody(Body):
     ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted.")
     pin: bool = Field(False, description="Keep it whatever happens.")
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
 
 
 class PrefixPatch(Body):
@@ -82,7 +89,7 @@ def prefix_routes(server: Server) -> APIRouter:
     async def create_prefix(body: PrefixBody, request: Request) -> PrefixObject:
         """Have a prefix compressed and stored. Returns at once; ask for it until its status is "ready"."""
         key, service = key_of(request), _service(server)
-        namespace = body.namespace or key.namespace
+        namespace = key.namespace if body.namespace is None else body.namespace
         if namespace not in writable(key):
             allowed = " and ".join(writable(key))
             message = f"this key may not write to namespace {shortened(namespace)!r}, only to {allowed}"
@@ -90,8 +97,11 @@ def prefix_routes(server: Server) -> APIRouter:
         slot = server.admission.enter(key)
         try:
             new = await asyncio.to_thread(_rendered, server, body, namespace)
-            slot.add_prompt(len(new.token_ids))
+            slot.add_prompt(len(new.token_ids), _kind(body))
             return PrefixObject.of(await service.create(new), server)
+        except RatioUnreachable as error:
+            param = _kind(body) if isinstance(error, PrefixTooShort) else "ratio"
+            raise APIError(400, told(error), param=param) from None
         finally:
             slot.release()
 
@@ -105,7 +115,7 @@ def prefix_routes(server: Server) -> APIRouter:
         """Prefixes of the key's namespace, or of the public one: those being made or failed, newest first,
         then last used first."""
         key = key_of(request)
-        wanted = namespace or key.namespace
+        wanted = key.namespace if namespace is None else namespace
         if wanted not in readable(key):
             message = f"this key may not read namespace {wanted!r}, only {' and '.join(readable(key))}"
             raise APIError(403, message, param="namespace")
@@ -154,7 +164,7 @@ def _no_prefix(prefix_id: str) -> APIError:
 
 def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
     """The tokens of a prefix, and what it is called."""
-    kind, source, render = _source(server, body)
+    kind, (source, render) = _kind(body), _source(server, body)
     try:
         ids = render()
     except InvalidPrompt as error:
@@ -172,20 +182,25 @@ def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
     )
 
 
-def _source(server: Server, body: PrefixBody) -> tuple[str, str, Callable[[], Any]]:
-    """Which of the sources it is, the source as text, and how to render it."""
+def _kind(body: PrefixBody) -> str:
+    """Which of the sources it is."""
     given = [name for name in ("document", "messages", "text") if getattr(body, name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise APIError(400, f"give exactly one of document, messages and text; there is {found}")
     if body.system_prompt is not None and given != ["document"]:
         raise APIError(400, "system_prompt goes with document", param="system_prompt")
+    return given[0]
+
+
+def _source(server: Server, body: PrefixBody) -> tuple[str, Callable[[], Any]]:
+    """The source as text, and how to render it."""
     renderer = server.renderer
     if body.document is not None:
         document, system_prompt = body.document, body.system_prompt
-        return "document", document, lambda: renderer.document(document, system_prompt)
+        return document, lambda: renderer.document(document, system_prompt)
     if body.messages is not None:
         messages = [message.plain() for message in body.messages]
-        return "messages", json.dumps(messages), lambda: renderer.conversation(messages)
+        return json.dumps(messages), lambda: renderer.conversation(messages)
     text = body.text or ""
-    return "text", text, lambda: renderer.text(text)
+    return text, lambda: renderer.text(text)

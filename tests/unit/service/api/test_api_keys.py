@@ -139,8 +139,9 @@ def test_a_key_has_so_many_prompt_tokens_under_way(guarded: Served, backend: Pac
         messages = [{"role": "user", "content": "a" * letters}]
         return client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": tokens})
 
-    with pytest.raises(openai.BadRequestError, match="may send 300"):
+    with pytest.raises(openai.BadRequestError, match="may send 300") as caught:
         ask(400)
+    assert (caught.value.code, caught.value.param) == ("prompt_too_long", "messages")
     asked = backend.asked
     with ThreadPoolExecutor(1) as pool:
         with backend.held():
