@@ -92,14 +92,18 @@ def _invalid(first: Mapping[str, Any]) -> APIError:
     if kind == "json_invalid":
         message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return APIError(400, message, code="invalid_json")
-    place = takewhile(lambda part: not _UNION_MEMBER.match(part), map(str, first["loc"][1:]))
+    place = [*takewhile(lambda part: not _UNION_MEMBER.match(part), map(str, first["loc"][1:]))]
+    if kind == "unknown_name":
+        return _unknown(shortened(".".join([*place, first["ctx"]["name"]])), first["ctx"]["meant"])
     param = shortened(".".join(place))
     if not param:
         return APIError(400, _NO_OBJECT if kind in ("missing", "model_attributes_type") else _said(first))
-    if kind == "extra_forbidden":
-        message = f"unknown parameter: {param} (leave it out)"
-        return APIError(400, message, param=param, code="unknown_parameter")
     return APIError(400, f"{param}{_told(first)}", param=param)
+
+
+def _unknown(param: str, meant: list[str]) -> APIError:
+    instead = f"did you mean {meant[0]}? Else leave it out" if meant else "leave it out"
+    return APIError(400, f"unknown parameter: {param} ({instead})", param=param, code="unknown_parameter")
 
 
 def _told(first: Mapping[str, Any]) -> str:

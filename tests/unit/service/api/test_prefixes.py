@@ -290,6 +290,13 @@ def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) 
     assert empty.json()["error"]["message"] == "this key may not write to namespace '', only to alpha"
 
 
+@pytest.mark.parametrize(("name", "meant"), [("ttl", "ttl_s"), ("pinned", "pin"), ("documents", "document")])
+def test_a_name_that_is_nearly_right_is_corrected(alpha: httpx.Client, name: str, meant: str) -> None:
+    error = alpha.post("/v1/prefixes", json={"document": DOCUMENT, name: 60}).json()["error"]
+    assert error["message"] == f"unknown parameter: {name} (did you mean {meant}? Else leave it out)"
+    assert (error["param"], error["code"]) == (name, "unknown_parameter")
+
+
 def test_a_prefix_too_short_is_refused_in_plain_words(alpha: httpx.Client) -> None:
     message = alpha.post("/v1/prefixes", json={"document": "Too short."}).json()["error"]["message"]
     assert re.fullmatch(
