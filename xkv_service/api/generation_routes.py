@@ -37,14 +37,15 @@ def generation_routes(server: Server) -> APIRouter:
     @router.post("/chat/completions", response_class=Response, responses=_answers(ChatCompletion))
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """The next message of a conversation."""
-        form = ChatFormat(request.state.request_id, server.model, body.logprobs)
+        form = ChatFormat(request.state.request_id, server.model, body.model, body.logprobs)
         messages = [message.plain() for message in body.messages]
         return await _answer(server, request, body, form, lambda: server.renderer.chat(messages))
 
     @router.post("/completions", response_class=Response, responses=_answers(Completion))
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """How a text goes on."""
-        form = CompletionFormat(request.state.request_id, server.model, body.logprobs is not None)
+        name, logprobs = request.state.request_id, body.logprobs is not None
+        form = CompletionFormat(name, server.model, body.model, logprobs)
         prompt = body.prompt
         return await _answer(server, request, body, form, lambda: server.renderer.completion(prompt))
 
