@@ -10,8 +10,8 @@ model gives alone, greedily, with the cache that the server said it used: the sa
 Faults, each after a third of the time: kill-replica kills the engine's process, kill-redis the catalog's,
 empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an object store whose answers
 come at 300 kB a second from then on. corrupt damages 5 % of the blobs (at least one), those of the documents
-asked about most. What is in memory stays right, so give it many documents and little memory: then the damaged
-ones leave, and are asked for again.
+asked about most; missing removes their files. What is in memory stays right, so give it many documents and
+little memory: then these leave, and are asked for again.
 
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json

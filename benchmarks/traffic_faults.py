@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from traffic_damage import Damage
 
-FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "slow-disk")
+FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "missing", "slow-disk")
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 
@@ -31,8 +31,8 @@ def strike(fault: str, server: int, store: Path, disk: SlowLink | None, damage: 
         server: the process. store: its folder. disk: the way to its blobs, where they are in an object store.
         damage: of some of its blobs.
     """
-    if fault == "corrupt":
-        damage.strike()
+    if fault in ("corrupt", "missing"):
+        damage.strike(missing=fault == "missing")
     if fault == "kill-replica":
         for process in psutil.Process(server).children(recursive=True):
             if "xkv:engine" in " ".join(process.cmdline()):

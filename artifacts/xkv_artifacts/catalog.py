@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from xkv_artifacts import entry_scripts
+from xkv_artifacts import damage_board, entry_scripts
 from xkv_artifacts.calibration_entry import CALIBRATION_KEY, CALIBRATIONS_KEY, CalibrationEntry
 from xkv_artifacts.entry import Entry
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
@@ -33,12 +33,17 @@ RECENCY_KEY = STORE_KEYS + "recency"  # sorted set: every artifact id, by the se
 LEASE_KEY = STORE_KEYS + "lease:{id}"  # string: the owner, with an expiry
 EXPIRY_KEY = STORE_KEYS + "expiry"  # sorted set: unpinned artifact ids that end, by the second they do
 READERS_KEY = STORE_KEYS + "readers:{id}"  # sorted set: who reads the blob now, by when the mark runs out
+DELETED_KEY = STORE_KEYS + "deleted:{id}"  # string: set when it was deleted or collected, for DELETED_S
 CHANGING_KEY = STORE_KEYS + "changing:{id}"  # string: who changes its pin or time to live now
 RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
 BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
 
 COLLECTING_S: Final = 60.0
 """A collector's lease on an artifact that it deletes: one file, however slow its disk."""
+DELETED_S: Final = 3600
+"""Seconds for which it is known that an artifact was deleted: longer than anybody takes from reading a blob
+to listing it.
+"""
 Reason = Literal["expired", "quota", "budget"]
 Listed = Literal["pinned", "listed", "ended", "unlisted"]
 
@@ -125,6 +130,35 @@ class Catalog:
         # The prefix index drops members without an entry later.
         return bool(self._change(entry_scripts.DROP, artifact_id, patience_s=patience_s))
 
+    def delete(self, artifact_id: str) -> bool:
+        """Forget an artifact whose blob is about to be deleted; False when it was not known."""
+        return bool(self._change(entry_scripts.DELETE, artifact_id, [str(DELETED_S)]))
+
+    def forget_deletion(self, artifact_id: str) -> None:
+        """An artifact that may have been deleted is wanted again: its blob is about to be written.
+
+        Tried once; where it fails, the blob is not missed for a while.
+        """
+        with suppress(CatalogUnavailable, CatalogError):
+            key = self._key(DELETED_KEY, id=artifact_id)
+            self.link.call(lambda client: client.delete(key), patience_s=0)
+
+    def miss(self, artifact_id: str) -> Retention | None:
+        """Forget an artifact whose blob is gone, and note it on the `DamageBoard`; tried once.
+
+        Returns:
+            What the catalog says was promised of it. None: it was not known, or deleted, or its time is over;
+            nothing is noted then.
+        """
+        bounds = [str(damage_board.KEEP_S), str(damage_board.MOST_NOTES)]
+        board = self._key(damage_board.DAMAGED_KEY)
+        texts = [damage_board.MISSING, *bounds]
+        answer = self._change(entry_scripts.MISS, artifact_id, texts, more_keys=[board], patience_s=0)
+        match answer:
+            case [bytes(pinned), bytes(expires)]:
+                return _promised(pinned, expires)
+        return None
+
     def touch(self, artifact_id: str) -> None:
         """Note that an artifact was used now; tried once, since nothing waits for it."""
         self._change(entry_scripts.TOUCH, artifact_id, patience_s=0)
@@ -187,7 +221,7 @@ class Catalog:
             than the bound is stored), "read", "leased".
         """
         bounds = [bound.namespace, _text(bound.bytes), _text(bound.artifacts)]
-        texts = [reason, collector, str(int(1000 * COLLECTING_S)), repr(seen), *bounds]
+        texts = [reason, collector, str(int(1000 * COLLECTING_S)), repr(seen), *bounds, str(DELETED_S)]
         answer = self._change(entry_scripts.COLLECT, artifact_id, texts)
         return answer.decode("ascii", "replace") if isinstance(answer, bytes) else str(answer)
 
@@ -292,7 +326,7 @@ class Catalog:
         keys = [
             *(self._listing.entry_key(artifact_id), self._key(RECENCY_KEY), self._key(EXPIRY_KEY)),
             *(self.namespaces.sums_key, self._key(LEASE_KEY, id=artifact_id)),
-            *(self._key(READERS_KEY, id=artifact_id), *more_keys),
+            *(self._key(READERS_KEY, id=artifact_id), self._key(DELETED_KEY, id=artifact_id), *more_keys),
         ]
         arguments = [artifact_id, self.namespaces.prefix, *texts]
         return self.link.script(script, keys, arguments, patience_s=patience_s)
@@ -317,6 +351,14 @@ def _listed(there: int, pinned: bytes | None, ends: float | None, now: float) ->
     if pinned == b"True":
         return "pinned"
     return "ended" if ends is not None and ends <= now else "listed"
+
+
+def _promised(pinned: bytes, expires: bytes) -> Retention:
+    """What an entry's fields promise; what is no number is no end."""
+    try:
+        return Retention.model_validate({"pinned": pinned == b"True", "expires": float(expires or "nan")})
+    except ValueError:
+        return Retention(pinned=pinned == b"True")
 
 
 def _text(value: float | None) -> str:

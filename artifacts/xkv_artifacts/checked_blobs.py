@@ -7,7 +7,14 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol, TypeVar
 
 from xkv_artifacts.blobs import BlobStore, not_found, store_errors
-from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError, UnsupportedFormat
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CorruptArtifact,
+    MissingBlob,
+    StoreError,
+    UnsupportedFormat,
+)
+from xkv_artifacts.missing_blobs import MissingBlobs
 
 
 class Identified(Protocol):
@@ -30,6 +37,7 @@ class CheckedBlobs:
         forget: told the id of each blob that was bad.
         noun, hint: what its blobs are called, and what to do when one is bad.
         delete: bad blobs are deleted; else they go to quarantine.
+        missing: tells blobs that are lost from others that are not there; None: nobody does.
     """
 
     def __init__(
@@ -40,12 +48,14 @@ class CheckedBlobs:
         noun: str = "artifact",
         hint: str = "compute it again",
         delete: bool = False,
+        missing: MissingBlobs | None = None,
     ) -> None:
         self._blobs = blobs
         self._forget = forget
         self._noun = noun
         self._hint = hint
         self._delete = delete
+        self._missing = missing
 
     def read(self, artifact_id: str, read: Callable[[BinaryIO], Result]) -> Result:
         """What `read` makes of the blob. Raises as `opened`."""
@@ -58,6 +68,7 @@ class CheckedBlobs:
 
         Raises:
             ArtifactNotFound, UnsupportedFormat, StoreError
+            MissingBlob: it is lost; see `MissingBlobs.note`.
             CorruptArtifact: a fault was found; the blob is in quarantine, or deleted.
         """
         try:
@@ -66,6 +77,10 @@ class CheckedBlobs:
                     yield file
                 except FileNotFoundError:  # an object store's blob that was deleted while it is read
                     raise not_found(artifact_id, self._blobs) from None
+        except ArtifactNotFound:
+            if self._missing is not None and self._missing.note(artifact_id):
+                raise MissingBlob(self._missing.message(artifact_id), hint=self._hint) from None
+            raise
         except CorruptArtifact as error:
             raise self._put_away(artifact_id, error.message) from None
         except UnsupportedFormat as error:

@@ -11,6 +11,7 @@ from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.missing_blobs import MissingBlobs
 from xkv_artifacts.read_ahead import Landing
 from xkv_artifacts.zstd_file import ZstdFile
 
@@ -24,6 +25,7 @@ class CheckedPrefixes:
     Args:
         on_damage: told of each blob whose header or token ids `read_tokens` found bad, with its manifest
             where the header was whole.
+        missing: tells blobs that are lost from others that are not there.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class CheckedPrefixes:
         blobs: BlobStore,
         forget: Callable[[str], None],
         on_damage: Callable[[str, PrefixManifest | None], None],
+        missing: MissingBlobs,
     ) -> None:
-        self._checked = CheckedBlobs(blobs, forget)
+        self._checked = CheckedBlobs(blobs, forget, missing=missing)
         self._on_damage = on_damage
 
     def read_prefix(

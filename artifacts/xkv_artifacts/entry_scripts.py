@@ -3,7 +3,8 @@
 An artifact stands in its namespace's sorted set exactly while its bytes are in that namespace's sum and in
 the sum of all, so each script that adds or takes away keeps both right, and doing it twice changes nothing.
 
-KEYS of each: the entry's hash, recency, expiry, sums, the lease on the id, readers of the id.
+KEYS of each: the entry's hash, recency, expiry, sums, the lease on the id, readers of the id, that it was
+deleted.
 ARGV of each begins: id, the start of namespaces' sorted sets. What an entry says of itself may be junk:
 sizes of more than 15 digits, or that are no number, count nothing.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from xkv_artifacts.damage_board import NOTE
+
 _PRELUDE = """
-local ENTRY, RECENCY, EXPIRY, SUMS, LEASE, READERS = unpack(KEYS, 1, 6)
+local ENTRY, RECENCY, EXPIRY, SUMS, LEASE, READERS, DELETED = unpack(KEYS, 1, 7)
 local id, namespaces = ARGV[1], ARGV[2]
 
 local function seconds()
@@ -69,7 +72,7 @@ end
 PUBLISH: Final = (
     _PRELUDE
     + """
-local PREFIXES, LONGEST, INDEXED = unpack(KEYS, 7, 9)
+local PREFIXES, LONGEST, INDEXED = unpack(KEYS, 8, 10)
 local member, blocks, used, namespace, bytes, ends, pinned, most_bytes, most = unpack(ARGV, 3, 11)
 local own = namespaces .. namespace
 
@@ -100,6 +103,34 @@ return 1
 
 # Answers 1, or 0 where there was no entry.
 DROP: Final = _PRELUDE + "return drop()"
+
+# Drops an entry, for its blob to be deleted, and keeps for a while that it was. ARGV: seconds to keep that.
+# Answers as DROP.
+DELETE: Final = (
+    _PRELUDE
+    + """
+redis.call('SET', DELETED, 1, 'EX', ARGV[3])
+return drop()
+"""
+)
+
+# Drops an entry whose blob is gone. Notes it, and answers its pin and its end, where nobody deleted the
+# artifact and its time is not over; else answers nothing. Whoever deletes drops the entry before the blob; so
+# what is listed here was not deleted, unless somebody who had read the blob before listed it again: that it
+# was deleted is kept. KEYS go on: damaged. ARGV: the note, seconds to keep it, most notes.
+MISS: Final = (
+    _PRELUDE
+    + NOTE
+    + """
+local ends = redis.call('ZSCORE', EXPIRY, id)
+local over = ends and tonumber(ends) <= seconds() or redis.call('EXISTS', DELETED) == 1
+local promised = entry('pinned', 'expires')
+local answer = {promised[1] or '', promised[2] or ''}
+if drop() == 0 or over then return {} end
+note(KEYS[8], id, ARGV[3], ARGV[4], ARGV[5])
+return answer
+"""
+)
 
 TOUCH: Final = _PRELUDE + "touch(seconds())"
 
@@ -145,7 +176,7 @@ end
 # Drops an entry, for its blob to be deleted, if the reason still holds; the lease on the id is taken with it,
 # so that nobody writes the blob anew meanwhile. ARGV: reason, the collector, milliseconds of its lease, last
 # use as seen, then of 'quota' the namespace, and the bytes and artifacts from which on it holds no more; of
-# 'budget' the bytes. Answers a word.
+# 'budget' the bytes; last the seconds to keep that it was deleted. Answers a word.
 COLLECT: Final = (
     _PRELUDE
     + """
@@ -174,6 +205,7 @@ redis.call('ZREMRANGEBYSCORE', READERS, '-inf', now)
 if redis.call('ZCARD', READERS) > 0 then return 'read' end
 if redis.call('EXISTS', LEASE) == 1 then return 'leased' end
 redis.call('SET', LEASE, collector, 'PX', lease_ms)
+redis.call('SET', DELETED, 1, 'EX', ARGV[10])
 drop()
 return 'dropped'
 """

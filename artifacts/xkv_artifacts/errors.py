@@ -41,6 +41,10 @@ class ArtifactNotFound(XKVError):
     """No artifact of that id is in the store."""
 
 
+class MissingBlob(ArtifactNotFound):
+    """The catalog lists an artifact whose blob is gone from the store, and nobody deleted it."""
+
+
 class ForeignTail(ArtifactNotFound):
     """What is stored under a tail's name is no tail of this model, namespace or conversation."""
 

@@ -8,6 +8,7 @@ from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.entry import Entry
+from xkv_artifacts.missing_blobs import MissingBlobs
 from xkv_artifacts.relisting import list_all, list_orphans
 from xkv_artifacts.reports import Verification
 from xkv_artifacts.retention import NO_PROMISE, RetentionShelf
@@ -17,12 +18,18 @@ class PrefixListing:
     """Lists the prefix blobs of one store. What cannot be read raises as `CheckedPrefixes`."""
 
     def __init__(
-        self, blobs: BlobStore, catalog: Catalog, checked: CheckedPrefixes, retention: RetentionShelf
+        self,
+        blobs: BlobStore,
+        catalog: Catalog,
+        checked: CheckedPrefixes,
+        retention: RetentionShelf,
+        missing: MissingBlobs,
     ) -> None:
         self._blobs = blobs
         self._catalog = catalog
         self._checked = checked
         self._retention = retention
+        self._missing = missing
 
     def list_blob(self, artifact_id: str, promised: Container[str] | None = None) -> Entry:
         """List a blob.
@@ -45,6 +52,6 @@ class PrefixListing:
 
     def list_orphans(self) -> tuple[int, int]:
         """Drop entries without a blob and list blobs without an entry: how many of each. Sums are counted."""
-        found = list_orphans(self._blobs, self._catalog, self.list_blob)
+        found = list_orphans(self._blobs, self._catalog, self.list_blob, self._missing.log)
         self._catalog.namespaces.recount_all()
         return found

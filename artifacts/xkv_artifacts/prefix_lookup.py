@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias
 
 from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
-from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, UnsupportedFormat
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, MissingBlob, UnsupportedFormat
 from xkv_artifacts.keys import check_namespace, token_bytes
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.reports import Match
@@ -16,6 +17,9 @@ from xkv_artifacts.token_cache import OwnedTokens, TokenCache
 
 if TYPE_CHECKING:
     from xkv_artifacts.keys import TokenIds
+
+OnLost: TypeAlias = Callable[[str, "CorruptArtifact | MissingBlob"], None]
+"""Told the id of an artifact that cannot be had, and why."""
 
 
 class PrefixLookup:
@@ -34,7 +38,7 @@ class PrefixLookup:
         token_ids: TokenIds,
         *,
         whole: bool,
-        on_corrupt: Callable[[str], None] | None = None,
+        on_lost: OnLost | None = None,
     ) -> Match | None:
         """See `ArtifactStore.lookup`."""
         prompt = token_bytes(token_ids)
@@ -46,10 +50,15 @@ class PrefixLookup:
             for artifact_id in candidates:
                 try:
                     matches.append(self._match(artifact_id, owner, prompt, whole=whole))
-                except (ArtifactNotFound, CorruptArtifact) as error:
+                except (CorruptArtifact, MissingBlob) as error:
                     self._catalog.drop(artifact_id)
-                    if on_corrupt is not None and isinstance(error, CorruptArtifact):
-                        on_corrupt(artifact_id)
+                    if on_lost is not None:
+                        on_lost(artifact_id, error)
+                except ArtifactNotFound:
+                    if self._blobs.exists(artifact_id):  # a moment later
+                        matches.append(Match(artifact_id, 0))
+                    else:
+                        self._catalog.drop(artifact_id)
             if len(matches) == len(candidates):  # else a bad one was dropped, and may have hidden a good one
                 break
         found = [match for match in matches if match.tokens > 0]
@@ -68,9 +77,11 @@ class PrefixLookup:
     def _tokens_of(self, artifact_id: str) -> OwnedTokens:
         item = self._tokens.get(artifact_id)
         if item is None:
+            size = 0
+            with suppress(ArtifactNotFound):  # reading says why
+                size = self._blobs.size(artifact_id)
             manifest, tokens = self._checked.read_tokens(artifact_id)
             owner = (manifest.model.fingerprint, manifest.namespace)
-            size = self._blobs.size(artifact_id)
             item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
             self._tokens.put(artifact_id, item)
         return item

@@ -43,6 +43,7 @@ class Publisher:
         if not quota.unlimited:
             least = sum(tensor.nbytes for tensor in tensors.values())
             self._collector.make_room(manifest.namespace, quota, least, manifest.id)
+        self._catalog.forget_deletion(manifest.id)
         with self._promises.of_new(manifest.id, pinned, ttl_s):
             written = self._blobs.put(manifest.id, lambda file: write_prefix(file, manifest, tensors))
         self._list(written, token_bytes(tensors[TOKENS].tolist()), quota)

@@ -43,15 +43,24 @@ def list_all(blobs: BlobStore, list_blob: ListBlob) -> tuple[int, tuple[Verifica
     return count, tuple(faults)
 
 
-def list_orphans(blobs: BlobStore, catalog: Listed, list_blob: ListBlob) -> tuple[int, int]:
+def list_orphans(
+    blobs: BlobStore,
+    catalog: Listed,
+    list_blob: ListBlob,
+    on_missing: Callable[[str], bool] = lambda artifact_id: False,
+) -> tuple[int, int]:
     """Drop entries without a blob and list blobs without an entry: how many of each.
+
+    Args:
+        on_missing: told of each entry without a blob first; whether it has dropped it.
 
     Raises:
         CatalogUnavailable, StoreError
     """
     listed = set(catalog.ids())
     stored = set(blobs.ids())
-    dropped = sum(catalog.drop(artifact_id) for artifact_id in sorted(listed - stored))
+    lost = sorted(listed - stored)
+    dropped = sum(on_missing(artifact_id) or catalog.drop(artifact_id) for artifact_id in lost)
     found = 0
     for artifact_id in sorted(stored - listed):
         with suppress(CorruptArtifact, ArtifactNotFound, UnsupportedFormat):

@@ -16,7 +16,7 @@ from xkv_artifacts.calibration_shelf import CalibrationShelf
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.collector import Collector
-from xkv_artifacts.damage_board import DamageBoard
+from xkv_artifacts.damage_board import DamageBoard, Note
 from xkv_artifacts.embedded import EmbeddedRedis, catalog_folder, embedded_redis_url
 from xkv_artifacts.embedded_keeper import kept_alive
 from xkv_artifacts.entry import Entry
@@ -31,10 +31,11 @@ from xkv_artifacts.jobs import JobBoard
 from xkv_artifacts.keys import check_namespace, is_artifact_id
 from xkv_artifacts.limits import Limits, limits_of_store
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.missing_blobs import MissingBlobs
 from xkv_artifacts.namespace_index import Usage
 from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.prefix_listing import PrefixListing
-from xkv_artifacts.prefix_lookup import PrefixLookup
+from xkv_artifacts.prefix_lookup import OnLost, PrefixLookup
 from xkv_artifacts.promises import Change, Promises
 from xkv_artifacts.publishing import Publisher
 from xkv_artifacts.read_ahead import Landing
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 Standing = Literal["pinned", "kept", "gone"]
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
+_FEW = 100
+"""Blobs that are looked for one by one sooner than all blobs are listed."""
 SUMS_KEPT_S = 7 * 24 * 3600.0
 """Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
 _log = logging.getLogger(__name__)
@@ -69,12 +72,13 @@ class ArtifactStore:
         self.damaged = DamageBoard(catalog.link, catalog.store_id)
         self.tails = TailShelf(blobs, catalog.link, catalog.store_id)
         self._embedded = embedded
-        self._checked = CheckedPrefixes(blobs, self._forget, self._note_damage)
+        self._retention = RetentionShelf(blobs)
+        self._missing = MissingBlobs(blobs, catalog, self._retention, self.damaged)
+        self._checked = CheckedPrefixes(blobs, self._forget, self._note_damage, self._missing)
         self._lookup = PrefixLookup(blobs, catalog, self._checked)
         self._readers = Readers(catalog)
-        self._retention = RetentionShelf(blobs)
         self._promises = Promises(blobs, catalog, self._retention)
-        self._listing = PrefixListing(blobs, catalog, self._checked, self._retention)
+        self._listing = PrefixListing(blobs, catalog, self._checked, self._retention, self._missing)
         self._collector = Collector(blobs, catalog, self._retention, self._listing.list_blob)
         self._publisher = Publisher(blobs, catalog, self._collector, self._promises)
 
@@ -190,6 +194,7 @@ class ArtifactStore:
 
         Raises:
             ArtifactNotFound: there is no such blob (any more), or its time is over.
+            MissingBlob: its blob is gone, and nobody deleted it; it is not listed any more, and noted.
             CorruptArtifact: the blob is bad; it was moved to quarantine and its entry dropped.
             UnsupportedFormat: another version wrote it.
             MissingTensor: a name is not in the blob.
@@ -218,7 +223,8 @@ class ArtifactStore:
 
     def get(self, artifact_id: str) -> Entry | None:
         """The artifact's entry, or None when it is not stored or its time is over. Listing follows the blobs:
-        a blob that is not listed is listed now, an entry without a blob is dropped.
+        a blob that is not listed is listed now, an entry without a blob is dropped (and noted, where the
+        blob is missing; see `lookup`).
 
         Raises:
             CatalogUnavailable, StoreError
@@ -230,7 +236,7 @@ class ArtifactStore:
             entry = None
         if not self.blobs.exists(artifact_id):
             if entry is not None:
-                self.catalog.drop(artifact_id)
+                self._missing.log(artifact_id)
             return None
         try:
             entry = entry or self._listing.list_blob(artifact_id)
@@ -298,7 +304,7 @@ class ArtifactStore:
         token_ids: TokenIds,
         *,
         whole: bool = False,
-        on_corrupt: Callable[[str], None] | None = None,
+        on_lost: OnLost | None = None,
     ) -> Match | None:
         """The artifact that shares the longest prefix with a prompt.
 
@@ -309,12 +315,13 @@ class ArtifactStore:
 
         Args:
             whole: only artifacts that the prompt contains to their last token; exact then.
-            on_corrupt: told of each candidate that was found damaged now, and dropped.
+            on_lost: told of each candidate whose blob was found damaged or missing now, and dropped. Missing
+                is one that is gone though its artifact was neither deleted nor collected and has not ended.
 
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
         """
-        return self._lookup.find(fingerprint, namespace, token_ids, whole=whole, on_corrupt=on_corrupt)
+        return self._lookup.find(fingerprint, namespace, token_ids, whole=whole, on_lost=on_lost)
 
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
         """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An
@@ -331,7 +338,21 @@ class ArtifactStore:
                 yield Verification(artifact_id, self.calibrations.fault(artifact_id), calibration=True)
             else:
                 fault = self._checked.fault(artifact_id) or self._fault_of_bases(artifact_id, bases)
-                yield Verification(artifact_id, fault)
+                lost = fault is not None and artifact_id in self.missing([artifact_id])
+                yield Verification(artifact_id, self._missing.message(artifact_id) if lost else fault)
+
+    def missing(self, ids: Sequence[str]) -> set[str]:
+        """Which of some listed artifacts have no blob. Those few are looked for one by one, after all blobs
+        were listed where there are many; nothing is changed.
+
+        Raises:
+            CatalogUnavailable, CatalogError, StoreError
+        """
+        stored = set(self.blobs.ids()) if len(ids) > _FEW else set()
+        named = [name for name in ids if is_artifact_id(name)]
+        gone = [name for name in named if name not in stored and not self.blobs.exists(name)]
+        listed = self.catalog.listed(gone) if gone else {}  # else it was deleted meanwhile
+        return {name for name in gone if listed[name] in ("listed", "pinned")}
 
     def remove(self, artifact_id: str) -> bool:
         """Delete an artifact, its entry first; False when there was none.
@@ -339,7 +360,7 @@ class ArtifactStore:
         Raises:
             CatalogUnavailable, StoreError
         """
-        listed = self.catalog.drop(artifact_id)
+        listed = self.catalog.delete(artifact_id)
         self.damaged.take(artifact_id)
         stored = self.blobs.remove(artifact_id)
         return self._retention.remove(artifact_id) or stored or listed
@@ -500,6 +521,17 @@ class ArtifactStore:
         fault = known[needed]
         return fault and f"it cannot be decoded without calibration {needed[:12]}: {fault}"
 
+    def list_returned(self) -> int:
+        """List artifacts whose blobs were missing and are there again; how many.
+
+        Raises:
+            CatalogUnavailable, StoreError
+        """
+        noted = [artifact_id for artifact_id, note in self.damaged.all().items() if note.missing]
+        return sum(
+            self.get(artifact_id) is not None and self.damaged.take(artifact_id) for artifact_id in noted
+        )
+
     def _list_all(self) -> Rebuild:
         artifacts, faults = self._listing.list_all()
         calibrations, more_faults = self.calibrations.list_all()
@@ -529,4 +561,4 @@ class ArtifactStore:
         with suppress(CatalogUnavailable, CatalogError, StoreError):
             retention, now = self.promised(artifact_id)
             if not retention.over(now):
-                self.damaged.note(artifact_id, manifest)
+                self.damaged.note(artifact_id, Note(manifest))

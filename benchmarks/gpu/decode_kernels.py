@@ -186,7 +186,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", default="1,8,32,64", help="sessions, comma-separated")
     parser.add_argument("--tokens", default="64,128", help="thousands of tokens, comma-separated")
-    parser.add_argument("--kinds", default="bf16,int8,mixed20", help="how factors are stored")
+    parser.add_argument("--kinds", default="bf16,8x,20x,mixed20", help="how factors are stored")
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
     parser.add_argument("--separate", action="store_true", help="leave out sessions that share a document")
@@ -197,15 +197,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _shapes(arguments: argparse.Namespace) -> tuple[synthetic.Shape, dict[str, synthetic.Kind]]:
-    return (
-        (synthetic.SMOKE, synthetic.SMOKE_KINDS) if arguments.smoke else (synthetic.LLAMA_8B, synthetic.KINDS)
-    )
-
-
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[dict[str, Any], Case]]:
     """Every batch to be measured, one at a time: the memory of one is free before the next is made."""
-    shape, kinds = _shapes(arguments)
+    shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
     lengths = [160] if arguments.smoke else [1024 * int(one) for one in arguments.tokens.split(",")]
     batches = [1, 2] if arguments.smoke else [int(one) for one in arguments.batches.split(",")]
     for tokens, name, batch in itertools.product(lengths, arguments.kinds.split(","), batches):
@@ -216,7 +210,8 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
             budget = 24 if arguments.smoke else arguments.budget
             row = {"tokens": tokens, "factors": name, "batch": batch, "documents": count}
             try:
-                yield row, Case(shape, kinds[name], batch, tokens, budget, shared, device, layers)
+                kind = synthetic.kind_of(name, shape, tokens)
+                yield row, Case(shape, kind, batch, tokens, budget, shared, device, layers)
             except torch.OutOfMemoryError:
                 print(f"out of memory: {row}", flush=True)
             if device.type == "cuda":
@@ -320,9 +315,10 @@ def _ceilings(device: torch.device) -> dict[str, float]:
 
 def _checks(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Relative error of every stage on fresh random input, and of the whole layer."""
-    shape, kinds = _shapes(arguments)
+    shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
     tokens, budget = (160, 24) if arguments.smoke else (3000, 500)
-    for (name, kind), shared in itertools.product(kinds.items(), (False, True)):
+    for name, shared in itertools.product(synthetic.KINDS, (False, True)):
+        kind = synthetic.kind_of(name, shape, 65536)  # the ranks of such a document
         case = Case(shape, kind, 3, tokens, budget, shared, device, 1)
         layer = case.attention()
         for made in (layer.scores, layer.values.latents, layer._rest, layer.index.shares, case.out):
@@ -369,7 +365,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _far_gather(device: torch.device) -> float:
     """Scores of the last tokens of a document whose factors have more than 2^31 elements."""
     shape = replace(synthetic.LLAMA_8B, layers=1)
-    kind, tokens = replace(synthetic.KINDS["bf16"], ranks=(512, 64)), 2**22 + 4096
+    kind, tokens = synthetic.Kind("bf16", torch.bfloat16, (512, 64)), 2**22 + 4096
     case = Case(shape, kind, 1, tokens, 64, False, device, 1)
     layer, document = case.attention(), case.tables[0].documents[0]
     assert document.key_rows.data.numel() > 2**32

@@ -1,13 +1,15 @@
 """A whole decode step of a Llama-3.1-8B-shaped model: full cache or factors, each at its largest batch.
 
-python benchmarks/gpu/decode_step.py --tokens 128 --sides full,int8 --out OUT/decode_step_128.json
-python benchmarks/gpu/decode_step.py --sides cascade,int8 --documents one --batches 8,128 --out OUT/one.json
+python benchmarks/gpu/decode_step.py --tokens 128 --sides full,8x --out OUT/decode_step_128.json
+python benchmarks/gpu/decode_step.py --tokens 8,32,64,128 --sides full,8x --out OUT/decode_step_lengths.json
+python benchmarks/gpu/decode_step.py --sides cascade,8x --documents one --batches 8,128 --out OUT/one.json
 TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out smoke.json     # small, on a CPU
 
 Transformers' own modules with random weights, embedding to sampling, the new token's keys and values
 appended, in one CUDA graph; attention is all that differs. Full: the faster of cuDNN's and FlashAttention's
-decode over a contiguous cache. Factors: the decode kernels. Every sequence has a document of its own unless
-`--documents one`. Tails grow with every step that is timed.
+decode over a contiguous cache. Factors ("8x" and "20x" as `compress` makes them): the decode kernels. Every
+sequence has a document of its own unless `--documents one`; of several lengths, as many of each, the whole
+caches of each length are attended to by a call of their own. Tails grow with every step that is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import argparse
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,24 +94,29 @@ class Tails:
 
 
 class Full:
-    """The whole cache, one contiguous tensor a layer.
+    """The whole cache, one contiguous tensor a layer and length of documents.
 
     A new token overwrites the last one read, so that every step reads as many.
     """
 
-    def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
-        self._tails = Tails(shape, batch, tokens + _TAIL, device)
-        self._last = torch.full((batch,), tokens + _TAIL - 1, device=device)
-        self.nbytes = self._tails.nbytes
+    def __init__(self, shape: synthetic.Shape, tokens: list[int], device: torch.device) -> None:
+        counts = Counter(tokens)
+        self._counts = list(counts.values())
+        self._tails = [Tails(shape, count, size + _TAIL, device) for size, count in counts.items()]
+        self._last = [torch.full((count,), size + _TAIL - 1, device=device) for size, count in counts.items()]
+        self.nbytes = sum(tails.nbytes for tails in self._tails)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """As `Side`."""
-        self._tails.append(layer, key, value, self._last)
-        keys, values = self._tails.keys[layer], self._tails.values[layer]
-        found = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-        return found.transpose(1, 2)
+        parts = zip(*(states.split(self._counts) for states in (query, key, value)), strict=True)
+        found = []
+        for (asked, new_key, new_value), tails, last in zip(parts, self._tails, self._last, strict=True):
+            tails.append(layer, new_key, new_value, last)
+            keys, values = tails.keys[layer], tails.values[layer]
+            found.append(scaled_dot_product_attention(asked, keys, values, enable_gqa=True))
+        return (found[0] if len(found) == 1 else torch.cat(found)).transpose(1, 2)
 
 
 class Cascade:
@@ -148,24 +157,34 @@ class Factors:
     """Factors and the exact tail, by the decode kernels.
 
     Args:
+        name: of a kind of factors. tokens: of each session's document, equal ones side by side.
         repeats: of how many layers each one that chooses is the first; the others attend to what it chose.
     """
 
     def __init__(
-        self, shape: synthetic.Shape, kind: synthetic.Kind, batch: int, tokens: int, budget: int,
-        device: torch.device, *, one: bool, repeats: int, tiles: Tiles,
+        self, shape: synthetic.Shape, name: str, tokens: list[int], budget: int, device: torch.device, *,
+        one: bool, repeats: int, tiles: Tiles,
     ) -> None:  # fmt: skip
-        self.documents = synthetic.Documents(shape, kind, tokens, 1 if one else batch, device)
-        by_layer = [layer * batch if one else layer for layer in self.documents.by_layer]
-        self._tables = [DocumentTable(layer, [budget] * batch) for layer in by_layer]
-        most = min(tokens, budget + synthetic.RECENT)
+        batch = len(tokens)
+        made = [
+            synthetic.Documents(
+                shape, synthetic.kind_of(name, shape, size), size, 1 if one else count, device
+            )
+            for size, count in Counter(tokens).items()
+        ]
+        by_layer = [list(chain(*layers)) for layers in zip(*(one.by_layer for one in made), strict=True)]
+        self._tables = [
+            DocumentTable(layer * batch if one else layer, [budget] * batch) for layer in by_layer
+        ]
+        longest = max(tokens)
+        most = min(longest, budget + synthetic.RECENT)
         self._attention = DecodeAttention(
-            self._tables[0], shape.query_heads, shape.dim, shape.dim, tokens, most,
-            synthetic.turns(shape, tokens, device), shape.dim**-0.5, tiles=tiles,
+            self._tables[0], shape.query_heads, shape.dim, shape.dim, longest, most,
+            synthetic.turns(shape, longest, device), shape.dim**-0.5, tiles=tiles,
         )  # fmt: skip
         self._tails = Tails(shape, batch, _CAPACITY, device)
         self._rooms, self._repeats = self._tails.tables(), repeats
-        self.nbytes = self.documents.nbytes + self._tails.nbytes
+        self.nbytes = sum(documents.nbytes for documents in made) + self._tails.nbytes
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
@@ -199,11 +218,11 @@ class Nothing:
 class Step:
     """A step of a whole model: reads ids on the device, writes the next ones there."""
 
-    def __init__(self, model: LlamaForCausalLM, side: Side, batch: int, tokens: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, side: Side, tokens: list[int]) -> None:
         self.model, self.side, device = model, side, model.device
-        self.ids = torch.randint(3, model.config.vocab_size, (batch, 1), device=device)
-        self.lengths = torch.full((batch,), _TAIL, dtype=torch.int32, device=device)
-        self._tokens = tokens
+        self.ids = torch.randint(3, model.config.vocab_size, (len(tokens), 1), device=device)
+        self.lengths = torch.full((len(tokens),), _TAIL, dtype=torch.int32, device=device)
+        self._tokens = torch.tensor(tokens, device=device)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -238,24 +257,24 @@ def main() -> None:
     if arguments.compile:
         _compile(model)
     report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
-    tokens = 160 if arguments.smoke else 1024 * arguments.tokens
+    sizes = [160, 96] if arguments.smoke else [1024 * int(one) for one in arguments.tokens.split(",")]
     started, profiles = time.monotonic(), dict[str, dict[str, float]]()
     for name in arguments.sides.split(","):
-        for batch in _batches(arguments, name, model, shape, tokens, device):
+        for batch in _batches(arguments, name, shape, sizes, device):
             if time.monotonic() - started > arguments.seconds:
                 print(f"stopped after {arguments.seconds} s", flush=True)
                 break
-            row = _measure(arguments, name, model, shape, tokens, batch, device)
-            while row is None and batch > 1 and not arguments.batches:  # the estimate was a little too high
+            row = _measure(arguments, name, model, shape, sizes, batch, device)
+            while row is None and batch > len(sizes) and not arguments.batches:  # estimated a little too high
                 batch = batch * 15 // 16
-                row = _measure(arguments, name, model, shape, tokens, batch, device)
+                row = _measure(arguments, name, model, shape, sizes, batch, device)
             if row is not None:
                 profiles[f"{name}, {row['batch']} sessions"] = row.pop("kernels_us", {})
                 report.add(**row)
     _compare(report)
     report.write(
         arguments.out, model="Llama-3.1-8B shapes, random weights and factors", tail=_TAIL,
-        weight_bytes=sum(one.nbytes for one in model.parameters()), kernels_us=profiles,
+        weight_bytes=_bytes_read(model), kernels_us=profiles,
     )  # fmt: skip
 
 
@@ -264,9 +283,11 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=128, help="thousands of tokens of a document")
     parser.add_argument(
-        "--sides", default="full,bf16,int8,mixed20", help="full, cascade, bf16, int8, mixed20, nothing"
+        "--tokens", default="128", help="thousands of tokens of a document; several: as many of each"
+    )
+    parser.add_argument(
+        "--sides", default="full,bf16,8x,20x,mixed20", help="full, cascade, bf16, 8x, 20x, mixed20, nothing"
     )
     parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
     parser.add_argument(
@@ -291,6 +312,13 @@ def _model(fields: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
     return model
 
 
+def _bytes_read(model: LlamaForCausalLM) -> int:
+    """Of weights that a step reads: of the embedding it reads no more than a row a token."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    embedding = 0 if tied else model.model.embed_tokens.weight.nbytes
+    return sum(one.nbytes for one in model.parameters()) - embedding
+
+
 def _compile(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
@@ -298,20 +326,20 @@ def _compile(model: LlamaForCausalLM) -> None:
 
 
 def _batches(
-    arguments: argparse.Namespace, name: str, model: LlamaForCausalLM, shape: synthetic.Shape, tokens: int,
-    device: torch.device,
-) -> list[int]:  # fmt: skip
+    arguments: argparse.Namespace, name: str, shape: synthetic.Shape, sizes: list[int], device: torch.device
+) -> list[int]:
     """The sizes asked for, else 1 and the largest that fits beside the model."""
     if arguments.smoke:
-        return [1, 2]
+        return [2, 4]
     if arguments.batches:
         return [int(one) for one in arguments.batches.split(",")]
     free, _ = torch.cuda.mem_get_info(device)
     most = 256
     if name != "nothing" and arguments.documents == "own":
-        held, common = _sequence_bytes(name, shape, tokens)
-        most = int((free - _RESERVED - common) // held)
-    return sorted({1, most}) if most > 1 else [1]
+        each = [_sequence_bytes(name, shape, size) for size in sizes]
+        held, common = sum(one for one, _ in each), max(one for _, one in each)
+        most = int((free - _RESERVED - common) // held) * len(sizes)
+    return sorted({len(sizes), most}) if most > len(sizes) else [len(sizes)]
 
 
 def _sequence_bytes(name: str, shape: synthetic.Shape, tokens: int) -> tuple[int, int]:
@@ -319,7 +347,7 @@ def _sequence_bytes(name: str, shape: synthetic.Shape, tokens: int) -> tuple[int
     tails = shape.layers * shape.full_bytes * _CAPACITY
     if name == "full":
         return shape.layers * shape.full_bytes * (tokens + _TAIL), 0
-    kind, short = synthetic.KINDS[name], 256
+    kind, short = synthetic.kind_of(name, shape, tokens), 256
     made = [synthetic.Documents(shape, kind, short, count, torch.device("cpu")).nbytes for count in (1, 2)]
     constant = made[0] - (made[1] - made[0])
     rows = synthetic.Documents(shape, kind, 2 * short, 1, torch.device("cpu")).nbytes - made[0]
@@ -329,27 +357,29 @@ def _sequence_bytes(name: str, shape: synthetic.Shape, tokens: int) -> tuple[int
 
 
 def _measure(
-    arguments: argparse.Namespace, name: str, model: LlamaForCausalLM, shape: synthetic.Shape, tokens: int,
-    batch: int, device: torch.device,
+    arguments: argparse.Namespace, name: str, model: LlamaForCausalLM, shape: synthetic.Shape,
+    sizes: list[int], batch: int, device: torch.device,
 ) -> dict[str, Any] | None:  # fmt: skip
     """One row, or None where memory does not suffice."""
-    row: dict[str, Any] = {"side": name, "tokens": tokens, "batch": batch, "documents": arguments.documents}
+    tokens = sorted(sizes[number % len(sizes)] for number in range(batch))
+    row: dict[str, Any] = {"side": name, "tokens": sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes))}
+    row |= {"batch": batch, "documents": arguments.documents}
     if name not in ("full", "cascade", "nothing"):
         row |= {"repeats": arguments.repeats}
     side: Any = None
     step: Any = None
     try:
-        side = _side(arguments, name, shape, tokens, batch, device)
-        step = Step(model, side, batch, tokens)
+        side = _side(arguments, name, shape, tokens, device)
+        step = Step(model, side, tokens)
         backend = _backend(name, step, device)
         with sdpa_kernel(backend):
             took = _timed_steps(step, 2 if arguments.smoke else arguments.steps, device)
-        rest = _timed_steps(Step(model, Nothing(), batch, tokens), 2 if arguments.smoke else 10, device)
+        rest = _timed_steps(Step(model, Nothing(), tokens), 2 if arguments.smoke else 10, device)
         row |= {
             "ms": 1000 * took, "tokens/s": batch / took, "outside_attention_ms": 1000 * rest,
             "attention_us_a_layer": 1e6 * (took - rest) / shape.layers,
             "GiB_held": side.nbytes / 2**30, "rebuilt": side.rebuilt if isinstance(side, Factors) else 0,
-            "backend": backend.name if name == "full" else "kernels",
+            "backend": {"full": backend.name, "cascade": "FLASH_ATTENTION"}.get(name, "kernels"),
         }  # fmt: skip
         if arguments.profile:
             row["kernels_us"] = _profiled(step, device)
@@ -365,20 +395,17 @@ def _measure(
 
 
 def _side(
-    arguments: argparse.Namespace, name: str, shape: synthetic.Shape, tokens: int, batch: int,
-    device: torch.device,
-) -> Side:  # fmt: skip
+    arguments: argparse.Namespace, name: str, shape: synthetic.Shape, tokens: list[int], device: torch.device
+) -> Side:
     if name == "nothing":
         return Nothing()
     if name == "full":
-        return Full(shape, batch, tokens, device)
+        return Full(shape, tokens, device)
     if name == "cascade":
-        return Cascade(shape, batch, tokens, device)
-    kinds = synthetic.SMOKE_KINDS if arguments.smoke else synthetic.KINDS
+        return Cascade(shape, len(tokens), tokens[0], device)
     return Factors(
-        shape, kinds[name], batch, tokens, 24 if arguments.smoke else arguments.budget, device,
-        one=arguments.documents == "one", repeats=arguments.repeats,
-        tiles=Tiles(),
+        shape, name, tokens, 24 if arguments.smoke else arguments.budget, device,
+        one=arguments.documents == "one", repeats=arguments.repeats, tiles=Tiles(),
     )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Decode steps of the engine's own runner over real prefixes of a Llama-3.1-8B-shaped model, one GPU.
 
-python benchmarks/gpu/engine_decode.py --tokens 128 --batches 1,8,32 --out OUT/engine_decode_128.json
+python benchmarks/gpu/engine_decode.py --tokens 128 --batches 1,8,27 --out OUT/engine_decode_128.json
+python benchmarks/gpu/engine_decode.py --tokens 8,16,32,64 --batches 4,32 --out OUT/engine_decode_lengths.json
 TRITON_INTERPRET=1 python benchmarks/gpu/engine_decode.py --tiny --out tiny.json       # small, on a CPU
 
-Random weights, a document of random tokens compressed by `compress`; every session has a copy of its factors
-of its own. Timed on the clock: a step of all sessions with everything that the engine does for it, the choice
-of tokens included (greedy, or drawn with top_p 0.9). By CUDA graphs, by kernels without a graph, in PyTorch,
-and with whole caches in PyTorch. What joins and leaves costs is timed too. `decode_step.py` has the largest
-batches and the fastest whole cache.
+Random weights, documents of random tokens compressed by `compress`; every session has a copy of its factors
+of its own, of several lengths as many of each. Timed on the clock: a step of all sessions with everything
+that the engine does for it, the choice of tokens included (greedy, or drawn with top_p 0.9). By CUDA graphs,
+by kernels without a graph, and in PyTorch. What joins and leaves costs is timed too. `decode_step.py` has
+the fastest whole cache.
 """
 
 from __future__ import annotations
@@ -48,25 +49,22 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = _model(TINY | {"head_dim": 32} if arguments.tiny else LLAMA_8B, device)
-    tokens = 320 if arguments.tiny else 1024 * arguments.tokens
+    sizes = [320, 280] if arguments.tiny else [1024 * int(one) for one in arguments.tokens.split(",")]
     report = Report("engine_decode", command(), "the same steps by kernels without a graph")
-    ids = torch.randint(3, model.config.vocab_size, (tokens,))
     spec = CompressionSpec(ratio=2.0 if arguments.tiny else arguments.ratio, factor_dtype="int8")
-    factors = compress(model, ids, spec)
-    print(f"compressed {tokens} tokens", flush=True)
+    documents = [compress(model, torch.randint(3, model.config.vocab_size, (size,)), spec) for size in sizes]
+    print(f"compressed {len(sizes)} documents", flush=True)
     selection = SelectionSpec("sketch", 64 if arguments.tiny else arguments.budget)
     batches = [1, 2] if arguments.tiny else [int(one) for one in arguments.batches.split(",")]
-    copies = [factors]
     started = time.monotonic()
     with torch.no_grad(), enable_xkv(model):
         for batch in batches:
-            while len(copies) < batch:
-                copies.append(copy.deepcopy(factors))
             for side in arguments.sides.split(","):
                 if time.monotonic() - started > arguments.seconds:
                     break
-                if row := _measured(model, side, copies[:batch], selection, arguments):
-                    report.add(tokens=tokens, **row)
+                given = [documents[number % len(documents)] for number in range(batch)]
+                if row := _measured(model, side, given, selection, arguments):
+                    report.add(tokens=sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes)), **row)
     _compare(report)
     report.write(arguments.out, budget=selection.budget, ratio=arguments.ratio, question=_QUESTION)
 
@@ -76,7 +74,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=128, help="thousands of tokens of a document")
+    parser.add_argument(
+        "--tokens", default="128", help="thousands of tokens of a document; several: as many of each"
+    )
     parser.add_argument("--batches", default="1,8,32", help="sessions, comma-separated")
     parser.add_argument("--sides", default="graph,drawn,kernels,pytorch", help="of these")
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
@@ -110,6 +110,7 @@ def _measured(
         gc.collect()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _timed(
@@ -117,9 +118,11 @@ def _timed(
 ) -> dict[str, Any]:
     runner: Runner = GraphRunner(model) if side in ("graph", "drawn") else PackedRunner(model)
     contexts = [
-        Context(model, XKVCache.from_factors(model, one, selection), one.token_ids.tolist())
+        Context(model, XKVCache.from_factors(model, copy.deepcopy(one), selection), one.token_ids.tolist())
         for one in factors
     ]
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     settings = GenerationSettings(temperature=1.0, top_p=0.9) if side == "drawn" else GenerationSettings()
     samplers = [Sampler(settings) for _ in contexts]
     asked = torch.randint(3, 90, (_QUESTION,)).tolist()

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-_NAMES = {"full": "full cache", "int8": "factors in int8", "mixed20": "factors at 20x"}
-_COLORS = {"full": "#7b818c", "int8": "#1f5fa8", "mixed20": "#177e6b"}
+_NAMES = {"full": "full cache", "8x": "factors at 8x", "20x": "factors at 20x"}
+_COLORS = {"full": "#7b818c", "8x": "#1f5fa8", "20x": "#177e6b"}
 
 
 def main() -> None:

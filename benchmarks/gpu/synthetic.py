@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from compression import LLAMA_8B as FIELDS
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from xkv_service import CompressionSpec
+from xkv_service.factorization.ranks import size_of
 from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer
 from xkv_service.kernels.factor_rows import FactorRows
+from xkv_service.modeling.inspect import inspect_model
+from xkv_service.modeling.layout import ModelLayout
 from xkv_service.packed_factors import PackedFactors, Runs, packed_width
 from xkv_service.selection.sketch import KeySketch
 
@@ -64,25 +71,40 @@ class Kind:
     shared: bool = False
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("bf16", torch.bfloat16, (512, 768)),
-        Kind("int8", torch.int8, (512, 768)),
-        # 6,528 of 131,072 bits a token and group of 4 layers: 20x. How a calibration of such a model would
-        # divide them is not known; many columns have few bits, as in the calibrations that were made.
-        Kind(
-            "mixed20",
-            runs=(((8, 96), (4, 256), (2, 384)), ((8, 128), (4, 416), (2, 640))),
-            shared=True,
-        ),
-    )
-}
-SMOKE_KINDS = {
+KINDS = ("bf16", "8x", "20x", "mixed20")
+_SMOKE_KINDS = {
     "bf16": Kind("bf16", torch.bfloat16, (32, 48)),
-    "int8": Kind("int8", torch.int8, (32, 48)),
+    "8x": Kind("8x", torch.int8, (32, 48)),
+    "20x": Kind("20x", torch.int8, (16, 27)),
     "mixed20": Kind("mixed20", runs=(((8, 16), (4, 24), (2, 20)), ((8, 16), (4, 32), (2, 24))), shared=True),
 }
+
+
+def kind_of(name: str, shape: Shape, tokens: int) -> Kind:
+    """How a document of so many tokens is stored.
+
+    "8x" and "20x" are what `compress` makes of it: int8 columns, whose ranks follow from the length. "bf16"
+    has ranks of its own. "mixed20" takes 6,528 of 131,072 bits a token and group of 4 layers, over shared
+    bases: how a calibration of such a model would divide them is not known; many columns have few bits, as
+    in the calibrations that were made.
+    """
+    if shape == SMOKE:
+        return _SMOKE_KINDS[name]
+    if name == "bf16":
+        return Kind(name, torch.bfloat16, (512, 768))
+    if name == "mixed20":
+        runs = ((8, 96), (4, 256), (2, 384)), ((8, 128), (4, 416), (2, 640))
+        return Kind(name, runs=runs, shared=True)
+    spec = CompressionSpec(ratio=float(name.removesuffix("x")))
+    group = size_of(_layout(), tokens, spec).groups[0]
+    return Kind(name, torch.int8, (group.rank_k, group.rank_v))
+
+
+@cache
+def _layout() -> ModelLayout:
+    config = LlamaConfig(**FIELDS, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device("meta"):
+        return inspect_model(LlamaForCausalLM._from_config(config, dtype=torch.bfloat16))
 
 
 class Documents:

@@ -13,7 +13,8 @@ from xkv_cli.options import json_option, store_options
 def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
     """List the artifacts in the store, last used first, and say what conversations of a server take there.
 
-    A fidelity marked with "!" is low: answers from that artifact may well be wrong.
+    A fidelity marked with "!" is low: answers from that artifact may well be wrong. One that is "missing"
+    has lost its file, though nobody removed it with `xkv rm`.
 
     \b
     Examples:
@@ -24,10 +25,10 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
     \b
     With --json, one object:
       {"artifacts": [{"id", "document", "tokens", "bytes", "bytes_full", "ratio", "fidelity", "kl",
-                      "low", "kl_limit", "model", "namespace", "created", "last_used", ...}],
+                      "low", "kl_limit", "missing", "model", "namespace", "created", "last_used", ...}],
        "stored_tails": {"tails", "bytes"}}
     low: null where the artifact cannot be read. kl_limit: nats of kl above which it is, by the artifact's
-    calibration; null without one, where a fidelity below 0.9 is low.
+    calibration; null without one, where a fidelity below 0.9 is low. missing: whether its file is gone.
     """
     from dataclasses import asdict
 
@@ -37,13 +38,18 @@ def ls(store_url: str, redis_url: str | None, as_json: bool) -> int:
 
     with ArtifactStore.open(store_url, redis_url, create=False) as store:
         entries = store.entries(on_fault=lambda fault: render.complain(fault.message, fault.hint))
+        missing = store.missing([entry.id for entry in entries])
         tails = store.tails.usage()
-        verdicts = Verdicts(store).of_entries(entries)
+        verdicts = Verdicts(store).of_entries(entry for entry in entries if entry.id not in missing)
     if as_json:
-        artifacts = [render.entry_fields(entry, verdicts.get(entry.id)) for entry in entries]
+        artifacts = [
+            {**render.entry_fields(entry, verdicts.get(entry.id)), "missing": entry.id in missing}
+            for entry in entries
+        ]
         render.as_json({"artifacts": artifacts, "stored_tails": asdict(tails)})
     else:
-        render.entries(entries, {artifact_id for artifact_id, one in verdicts.items() if one.low})
+        low = {artifact_id for artifact_id, one in verdicts.items() if one.low}
+        render.entries(entries, low, missing)
         render.stored_tails(tails)
     return 0
 

@@ -157,11 +157,11 @@ def entry_fields(entry: Entry, verdict: Verdict | None) -> dict[str, Any]:
     return {**entry.model_dump(mode="json"), "low": low, "kl_limit": limit}
 
 
-def entries(found: Sequence[Entry], low: Collection[str] = ()) -> None:
+def entries(found: Sequence[Entry], low: Collection[str] = (), missing: Collection[str] = ()) -> None:
     """A line for each artifact, and how long it is kept where that is said of any.
 
     Args:
-        low: ids of those whose fidelity is; they are marked.
+        low: ids of those whose fidelity is; they are marked. missing: of those whose files are gone.
     """
     promised = any(entry.pinned or entry.expires is not None for entry in found)
     head = ("id", "document", "tokens", "stored", "ratio", "fidelity", "created")
@@ -172,7 +172,7 @@ def entries(found: Sequence[Entry], low: Collection[str] = ()) -> None:
                 entry.id[:12],
                 entry.document,
                 f"{entry.tokens:,}",
-                size(entry.bytes),
+                "missing" if entry.id in missing else size(entry.bytes),
                 f"{entry.ratio:.2f}x",
                 ("! " if entry.id in low else "") + percent(entry.fidelity),
                 date(entry.created)[:10],
@@ -184,6 +184,8 @@ def entries(found: Sequence[Entry], low: Collection[str] = ()) -> None:
     )
     if low:
         _console().print(Text("! low fidelity: answers may be wrong; `xkv show ID` says by which limit"))
+    if missing:
+        _console().print(Text("missing: the file is gone from the store; `xkv precompute` makes it again"))
 
 
 def stored_tails(found: TailUsage) -> None:

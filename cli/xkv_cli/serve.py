@@ -62,6 +62,28 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     help="Copies of the model, one per GPU; with a range their number follows the requests.",
 )
 @click.option(
+    "--target-requests",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Requests per replica, running and waiting, above which another one comes. Default: --max-running.",
+)
+@click.option(
+    "--upscale-delay",
+    "upscale_delay_s",
+    type=TimeType(),
+    default="30s",
+    show_default=True,
+    help="How long there must be more before it comes.",
+)
+@click.option(
+    "--downscale-delay",
+    "downscale_delay_s",
+    type=TimeType(),
+    default="5m",
+    show_default=True,
+    help="How long fewer replicas must have been enough before one goes. Its answers come to their end.",
+)
+@click.option(
     "--max-running", type=int, default=16, show_default=True, metavar="N", help="Answers at once per replica."
 )
 @click.option(
@@ -148,16 +170,21 @@ def serve(**options: Any) -> int:
     from xkv_service.errors import InvalidSpec
     from xkv_service.selection.spec import SelectionSpec
     from xkv_workers.serving.ending import drain
+    from xkv_workers.serving.scaling import Scaling
     from xkv_workers.serving.server import ServeRequest, serving
 
     budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
     limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
+    delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {"min_fidelity": options.pop("min_fidelity"), "open_network": options.pop("open_network")}
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)
         request = ServeRequest(
-            engine=EngineSettings(selection=selection, **engine), api=APISettings(**api), **options
+            engine=EngineSettings(selection=selection, **engine),
+            api=APISettings(**api),
+            scaling=Scaling(*options.pop("replicas"), **delays),
+            **options,
         )
     except InvalidSpec as error:
         raise wrong_usage(error) from None

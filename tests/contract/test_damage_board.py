@@ -14,7 +14,7 @@ from redis_server import RedisServer
 from xkv_artifacts import damage_board as module
 from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.checked_file import open_header
-from xkv_artifacts.damage_board import DAMAGED_KEY
+from xkv_artifacts.damage_board import DAMAGED_KEY, Note
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
@@ -50,9 +50,9 @@ def test_damage_that_is_found_without_its_tokens_is_noted(store: ArtifactStore, 
     made = store.publish(*sample())
     damage(store, made.id, part)
     FOUND[how](store, made.id)
-    whole = made.model_copy(update={"tensors": {}})
-    assert store.damaged.all() == {made.id: whole if part == "tokens" else None}
-    assert store.damaged.get(made.id) == (whole if part == "tokens" else None)
+    noted = Note(made.model_copy(update={"tensors": {}}) if part == "tokens" else None)
+    assert store.damaged.all() == {made.id: noted}
+    assert store.damaged.get(made.id) == noted
     assert store.damaged.take(made.id) and not store.damaged.take(made.id)
     assert store.damaged.all() == {} and store.damaged.get(made.id) is None
 
@@ -81,20 +81,19 @@ def test_what_has_ended_is_not_missed(store: ArtifactStore) -> None:
 def test_notes_are_bounded_in_number_and_age(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_NOTES", 3)
     ids = [f"{number:064x}" for number in range(5)]
-    assert [store.damaged.note(name, None) for name in ids] == [True, True, True, False, False]
-    assert store.damaged.note(ids[0], None) and sorted(store.damaged.all()) == ids[:3]
+    assert [store.damaged.note(name, Note()) for name in ids] == [True, True, True, False, False]
+    assert store.damaged.note(ids[0], Note()) and sorted(store.damaged.all()) == ids[:3]
     monkeypatch.setattr(module, "KEEP_S", 1)
-    store.damaged.note(ids[0], None)
+    store.damaged.note(ids[0], Note())
     time.sleep(1.2)
     assert store.damaged.all() == {}
 
 
 def test_a_manifest_that_is_known_stays(store: ArtifactStore) -> None:
     manifest, _ = sample()
-    store.damaged.note(manifest.id, None)
-    store.damaged.note(manifest.id, manifest)
-    store.damaged.note(manifest.id, None)
-    assert store.damaged.get(manifest.id) == manifest
+    for note in (Note(missing=True), Note(manifest), Note(), Note(missing=True)):
+        store.damaged.note(manifest.id, note)
+    assert store.damaged.get(manifest.id) == Note(manifest)
 
 
 def test_what_redis_says_is_not_believed(store: ArtifactStore) -> None:
@@ -110,10 +109,10 @@ def test_what_redis_says_is_not_believed(store: ArtifactStore) -> None:
         b"\xff": "1",
     }
     store.catalog.link.call(lambda client: client.hset(key, mapping=junk))
-    assert store.damaged.all() == dict.fromkeys(ids)
+    assert store.damaged.all() == dict.fromkeys(ids, Note())
     store.catalog.link.call(lambda client: (client.delete(key), client.set(key, "x")))
     assert store.damaged.all() == {} and store.damaged.get(ids[0]) is None
-    assert not store.damaged.take(ids[0]) and not store.damaged.note(ids[0], None)
+    assert not store.damaged.take(ids[0]) and not store.damaged.note(ids[0], Note())
     made: PrefixManifest = store.publish(*sample())
     damage(store, made.id, "tokens")
     with pytest.raises(CorruptArtifact):

@@ -14,7 +14,7 @@ from redis_server import RedisServer
 
 from xkv_artifacts import object_blobs
 from xkv_artifacts.blobs import PACKED_SUFFIX, blob_name, open_blob_store
-from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, StoreError
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, MissingBlob, StoreError
 from xkv_artifacts.object_blobs import AHEAD_BYTES, ObjectBlobStore
 from xkv_artifacts.store import ArtifactStore, Match
 
@@ -84,8 +84,9 @@ def test_a_blob_that_goes_while_it_is_read_is_not_found(
             return file
 
         monkeypatch.setattr(ObjectBlobStore, "open", open_and_lose)
-        with pytest.raises(ArtifactNotFound, match=artifact_id):
+        with pytest.raises(MissingBlob, match=artifact_id):  # nobody deleted it with the catalog
             store.load(artifact_id)
+        assert store.catalog.get(artifact_id) is None and store.damaged.all()[artifact_id].missing
 
 
 def test_a_changed_blob_is_quarantined(s3: Any, bucket: str, redis_server: RedisServer) -> None:

@@ -89,6 +89,11 @@ def test_a_document_stored_at_another_ratio_is_used_unless_one_is_asked_for(
     assert asked("--max-tokens", "1").json["artifact"] == stored
     other = asked("--ratio", "6", "--max-tokens", "1")
     assert other.json["artifact"] != stored and "compressing" in other.err
+    for blob in (tmp_path / "store").glob("prefixes/*/*.safetensors"):
+        blob.unlink()
+    lost = asked("--max-tokens", "1")
+    gone = f"is missing: its file is gone from {tmp_path / 'store'}\n"
+    assert lost.code == 0 and lost.err.count(gone) == 2 and "not in the store yet" in lost.err
 
 
 @pytest.mark.parametrize("ratio", [4, 100])

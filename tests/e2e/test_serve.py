@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,50 @@ def test_a_corrupt_prefix_is_computed_instead_and_made_again(
     assert len(list(Path(store_url).rglob(f"*{made.json()['id']}*.safetensors"))) == 2  # one is in quarantine
 
 
-def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, Any], server: Server) -> None:
+@dataclass(frozen=True)
+class Remade:
+    """A prefix that lost its file and has been made again, and the answer that was told so."""
+
+    id: str
+    document: str
+    questions: list[dict[str, str]]
+    reply: Any
+
+
+@pytest.fixture(scope="module")
+def remade(asker: Asker, prefix: dict[str, Any], server: Server, store_url: str) -> Remade:
+    """Its file goes while others are answered. The HTTP process has read its header, and no engine has loaded
+    it: what is in memory needs no file."""
+    document, questions = example_document("notices-oakland-red-rocket-association")
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
+    name, url = made.json()["id"], f"{server.url}/v1/prefixes/{made.json()['id']}"
+    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    with pytest.raises(APIStatusError, match="share"):
+        asker.ask(first_turn("Another document.", "Who?"), extra_body={"prefix_id": name})
+    other, others = example_document(NAMES[0])
+    with ThreadPoolExecutor(4) as pool:
+        load = [pool.submit(_answers, asker, other, item) for item in others[:4]]
+        (blob,) = Path(store_url).glob(f"prefixes/*/{name}.safetensors")
+        blob.unlink()
+        reply = asker.ask(first_turn(document, questions[0]["question"]), max_tokens=96)
+        assert all(one.result() for one in load)
+    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    assert blob.exists()
+    return Remade(name, document, questions, reply)
+
+
+def test_a_prefix_whose_file_is_gone_is_computed_instead(remade: Remade, server: Server) -> None:
+    assert remade.reply.choices[0].message.content == remade.questions[0]["answer"]
+    assert remade.reply.xkv["artifact"] is None and remade.reply.xkv["miss"]["reason"] == "missing"
+    assert 'xkv_prefix_misses_total{reason="missing"} 1.0' in server.metrics()
+    wait_until(lambda: "xkv_missing_blobs_total 1.0" in server.metrics())  # an engine's say once a second
+
+
+def test_a_replica_that_is_killed_is_replaced(
+    asker: Asker, prefix: dict[str, Any], remade: Remade, server: Server
+) -> None:
+    """And with it conversations are gone: the next one about a prefix begins with its factors again, though
+    its file had been lost."""
     document, questions = example_document(NAMES[0])
     victim = server.engine_process()
     killer = threading.Timer(0.3, lambda: os.kill(victim.pid, signal.SIGKILL))
@@ -273,6 +317,10 @@ def test_a_replica_that_is_killed_is_replaced(asker: Asker, prefix: dict[str, An
             assert error.status_code in (500, 503), error
     assert ends and all(ends)
     wait_until(lambda: _answers(asker, document, questions[0]))
+    use_factors(f"{server.url}/v1", remade.document)
+    reply = asker.ask(first_turn(remade.document, remade.questions[1]["question"]), max_tokens=96)
+    assert reply.choices[0].message.content == remade.questions[1]["answer"]
+    assert reply.xkv["artifact"] == remade.id and reply.xkv["miss"] is None
 
 
 def test_an_embedded_redis_that_is_killed_is_back_within_seconds(

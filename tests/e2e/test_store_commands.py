@@ -56,6 +56,42 @@ def test_a_store_is_listed_shown_checked_and_cleaned(
     assert "2 artifacts listed" in xkv("index", "rebuild", *at).out
 
 
+def test_a_file_that_is_gone_is_one_line(
+    xkv: Xkv, tiny_model: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is asked; a question about the document has it compressed again."""
+    store = tmp_path / "store"
+    at = ["--store", store]
+    ask = ["ask", *at, "--model", tiny_model, "--max-tokens", "1"]
+    about = [*ask, "--doc", corpus / "a.txt", "--ratio", "2", "Why?"]
+    assert xkv(*about).code == 0
+    (made,) = xkv("ls", *at, "--json").json["artifacts"]
+    assert made["missing"] is False and "missing" not in xkv("ls", *at).out
+    (blob,) = store.glob("prefixes/*/*.safetensors")
+    line = f"artifact {made['id']} is missing: its file is gone from {store}"
+
+    def lose() -> None:
+        assert xkv(*about).code == 0
+        blob.unlink()
+
+    blob.unlink()
+    (listed,) = xkv("ls", *at, "--json").json["artifacts"]
+    assert listed["missing"] is True and listed["low"] is None
+    table = xkv("ls", *at).out
+    assert "  missing  " in table and "missing: the file is gone from the store; `xkv precompute`" in table
+    verified = xkv("verify", *at)
+    assert verified.code == 1 and f"failed {made['id']}: {line}\n" in verified.err
+    asked = xkv(*about)
+    assert asked.code == 0 and "compressing" in asked.err
+    assert [record.getMessage() for record in caplog.records] == [line]
+    for command in (["show", made["id"][:8], *at], [*ask, "--artifact", made["id"][:8], "Why?"]):
+        lose()
+        done = xkv(*command)
+        assert (done.code, done.err) == (1, f"error: {line}\nhint: compute it again\n")
+    lose()
+    assert xkv("rm", made["id"][:8], *at, "--json").json == {"removed": made["id"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

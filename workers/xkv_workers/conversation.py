@@ -151,7 +151,7 @@ def _over_document(request: ConversationRequest, path: Path, tell: Tell) -> Conv
         if not isinstance(planned, PrefixJob):
             raise CorpusError(f"{path}: {planned.reason}")
         loaded = _load(job.model, request.revision)
-        artifact_id = None if request.compression else stored_somehow(job, planned)
+        artifact_id = None if request.compression else stored_somehow(job, planned, tell)
         if artifact_id is None:
             artifact_id = store_now(job, planned, loaded, tell)
         renderer = ChatRenderer(loaded.tokenizer, document.text, request.system_prompt, request.template)

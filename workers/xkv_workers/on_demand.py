@@ -40,9 +40,14 @@ def _documents(file: CorpusFile | Rejected) -> Iterable[Document | Rejected]:
     return [file] if isinstance(file, Rejected) else read_file(file)
 
 
-def stored_somehow(job: Prepared, planned: PrefixJob) -> str | None:
+def stored_somehow(job: Prepared, planned: PrefixJob, tell: Tell) -> str | None:
     """The artifact of these very tokens, however they were compressed; the most faithful one."""
-    match = job.store.lookup(job.model.fingerprint, job.request.namespace, planned.token_ids)
+    match = job.store.lookup(
+        job.model.fingerprint,
+        job.request.namespace,
+        planned.token_ids,
+        on_lost=lambda artifact_id, error: tell(error.message),
+    )
     if match is None or match.tokens < planned.tokens:
         return None
     return match.artifact_id if job.store.manifest(match.artifact_id).tokens == planned.tokens else None

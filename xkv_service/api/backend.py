@@ -38,6 +38,7 @@ class NewPrefix:
             says, where its calibration can be; else its ratio is.
         ttl_s: seconds until it may be deleted; None: no end of its own. pinned: keep it whatever happens.
         replaces: an artifact that was lost: its pin and its end are this one's, also under another id.
+        wait_s: seconds in which it may turn up by itself; it is not made sooner.
     """
 
     namespace: str
@@ -49,6 +50,7 @@ class NewPrefix:
     pinned: bool = False
     spec: CompressionSpec | None = None
     replaces: str | None = None
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)

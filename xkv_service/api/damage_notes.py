@@ -1,12 +1,12 @@
-"""`DamageNotes`: what is noted as damaged in a store, for a process that is asked about prompts."""
+"""`DamageNotes`: what is noted as damaged or missing, for a process that is asked about prompts."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
 
+from xkv_artifacts.damage_board import Note
 from xkv_artifacts.errors import CatalogUnavailable
-from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 
 LOOK_S = 10.0
@@ -18,11 +18,11 @@ class DamageNotes:
 
     def __init__(self, store: ArtifactStore) -> None:
         self._board = store.damaged
-        self._notes: dict[str, PrefixManifest | None] = {}
+        self._notes: dict[str, Note] = {}
         self._old_at = 0.0  # monotonic
 
-    def all(self) -> dict[str, PrefixManifest | None]:
-        """Damaged artifacts and their manifests; as before where Redis does not answer."""
+    def all(self) -> dict[str, Note]:
+        """What is noted, by artifact; as before where Redis does not answer."""
         now = time.monotonic()
         if now >= self._old_at:
             self._old_at = now + LOOK_S
@@ -30,11 +30,11 @@ class DamageNotes:
                 self._notes = self._board.all()
         return dict(self._notes)
 
-    def manifest(self, artifact_id: str) -> PrefixManifest | None:
+    def get(self, artifact_id: str) -> Note:
         """What is noted of one now."""
         with suppress(CatalogUnavailable):
-            return self._board.get(artifact_id)
-        return None
+            return self._board.get(artifact_id) or Note()
+        return Note()
 
     def take(self, artifact_id: str) -> bool:
         """Whether one was still noted; it is not any more."""

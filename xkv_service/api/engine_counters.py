@@ -39,6 +39,7 @@ _PREFIXES = {
     "loaded_bytes": "Bytes read for them",
     "load_seconds": "Seconds that they took",
     "damaged": "Loads that found damage",
+    "missing": "Loads that found no blob where one is listed",
     "evictions": "Prefixes and calibrations that had to leave memory",
     "pinned_evictions": "Pinned ones among them",
     **{f"failed_{reason}": f"Waits for a load that ended with {reason}" for reason in _FAILURES},

@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from xkv_artifacts.damage_board import Note
 from xkv_artifacts.errors import (
     ArtifactNotFound,
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
+    MissingBlob,
     StoreError,
     UnsupportedFormat,
     XKVError,
@@ -24,6 +26,7 @@ from xkv_artifacts.format import TOKENS
 from xkv_artifacts.keys import token_bytes
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
+from xkv_artifacts.prefix_lookup import OnLost
 from xkv_artifacts.reports import Match
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.damage_notes import DamageNotes
@@ -75,7 +78,7 @@ class PrefixFinder:
     Args:
         store: best opened with `patience_s=0`: a prompt that cannot be looked up is computed, not waited for.
         fingerprint: of the served model. settings: what may be used.
-        remaker: asked to make again what is found damaged; None: nobody is.
+        remaker: asked to make again what is found damaged or missing; None: nobody is.
     """
 
     def __init__(
@@ -140,43 +143,46 @@ class PrefixFinder:
         return answer
 
     def _find(self, prompt: array[int], namespace: str) -> Found:
-        damaged: list[str] = []
-        usable, miss = self._best(prompt, namespace, damaged.append)
-        for name in damaged:
-            self._tell_damage(name, prompt)
-        damaged += self._take_noted(prompt, namespace)
-        if damaged:  # whatever else is found, this might have gone further
-            miss = _damaged(damaged[0])
-        return usable, miss
+        lost: dict[str, Miss] = {}
+        usable, miss = self._best(
+            prompt, namespace, lambda name, error: lost.update({name: _lost(name, error)})
+        )
+        for name, one in lost.items():
+            self._tell_lost(name, prompt, one)
+        lost |= self._take_noted(prompt, namespace)
+        # Whatever else is found, this might have gone further.
+        return usable, next(iter(lost.values()), miss)
 
-    def _take_noted(self, prompt: array[int], namespace: str) -> list[str]:
-        """Have what was found damaged without a prompt made again, where this prompt holds all of it."""
+    def _take_noted(self, prompt: array[int], namespace: str) -> dict[str, Miss]:
+        """Have what was found lost without a prompt made again, where this prompt holds all of it."""
         if self._remaker is None:
-            return []
-        allowed, found = (namespace, self._settings.public_namespace), []
-        for name, manifest in self._notes.all().items():
-            origin = self._origin(name, manifest)
+            return {}
+        allowed, found = (namespace, self._settings.public_namespace), dict[str, Miss]()
+        for name, note in self._notes.all().items():
+            origin = self._origin(name, note)
             if origin is None or origin.namespace not in allowed or origin.tokens > len(prompt):
                 continue
             if self._remaker.begins(name, origin, prompt) and self._notes.take(name):
-                self._remaker.ask(name, origin, prompt, "it was found damaged without a prompt")
-                found.append(name)
+                found[name] = _missing(name) if note.missing else _damaged(name)
+                fault = f"{found[name].detail}, found without a prompt"
+                self._remaker.ask(name, origin, prompt, fault, missing=note.missing)
         return found
 
-    def _tell_damage(self, artifact_id: str, prompt: array[int]) -> None:
+    def _tell_lost(self, artifact_id: str, prompt: array[int], miss: Miss) -> None:
         if self._remaker is not None:
-            origin = self._origin(artifact_id, self._notes.manifest(artifact_id))
-            self._remaker.ask(artifact_id, origin, prompt, "a lookup found it damaged")
+            origin = self._origin(artifact_id, self._notes.get(artifact_id))
+            fault = f"{miss.detail}, found by a lookup"
+            self._remaker.ask(artifact_id, origin, prompt, fault, missing=miss.reason == "missing")
 
-    def _origin(self, artifact_id: str, manifest: PrefixManifest | None) -> Origin | None:
-        """What a damaged artifact was made from: as it was read before it was, or as its manifest says."""
+    def _origin(self, artifact_id: str, note: Note) -> Origin | None:
+        """What a lost artifact was made from: as it was read before, or as its manifest says."""
         facts = self._facts.get(artifact_id)
-        if facts is None and manifest is not None:
-            facts = _Facts.of(manifest)
+        if facts is None and note.manifest is not None:
+            facts = _Facts.of(note.manifest)
         return None if facts is None else facts.origin
 
-    def _best(self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None]) -> Found:
-        found = self._longest(prompt, namespace, on_corrupt)
+    def _best(self, prompt: array[int], namespace: str, on_lost: OnLost) -> Found:
+        found = self._longest(prompt, namespace, on_lost)
         if not found:
             return None, Miss("no_artifact", "no stored prefix begins like this prompt")
         miss: Miss | None = None
@@ -187,19 +193,19 @@ class PrefixFinder:
         # Where prefixes serve whole or not at all, the longest may hide a shorter one that fits.
         shared = prompt[: min(found[0].tokens, len(prompt) - 1)]
         if miss is not None and miss.reason == "diverges":
-            for match in self._longest(shared, namespace, on_corrupt, whole=True):
+            for match in self._longest(shared, namespace, on_lost, whole=True):
                 usable, _ = self._usable(match, prompt)
                 if usable is not None:
                     return usable, miss
         return None, miss
 
     def _longest(
-        self, prompt: array[int], namespace: str, on_corrupt: Callable[[str], None], *, whole: bool = False
+        self, prompt: array[int], namespace: str, on_lost: OnLost, *, whole: bool = False
     ) -> list[Match]:
         """The longest match of each namespace that may be used, the best first."""
         owners = dict.fromkeys((namespace, self._settings.public_namespace))
         matches = [
-            self._store.lookup(self._fingerprint, owner, prompt, whole=whole, on_corrupt=on_corrupt)
+            self._store.lookup(self._fingerprint, owner, prompt, whole=whole, on_lost=on_lost)
             for owner in owners
         ]
         found = [match for match in matches if match is not None]
@@ -234,8 +240,7 @@ class PrefixFinder:
         name = prefix_id[:12]
         facts = self._facts_of_own(prefix_id, namespace, prompt)
         if isinstance(facts, Miss):
-            noted = prefix_id in self._take_noted(prompt, namespace)
-            return None, _damaged(prefix_id) if noted else facts
+            return None, self._take_noted(prompt, namespace).get(prefix_id, facts)
         if facts.fingerprint != self._fingerprint:
             return None, Miss("other_model", f"prefix {name} was made with another model")
         try:
@@ -272,11 +277,22 @@ class PrefixFinder:
         return facts
 
     def _broken(self, error: XKVError, artifact_id: str, prompt: array[int]) -> Miss:
-        if isinstance(error, ArtifactNotFound):
-            return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
-        if isinstance(error, CorruptArtifact):
-            self._tell_damage(artifact_id, prompt)
-        return _damaged(artifact_id)
+        miss = _lost(artifact_id, error)
+        if isinstance(error, MissingBlob | CorruptArtifact):
+            self._tell_lost(artifact_id, prompt, miss)
+        return miss
+
+
+def _lost(artifact_id: str, error: XKVError) -> Miss:
+    if isinstance(error, MissingBlob):
+        return _missing(artifact_id)
+    if isinstance(error, ArtifactNotFound):
+        return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
+    return _damaged(artifact_id)
+
+
+def _missing(artifact_id: str) -> Miss:
+    return Miss("missing", f"the file of artifact {artifact_id[:12]} is gone from the store")
 
 
 def _damaged(artifact_id: str) -> Miss:

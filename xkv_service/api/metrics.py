@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter as Counts
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import get_args
@@ -17,7 +18,10 @@ from xkv_service.engine.messages import EngineState, MissReason
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Up to what a request may take by default."""
 _GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_DAMAGED = "prefixes_damaged"
+_LOST = (
+    ("xkv_verification_failures", "corrupt", "prefixes_damaged", "Times that damage was found"),
+    ("xkv_missing_blobs", "missing", "prefixes_missing", "Times that a blob was found missing"),
+)
 _NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -57,7 +61,7 @@ class Metrics:
         self.stored_tail_bytes = gauge("stored_tail_bytes", "Bytes of tails in the store, as heard last")
         self.resident_prefixes = gauge("resident_prefixes", "Artifacts on the engines' devices")
         self.engines = gauge("engines", "Engines that answered")
-        self.damaged_at_lookup = 0
+        self.lost_at_lookup: Counts[str] = Counts()
         self._states: Sequence[EngineState] = ()
         self._lookups: Mapping[str, float] = {}
         registry.register(self)
@@ -85,10 +89,11 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The engines' own counters, added up, and those of lookups; damage is found by both. And what
+        """The engines' own counters, added up, and those of lookups; lost blobs are found by both. And what
         the engines believe it costs to load and to prefill."""
-        damaged = self.damaged_at_lookup + sum(state.counters.get(_DAMAGED, 0.0) for state in self._states)
-        yield CounterMetricFamily("xkv_verification_failures", "Times that damage was found", value=damaged)
+        for name, reason, counter, text in _LOST:
+            value = self.lost_at_lookup[reason] + sum(one.counters.get(counter, 0.0) for one in self._states)
+            yield CounterMetricFamily(name, text, value=value)
         costs = GaugeMetricFamily(
             "xkv_cost_seconds",
             "What engines believe it costs, their mean",

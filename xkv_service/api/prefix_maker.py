@@ -47,7 +47,7 @@ class _Task:
     job: Job
     new: NewPrefix
     spec: CompressionSpec
-    not_before: float = 0.0  # monotonic: another process was making it a moment ago
+    not_before: float  # monotonic: it may turn up by itself, or another process was making it a moment ago
 
 
 class PrefixMaker:
@@ -130,7 +130,7 @@ class PrefixMaker:
                 created=self._store.catalog.now(),
             )
             if self._store.jobs.add(job):
-                self._wait(_Task(job, new, spec))
+                self._wait(_Task(job, new, spec, time.monotonic() + new.wait_s))
         return of_job(job)
 
     def _with_promises(self, new: NewPrefix, name: str) -> NewPrefix:

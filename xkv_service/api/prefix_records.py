@@ -7,7 +7,13 @@ import uuid
 from collections.abc import Sequence
 
 from xkv_artifacts.entry import Entry
-from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, InvalidCursor, UnsupportedFormat
+from xkv_artifacts.errors import (
+    ArtifactNotFound,
+    CorruptArtifact,
+    InvalidCursor,
+    MissingBlob,
+    UnsupportedFormat,
+)
 from xkv_artifacts.jobs import Job, Publication
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.store import ArtifactStore
@@ -74,16 +80,20 @@ class PrefixRecords:
     def delete(self, namespaces: Sequence[str], prefix_id: str) -> bool:
         """As `PrefixService`."""
         jobs = [self._store.jobs.remove(namespace, prefix_id) for namespace in namespaces]
-        self._forget_damage(namespaces, prefix_id)
+        if not is_artifact_id(prefix_id):
+            return False
+        own = self._store.catalog.namespaces.holds(namespaces, prefix_id)
         stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
-        return stored or any(jobs)
+        missing = self._forget_note(namespaces, prefix_id) and own
+        return stored or missing or any(jobs)
 
-    def _forget_damage(self, namespaces: Sequence[str], prefix_id: str) -> None:
-        """What was deleted is not made again, though it was damaged before."""
-        if is_artifact_id(prefix_id):
-            noted = self._store.damaged.get(prefix_id)
-            if noted is None or noted.namespace in namespaces:
-                self._store.damaged.take(prefix_id)
+    def _forget_note(self, namespaces: Sequence[str], prefix_id: str) -> bool:
+        """What was deleted is not made again, though it was damaged or missing before; whether it was."""
+        noted = self._store.damaged.get(prefix_id)
+        manifest = None if noted is None else noted.manifest
+        if manifest is None or manifest.namespace in namespaces:
+            return self._store.damaged.take(prefix_id)
+        return False
 
     def remove_left(self) -> int:
         """Remove what jobs published that were deleted meanwhile and whose makers died before they saw it;
@@ -110,8 +120,11 @@ class PrefixRecords:
     def _made(self, prefix_id: str) -> float | None:
         try:
             return self._store.manifest(prefix_id).created.timestamp()
+        except MissingBlob:  # nobody wants it
+            self._store.damaged.take(prefix_id)
         except (ArtifactNotFound, CorruptArtifact, UnsupportedFormat):
-            return None
+            pass
+        return None
 
     def _entry(self, namespaces: Sequence[str], prefix_id: str) -> Entry | None:
         """The entry of a stored prefix in these namespaces; nothing more is read of another one."""

@@ -1,4 +1,4 @@
-"""`Remaker`: has damaged artifacts made again, where it is known what they were made from."""
+"""`Remaker`: has damaged and missing artifacts made again, where it is known what they were made from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from xkv_service.api.backend import NewPrefix
 from xkv_service.engine.messages import Origin
 from xkv_service.spec import CompressionSpec
 
+LATE_S = 5.0
+"""Seconds in which a missing blob may still come: a store that is behind mostly catches up in them."""
 _log = logging.getLogger(__name__)
 
 
@@ -37,27 +39,34 @@ class Remaker:
         with self._lock:
             return dict(self._counters)
 
-    def ask(self, name: str, origin: Origin | None, token_ids: array[int], damage: str) -> None:
-        """An artifact was found damaged: have it made again.
+    def ask(
+        self, name: str, origin: Origin | None, token_ids: array[int], fault: str, *, missing: bool = False
+    ) -> None:
+        """An artifact was found damaged or missing: have it made again.
 
         Args:
             origin: what it was made from, None where that is not known.
             token_ids: its own and more, or others: its id says which.
-            damage: what was found, one line.
+            fault: what was found, one line. missing: its blob is gone, and may come by itself.
         """
         try:
             new = None if origin is None else self._new(name, origin, token_ids)
+            if new is not None and missing:
+                new = replace(new, wait_s=LATE_S)
             if new is not None:
                 self._store.damaged.take(name)
             with self._lock:
                 self._counters["remakes_impossible" if new is None else "remakes_asked"] += 1
             if new is None:
-                _log.warning("artifact %s is not made again: no prompt holds all of it", name[:12])
+                unknown = (
+                    "what it was made from is not known" if origin is None else "no prompt holds all of it"
+                )
+                _log.warning("artifact %s is not made again, %s: %s", name[:12], unknown, fault)
             else:
-                _log.warning("artifact %s is made again: %s", name[:12], damage)
+                _log.warning("artifact %s is made again: %s", name[:12], fault)
                 self._make(new)
-        except Exception:  # noqa: BLE001 - whoever found the damage has a prompt to answer
-            _log.exception("artifact %s is damaged, and nobody could be told", name[:12])
+        except Exception:  # noqa: BLE001 - whoever found it has a prompt to answer
+            _log.exception("artifact %s is lost, and nobody could be told: %s", name[:12], fault)
 
     def begins(self, name: str, origin: Origin, token_ids: array[int]) -> bool:
         """Whether these tokens begin with all of an artifact's: its id says so."""

@@ -83,8 +83,8 @@ class Server:
     async def _timed(self, found: Any) -> Found:
         with self.metrics.lookup.time():
             result: Found = await found
-        if result[1] is not None and result[1].reason == "corrupt":
-            self.metrics.damaged_at_lookup += 1
+        if result[1] is not None:
+            self.metrics.lost_at_lookup[result[1].reason] += 1
         return result
 
 

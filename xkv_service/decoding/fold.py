@@ -69,7 +69,8 @@ def fold_rows(states: torch.Tensor, bases: torch.Tensor, error: float) -> Folded
         error: relative Frobenius error to reach, above 0; rounding to 8 bits comes on top.
     """
     wide, known = states.double(), bases.double()
-    known_rows = torch.linalg.lstsq(known.T, wide.T, driver="gelsd").solution.T
+    # Bases may depend on each other; on a GPU no driver of `lstsq` takes such.
+    known_rows = wide @ known.T @ torch.linalg.pinv(known @ known.T, hermitian=True)
     residual = wide - known_rows @ known
     left, energy, right = torch.linalg.svd(residual, full_matrices=False)
     remaining = residual.square().sum() - energy.square().cumsum(0)

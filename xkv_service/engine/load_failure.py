@@ -11,6 +11,7 @@ from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
     CorruptArtifact,
+    MissingBlob,
     MissingTensor,
     StoreError,
     UnsupportedFormat,
@@ -34,8 +35,14 @@ class LoadFailure:
     detail: str
     fault: str = field(default="", compare=False)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the blob is damaged or missing, so that it must be made again."""
+        return self.reason in ("corrupt", "missing")
+
 
 _REASONS: tuple[tuple[tuple[type[BaseException], ...], MissReason, str], ...] = (
+    ((MissingBlob,), "missing", "the file of artifact {} is gone from the store"),
     ((ArtifactNotFound,), "evicted", "artifact {} is gone from the store"),
     ((CorruptArtifact, MissingTensor), "corrupt", "artifact {} is damaged"),
     (

@@ -12,8 +12,9 @@ MissReason = Literal[
     "diverges",  # the best artifact and the prompt part at a token: another template, system prompt or text
     "other_model",  # the prefix that was named belongs to another model
     "low_fidelity",  # there is one, less faithful than this server accepts
-    "evicted",  # the prefix that was named, or one that was found, is gone
+    "evicted",  # the prefix that was named, or one that was found, was deleted or has ended
     "corrupt",  # its blob is damaged, and in quarantine
+    "missing",  # its blob is gone, and nobody deleted it
     "unavailable",  # the catalog or the store does not answer
     "slow_load",  # prefilling is faster than loading it would be
     "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use

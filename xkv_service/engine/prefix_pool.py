@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from typing import Final
 
 from transformers import PreTrainedModel
 
@@ -41,10 +42,12 @@ from xkv_service.selection.spec import SelectionSpec
 
 _log = logging.getLogger(__name__)
 
-OnCorrupt = Callable[[str, LoadFailure], None]
+OnLost = Callable[[str, LoadFailure], None]
 
 _SPARE_THREADS = 6
 """Threads that may be stuck in reads that hang before loads wait for them."""
+_LOST: Final[dict[str, str]] = {"corrupt": "damaged", "missing": "missing"}
+"""Counters of loads that found it, whether anybody waited for them or not."""
 
 
 class PrefixPool:
@@ -58,7 +61,7 @@ class PrefixPool:
         threads: loads at a time.
         fingerprint: of the model, as in `PrefixLoading`.
         rates: by default measured now, by a short prefill.
-        on_corrupt: told on a loader's thread, once for each load that found damage.
+        on_lost: told on a loader's thread, once for each load that found its blob damaged or missing.
     """
 
     def __init__(
@@ -71,11 +74,11 @@ class PrefixPool:
         *,
         fingerprint: str | None = None,
         rates: LoadingRates | None = None,
-        on_corrupt: OnCorrupt | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         inspect_loaded(model)  # found now: later it would run beside the sequences
         self.rates = rates or LoadingRates.measured(model)
-        self._model, self._on_corrupt = model, on_corrupt
+        self._model, self._on_lost = model, on_lost
         self._lock = threading.RLock()
         self._residents = Residents(budget_bytes)
         self._loads: dict[str, Load] = {}
@@ -327,8 +330,8 @@ class PrefixPool:
             if failure is not None:
                 self._residents.cancel(load.artifact_id)
                 self._count_failure(failure, max(1, len(load.waiters)))
-                if failure.reason == "corrupt":
-                    self._count(damaged=1)
+                if failure.lost:
+                    self._count(**{_LOST[failure.reason]: 1})
             for waiter in load.waiters:
                 answer = failure or self._take(load.artifact_id, waiter.tokens)
                 assert answer is not None, "a prefix that is held is there"
@@ -338,17 +341,17 @@ class PrefixPool:
                 self._release(load.artifact_id)
             self._unpark()
         self._tell(answers)
-        if failure is not None and failure.reason == "corrupt":
-            self._tell_damage(load.artifact_id, failure)
+        if failure is not None and failure.lost:
+            self._tell_lost(load.artifact_id, failure)
 
-    def _tell_damage(self, artifact_id: str, failure: LoadFailure) -> None:
+    def _tell_lost(self, artifact_id: str, failure: LoadFailure) -> None:
         """Once, whether anybody waits for the artifact or not."""
-        if self._on_corrupt is None:
+        if self._on_lost is None:
             return
         try:
-            self._on_corrupt(artifact_id, failure)
+            self._on_lost(artifact_id, failure)
         except Exception:  # noqa: BLE001 - the thread has other loads to do
-            _log.exception("artifact %s is damaged, and nobody could be told", artifact_id[:12])
+            _log.exception("artifact %s is %s, and nobody could be told", artifact_id[:12], failure.reason)
 
     def _park(self, load: Load) -> bool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""

@@ -40,7 +40,7 @@ _SEARCH_S = 1.0
 _PAUSE_S = 5.0
 """How long Redis is left alone after it did not say so."""
 _CLOSING_S = 5.0
-"""How long the end of an engine waits for its tails: Ray Serve kills a replica after 20 s."""
+"""How long the end of an engine waits for its tails: a server kills a replica that takes 20 s to end."""
 
 OnTail = Callable[[KeptTail | None], None]
 

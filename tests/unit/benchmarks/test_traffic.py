@@ -11,7 +11,7 @@ from artifact_samples import sample
 
 from benchmarks.traffic_damage import Damage, met
 from benchmarks.traffic_memory import by_minute, early_and_late, growth
-from xkv_artifacts.errors import CorruptArtifact
+from xkv_artifacts.errors import CorruptArtifact, MissingBlob
 from xkv_artifacts.store import ArtifactStore
 
 
@@ -42,13 +42,26 @@ def test_damage_is_followed_until_it_is_mended(tmp_path: Path) -> None:
         assert damage.mended() == {"blobs_damaged": 2, "blobs_found": 1, "blobs_remade": 1}
 
 
+def test_a_loss_is_followed_until_it_is_mended(tmp_path: Path) -> None:
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = [store.publish(*sample(range(40 + rank), uri=f"{rank}.txt")).id for rank in range(40)]
+        damage = Damage(tmp_path / "store")
+        damage.strike(missing=True)
+        assert damage.ids == made[:2]
+        assert damage.mended() == {"blobs_damaged": 2, "blobs_found": 0, "blobs_remade": 0}
+        with pytest.raises(MissingBlob):
+            store.load(made[0])
+        store.publish(*sample(range(40), uri="0.txt"))
+        assert damage.mended() == {"blobs_damaged": 2, "blobs_found": 1, "blobs_remade": 1}
+
+
 def test_who_met_damage_was_told_so() -> None:
     def answer(reason: str | None, **fields: Any) -> dict[str, Any]:
         return {"end": "answered", "xkv": {"miss": reason and {"reason": reason}}, **fields}
 
     answers = [
         answer("corrupt", right=True),
-        answer("corrupt", right=False),
+        answer("missing", right=False),
         answer("no_room", right=True),
         answer(None, right=True),
         {"end": "left"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from compressed import random_ids
 from transformers import PreTrainedModel
@@ -46,7 +48,9 @@ def shared(moments: Moments, groups: list[tuple[int, int]], identity: str = "c" 
 
 
 def calibrated(model: PreTrainedModel, size: int = 2, documents: int = 3, tokens: int = 200) -> Calibration:
-    """A calibration of random documents in groups of `size`."""
+    """A calibration of random documents in groups of `size`, made on the CPU wherever the model is."""
+    if model.device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
     found = moments_of(
         [prefill(model, random_ids(tokens, seed=100 + one)) for one in range(documents)], size - 1
     )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 BOARD = "xkv-state-board"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_SCALE_DOWN_S = 300.0
 _HEALTH_S = 5.0
 _FALLBACKS = 64
 """Replicas that may take over a prefix whose own one is full. With Ray's 2 the most popular document breaks
@@ -37,18 +36,21 @@ def build_application(settings: ServeSettings) -> Any:
     from xkv_workers.serving.state_board import StateBoard
 
     board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
-    place = settings.place
+    place, scaling = settings.place, settings.scaling
     on_gpu = place.device == "cuda"
     calls = serve_logging(settings.log_format, calls=True)
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
         max_ongoing_requests=settings.ongoing,
+        graceful_shutdown_timeout_s=settings.drain_s,
         autoscaling_config=AutoscalingConfig(
-            min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.engine.max_running,
-            downscale_delay_s=_SCALE_DOWN_S,
+            min_replicas=scaling.least,
+            max_replicas=scaling.most,
+            target_ongoing_requests=settings.target_requests,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            look_back_period_s=scaling.look_back_s,
         ),
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": _FALLBACKS}

@@ -65,6 +65,7 @@ class Compressor:
                 return
             try:
                 listed = self._store.list_if_lost()
+                returned = self._store.list_returned()
                 self._records.remove_left()
                 found = self._store.collect()
                 if number % SWEEP_EVERY == 0:
@@ -76,6 +77,8 @@ class Compressor:
                     _log.warning(
                         "the catalog did not know this store: %d prefixes are listed", listed.artifacts
                     )
+                if returned:
+                    _log.warning("%d prefixes whose files were missing are there again", returned)
                 if found.removed:
                     _log.info("%d prefixes were deleted", len(found.removed))
                 if found.tails.tails:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +19,9 @@ from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
 
+_log = logging.getLogger(__name__)
 _REPORT_S = 1.0
+_GOODBYE_S = 1.0
 _STUCK_S = 600.0
 """A step that takes longer than a request may is not one that goes on."""
 
@@ -26,7 +30,7 @@ class EngineReplica:
     """Loads the model once, and serves until Serve ends it.
 
     Args:
-        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes damaged prefixes anew.
+        board: an actor handle of a `StateBoard`. compressor: a Serve handle; it makes lost prefixes anew.
     """
 
     def __init__(self, settings: ServeSettings, board: Any, compressor: Any) -> None:
@@ -47,7 +51,7 @@ class EngineReplica:
             settings.engine.selection,
             settings.prefix_bytes,
             fingerprint=fingerprint,
-            on_corrupt=self._remakes.damaged,
+            on_lost=self._remakes.lost,
         )
         self._stored = None
         if settings.engine.stored_tail_bytes:
@@ -78,6 +82,8 @@ class EngineReplica:
     async def check_health(self) -> None:
         """Asked by Serve again and again; a replica that raises is replaced.
 
+        Where the engine hangs the process ends: Serve would wait for its answers. Others begin them again.
+
         Raises:
             WorkerFailed: the engine died.
         """
@@ -85,7 +91,9 @@ class EngineReplica:
         if not self._engine.alive:
             raise WorkerFailed("the engine died", hint="its log says why")
         if self._engine.stuck_s > _STUCK_S:
-            raise WorkerFailed("the engine hangs", hint="look at its device")
+            _log.error("a step of the engine takes more than %d s: this replica ends", _STUCK_S)
+            logging.shutdown()
+            os._exit(1)
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
@@ -93,8 +101,14 @@ class EngineReplica:
             self._free_memory.close()
             if self._stored is not None:
                 self._stored.close()
+            self._say_goodbye()
             self._pool.close()
             self._store.close()
+
+    def _say_goodbye(self) -> None:
+        said = self._board.leave.remote(self._name, self._state())
+        with suppress(Exception):  # the board may be gone before; Serve kills this process any moment now
+            said.future().result(_GOODBYE_S)
 
     def _state(self) -> EngineState:
         state = self._engine.state()

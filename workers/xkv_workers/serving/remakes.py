@@ -1,4 +1,4 @@
-"""`Remakes`: has damaged artifacts made again, from the last prompts that held all of them."""
+"""`Remakes`: has damaged and missing artifacts made again, from the last prompts that held all of them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,12 @@ class Remakes:
             while self._tokens > self._most_tokens:
                 self._forget(next(iter(self._sources)))
 
-    def damaged(self, name: str, failure: LoadFailure) -> None:
-        """An artifact was found damaged: have it made again, once."""
+    def lost(self, name: str, failure: LoadFailure) -> None:
+        """An artifact was found damaged or missing: have it made again, once."""
         with self._lock:
             source = self._forget(name)
-        if source is None:
-            self._remaker.ask(name, None, array("i"), failure.fault)
-        else:
-            self._remaker.ask(name, source.origin, source.token_ids, failure.fault)
+        origin, token_ids = (None, array("i")) if source is None else (source.origin, source.token_ids)
+        self._remaker.ask(name, origin, token_ids, failure.fault, missing=failure.reason == "missing")
 
     def _forget(self, name: str) -> _Source | None:
         source = self._sources.pop(name, None)

@@ -22,8 +22,10 @@ from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.serving.logs import LogFormat, serve_logging
 from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
-from xkv_workers.serving.settings import APP, ServeSettings
+from xkv_workers.serving.scaling import Scaling
+from xkv_workers.serving.settings import APP, ServeSettings, most_requests_each
 
+_log = logging.getLogger(__name__)
 _BUNDLED = "xkv-demo"
 """A name of the bundled model besides that of its folder."""
 _LONGEST_NAME = 256
@@ -37,10 +39,10 @@ class ServeRequest:
         model: None is the bundled one. redis_url: None is the embedded one.
         ray_address: None starts a Ray here.
         keys: a file; None: `KEYS_VARIABLE`, else nobody needs a key.
-        replicas: engine replicas at least, and at most: between them their number follows the requests.
+        scaling: how many engine replicas there are.
 
     Raises:
-        InvalidSpec: an alias that is no name.
+        InvalidSpec: an alias that is no name, or more requests for a replica than there can be.
     """
 
     store_url: str
@@ -53,7 +55,7 @@ class ServeRequest:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: Path | None = None
-    replicas: tuple[int, int] = (1, 1)
+    scaling: Scaling = field(default_factory=Scaling)
     prefix_bytes: int = 2**30
     engine: EngineSettings = field(default_factory=EngineSettings)
     api: APISettings = field(default_factory=APISettings)
@@ -66,6 +68,12 @@ class ServeRequest:
                     f"--alias {alias[:_LONGEST_NAME]!r} is no name for a model",
                     hint="give the name that requests will say",
                 )
+        most, target = most_requests_each(self.engine), self.scaling.target_requests or 1
+        if target > most:
+            raise InvalidSpec(
+                f"target_requests={target} would bring no replica: a server takes {most} for each",
+                hint=f"use 1 to {most}, or a larger max_running",
+            )
 
 
 @dataclass(frozen=True)
@@ -112,14 +120,14 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
                 hint="give --redis or XKV_REDIS_URL a Redis that all of them reach",
             )
         room = room or stack.enter_context(cluster())
-        crew, shortage = plan_replicas(room, model.device, *request.replicas)
+        crew, shortage = plan_replicas(room, model.device, request.scaling.least, request.scaling.most)
         settings = _settings(request, model, store, crew, keys)
         stack.enter_context(_application(request, settings))
         yield Serving(
             url=f"http://{_shown(request.host)}:{request.port}",
             model=_BUNDLED if request.model is None else model.files.identity.name,
             store_url=store.blobs.url,
-            replicas=settings.min_replicas,
+            replicas=settings.scaling.least,
             logs=_logs(),
             open=keys.is_open,
             shortage=shortage,
@@ -167,8 +175,7 @@ def _settings(
         engine=request.engine,
         api=request.api,
         prefix_bytes=request.prefix_bytes,
-        min_replicas=request.replicas[0],
-        max_replicas=request.replicas[1],
+        scaling=request.scaling,
         keys=keys,
         log_format=request.log_format,
     )
@@ -199,7 +206,19 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
     try:
         yield
     finally:
-        serve.delete(APP) if request.ray_address else serve.shutdown()
+        _end(shared=request.ray_address is not None)
+
+
+def _end(*, shared: bool) -> None:
+    from ray import serve
+
+    if not shared:
+        serve.shutdown()
+        return
+    try:
+        serve.delete(APP)
+    except TimeoutError:
+        _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
 
 
 def _shown(host: str) -> str:

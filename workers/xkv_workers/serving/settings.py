@@ -12,14 +12,22 @@ from xkv_service.numeric import is_integer
 from xkv_service.spec import DEFAULT_RATIO
 from xkv_workers.messages import ModelPlace
 from xkv_workers.serving.logs import LogFormat
+from xkv_workers.serving.scaling import Scaling
 
 APP = "xkv"
 ENGINE = "engine"
 INGRESS = "ingress"
 COMPRESSOR = "compressor"
 
+_CLOSING_S = 20.0
+"""A replica without requests ends within: its engine's last step, and what waits to be stored."""
 _ROUNDS = 16
 """Answers that may wait for each one that can run: the last begins after so many times what one takes."""
+
+
+def most_requests_each(engine: EngineSettings) -> int:
+    """Requests under way at once, for each replica that may come."""
+    return (1 + _ROUNDS) * engine.max_running
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class ServeSettings:
         engine, api: limits of each replica's engine and of the HTTP side.
         ratio: of prefixes that are made here and ask for none.
         prefix_bytes: budget of each replica for resident prefixes.
-        min_replicas, max_replicas: engine replicas; between them their number follows the requests.
+        scaling: how many engine replicas there are.
         keys: who may enter. log_format: of all its processes.
 
     Raises:
@@ -44,20 +52,14 @@ class ServeSettings:
     api: APISettings = field(default_factory=APISettings)
     ratio: float = DEFAULT_RATIO
     prefix_bytes: int = 2**30
-    min_replicas: int = 1
-    max_replicas: int = 1
+    scaling: Scaling = field(default_factory=Scaling)
     keys: KeyRing = field(default_factory=KeyRing)
     log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
-        for name in ("prefix_bytes", "min_replicas", "max_replicas"):
-            value = getattr(self, name)
-            if not is_integer(value) or value < 1:
-                raise InvalidSpec(f"{name}={value!r} is out of range", hint="use an integer from 1")
-        if self.max_replicas < self.min_replicas:
+        if not is_integer(self.prefix_bytes) or self.prefix_bytes < 1:
             raise InvalidSpec(
-                f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}",
-                hint="give at least as many",
+                f"prefix_bytes={self.prefix_bytes!r} is out of range", hint="use an integer from 1"
             )
 
     @property
@@ -68,4 +70,14 @@ class ServeSettings:
     @property
     def most_requests(self) -> int:
         """Requests under way at once, of all replicas that may come; more are refused."""
-        return (1 + _ROUNDS) * self.engine.max_running * self.max_replicas
+        return most_requests_each(self.engine) * self.scaling.most
+
+    @property
+    def target_requests(self) -> int:
+        """Requests, running and waiting, for each replica that there is."""
+        return self.scaling.target_requests or self.engine.max_running
+
+    @property
+    def drain_s(self) -> float:
+        """How long a replica that leaves may take: for the longest answer, and for its tails to be stored."""
+        return self.api.request_timeout_s + _CLOSING_S

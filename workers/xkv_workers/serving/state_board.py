@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from dataclasses import replace
 
 from xkv_service.engine.messages import EngineState
 
 _STALE_S = 10.0
+_LOST_S = 600.0
 
 
 class StateBoard:
-    """The last word of each replica; one that is silent for 10 s is gone."""
+    """The last word of each replica; one that is silent for 10 s is gone.
+
+    What those that are gone had counted stays, so that counters which add up all replicas never fall.
+    """
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[float, EngineState]] = {}
+        self._left: Counter[str] = Counter()
 
     def put(self, replica: str, state: EngineState) -> None:
         """Note a replica's state."""
         self._states[replica] = (time.monotonic(), state)
 
+    def leave(self, replica: str, state: EngineState) -> None:
+        """A replica's last word: it ends."""
+        self._states.pop(replica, None)
+        self._left.update(state.counters)
+
     def all(self) -> list[EngineState]:
-        """The states of all replicas that are alive."""
+        """The states of all replicas that are alive; to the first one's counters those of all that are gone
+        are added."""
         now = time.monotonic()
-        self._states = {name: said for name, said in self._states.items() if now - said[0] < _STALE_S}
-        return [state for _, state in self._states.values()]
+        for name, (said, state) in list(self._states.items()):
+            if now - said > _LOST_S:
+                self.leave(name, state)
+        gone, alive = Counter(self._left), []
+        for said, state in self._states.values():
+            if now - said < _STALE_S:
+                alive.append(state)
+            else:
+                gone.update(state.counters)
+        if alive:
+            gone.update(alive[0].counters)
+            alive[0] = replace(alive[0], counters=dict(gone))
+        return alive

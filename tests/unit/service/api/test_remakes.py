@@ -71,16 +71,14 @@ def found(finder: PrefixFinder, prompt: list[int], namespace: str = "default") -
     return match
 
 
-def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("fault", ["damaged", "missing"])
+def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedModel, fault: str) -> None:
     """Nobody waits for the load. The artifact has ranks instead of a ratio, and the public namespace."""
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = publish(store, loaded, DOCUMENT, SETTINGS.public_namespace)
         prompt = tokens_of(store, made)  # the prompt may be the prefix, no more
         match = found(PrefixFinder(store, loaded.identity.fingerprint, SETTINGS), prompt, "asker")
-        (blob,) = (tmp_path / "store").rglob(f"{made.id}.safetensors")
-        content = bytearray(blob.read_bytes())
-        content[-100] ^= 1
-        blob.write_bytes(content)
+        damage(store, made.id, -100) if fault == "damaged" else lose(store, made.id)
         maker = PrefixMaker(store, loaded, ratio=3.0)
         remaker = Remaker(store, loaded.identity.fingerprint, lambda new: asyncio.run(maker.create(new)))
         remakes = Remakes(remaker)
@@ -88,7 +86,7 @@ def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedMo
             loaded.model,
             store,
             fingerprint=loaded.identity.fingerprint,
-            on_corrupt=remakes.damaged,
+            on_lost=remakes.lost,
         )
         try:
             remakes.note(asking(prompt, match))
@@ -102,17 +100,29 @@ def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedMo
             assert (again.spec, again.document) == (made.spec, made.document)
             assert list(store.blobs.ids()) == [made.id]
             assert remaker.counters == {"remakes_asked": 1}
-            assert pool.state().counters["damaged"] == 1
+            counters = pool.state().counters
+            assert [counters.get(name, 0) for name in ("damaged", "missing")] == [
+                fault == "damaged",
+                fault == "missing",
+            ]
         finally:
             pool.close()
             maker.close()
 
 
-def damage(store: ArtifactStore, name: str, place: int) -> None:
+def blob_of(store: ArtifactStore, name: str) -> Path:
     (blob,) = Path(store.blobs.url).glob(f"*/*/{name}.safetensors")  # not in quarantine
-    content = bytearray(blob.read_bytes())
+    return blob
+
+
+def damage(store: ArtifactStore, name: str, place: int) -> None:
+    content = bytearray(blob_of(store, name).read_bytes())
     content[place] ^= 1
-    blob.write_bytes(content)
+    blob_of(store, name).write_bytes(content)
+
+
+def lose(store: ArtifactStore, name: str) -> None:
+    blob_of(store, name).unlink()
 
 
 def answered(engine: Engine, request: GenerationRequest) -> tuple[Started, tuple[int, ...]]:
@@ -133,7 +143,10 @@ def becomes(true: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("how", ["found", "named"])
-def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedModel, how: str) -> None:
+@pytest.mark.parametrize("fault", ["corrupt", "missing"])
+def test_damage_that_a_lookup_finds_is_mended(
+    tmp_path: Path, loaded: LoadedModel, how: str, fault: str
+) -> None:
     """By what an earlier lookup read, and the tokens of the prompt at hand."""
     told: list[NewPrefix] = []
     with ArtifactStore.open(str(tmp_path / "store")) as store:
@@ -144,7 +157,7 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
         fresh = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
         assert found(finder, prompt).artifact_id == made.id
         store._lookup._tokens = TokenCache()  # as where there are too many artifacts to keep
-        damage(store, made.id, 100)
+        damage(store, made.id, 100) if fault == "corrupt" else lose(store, made.id)
 
         def ask(finder: PrefixFinder) -> Found:
             asked = (
@@ -153,7 +166,7 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
             return asyncio.run(asked)
 
         match, miss = ask(finder)
-        assert match is None and miss is not None and miss.reason == "corrupt"
+        assert match is None and miss is not None and miss.reason == fault
         assert finder.counters == {"remakes_asked": 1}
         maker = PrefixMaker(store, loaded, ratio=3.0)
         try:
@@ -163,9 +176,9 @@ def test_damage_that_a_lookup_finds_is_mended(tmp_path: Path, loaded: LoadedMode
             maker.close()
         assert found(finder, prompt).artifact_id == made.id
         store._lookup._tokens = TokenCache()
-        damage(store, made.id, 100)
+        damage(store, made.id, 100) if fault == "corrupt" else lose(store, made.id)
         match, miss = ask(fresh)  # it has never read it
-        assert miss is not None and miss.reason == "corrupt"
+        assert miss is not None and miss.reason == fault
         assert not told and fresh.counters == {"remakes_impossible": 1}
 
 
@@ -337,7 +350,7 @@ def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
             store,
             fingerprint=fingerprint,
             rates=LoadingRates(10.0),  # seconds a token: whatever can be loaded is
-            on_corrupt=remakes.damaged,
+            on_lost=remakes.lost,
         )
         finder = PrefixFinder(store, fingerprint, SETTINGS)
         prompt = [*new.token_ids, 70]
@@ -377,7 +390,7 @@ def test_a_prompt_that_holds_a_part_makes_nothing(
     remakes = Remakes(remaker)
     for prompt in (ids[:100], [*ids[:80], 70, *ids[81:]]):
         remakes.note(asking(prompt, found(finder, prompt)))
-    remakes.damaged(stored.id, DAMAGE)
+    remakes.lost(stored.id, DAMAGE)
     assert not told and remaker.counters == {"remakes_impossible": 1}
 
 
@@ -391,8 +404,8 @@ def test_one_remake_a_damage(
     for _ in range(2):
         remakes.note(request)
         remakes.note(request)
-        remakes.damaged(stored.id, DAMAGE)
-        remakes.damaged(stored.id, DAMAGE)
+        remakes.lost(stored.id, DAMAGE)
+        remakes.lost(stored.id, DAMAGE)
     assert remaker.counters == {"remakes_asked": 2, "remakes_impossible": 2}
     assert [(new.namespace, list(new.token_ids), new.name) for new in told] == [
         ("default", prompt[:-1], "river.txt")
@@ -412,7 +425,7 @@ def test_what_would_make_another_artifact_makes_none(
     remaker = Remaker(store, loaded.identity.fingerprint, told.append)
     remakes = Remakes(remaker)
     remakes.note(asking(prompt, replace(match, origin=replace(match.origin, **other))))
-    remakes.damaged(stored.id, DAMAGE)
+    remakes.lost(stored.id, DAMAGE)
     assert not told and remaker.counters == {"remakes_impossible": 1}
 
 
@@ -426,7 +439,8 @@ def test_what_is_remembered_is_bounded(store: ArtifactStore) -> None:
 
 def test_failures_of_lookups_and_engines_are_added_up() -> None:
     metrics = Metrics()
-    metrics.damaged_at_lookup += 1
-    state = EngineState(0, 0, 0, 0, 0, (), {"prefixes_damaged": 2.0})
-    assert b"xkv_verification_failures_total 3.0" in metrics.exposition([state])
+    metrics.lost_at_lookup.update(["corrupt", "missing", "missing", "no_artifact"])
+    state = EngineState(0, 0, 0, 0, 0, (), {"prefixes_damaged": 2.0, "prefixes_missing": 3.0})
+    exposed = metrics.exposition([state])
+    assert b"xkv_verification_failures_total 3.0" in exposed and b"xkv_missing_blobs_total 5.0" in exposed
     assert b"xkv_lookup_remakes_asked_total 2.0" in metrics.exposition([], {"remakes_asked": 2.0})

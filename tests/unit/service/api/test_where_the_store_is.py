@@ -19,6 +19,7 @@ from xkv_artifacts.errors import (
     CatalogUnavailable,
     CorruptArtifact,
     InvalidLimits,
+    MissingBlob,
     MissingTensor,
     StoreError,
     UnsupportedFormat,
@@ -97,6 +98,7 @@ def test_a_damaged_blob(
     ("error", "reason"),
     [
         (ArtifactNotFound(f"no artifact in {WHERE}"), "evicted"),
+        (MissingBlob(f"its file is gone from {WHERE}"), "missing"),
         (CorruptArtifact(f"moved to {WHERE}/quarantine"), "corrupt"),
         (MissingTensor(f"{WHERE} has no tensor"), "corrupt"),
         (StoreError(f"cannot read {WHERE}"), "unavailable"),

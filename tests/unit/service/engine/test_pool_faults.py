@@ -88,7 +88,7 @@ def test_a_damaged_blob_is_quarantined_and_told_once(store: ArtifactStore, model
     bad, good = publish_some(store, model, SIZES[:2])
     _damage(_path(store, bad))
     told: list[tuple[str, LoadFailure]] = []
-    pool = _pool(model, store, on_corrupt=lambda one, failure: told.append((one, failure)))
+    pool = _pool(model, store, on_lost=lambda one, failure: told.append((one, failure)))
     answers: list[Any] = []
     for _ in range(20):
         pool.request(bad, SIZES[0], answers.append, deadline_s=PATIENT)
@@ -112,12 +112,31 @@ def test_damage_that_nobody_waits_for_is_told(store: ArtifactStore, model: PreTr
         told.append(name)
         raise RuntimeError("the loader's thread goes on")
 
-    pool = _pool(model, store, threads=1, on_corrupt=tell)
+    pool = _pool(model, store, threads=1, on_lost=tell)
     for name in (bad, worse):
         _damage(_path(store, name))
         pool.prefetch(name)
     until(lambda: told == [bad, worse])
     assert pool.state().counters["damaged"] == 2
+    pool.close()
+
+
+def test_a_lost_blob_is_told_once(store: ArtifactStore, model: PreTrainedModel) -> None:
+    """Its file is gone, and nobody deleted it."""
+    (lost,) = publish_some(store, model, SIZES[:1])
+    _path(store, lost).unlink()
+    told: list[tuple[str, LoadFailure]] = []
+    pool = _pool(model, store, on_lost=lambda one, failure: told.append((one, failure)))
+    answers: list[Any] = []
+    for _ in range(20):
+        pool.request(lost, SIZES[0], answers.append, deadline_s=PATIENT)
+    until(lambda: len(answers) == 20 and bool(told))
+    assert {one.reason for one in answers} <= {"missing", "evicted"} and answers[0].reason == "missing"
+    assert [one for one, _ in told] == [lost] and "its file is gone" in told[0][1].fault
+    assert _failed(ask(pool, lost, SIZES[0])).reason == "evicted"
+    counters = pool.state().counters
+    assert counters["missing"] == 1 and "damaged" not in counters and counters["failed_missing"] >= 1
+    assert list(store.damaged.all()) == [lost]
     pool.close()
 
 
@@ -257,7 +276,7 @@ def test_a_calibration_that_cannot_be_used(tmp_path: Path, store: ArtifactStore,
     else:
         store.calibrations.remove(saved)
     told: list[str] = []
-    pool = _pool(model, store, on_corrupt=lambda artifact_id, failure: told.append(artifact_id))
+    pool = _pool(model, store, on_lost=lambda artifact_id, failure: told.append(artifact_id))
     failure = _failed(ask(pool, one, 200))
     assert failure.reason == "corrupt" and "calibration" in failure.fault
     until(lambda: told == [one])

@@ -200,9 +200,9 @@ def test_masks_that_are_not_causal_go_through_pytorch(model: PreTrainedModel, wa
     """Padding before a question, and many tokens at once."""
     factors = compressed(model, "int8")
     ours, theirs = (XKVCache.from_factors(model, factors, FEW) for _ in range(2))
-    mask = torch.ones(1, 126, dtype=torch.int64)
+    mask = torch.ones(1, 126, dtype=torch.int64, device=model.device)
     mask[:, 121] = 0
-    ids = random_ids(6)[None]
+    ids = random_ids(6)[None].to(model.device)
     logits = [model(ids, past_key_values=cache, attention_mask=mask).logits for cache in (ours, theirs)]
     assert torch.equal(*logits) and watched.launches == 0
     many = random_ids(kernel_choice.MOST_TOKENS + 1)[None]
