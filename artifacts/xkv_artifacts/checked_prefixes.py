@@ -25,7 +25,7 @@ class CheckedPrefixes:
     Args:
         on_damage: told of each blob whose header or token ids `read_tokens` found bad, with its manifest
             where the header was whole.
-        missing: tells blobs that are lost from others that are not there.
+        missing: tells blobs that are lost from others that are not there; None: nobody does.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class CheckedPrefixes:
         blobs: BlobStore,
         forget: Callable[[str], None],
         on_damage: Callable[[str, PrefixManifest | None], None],
-        missing: MissingBlobs,
+        missing: MissingBlobs | None = None,
     ) -> None:
         self._checked = CheckedBlobs(blobs, forget, missing=missing)
         self._on_damage = on_damage

@@ -175,8 +175,8 @@ class Stages:
     def compared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`factorize`, its first and last result held against an eigensolver in float64."""
 
-        def measured(grams: torch.Tensor, ranks: list[int], weights: Any) -> Any:
-            results = function(grams, ranks, weights)
+        def measured(grams: torch.Tensor, ranks: list[int], *rest: Any) -> Any:
+            results = function(grams, ranks, *rest)
             for number in (0, -1):
                 gram, basis = grams[number].double(), results[number].projection
                 optimal = torch.linalg.eigvalsh(gram)[: -ranks[number]].clamp_min(0).sum().sqrt()

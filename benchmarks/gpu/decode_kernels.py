@@ -64,7 +64,9 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     ],
     "values": [
         {"slots": slots, "columns": columns, "warps": warps, "stages": stages}
-        for slots, columns, warps, stages in itertools.product((32, 64, 128), (128, 256), (4, 8), (2, 3, 4))
+        for slots, columns, warps, stages in itertools.product(
+            (32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)
+        )
     ],
     "splits": [{"splits": splits} for splits in (1, 2, 4, 8, 16)],
     "output": [

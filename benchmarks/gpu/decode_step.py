@@ -337,8 +337,9 @@ def _batches(
     most = 256
     if name != "nothing" and arguments.documents == "own":
         each = [_sequence_bytes(name, shape, size) for size in sizes]
-        held, common = sum(one for one, _ in each), max(one for _, one in each)
-        most = int((free - _RESERVED - common) // held) * len(sizes)
+        room, most = free - _RESERVED - max(common for _, common in each), 0
+        while (held := each[most % len(sizes)][0]) <= room:
+            room, most = room - held, most + 1
     return sorted({len(sizes), most}) if most > len(sizes) else [len(sizes)]
 
 

@@ -38,7 +38,7 @@ def main() -> None:
             text = f"{best['tokens/s']:,.0f}\n{best['batch']} sessions"
             axes.annotate(text, (where, best["tokens/s"]), ha="center", va="bottom", fontsize=7)
     axes.set_xticks(range(len(made)), [f"{one['rows'][0]['tokens'] // 1024}k tokens each" for one in made])
-    axes.set_xlim(-0.42, len(made) - 0.58)
+    axes.set_xlim(-0.55, len(made) - 0.45)
     axes.set_ylabel("tokens a second")
     axes.margins(y=0.18)
     axes.spines[["top", "right"]].set_visible(False)

@@ -224,3 +224,84 @@ def test_a_graph_is_captured_while_other_threads_take_memory(
             thread.join()
     assert not runner._broken and not failures
     assert all(graph._graph is not None for graph in runner._graphs.values())
+
+
+def test_a_capture_waits_for_nothing_and_empties_no_caches(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Loads beside it would wait, and take and pin memory again. All captures are on one stream."""
+    from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
+    from xkv_service.engine.step_graph import StepGraph
+
+    called, streams, forward = [], [], StepGraph._forward
+
+    def watched(graph: StepGraph) -> torch.Tensor:
+        streams.append(torch.cuda.current_stream())
+        return forward(graph)
+
+    with torch.no_grad(), enable_xkv(loaded.model):
+        runner, work = GraphRunner(loaded.model), sequences(loaded, documents, prefixes)[:3]
+        runner.run(work)
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
+        monkeypatch.setattr(StepGraph, "_forward", watched)
+        for place in range(1, 4):  # a graph of each size
+            runner.run([(context, [7]) for context, _ in work[:place]])
+    assert not runner._broken and len(runner._graphs) == 3
+    assert not called and set(streams) == {runner._stream}
+
+
+@pytest.mark.parametrize("at", [1, 3], ids=["before a capture", "in a capture"])
+def test_a_capture_without_memory_is_tried_again(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]], prefixes: list[PrefixFactors],
+    at: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
+
+    norm, calls = loaded.model.model.norm.forward, []
+
+    def full(states: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.cuda.is_current_stream_capturing())
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result: torch.Tensor = norm(states)
+        return result
+
+    with torch.no_grad(), enable_xkv(loaded.model):
+        runner, plain = GraphRunner(loaded.model), PackedRunner(loaded.model)
+        work, same = (sequences(loaded, documents, prefixes)[:3] for _ in range(2))
+        runner.run(work), plain.run(same)
+        runner.run([(work[0][0], [7])]), plain.run([(same[0][0], [7])])  # a graph that goes
+        for forward in (full, norm):
+            monkeypatch.setattr(loaded.model.model.norm, "forward", forward)
+            found = runner.run([(context, [7]) for context, _ in work])
+            monkeypatch.setattr(loaded.model.model.norm, "forward", norm)
+            with in_pytorch():
+                expected = plain.run([(context, [7]) for context, _ in same])
+            assert (found - expected).norm() < 0.1 * expected.norm()
+    assert len(calls) == at + 3 and calls[-1] and calls[at - 1] == (at == 3)
+    assert not runner._broken and not runner._pause and len(runner._graphs) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_each_of_two_devices_has_graphs_of_its_own(
+    loaded: LoadedModel, documents: list[tuple[Document, list[int]]]
+) -> None:
+    """Whichever is current: what compresses a document runs where it is, too."""
+    from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
+
+    spec, dtype = CompressionSpec(ratio=6.0, factor_dtype="int8"), str(loaded.model.dtype)
+    for number in range(2):
+        here = load_model(demo_model_path(), dtype=dtype.removeprefix("torch."), device=f"cuda:{number}")
+        prefixes = [compress(here.model, torch.tensor(ids), spec) for _, ids in documents]
+        with torch.no_grad(), enable_xkv(here.model):
+            runner, plain = GraphRunner(here.model), PackedRunner(here.model)
+            work, same = (sequences(here, documents, prefixes)[:3] for _ in range(2))
+            runner.run(work), plain.run(same)
+            for _ in range(3):
+                found = runner.run([(context, [7]) for context, _ in work])
+                with in_pytorch():
+                    expected = plain.run([(context, [7]) for context, _ in same])
+                assert (found - expected).norm() < 0.1 * expected.norm()
+        assert not runner._broken and runner._stream.device == torch.device("cuda", number)

@@ -42,11 +42,18 @@ def kernels_run(device: torch.device) -> bool:
 def turned_off(error: Exception) -> bool:
     """Whether an error is Triton's: kernels do not compile or launch here, and none runs from now on."""
     global DEVICES
+    if no_memory(error):
+        return False
     if type(error).__module__.split(".")[0] != "triton" and not str(error).startswith("Triton Error"):
         return False
     _log.error("decoding without kernels from now on: one of them does not run (%s)", error)
     DEVICES = ()
     return True
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether an error says that memory is full: PyTorch's own, CUDA's or Triton's. It may pass."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def why_not(cache: XKVCache, scoring: Scoring) -> str | None:

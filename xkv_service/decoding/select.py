@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +24,7 @@ _KINDS: dict[str, tuple[type[Scorer], ...]] = {
     "sketch": (SketchScorer, JoinedSketches),
     "landmark": (LandmarkScorer,),
 }
+_ENDS: WeakKeyDictionary[ReadablePrefix, dict[tuple[int, int], _Ends]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,19 @@ class Selection:
 
     Attributes:
         scorer: the index that chooses, or None. dense: whether every token is attended to.
-        budget: tokens to choose. always: int64, positions that are rebuilt for every query besides.
+        budget: tokens to choose. choosable: tokens to choose from.
+        always: int64, positions that are rebuilt for every query besides.
     """
 
     def __init__(self, prefix: ReadablePrefix, spec: SelectionSpec, *, reuses: bool = False) -> None:
         self.prefix, self.spec = prefix, spec
         self.reuses = reuses
         self.scorer = self._choose_scorer()
-        self.always = self._always_selected()
-        self._open = torch.zeros(prefix.tokens, dtype=torch.bool, device=prefix.positions.device)
-        self._open[prefix.positions] = True
-        self._open[self.always] = False
-        self._closed = ~self._open
+        self._ends = self._ends_of_prefix()
+        self.always = self._ends.positions
         self.budget = spec.tokens(prefix.tokens)
-        self.dense = self.scorer is None or self.budget >= int(self._open.sum())
+        self.choosable = len(prefix.positions) - len(self.always)
+        self.dense = self.scorer is None or self.budget >= self.choosable
 
     def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
         """Choose for rotated queries.
@@ -100,25 +102,25 @@ class Selection:
         """The best tokens of `shares` [batch, 1 or kv_heads, t, units]."""
         unit = self.scorer.unit if self.scorer else 1
         if unit == 1:
-            shares.masked_fill_(self._closed, -torch.inf)
+            shares.masked_fill_(self._ends.closed, -torch.inf)
         best = shares.topk(min(max(1, self.budget // unit), shares.shape[-1]), dim=-1).indices
         if shares.shape[:3].numel() == 1:
             return Selected(self._with_always(self._tokens_of(best.flatten(), unit)))
         member = torch.zeros(shares.shape, dtype=torch.bool, device=shares.device).scatter_(-1, best, True)
         if unit > 1:
             member = member.repeat_interleave(unit, -1)[..., : self.prefix.tokens]
-        member = member & self._open
+        member.masked_fill_(self._ends.closed, False)
         member[..., self.always] = True
         positions = member.flatten(0, 2).any(0).nonzero()[:, 0]
         return Selected(positions, member[..., positions])
 
     def _tokens_of(self, best: torch.Tensor, unit: int) -> torch.Tensor:
-        """Open tokens of the units `best`."""
+        """Tokens of the units `best` that may be chosen."""
         if unit == 1:
             return best
         tokens = (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
         tokens = tokens[tokens < self.prefix.tokens]
-        return tokens[self._open[tokens]]
+        return tokens[~self._ends.closed[tokens]]
 
     def _with_always(self, chosen: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.always, chosen]).sort().values
@@ -142,12 +144,39 @@ class Selection:
             )
         return index
 
-    def _always_selected(self) -> torch.Tensor:
-        """Positions that are rebuilt for every query: the spec's own, and those no whole unit speaks for."""
-        tokens, positions = self.prefix.tokens, self.prefix.positions
+    def _ends_of_prefix(self) -> _Ends:
+        """The spec's own, and behind them what no whole unit speaks for."""
+        tokens, known = self.prefix.tokens, _ENDS.setdefault(self.prefix, {})
         unit = self.scorer.unit if self.scorer else 1
-        last = min(tokens - self.spec.recent, tokens // unit * unit)
-        return positions[(positions < self.spec.sink) | (positions >= last)]
+        name = self.spec.sink, min(tokens - self.spec.recent, tokens // unit * unit)
+        if name not in known:
+            known[name] = _Ends(self.prefix, *name)
+        return known[name]
+
+
+class _Ends:
+    """First and last tokens of a prefix, which are rebuilt for every query: shared by its selections.
+
+    Args:
+        sink: the first ones. last: where the last ones begin.
+
+    Attributes:
+        positions: int64, ascending, those of them that the factors describe.
+    """
+
+    def __init__(self, prefix: ReadablePrefix, sink: int, last: int) -> None:
+        self._tokens, self._described = prefix.tokens, prefix.positions
+        with torch.inference_mode(False):  # others may not be in inference mode
+            self.positions = self._described[(self._described < sink) | (self._described >= last)]
+
+    @cached_property
+    def closed(self) -> torch.Tensor:
+        """bool [tokens], those that are not chosen: rebuilt always, or exact. Kernels do not read it."""
+        with torch.inference_mode(False):
+            closed = torch.ones(self._tokens, dtype=torch.bool, device=self._described.device)
+            closed[self._described] = False
+            closed[self.positions] = True
+        return closed
 
 
 class Recorded:

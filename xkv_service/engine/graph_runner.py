@@ -5,25 +5,34 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from contextlib import ExitStack
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, no_memory, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
-from xkv_service.engine.step_graph import Rider, StepGraph
+from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 
 _log = logging.getLogger(__name__)
 _KEPT = 6
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
+
+_PAUSE = 256
+"""Steps without graphs where there was no memory for one: they take longer than trying does."""
+
+
+class _Layout:
+    """Stands for what `layout_of` gives: hundreds of numbers, which a step would compare for each context."""
 
 
 class GraphRunner:
@@ -40,10 +49,12 @@ class GraphRunner:
         self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
         self._packed = PackedRunner(model)
         self._riders: dict[int, Rider] = {}
-        self._layouts: WeakKeyDictionary[XKVCache, Any] = WeakKeyDictionary()
-        self._graphs: OrderedDict[tuple[Any, ...], StepGraph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-        self._broken = False
+        self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
+        self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
+        self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
+        self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
+        self._broken, self._pause = False, 0
+        self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
     @torch.no_grad()
     def run(self, work: Work) -> torch.Tensor:
@@ -51,20 +62,15 @@ class GraphRunner:
         logits: dict[int, torch.Tensor] = {}
         for layout, places in self._by_layout(work).items():
             found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
-            logits |= dict(zip(places, found, strict=True)) if found is not None else {}
-        rest = []
-        for place, (context, ids) in enumerate(work):
-            if place not in logits:
-                self.settle(context)
-                if self._layout(context) is not None:
-                    logits[place] = self._ask(context, ids)
-                else:
-                    rest.append(place)
-        if len(rest) == len(work):
-            return self._packed.run(work)
-        if rest:
-            found = self._packed.run([work[place] for place in rest])
-            logits |= dict(zip(rest, found, strict=True))
+            if found is None:
+                break
+            logits |= dict(zip(places, found, strict=True))
+        left = [place for place in range(len(work)) if place not in logits]
+        for place in left:
+            self.settle(work[place][0])
+        for forward in self._forwards(work, left):
+            found = self._ask([(work[place][0], ids) for place, ids in forward.items()])
+            logits |= dict(zip(forward, found, strict=True))
         return torch.stack([logits[place] for place in range(len(work))])
 
     def settle(self, context: Context) -> None:
@@ -74,61 +80,108 @@ class GraphRunner:
             self._release(rider)
             rider.settle()
 
-    def _by_layout(self, work: Work) -> dict[Any, list[int]]:
+    def _by_layout(self, work: Work) -> dict[_Layout, list[int]]:
         """Places of sequences that graphs run for, by what those of one graph have in common."""
-        found: dict[Any, list[int]] = {}
+        found: dict[_Layout, list[int]] = {}
+        ride = not self._broken and not self._pause
+        self._pause = max(0, self._pause - 1)
         for place, (context, ids) in enumerate(work):
             context.rewind(len(context.ids))  # mends what a forward that failed has left of it
-            steps = len(ids) == 1 and not self._broken and isinstance(context.cache, XKVCache)
+            steps = ride and len(ids) == 1 and isinstance(context.cache, XKVCache)
             layout = self._layout(context) if steps and context.cache.tail_tokens else None
             if layout is not None:
                 found.setdefault(layout, []).append(place)
         return found
 
-    def _layout(self, context: Context) -> Any:
+    def _layout(self, context: Context) -> _Layout | None:
         """None: kernels do not run for the context, or only for some layers of the model."""
         cache = context.cache
         if not isinstance(cache, XKVCache):
             return None
         if cache not in self._layouts:
             every = all(isinstance(layer, PrefixLayer) for layer in cache.layers)
-            taken = every and why_not(cache, Scoring(1.0)) is None
-            self._layouts[cache] = layout_of(cache) if taken else None
+            taken = every and why_not(cache, self._scoring) is None
+            self._layouts[cache] = self._known.setdefault(layout_of(cache), _Layout()) if taken else None
         return self._layouts[cache]
 
-    def _ask(self, context: Context, ids: list[int]) -> torch.Tensor:
-        """Several tokens of one context, as many at a time as kernels take."""
-        for start in range(0, len(ids), MOST_TOKENS):
-            held, piece = len(context.ids), ids[start : start + MOST_TOKENS]
-            try:
-                logits = self._packed.run([(context, piece)])
-            except Exception as error:
-                if not turned_off(error):
-                    raise
-                self._packed, self._broken = PackedRunner(self._model), True
-                self._layouts.clear()
-                context.rewind(held)
-                logits = self._packed.run([(context, piece)])
-        return logits[0]
+    def _forwards(self, work: Work, places: list[int]) -> list[dict[int, list[int]]]:
+        """Forwards over the new tokens of these places: in each, ids by place.
 
-    def _step(self, layout: Any, given: list[tuple[Context, int]]) -> torch.Tensor | None:
-        """Logits of a step, or None: there was none, and graphs are not used any more."""
+        Questions share `MOST_TOKENS` of a forward, which its kernels take if they come first; all else is in
+        the first one.
+        """
+        questions = [
+            place for place in places if len(work[place][1]) > 1 and self._layout(work[place][0]) is not None
+        ]
+        tokens = [(place, token) for place in questions for token in work[place][1]]
+        pieces = [tokens[start : start + MOST_TOKENS] for start in range(0, len(tokens), MOST_TOKENS)]
+        forwards = [
+            {place: [token for _, token in some] for place, some in groupby(piece, itemgetter(0))}
+            for piece in pieces or [[]]
+        ]
+        forwards[0] |= {place: work[place][1] for place in places if place not in questions}
+        return forwards if places else []
+
+    def _ask(self, work: Work) -> torch.Tensor:
+        """An ordinary forward; where a kernel does not run, once more without kernels."""
         try:
-            riders = [self._rider(context) for context, _ in given]
-            for rider in riders:
-                if rider.make_room():
-                    self._release(rider)
-            graph = self._graph(layout, riders)
-            if not graph.carries(riders):
-                graph.bind(riders)
-            with ExitStack() as stack:
-                for context, token in given:
-                    stack.enter_context(context.extending([token]))
-                logits = graph.run([token for _, token in given]).clone()
-        except Exception:  # noqa: BLE001 - whatever it was, ordinary forwards go on
-            _log.exception("a decode step as a CUDA graph failed; steps run without graphs from now on")
-            self._give_up()
-            return None
+            return self._packed.run(work)
+        except Exception as error:
+            if not turned_off(error):
+                raise
+        self._packed, self._broken = PackedRunner(self._model), True
+        self._layouts.clear()
+        for context, _ in work:
+            ids = list(context.ids)
+            context.rewind(len(ids))
+            if len(context.ids) < len(ids):  # a window could not go back
+                context.advance(ids[len(context.ids) :])
+        return self._packed.run(work)
+
+    def _step(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor | None:
+        """Logits of a step, or None: there was none, and no graphs run next time."""
+        for again in (True, False):
+            try:
+                return self._ride(layout, given)
+            except Exception as error:  # noqa: BLE001 - whatever it was, ordinary forwards go on
+                full = self._note(error)
+            self._drop()  # here nothing holds what failed any more
+            if not full:
+                return None
+            torch.cuda.empty_cache()
+            if again:
+                _log.warning("no memory for a decode step as a CUDA graph: once more without other graphs")
+        _log.warning("no memory for a decode step as a CUDA graph: the next %d run without", _PAUSE)
+        self._pause = _PAUSE
+        return None
+
+    def _note(self, error: Exception) -> bool:
+        """What comes of a failed step for the next ones, unless memory was full: then True."""
+        if no_memory(error):
+            return True
+        if isinstance(error, OtherScores):
+            _log.info("steps run without graphs: kernels do not make scores as the model does")
+            self._scoring = error.scoring
+            self._layouts.clear()
+        else:
+            _log.error(
+                "a decode step as a CUDA graph failed; steps run without graphs from now on", exc_info=error
+            )
+            self._broken = True
+        return False
+
+    def _ride(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor:
+        riders = [self._rider(context) for context, _ in given]
+        for rider in riders:
+            if rider.make_room():
+                self._release(rider)
+        graph = self._graph(layout, riders)
+        if not graph.carries(riders):
+            graph.bind(riders)
+        with ExitStack() as stack:
+            for context, token in given:
+                stack.enter_context(context.extending([token]))
+            logits = graph.run([token for _, token in given]).clone()
         for rider in riders:
             rider.count += 1
         return logits
@@ -148,23 +201,37 @@ class GraphRunner:
             if graph.holds(rider):
                 graph.release()
 
-    def _graph(self, layout: Any, riders: list[Rider]) -> StepGraph:
+    def _graph(self, layout: _Layout, riders: list[Rider]) -> StepGraph:
         sizes = Sizes(*(_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)))
         name = (layout, _slots(len(riders)), *sizes)
         graph = self._graphs.pop(name, None)
         if graph is None:
             while len(self._graphs) >= _KEPT:
                 self._graphs.popitem(last=False)
-            graph = StepGraph(self._model, self._modules, riders, _slots(len(riders)), sizes, self._pool)
+            graph = StepGraph(
+                self._model, self._modules, riders, _slots(len(riders)), sizes, self._stream, self._pool
+            )
         self._graphs[name] = graph
         return graph
 
-    def _give_up(self) -> None:
-        self._broken = True
+    def _drop(self) -> None:
+        """All graphs and riders go."""
         self._graphs.clear()
         for rider in self._riders.values():
             rider.settle()
         self._riders.clear()
+        self._pool = _new_pool(self._model.device)  # one that no graph has any more cannot be taken again
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One that no other thread has, whose work would be captured: PyTorch deals out 32 of a priority over and
+    over, and nobody else takes one of high priority.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _new_pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _slots(count: int) -> int:

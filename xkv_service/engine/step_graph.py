@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from xkv_service.decoding.batch_tails import tail_row
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.kernel_step import DecodeLaunch, Sizes, document_of, rebuilt_tokens, sizes_of
+from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
@@ -21,6 +23,18 @@ from xkv_service.sessions.context import Context
 
 _WARM = 2
 """Runs before a capture: the first compiles kernels and chooses products, which a capture cannot hold."""
+
+
+class OtherScores(Exception):
+    """Kernels do not make scores as the model does: it has a softcap, or sinks of their own.
+
+    Args:
+        scoring: the model's.
+    """
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__(scoring)
+        self.scoring = scoring
 
 
 class Rider:
@@ -92,15 +106,16 @@ class StepGraph:
     Args:
         model: inside `enable_xkv`. modules: attention modules by layer index.
         riders: of one layout, whose next step it runs first. slots: room for so many.
-        sizes: of buffers, as `sizes_of`. pool: memory that graphs share, or None on a CPU.
+        sizes: of buffers, as `sizes_of`. stream, pool: where graphs are captured, and the memory that they
+            share; None on a CPU.
 
     Raises:
-        NotImplementedError: the model makes its scores in a way that kernels do not.
+        OtherScores: from `run`, the first time.
     """
 
     def __init__(
         self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
-        sizes: Sizes, pool: Any,
+        sizes: Sizes, stream: torch.cuda.Stream | None, pool: Any,
     ) -> None:  # fmt: skip
         self.slots, self._model, self._modules = slots, model, modules
         device, padded = model.device, _padded(riders, slots)
@@ -113,7 +128,7 @@ class StepGraph:
         self._riders: list[Rider] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        self._pool = pool
+        self._stream, self._pool = stream, pool
 
     def holds(self, rider: Rider) -> bool:
         """Whether the tables have its addresses."""
@@ -160,18 +175,30 @@ class StepGraph:
         return self._logits[: len(ids)]
 
     def _capture(self) -> None:
-        """Before it is captured a step runs some times: each writes the same tokens to the same places."""
-        beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(_WARM):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        # Threads that load prefixes meanwhile may take memory: only this one's calls are captured.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._logits = self._forward()
-        self._graph = graph
+        """Before it is captured a step runs some times: each writes the same tokens to the same places.
+
+        Not by `torch.cuda.graph`: that waits for the device, empties caches that loads beside it use, and has
+        one stream for all devices.
+        """
+        assert self._stream is not None
+        graph, reader = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(reader)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM):
+                    self._forward()
+                # Threads that load prefixes meanwhile may take memory: only this one's calls are captured.
+                graph.capture_begin(self._pool, "thread_local")
+                try:
+                    logits = self._forward()
+                except BaseException:
+                    with suppress(RuntimeError):  # what failed is told, not what comes of its capture
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            reader.wait_stream(self._stream)  # where it fails, too: what it reads goes
+        self._graph, self._logits = graph, logits
 
     def _forward(self) -> torch.Tensor:
         ids, positions, counts = self._read
@@ -209,7 +236,7 @@ class _GraphLayer:
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """As `RowLayer.attend`."""
         if not takes(call.scoring):
-            raise NotImplementedError("scores have a softcap, or sinks of their own")
+            raise OtherScores(call.scoring)
         query = call.query[0].transpose(0, 1)
         return self._launch.run(
             self.index, query, self._tails, self._lengths, call.scoring.scaling, repeat=self._repeat

@@ -52,8 +52,9 @@ def encode_sketch(
     count = planes.shape[1]
     codes = torch.empty(tokens, heads, count, dtype=torch.uint8, device=keys.device)
     scales = torch.empty(tokens, heads, dtype=torch.float16, device=keys.device)
-    _encode[triton.cdiv(tokens, _TOKENS), heads](
-        keys, planes.contiguous(), codes, scales, tokens, keys.stride(0), keys.stride(1), heads, levels, zero,
-        count, triton.next_power_of_2(count), _TOKENS,
-    )  # fmt: skip
+    with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call] # Triton launches on the current one
+        _encode[triton.cdiv(tokens, _TOKENS), heads](
+            keys, planes.contiguous(), codes, scales, tokens, keys.stride(0), keys.stride(1), heads, levels,
+            zero, count, triton.next_power_of_2(count), _TOKENS,
+        )  # fmt: skip
     return codes, scales

@@ -21,6 +21,8 @@ from xkv_service.kernels.product import INTERPRETED
 
 _PARTS = 4
 """Four numbers of 4 bits in 16: low and high half of the first and of the second byte."""
+_MANY, _FEW, _FEW_TOKENS = (64, 8, 1), (256, 2, 4), 2**17
+"""Tokens of a tile, tiles and warps of a program; few tokens need more warps to fill the device."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -237,6 +239,7 @@ class IndexScores:
         sessions: of the batch. capacity: most tokens of a document. heads, group, dim: KV heads, query heads
             of each, and their dimensions. planes: kept of each head. scaling: of products.
         tile: tokens that are scored at once. tiles: of a program. together: KV heads of one product.
+            Tiles are by default what was fastest for as many tokens of all sessions (docs/kernels.md).
 
     Attributes:
         shares: float32 [sessions, capacity], the logarithm of the largest share any head would give a token.
@@ -245,11 +248,14 @@ class IndexScores:
 
     def __init__(
         self, sessions: int, capacity: int, heads: int, group: int, dim: int, planes: int, scaling: float,
-        device: torch.device, *, tile: int = 64, tiles: int = 8, together: int = 4, warps: int = 1,
+        device: torch.device, *, tile: int | None = None, tiles: int | None = None, together: int = 4,
+        warps: int | None = None,
     ) -> None:  # fmt: skip
         self.sessions, self.capacity, self.scaling = sessions, capacity, scaling
         if planes % 2:
             raise ValueError(f"planes={planes}: the kernel reads codes in pairs, so they must be even")
+        usual = _MANY if tile or sessions * capacity > _FEW_TOKENS else _FEW
+        tile, tiles, warps = tile or usual[0], tiles or usual[1], warps or usual[2]
         together = min(together, heads)
         self.rows = heads * group
         self.chunks = triton.cdiv(heads, together)

@@ -50,8 +50,9 @@ def rotate(
     """
     tokens, heads, dim = keys.shape
     grid = (triton.cdiv(tokens, _TOKENS), heads)
-    _rotate[grid](
-        keys, cos.contiguous(), sin.contiguous(), out, tokens, keys.stride(0), keys.stride(1), out.stride(0),
-        out.stride(1), first.start, second.start, first.step, dim // 2, triton.next_power_of_2(dim // 2),
-        _TOKENS,
-    )  # fmt: skip
+    with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call] # Triton launches on the current one
+        _rotate[grid](
+            keys, cos.contiguous(), sin.contiguous(), out, tokens, keys.stride(0), keys.stride(1),
+            out.stride(0), out.stride(1), first.start, second.start, first.step, dim // 2,
+            triton.next_power_of_2(dim // 2), _TOKENS,
+        )  # fmt: skip

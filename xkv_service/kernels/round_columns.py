@@ -38,5 +38,6 @@ def round_columns(factors: torch.Tensor, scales: torch.Tensor, levels: int) -> t
     factors = factors.contiguous()
     out = torch.empty(rows, columns, dtype=torch.int8, device=factors.device)
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-    _round[grid](factors, scales.contiguous(), out, rows, columns, levels, _ROWS, _COLUMNS)
+    with torch.cuda.device_of(factors):  # type: ignore[no-untyped-call] # Triton launches on the current one
+        _round[grid](factors, scales.contiguous(), out, rows, columns, levels, _ROWS, _COLUMNS)
     return out

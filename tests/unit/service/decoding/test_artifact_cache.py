@@ -17,6 +17,7 @@ from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.engine.storages import held_bytes
 from xkv_service.errors import InvalidSpec, ModelMismatch
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.models import find_model
@@ -148,6 +149,20 @@ def test_sessions_of_one_prefix_share_its_memory(loaded: PreTrainedModel, factor
     assert first.prefix is second.prefix
     stored = factors.groups[0].keys.factors
     assert first.prefix.layers[0]._key_factors.data_ptr() == stored.data_ptr()
+
+
+def test_sessions_of_one_prefix_share_what_they_choose_from(
+    loaded: PreTrainedModel, factors: PrefixFactors
+) -> None:
+    """It is made when PyTorch chooses; kernels have a table of their own."""
+    spec = SelectionSpec(budget=30, recent=8)
+    first, second = (XKVCache.from_factors(loaded, factors, spec) for _ in range(2))
+    ours, theirs = ([layer.selection for layer in cache.layers] for cache in (first, second))
+    assert not any(selection.dense for selection in ours)
+    assert held_bytes(*ours, device=loaded.device, besides=first.prefix) < TOKENS * len(ours)
+    assert torch.equal(_logits(loaded, first), _logits(loaded, second))
+    assert held_bytes(*theirs, device=loaded.device, besides=[first.prefix, *ours]) == 0
+    assert 0 < held_bytes(*ours, device=loaded.device, besides=first.prefix) <= 2 * TOKENS * len(ours)
 
 
 def test_an_artifact_file_can_be_used_without_a_store(factors: PrefixFactors) -> None:

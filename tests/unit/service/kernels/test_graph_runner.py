@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import kernel_samples as samples
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.kernel_choice import why_not
+from xkv_service.decoding.kernel_step import layout_of
 from xkv_service.decoding.scoring import Scoring
-from xkv_service.engine import step_graph
+from xkv_service.engine import graph_runner, packed_cache, step_graph
 from xkv_service.engine.graph_runner import GraphRunner
-from xkv_service.engine.runners import SeparateRunner, make_runner
+from xkv_service.engine.runners import PackedRunner, SeparateRunner, Work, make_runner
 from xkv_service.factors import PrefixFactors
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
@@ -72,6 +74,20 @@ def plainly(work: list[tuple[Context, list[int]]]) -> torch.Tensor:
         kernel_choice.DEVICES = before
 
 
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """New tokens of each context, forward by forward that no graph runs."""
+    found: list[list[int]] = []
+    real = PackedRunner.run
+
+    def run(runner: PackedRunner, work: Work) -> torch.Tensor:
+        found.append([len(ids) for _, ids in work])
+        return real(runner, work)
+
+    monkeypatch.setattr(PackedRunner, "run", run)
+    return found
+
+
 PLAN = [
     {"a": 3, "b": 2, "exact": 4}, {"a": 1, "b": 1, "exact": 1}, {"b": 1, "a": 1}, {"a": 1, "b": 1, "c": 5},
     {"c": 1, "a": 1, "b": 1}, {"c": 1, "b": 1}, {"b": 4, "c": 1}, {"b": 1},
@@ -109,6 +125,27 @@ def test_steps_are_those_of_each_sequence_alone(
     assert samples.relative(runner.run([(ours["a"], [7])]), plainly([(theirs["a"], [7])])) < TOLERANCE
 
 
+def test_layouts_are_compared_when_a_cache_is_new(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have hundreds of numbers: a step compares none of them."""
+    compared = []
+
+    class Layout(tuple[object, ...]):
+        def __hash__(self) -> int:
+            compared.append(self)
+            return super().__hash__()
+
+    monkeypatch.setattr(graph_runner, "layout_of", lambda cache: Layout(layout_of(cache)))
+    runner, ours = GraphRunner(model), contexts(model, prefixes)
+    pair = [ours["a"], ours["b"]]
+    for ids in ([3, 4], [5]):
+        runner.run([(context, ids) for context in pair])
+    compared.clear()
+    runner.run([(context, [6]) for context in pair])
+    assert not compared and len(runner._graphs) == 1
+
+
 def test_a_tail_moves_when_its_room_is_full(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
     """A fork that shares a tail keeps it, wherever the other one goes on."""
     runner = GraphRunner(model)
@@ -141,6 +178,72 @@ def test_a_graph_that_fails_is_no_loss(
         found = runner.run([(ours["a"], ids), (ours["b"], ids)])
         assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
     assert runner._broken and ours["a"].ids == theirs["a"].ids
+
+
+def test_what_no_graph_runs_goes_in_one_forward(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], forwards: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As many tokens of questions as kernels take at once, whoever asks them; and all single tokens."""
+    for module in (graph_runner, packed_cache):
+        monkeypatch.setattr(module, "MOST_TOKENS", 6)
+    monkeypatch.setattr(step_graph.StepGraph, "run", lambda *_: 1 / 0)
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    steps = [
+        ({"exact": 9, "a": 4, "b": 5, "c": 3}, [[4, 2, 9], [3, 3]]),
+        ({"a": 1, "b": 1, "exact": 1, "c": 1}, [[1, 1, 1, 1]]),
+        ({"a": 1, "b": 7, "c": 1}, [[6, 1, 1], [1]]),
+    ]
+    for lengths, expected in steps:
+        forwards.clear()
+        ids = {name: random_ids(count, seed=count).tolist() for name, count in lengths.items()}
+        found = runner.run([(ours[name], one) for name, one in ids.items()])
+        assert forwards == expected
+        assert (
+            samples.relative(found, plainly([(theirs[name], one) for name, one in ids.items()])) < TOLERANCE
+        )
+    assert all(context.ids == theirs[name].ids for name, context in ours.items())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_without_memory_runs_once_more_and_graphs_go_on_later(
+    error: type[Exception], model: PreTrainedModel, prefixes: list[PrefixFactors], forwards: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    real, failed, left = step_graph.StepGraph.run, [], 0
+
+    def run(graph: step_graph.StepGraph, ids: list[int]) -> torch.Tensor:
+        nonlocal left
+        assert all(one() is None for one in failed)
+        if left:
+            left -= 1
+            failed.append(weakref.ref(graph))
+            graph._graph = None  # on a GPU a captured one would not run the model's modules
+            handle = model.model.layers[1].register_forward_pre_hook(be_full)
+            try:
+                return real(graph, ids)
+            finally:
+                handle.remove()
+        return real(graph, ids)
+
+    def be_full(*_: object) -> None:
+        raise error("CUDA error: out of memory")
+
+    def step(token: int, fail: int = 0) -> int:
+        """Ordinary forwards of a step whose graphs fail so often."""
+        nonlocal left
+        left, before = fail, len(forwards)
+        found = runner.run([(ours[name], [token]) for name in "ab"])
+        assert not left
+        assert samples.relative(found, plainly([(theirs[name], [token]) for name in "ab"])) < TOLERANCE
+        return len(forwards) - before
+
+    monkeypatch.setattr(step_graph.StepGraph, "run", run)
+    monkeypatch.setattr(graph_runner, "_PAUSE", 2)
+    assert [step(3), step(4), step(5, fail=1), step(6)] == [1, 0, 0, 0] and len(failed) == 1
+    assert [step(7, fail=2), step(8), step(9), step(10)] == [1, 1, 1, 0] and len(failed) == 3
+    assert not runner._broken and all(ours[name].ids == theirs[name].ids for name in "ab")
 
 
 def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
@@ -189,17 +292,20 @@ def test_a_tail_of_another_dtype_is_no_loss(model: PreTrainedModel, prefixes: li
     assert runner._broken and ours.ids == theirs.ids
 
 
+class OutOfResources(Exception):
+    """As where a shape needs more shared memory than a device has."""
+
+    __module__ = "triton.runtime.errors"
+
+
+def fail(*_: object, **__: object) -> None:
+    raise OutOfResources("out of resource: shared memory")
+
+
 def test_kernels_that_do_not_compile_are_no_loss(
     model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a shape needs more shared memory than a device has: PyTorch attends, now and later."""
-
-    class OutOfResources(Exception):
-        __module__ = "triton.runtime.errors"
-
-    def fail(*_: object, **__: object) -> None:
-        raise OutOfResources("out of resource: shared memory")
-
+    """PyTorch attends, now and later."""
     runner = GraphRunner(model)
     ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
     for ids in ([3, 4, 5], [6], [7]):
@@ -209,3 +315,51 @@ def test_kernels_that_do_not_compile_are_no_loss(
         assert samples.relative(found, plainly([(theirs["a"], ids), (theirs["b"], ids)])) < TOLERANCE
     assert ours["a"].ids == theirs["a"].ids and kernel_choice.DEVICES == ()
     assert why_not(ours["a"].cache, Scoring(0.2)) is not None
+
+
+def test_kernels_that_find_no_memory_run_again() -> None:
+    """Triton loads what it compiled when it is first launched, which may be when memory is full."""
+    assert not kernel_choice.turned_off(RuntimeError("Triton Error [CUDA]: out of memory"))
+    assert kernel_choice.DEVICES
+    assert kernel_choice.turned_off(RuntimeError("Triton Error [CUDA]: invalid argument"))
+
+
+def test_kernels_that_do_not_compile_are_no_loss_behind_windows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cannot go back: what they lost runs again."""
+    model = tiny_model("gemma3", head_dim=32).to(device)
+    spec = CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8")
+    with enable_xkv(model):
+        prefix = compress(model, random_ids(120, seed=120), spec)
+        runner = GraphRunner(model)
+        ours, theirs = contexts(model, [prefix, prefix]), contexts(model, [prefix, prefix])
+        for ids in ([3, 4, 5], [6], [7]):
+            if ids == [6]:
+                monkeypatch.setattr("xkv_service.decoding.kernel_step.DecodeLaunch.run", fail)
+            names = ("a", "b", "exact")
+            found = runner.run([(ours[name], ids) for name in names])
+            assert samples.relative(found, plainly([(theirs[name], ids) for name in names])) < TOLERANCE
+    assert kernel_choice.DEVICES == () and all(ours[name].ids == theirs[name].ids for name in names)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_model_of_other_scores_is_no_failure(
+    family: str, device: torch.device, forwards: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A softcap in all layers, or sinks: only a forward finds out. One tries, and no other."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    model = tiny_model(family, head_dim=32, **layers).to(device)
+    spec = CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8")
+    with enable_xkv(model):
+        prefix = compress(model, random_ids(120, seed=120), spec)
+        runner = GraphRunner(model)
+        ours, theirs = contexts(model, [prefix, prefix]), contexts(model, [prefix, prefix])
+        for lengths in ({"a": 2, "b": 2}, {"a": 1, "b": 1}, {"a": 1, "b": 1, "c": 2}, {"c": 1}):
+            ids = {name: random_ids(count, seed=count).tolist() for name, count in lengths.items()}
+            found = runner.run([(ours[name], one) for name, one in ids.items()])
+            expected = plainly([(theirs[name], one) for name, one in ids.items()])
+            assert samples.relative(found, expected) < TOLERANCE
+    assert forwards == [[2, 2], [1, 1], [1, 1, 2], [1]]
+    assert not runner._broken and kernel_choice.DEVICES
+    assert not [record for record in caplog.records if record.name.startswith("xkv")]
