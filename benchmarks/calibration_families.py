@@ -12,13 +12,12 @@ Of latent attention (MLA), whose factors are its index, selecting by them is mea
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from report import Report
+from report import Report, command
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkv_service.calibration.calibrate import decide, split
@@ -84,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = Report(
         "calibration_families",
-        " ".join(["python", *sys.argv]),
+        command(),
         "the paper's recipe without its index: groups of 4, bfloat16 factors",
     )
     count = arguments.documents

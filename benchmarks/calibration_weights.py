@@ -12,14 +12,13 @@ weights have no answers; every token is rebuilt there.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 from calibration_families import FAMILIES, family_document, family_model
-from report import Report
+from report import Report, command
 from token_weights import weighted_moments
 from transformers import PreTrainedModel
 
@@ -59,8 +58,7 @@ def main() -> None:
         for document in held:
             _measure(model, document, tried, arguments.ratios, selection, found)
             print(f"measured on {document.name}", flush=True)
-    command = " ".join(["python", *sys.argv])
-    report = Report("calibration_weights", command, f"the metric {BASELINE!r}, same documents")
+    report = Report("calibration_weights", command(), f"the metric {BASELINE!r}, same documents")
     for (ratio, name), measured in found.items():
         base = found[ratio, BASELINE]
         differences = [mine[0] - other[0] for mine, other in zip(measured, base, strict=True)]

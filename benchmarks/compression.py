@@ -6,7 +6,6 @@ python benchmarks/compression.py --out benchmarks/results/compression.json
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from bundled import document_ids, file_bytes, load
-from report import Report
+from report import Report, command
 from transformers import DynamicCache, PreTrainedModel
 
 from xkv_service import CompressionSpec
@@ -30,7 +29,7 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     loaded = load()
-    report = Report("compression", " ".join(["python", *sys.argv]), "prefill of the same prefix, one forward")
+    report = Report("compression", command(), "prefill of the same prefix, one forward")
     _compressed(loaded.model, document_ids(loaded, 256), CompressionSpec(ratio=2.0))
     for tokens in arguments.lengths:
         ids = document_ids(loaded, tokens)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from bundled import document_ids, load
-from report import Report
+from report import Report, command
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from xkv_artifacts.format import read_prefix, write_prefix
@@ -51,7 +50,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    report = Report("decode", " ".join(["python", *sys.argv]), "full cache of the same prefix")
+    report = Report("decode", command(), "full cache of the same prefix")
     for name in arguments.model.split(","):
         model, ids = _model(name, max(map(int, arguments.lengths.split(","))))
         with torch.no_grad(), enable_xkv(model):

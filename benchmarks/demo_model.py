@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from report import Report
+from report import Report, command
 from transformers import DynamicCache
 
 from xkv_service.demo import demo_model_path
@@ -120,9 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    report = Report(
-        "demo_model", "python " + " ".join(sys.argv), "the expected answer, character for character"
-    )
+    report = Report("demo_model", command(), "the expected answer, character for character")
     bench = Bench(load_model(arguments.model), arguments.seed, report)
     for tokens in arguments.lengths:
         bench.documents(tokens, arguments.documents, arguments.questions)

@@ -102,7 +102,10 @@ def main() -> None:
             first_token_later=first / next(iter(long.values()))[0],
             peak_mib=peak / 2**20,
         )
-    report.write(arguments.out, rounds=arguments.rounds, seconds="processor time of the engine's thread")
+    rounds_run = {"rounds": arguments.rounds} if arguments.step_tokens else {}
+    if arguments.prefill_tokens:
+        rounds_run["long_rounds"] = arguments.long_rounds
+    report.write(arguments.out, **rounds_run, seconds="processor time of the engine's thread")
 
 
 def _arguments() -> argparse.Namespace:

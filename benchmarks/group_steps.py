@@ -10,14 +10,13 @@ bundled one.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from bundled import document_ids, load
-from report import Report
+from report import Report, command
 
 from xkv_service import XKVCache, enable_xkv
 from xkv_service.calibration.choice import calibrated_spec
@@ -41,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load()
-    report = Report("group_steps", " ".join(["python", *sys.argv]), "the bundled calibration, at equal bytes")
+    report = Report("group_steps", command(), "the bundled calibration, at equal bytes")
     found = [read_calibration_file(path) for path in (demo_calibration_path(), *arguments.calibrations)]
     with torch.no_grad(), enable_xkv(loaded.model):
         exact = prefill(loaded.model, document_ids(loaded, arguments.tokens))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import Report
+from report import Report, command
 
 MODES = ("bare prefill", "precompute")
 
@@ -26,10 +26,10 @@ def main() -> None:
     if arguments.mode:
         print(json.dumps(_measure(arguments.mode, arguments.tokens)))
         return
-    report = Report("host_memory", " ".join(["python", *sys.argv]), "memory after the model is loaded")
+    report = Report("host_memory", command(), "memory after the model is loaded")
     for mode in MODES:
-        command = [sys.executable, __file__, "--mode", mode, "--tokens", str(arguments.tokens)]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        measuring = [sys.executable, __file__, "--mode", mode, "--tokens", str(arguments.tokens)]
+        answer = subprocess.run(measuring, check=True, capture_output=True, text=True).stdout
         measured = json.loads(answer.splitlines()[-1])
         peak = measured["peak_mib"] - measured["baseline_mib"]
         report.add(

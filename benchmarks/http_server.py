@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bundled import document_ids, load
-from report import Report
+from report import Report, command
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, PrefixManifest
@@ -171,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=2048)
     arguments = parser.parse_args()
-    report = Report("http_server", " ".join(["python", *sys.argv]), "an app of ready-made events")
+    report = Report("http_server", command(), "an app of ready-made events")
     asyncio.run(measure(report, arguments.rounds, arguments.tokens))
     report.write(arguments.out)
 

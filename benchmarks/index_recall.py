@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Report
+from report import Report, command
 from transformers import PreTrainedModel
 
 from xkv_service import SelectionSpec, XKVCache, enable_xkv
@@ -93,7 +93,7 @@ def main() -> None:
         for name, values in _measured(model, calibration, document, arguments).items():
             found.setdefault(name, []).extend(values)
         print(f"{document.name}: {number}/{len(documents)}", flush=True)
-    report = Report("index_recall", " ".join(["python", *sys.argv]), "exact scores")
+    report = Report("index_recall", command(), "exact scores")
     layers = sorted({layer for _, layer, _ in found})
     for name in dict.fromkeys(name for name, _, _ in found):
         for kind in ("own", "next"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import queue
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from bundled import document_ids, load
 from page_cache import drop, dropped_share
-from report import Report
+from report import Report, command
 from transformers import DynamicCache
 
 from xkv_artifacts.blobs import blob_name
@@ -54,7 +53,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    report = Report("loading", " ".join(["python", *sys.argv]), "prefilling the same tokens")
+    report = Report("loading", command(), "prefilling the same tokens")
     loaded = load()
     question = torch.arange(3, 3 + QUESTION)[None]
     # Not in /tmp, which may be memory: then dropping pages would drop nothing.

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "ray", "redis", "safetensors", "xkv-service")
 
 
@@ -44,10 +45,22 @@ def versions() -> dict[str, str]:
 
 
 def command(merged: Sequence[Path] | None = None) -> str:
-    """What was run, for a report; the names of merged parts say nothing and are left out."""
+    """What was run, for a report. The names of merged parts say nothing and are left out, and so are folders
+    of this machine: a path in the repository begins there, and of others the name is told."""
+    script, *arguments = map(_placeless, sys.argv)
     if not merged:
-        return " ".join(["python", *sys.argv])
-    return f"python {sys.argv[0]} --part I/N for {len(merged)} parts, then --merge"
+        return " ".join(["python", script, *arguments])
+    return f"python {script} --part I/N for {len(merged)} parts, then --merge"
+
+
+def _placeless(argument: str) -> str:
+    """An argument, or the value behind its `=`, without the folders above the repository."""
+    name, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(_REPOSITORY)
+    return f"{name}{equals}{path.relative_to(_REPOSITORY) if inside else path.name}"
 
 
 def measured_on(merged: Sequence[Path] | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ baseline of the seconds rebuilds whole keys of every layer; they are processor t
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from bundled import document_ids
-from report import Report
+from report import Report, command
 from transformers import PreTrainedModel
 
 from xkv_service.calibration.calibration import Calibration
@@ -54,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load_model(arguments.model, device=arguments.device)
     calibration = read_calibration_file(arguments.calibration)
-    report = Report("resident", " ".join(["python", *sys.argv]), "every layer has an index, of whole keys")
+    report = Report("resident", command(), "every layer has an index, of whole keys")
     with torch.no_grad():
         exact = prefill(loaded.model, document_ids(loaded, arguments.tokens))
         for ratio in arguments.ratios:

@@ -10,12 +10,11 @@ ratio, and at half of it with bases of the document's own and with the calibrati
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from bundled import load
-from report import Report
+from report import Report, command
 
 from xkv_service.calibration.choice import calibrated_spec
 from xkv_service.calibration.storage import read_calibration_file
@@ -48,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loaded, calibration = load(), read_calibration_file(demo_calibration_path())
-    report = Report("retries", " ".join(["python", *sys.argv]), "the same documents at the whole ratio")
+    report = Report("retries", command(), "the same documents at the whole ratio")
     first = calibrated_spec(arguments.ratio, calibration)
     for name in TEXTS:
         ids = torch.tensor(render_prefix(loaded.tokenizer, (ROOT / name).read_text("utf-8")))

@@ -24,7 +24,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from report import Report
+from report import Report, command
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "e2e"))
@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.client:
         asyncio.run(_client(arguments.client, json.loads(arguments.plan.read_text()), arguments.answers))
         return
-    report = Report("serve", " ".join(["python", *sys.argv]), "the same server without stored prefixes")
+    report = Report("serve", command(), "the same server without stored prefixes")
     with tempfile.TemporaryDirectory() as folder:
         for shared in arguments.shared:
             _measure(report, Path(folder) / str(shared), shared, arguments)

@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import Report, table
+from report import Report, command, table
 from traffic_check import check
 from traffic_client import use
 from traffic_damage import Damage, counted, met
@@ -60,7 +60,7 @@ def main() -> None:
         plan, answers = arguments.plan, arguments.answers
         asyncio.run(use(arguments.client, plan, answers, arguments.seconds, arguments.rate, arguments.seed))
         return
-    report = Report("traffic", " ".join(["python", *sys.argv]), "the model alone, with the same cache")
+    report = Report("traffic", command(), "the model alone, with the same cache")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.fault == "slow-disk":

@@ -25,6 +25,10 @@ class RatioUnreachable(InvalidSpec):
     """The target ratio leaves no byte for factors of this prefix."""
 
 
+class PrefixTooShort(RatioUnreachable):
+    """No ratio would: compressed, so short a prefix takes more bytes than its exact cache."""
+
+
 class ModelMismatch(XKVError):
     """A model that is not the one an artifact was made with."""
 
@@ -57,6 +61,7 @@ __all__ = [
     "MissingExtra",
     "ModelNotFound",
     "Overloaded",
+    "PrefixTooShort",
     "RatioUnreachable",
     "UnsupportedModel",
     "XKVError",

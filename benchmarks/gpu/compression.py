@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import Report
+from report import Report, command
 
 from xkv_service import CompressionSpec, compression, fidelity
 from xkv_service.factorization import factorize, group_factors
@@ -68,9 +68,7 @@ def main() -> None:
     device = "cpu" if arguments.tiny else "cuda"
     model = _model(TINY if arguments.tiny else LLAMA_8B, device)
     inspect_loaded(model)
-    report = Report(
-        "gpu_compression", " ".join(["python", *sys.argv]), "prefill of the same prefix, one forward"
-    )
+    report = Report("gpu_compression", command(), "prefill of the same prefix, one forward")
     extra: dict[str, Any] = {"primitives": primitives(device, arguments.tiny)} if arguments.primitives else {}
     lengths = (
         [512, 1024] if arguments.tiny else [int(length) * 1024 for length in arguments.lengths.split(",")]

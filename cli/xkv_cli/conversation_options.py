@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xkv_cli.options import store_options, wrong_usage
+from xkv_cli.plain_text import escaped
 
 if TYPE_CHECKING:
     from xkv_service.sessions.settings import GenerationSettings
@@ -160,4 +161,4 @@ def open_from(options: dict[str, Any]) -> Conversation:
 
 def tell(text: str) -> None:
     """A line for the person, not for the pipe."""
-    click.echo(f"note: {text}", err=True)
+    click.echo(f"note: {escaped(text)}", err=True)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xkv_cli import render
 from xkv_cli.new_file import writing
+from xkv_cli.plain_text import escaped
 from xkv_service.evaluation.harness import Step
 from xkv_service.evaluation.results import BASELINE, Results
 
@@ -51,7 +52,8 @@ def results(found: Results) -> None:
     render.table([*head, *(["by turn"] if turns else [])], lines, right=["length", "stored", "ratio", "n"])
     for row in rows:
         if "note" in row:
-            sys.stderr.write(f"note: {row['method']} on {row['task']} at {row['length']:,}: {row['note']}\n")
+            told = escaped(f"{row['method']} on {row['task']} at {row['length']:,}: {row['note']}")
+            sys.stderr.write(f"note: {told}\n")
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:

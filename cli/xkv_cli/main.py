@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from xkv_artifacts.errors import XKVError
+from xkv_cli.plain_text import escaped
 from xkv_service.modeling.late_hqq import put_off_hqq
 
 EXIT_FAILED = 1
@@ -106,9 +107,9 @@ def _interrupted() -> int:
 
 
 def _complain(message: str, hint: str = "") -> None:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {escaped(message)}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {escaped(hint)}", err=True)
 
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:

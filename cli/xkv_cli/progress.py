@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from xkv_cli.plain_text import escaped
 from xkv_workers.observer import Observer, Progress
 
 
@@ -41,7 +42,7 @@ class _Notes:
 
     def note(self, text: str) -> None:
         """One line."""
-        self._console.print(f"note: {text}", markup=False, soft_wrap=True)
+        self._console.print(f"note: {escaped(text)}", markup=False, soft_wrap=True)
 
 
 class _Drawn(_Notes):

@@ -1,4 +1,4 @@
-"""Results as a person reads them, or as one JSON object."""
+"""Results as a person reads them, or as one JSON object. Nothing in what is told commands the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from xkv_artifacts.entry import Entry
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.reports import TailUsage
 from xkv_artifacts.store import Verification
+from xkv_cli.plain_text import escaped
 from xkv_service.numeric import is_number
 from xkv_workers.doctor import Check
 from xkv_workers.estimate import Forecast
@@ -49,7 +50,7 @@ def rows(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Names and values, one pair a line."""
     listing = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in pairs:
-        listing.add_row(Text(name), Text(value, overflow="fold"))
+        listing.add_row(Text(escaped(name)), Text(escaped(value), overflow="fold"))
     _console().print(listing)
 
 
@@ -59,7 +60,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, right: Sequenc
     for name in head:
         listing.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
     for line in lines:
-        listing.add_row(*(Text(cell, overflow="fold") for cell in line))
+        listing.add_row(*(Text(escaped(cell), overflow="fold") for cell in line))
     _console().print(listing)
 
 
@@ -135,17 +136,19 @@ def errors(found: Sequence[DocumentError]) -> None:
     """Documents that have no artifact, on stderr."""
     console = Console(stderr=True, highlight=False)
     for error in found:
-        console.print(Text.assemble(("failed ", "red"), f"{error.document}: {error.reason}"), soft_wrap=True)
+        told = escaped(f"{error.document}: {error.reason}")
+        console.print(Text.assemble(("failed ", "red"), told), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """What a person must not overlook, on stderr."""
-    Console(stderr=True, highlight=False).print(Text.assemble(("warning ", "yellow"), text), soft_wrap=True)
+    told = Text.assemble(("warning ", "yellow"), escaped(text))
+    Console(stderr=True, highlight=False).print(told, soft_wrap=True)
 
 
 def complain(message: str, hint: str = "") -> None:
     """An error on stderr, in one line, and what to do about it in another."""
-    sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
+    sys.stderr.write(f"error: {escaped(message)}\n" + (f"hint: {escaped(hint)}\n" if hint else ""))
 
 
 def entry_fields(entry: Entry, verdict: Verdict | None) -> dict[str, Any]:
@@ -326,7 +329,7 @@ def _verified(results: Sequence[Verification], noun: str, hint: str) -> None:
 def faults(bad: Sequence[Verification]) -> None:
     """Artifacts and calibrations that cannot be used, on stderr."""
     for result in bad:
-        sys.stderr.write(f"failed {result.artifact_id}: {result.fault}\n")
+        sys.stderr.write(escaped(f"failed {result.artifact_id}: {result.fault}") + "\n")
 
 
 def checks(found: Sequence[Check]) -> None:
@@ -334,8 +337,8 @@ def checks(found: Sequence[Check]) -> None:
     colours = {"ok": "green", "warning": "yellow", "failed": "red"}
     listing = Table(box=None, pad_edge=False, show_header=False)
     for check in found:
-        fix = f"\nfix: {check.fix}" if check.fix else ""
-        listing.add_row(Text(check.status, colours[check.status]), Text(check.name), Text(check.detail + fix))
+        told = escaped(check.detail) + (f"\nfix: {escaped(check.fix)}" if check.fix else "")
+        listing.add_row(Text(check.status, colours[check.status]), Text(check.name), Text(told))
     _console().print(listing)
 
 

@@ -193,6 +193,30 @@ def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
         assert text.encode() not in written
 
 
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("x-request-id", b"x y"),
+        ("x-request-id", b'{"a":1}'),
+        ("x-request-id", b"a" * 500),
+        ("x-request-id", b"\xff\x80"),
+        ("x-session-id", b"\xff"),
+        ("serve_multiplexed_model_id", b"\xff"),
+        ("serve-multiplexed-model-id", b"\xff"),
+    ],
+)
+def test_headers_that_serve_s_proxy_would_stumble_over(server: Server, header: str, value: bytes) -> None:
+    """One id in the answer, the log's and the app's own; what would steer Serve is left out."""
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        answer = http.get("/v1/models", headers=[(header.encode(), value)])
+    assert answer.status_code == 200, answer.text
+    (told,) = answer.headers.get_list("x-request-id")
+    assert told.startswith("req-") if header == "x-request-id" else re.fullmatch(r"[0-9a-f-]{36}", told)
+    (found,) = re.findall(r"logs in (\S+)", server.log.read_text())
+    files = list(Path(found).glob("*ingress*.log"))
+    wait_until(lambda: any(f'"request_id": "{told}"' in path.read_text() for path in files))
+
+
 def test_a_prefix_that_is_deleted_answers_nobody_any_more(asker: Asker, server: Server) -> None:
     """Not even from memory, where it was used and a conversation stands behind it."""
     document, _ = example_document("minutes-pretoria-sturdy-panda-union")

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,6 +46,7 @@ def test_all_join_one_ray_and_drivers_give_it_nothing_to_run_on(compose: dict[st
         )
         assert "--ray-address auto" in " ".join(services[name]["command"])
     assert "ports" in services["ray-head"] and "ports" not in services["server"], "Serve listens on the head"
+    assert services["ray-head"]["environment"][VARIABLE] == CALLBACK
 
 
 def test_a_gpu_worker_is_a_worker_with_gpus(compose: dict[str, Any]) -> None:

@@ -16,8 +16,11 @@ class Slot:
         self._tokens = 0
         self._held = True
 
-    def add_prompt(self, tokens: int) -> None:
+    def add_prompt(self, tokens: int, param: str) -> None:
         """Count the prompt.
+
+        Args:
+            param: the parameter that it came from.
 
         Raises:
             APIError: 400 when the key may never send so many, 429 when not beside its other requests.
@@ -25,7 +28,7 @@ class Slot:
         most, name = self._key.limits.prompt_tokens, self._key.name
         if tokens > most:
             message = f"the prompt has {tokens:,} tokens, and this key may send {most:,}"
-            raise APIError(400, message, code="prompt_too_long")
+            raise APIError(400, message, param=param, code="prompt_too_long")
         if self._admission.tokens[name] + tokens > most:
             raise _full(f"the requests under way have all the {most:,} prompt tokens that this key may send")
         self._admission.tokens[name] += tokens

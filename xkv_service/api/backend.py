@@ -60,6 +60,7 @@ class PrefixRecord:
     Args:
         id: its artifact's, known before it is made. model: the name of its model. tokens: of the prefix.
         created: seconds since the epoch, when it was asked for or, once it is ready, made.
+        fingerprint: of the model that made it, once it is ready.
         bytes: stored. ratio: bytes of the exact cache / bytes stored. fidelity: top-1 agreement with it.
         kl: divergence from it (nats). kl_limit: above which it is low, by the calibration it was made with.
         expires: seconds since the epoch, or None. error: why it failed.
@@ -72,6 +73,7 @@ class PrefixRecord:
     tokens: int
     name: str
     created: float
+    fingerprint: str | None = None
     bytes: int | None = None
     ratio: float | None = None
     fidelity: float | None = None

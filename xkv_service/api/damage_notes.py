@@ -30,6 +30,10 @@ class DamageNotes:
                 self._notes = self._board.all()
         return dict(self._notes)
 
+    def look_again(self) -> None:
+        """At the next prompt: this process has just found something itself."""
+        self._old_at = 0.0
+
     def get(self, artifact_id: str) -> Note:
         """What is noted of one now."""
         with suppress(CatalogUnavailable):

@@ -13,13 +13,16 @@ from starlette.responses import Response
 from xkv_artifacts.errors import (
     CatalogError,
     CatalogUnavailable,
+    InvalidCursor,
+    InvalidKey,
     InvalidLimits,
+    InvalidNamespace,
     QuotaExceeded,
     StoreError,
     XKVError,
 )
 from xkv_service.engine.messages import Failed
-from xkv_service.errors import Overloaded
+from xkv_service.errors import InvalidPrompt, InvalidSpec, Overloaded, UnsupportedModel
 
 RETRY_S = 1.0
 """What Retry-After says where nothing better is known."""
@@ -27,7 +30,9 @@ RETRY_S = 1.0
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _MOST_SHOWN = 100
-_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError, InvalidLimits)
+_UNREACHABLE = (StoreError, CatalogUnavailable, CatalogError)
+_CLIENTS = (InvalidPrompt, InvalidSpec, InvalidCursor, InvalidKey, InvalidNamespace, UnsupportedModel)
+"""Their messages speak of what a client sent; others may say where the store is, which is not for clients."""
 _log = logging.getLogger(__name__)
 
 
@@ -111,17 +116,24 @@ def told(error: XKVError) -> str:
 
 
 def of_fault(error: XKVError) -> APIError:
-    """What one of the project's own errors is over HTTP: the client's fault, or a store that is away."""
+    """What one of the project's own errors is over HTTP: the client's fault, a store that is away, or else an
+    error of the server's own, of which the log has the words."""
     if isinstance(error, _UNREACHABLE):
-        _log.warning("%s", error.message)  # where the store is, is not for clients
+        _log.warning("%s", error.message)
         message = "the store of prefixes does not answer"
         return APIError(503, message, code="store_unavailable", retry_after_s=RETRY_S)
-    message = told(error)
+    if isinstance(error, InvalidLimits):
+        _log.error("no prefix can be made: %s", told(error))
+        message = "the file of limits of this server's store cannot be read: its operator must mend it"
+        return APIError(503, message, code="store_misconfigured", retry_after_s=RETRY_S)
     if isinstance(error, Overloaded):
-        return APIError(503, message, code="overloaded", retry_after_s=RETRY_S)
+        return APIError(503, told(error), code="overloaded", retry_after_s=RETRY_S)
     if isinstance(error, QuotaExceeded):
-        return APIError(403, message, code="quota_exceeded")
-    return APIError(400, message)
+        return APIError(403, told(error), code="quota_exceeded")
+    if isinstance(error, _CLIENTS):
+        return APIError(400, told(error), param="after" if isinstance(error, InvalidCursor) else None)
+    _log.error("%s: %s", type(error).__name__, error.message)
+    return APIError(500, "internal error", code="internal_error")
 
 
 def shortened(text: str) -> str:

@@ -53,11 +53,12 @@ class ChatFormat:
     """Answers of /v1/chat/completions.
 
     Args:
-        name: of the answer. model: whose it is. logprobs: whether they were asked for.
+        name: of the answer. model: whose it is. asked: the name that the request gave the model.
+        logprobs: whether they were asked for.
     """
 
-    def __init__(self, name: str, model: ServedModel, logprobs: bool) -> None:
-        self._id, self._model, self._logprobs = f"chatcmpl-{name}", model, logprobs
+    def __init__(self, name: str, model: ServedModel, asked: str, logprobs: bool) -> None:
+        self._id, self._model, self._asked, self._logprobs = f"chatcmpl-{name}", model, asked, logprobs
         self._created = int(time.time())
 
     def opening(self) -> Iterator[BaseModel]:
@@ -91,7 +92,7 @@ class ChatFormat:
             id=self._id,
             object="chat.completion",
             created=self._created,
-            model=self._model.name,
+            model=self._asked,
             choices=[choice],
             usage=usage,
             xkv=xkv,
@@ -102,7 +103,7 @@ class ChatFormat:
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
-            model=self._model.name,
+            model=self._asked,
             choices=choices,
         )
 
@@ -135,8 +136,8 @@ class ChatFormat:
 class CompletionFormat:
     """Answers of /v1/completions. Arguments as `ChatFormat`."""
 
-    def __init__(self, name: str, model: ServedModel, logprobs: bool) -> None:
-        self._id, self._model, self._logprobs = f"cmpl-{name}", model, logprobs
+    def __init__(self, name: str, model: ServedModel, asked: str, logprobs: bool) -> None:
+        self._id, self._model, self._asked, self._logprobs = f"cmpl-{name}", model, asked, logprobs
         self._created = int(time.time())
         self._offset = 0
 
@@ -174,7 +175,7 @@ class CompletionFormat:
             id=self._id,
             object="text_completion",
             created=self._created,
-            model=self._model.name,
+            model=self._asked,
             choices=choices,
         )
 

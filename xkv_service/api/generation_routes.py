@@ -37,14 +37,15 @@ def generation_routes(server: Server) -> APIRouter:
     @router.post("/chat/completions", response_class=Response, responses=_answers(ChatCompletion))
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """The next message of a conversation."""
-        form = ChatFormat(request.state.request_id, server.model, body.logprobs)
+        form = ChatFormat(request.state.request_id, server.model, body.model, body.logprobs)
         messages = [message.plain() for message in body.messages]
         return await _answer(server, request, body, form, lambda: server.renderer.chat(messages))
 
     @router.post("/completions", response_class=Response, responses=_answers(Completion))
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """How a text goes on."""
-        form = CompletionFormat(request.state.request_id, server.model, body.logprobs is not None)
+        name, logprobs = request.state.request_id, body.logprobs is not None
+        form = CompletionFormat(name, server.model, body.model, logprobs)
         prompt = body.prompt
         return await _answer(server, request, body, form, lambda: server.renderer.completion(prompt))
 
@@ -75,9 +76,10 @@ async def _answer(
     slot = server.admission.enter(key)
     try:
         ids = await asyncio.to_thread(render)
-        server.renderer.check_length(len(ids), "messages" if isinstance(body, ChatBody) else "prompt")
+        source = "messages" if isinstance(body, ChatBody) else "prompt"
+        server.renderer.check_length(len(ids), source)
         most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
-        slot.add_prompt(len(ids))
+        slot.add_prompt(len(ids), source)
         match, miss = await server.match(ids, key.namespace, body.prefix_id)
         wanted = GenerationRequest(
             id=request.state.request_id,
@@ -86,6 +88,7 @@ async def _answer(
             namespace=key.namespace,
             match=match,
             miss=miss,
+            prefix_id=body.prefix_id,
             top_logprobs=body.top_count,
             timeout_s=server.settings.request_timeout_s,
             streamed=body.stream,

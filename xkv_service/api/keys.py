@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from xkv_artifacts.errors import InvalidNamespace, XKVError, first_line
 from xkv_artifacts.keys import check_namespace
+from xkv_service.api.validation_words import wrong
 
 KEYS_VARIABLE = "XKV_API_KEYS"
 """Environment variable that holds what a keys file would."""
@@ -24,6 +26,18 @@ def _namespace(name: str) -> str:
         return check_namespace(name)
     except InvalidNamespace as error:
         raise ValueError(error.message) from None
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name, re.ASCII):
+        raise ValueError("a name is 1 to 64 letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _digest(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest, re.ASCII):
+        raise ValueError('not 64 hexadecimal digits, as `printf %s "$KEY" | sha256sum` prints them')
+    return digest
 
 
 class KeysError(XKVError):
@@ -55,8 +69,8 @@ class Key(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    name: Annotated[str, AfterValidator(_name)]
+    sha256: Annotated[str, AfterValidator(_digest)]
     namespace: Annotated[str, AfterValidator(_namespace)]
     write_public: bool = False
     operator: bool = False
@@ -103,10 +117,7 @@ class KeyRing:
         try:
             keys = _KeysFile.model_validate_json(text).keys
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            hint = 'use {"keys": [{"name": ..., "sha256": ..., "namespace": ...}]}'
-            raise KeysError(f"{source}: {place}: {first['msg']}".replace(": : ", ": "), hint=hint) from None
+            raise _not_keys(source, error) from None
         for field in ("name", "sha256"):
             values = [getattr(key, field) for key in keys]
             if len(set(values)) < len(values):
@@ -124,6 +135,16 @@ class KeyRing:
             if hmac.compare_digest(given, key.sha256):
                 found = key
         return found if scheme.lower() == "bearer" else None
+
+
+def _not_keys(source: str, error: ValidationError) -> KeysError:
+    """The first thing that is wrong; no value is told, which may be a key."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    hint = 'use {"keys": [{"name": ..., "sha256": ..., "namespace": ...}]}'
+    if first["type"] == "json_invalid":
+        return KeysError(f"{source} is not JSON: {first['ctx']['error']}", hint=hint)
+    place = ".".join(map(str, first["loc"]))
+    return KeysError((f"{source}: {place}" if place else source) + wrong(first), hint=hint)
 
 
 def hash_key(secret: str) -> str:

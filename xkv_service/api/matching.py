@@ -169,6 +169,7 @@ class PrefixFinder:
         return found
 
     def _tell_lost(self, artifact_id: str, prompt: array[int], miss: Miss) -> None:
+        self._notes.look_again()  # who asks next may hold all of it
         if self._remaker is not None:
             origin = self._origin(artifact_id, self._notes.get(artifact_id))
             fault = f"{miss.detail}, found by a lookup"

@@ -6,14 +6,17 @@ import re
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from xkv_service.engine.messages import EngineState
+from xkv_service.api.engine_counters import ENGINE_COUNTERS, REMAKES
+from xkv_service.engine.messages import EngineState, MissReason
 
-_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Up to what a request may take by default."""
 _GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LOST = (
     ("xkv_verification_failures", "corrupt", "prefixes_damaged", "Times that damage was found"),
@@ -51,6 +54,8 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens", "Tokens of answers")
         self.hits = counter("prefix_hits", "Answers from an artifact's factors")
         self.misses = counter("prefix_misses", "Answers without an artifact, or not as far", "reason")
+        for reason in get_args(MissReason):
+            self.misses.labels(reason)
         self.sessions = gauge("sessions", "Requests running and waiting, kept tails", "state")
         self.resident_bytes = gauge("resident_bytes", "Bytes on the engines' devices", "kind")
         self.stored_tail_bytes = gauge("stored_tail_bytes", "Bytes of tails in the store, as heard last")
@@ -97,10 +102,16 @@ class Metrics:
         for name in sorted({name for state in self._states for name in state.rates}):
             costs.add_metric([name], mean(s.rates[name] for s in self._states if name in s.rates))
         yield costs
-        names = sorted({name for state in self._states for name in state.counters})
-        for name in names:
-            total = sum(state.counters.get(name, 0.0) for state in self._states)
-            text = f"Engines' counter {name}"
-            yield CounterMetricFamily(f"xkv_engine_{_NAME.sub('_', name)}", text, value=total)
-        for name, value in sorted(self._lookups.items()):
-            yield CounterMetricFamily(f"xkv_lookup_{name}", f"Lookups' counter {name}", value=value)
+        yield from _counters("engine", ENGINE_COUNTERS, [state.counters for state in self._states])
+        yield from _counters("lookup", REMAKES, [self._lookups])
+
+
+def _counters(
+    of: str, texts: Mapping[str, str], found: Sequence[Mapping[str, float]]
+) -> Iterable[CounterMetricFamily]:
+    """Counters added up, those too that have counted nothing yet; none while nobody tells of any, since to
+    Prometheus a counter that falls to 0 began anew."""
+    for name in sorted({*texts, *(name for one in found for name in one)}) if found else ():
+        total = sum(one.get(name, 0.0) for one in found)
+        text = texts.get(name, f"Counter {name} of the {of}")
+        yield CounterMetricFamily(f"xkv_{of}_{_NAME.sub('_', name)}", text, value=total)

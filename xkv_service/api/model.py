@@ -40,7 +40,7 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """The name that answers give."""
+        """Its own name."""
         return self.identity.name
 
     @property

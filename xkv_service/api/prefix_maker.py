@@ -19,6 +19,7 @@ from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixRecord
+from xkv_service.api.errors import of_fault
 from xkv_service.api.prefix_records import PrefixRecords, of_job
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.choice import best_spec
@@ -199,7 +200,7 @@ class PrefixMaker:
                 self._tell(task)
                 self._make(task)
             except XKVError as error:
-                self._fail(task, error.message)
+                self._fail(task, of_fault(error).message)  # clients read it
             except Exception:  # noqa: BLE001 - whatever it was: logged, told, and the next one is made
                 _log.exception("prefix %s failed", task.job.id[:12])
                 self._fail(task, "internal error")

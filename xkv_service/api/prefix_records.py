@@ -162,6 +162,7 @@ def _of_entry(entry: Entry) -> PrefixRecord:
         tokens=entry.tokens,
         name=entry.document,
         created=entry.created,
+        fingerprint=entry.fingerprint,
         bytes=entry.bytes,
         ratio=entry.ratio,
         fidelity=entry.fidelity,

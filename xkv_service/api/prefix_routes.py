@@ -5,35 +5,39 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from xkv_service.api.backend import (
-    NewPrefix,
-    PrefixChanges,
-    PrefixPage,
-    PrefixRecord,
-    PrefixService,
-    PrefixStatus,
-)
+from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixService
 from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
+from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObject
 from xkv_service.api.requests import Body, Messages, Text
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
-from xkv_service.errors import InvalidPrompt
+from xkv_service.errors import InvalidPrompt, PrefixTooShort, RatioUnreachable
 
 LONGEST_TTL_S = 10 * 365 * 86_400
 MOST_RATIO = 256
 
 
+def _shown_as_it_is(name: str) -> str:
+    """Refuse what people would not see in a list, but their terminals might obey."""
+    for letter in name:
+        if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp"):
+            raise ValueError(f"U+{ord(letter):04X} is a control or format character: leave it out")
+    return name
+
+
+Name = Annotated[Text, Field(min_length=1, max_length=256), AfterValidator(_shown_as_it_is)]
 Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
 
 
 class PrefixBody(Body):
-    """A prefix to compress: exactly one of `document`, `messages` and `text`."""
+    """A prefix to compress: exactly one of `document`, `messages` and `text`. Null counts as left out."""
 
     document: Text | None = Field(None, description="Opens the first user message of every chat about it.")
     messages: Messages | None = Field(
@@ -41,7 +45,7 @@ class PrefixBody(Body):
     )
     text: Text | None = Field(None, description="The beginning of prompts of /v1/completions.")
     system_prompt: Text | None = Field(None, description="Of the chats about `document`.")
-    name: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(None, description="For people.")
+    name: Name | None = Field(None, description="For people: without control and format characters.")
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )
@@ -49,80 +53,19 @@ class PrefixBody(Body):
     pin: bool = Field(False, description="Keep it whatever happens.")
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
 
 class PrefixPatch(Body):
     """What to change; what is left out stays. A `ttl_s` of null takes the end away."""
 
     ttl_s: Ttl | None = None
     pin: bool | None = None
-
-
-class PrefixObject(BaseModel):
-    """A stored prefix, or one that is being made."""
-
-    id: str
-    object: Literal["prefix"]
-    status: PrefixStatus
-    namespace: str
-    model: str
-    name: str
-    tokens: int
-    created_at: int
-    bytes: int | None
-    ratio: float | None
-    fidelity: float | None = Field(description="Top-1 agreement with the exact cache, 0 to 1.")
-    kl: float | None = Field(description="KL divergence from the exact cache's predictions, nats.")
-    kl_limit: float | None = Field(description="Above it `kl` is low fidelity, by the calibration; or null.")
-    expires_at: int | None
-    pinned: bool
-    error: str | None
-
-    @classmethod
-    def of(cls, record: PrefixRecord) -> PrefixObject:
-        """As the service knows it."""
-        return cls(
-            id=record.id,
-            object="prefix",
-            status=record.status,
-            namespace=record.namespace,
-            model=record.model,
-            name=record.name,
-            tokens=record.tokens,
-            created_at=int(record.created),
-            bytes=record.bytes,
-            ratio=record.ratio,
-            fidelity=record.fidelity,
-            kl=record.kl,
-            kl_limit=record.kl_limit,
-            expires_at=None if record.expires is None else int(record.expires),
-            pinned=record.pinned,
-            error=record.error,
-        )
-
-
-class PrefixList(BaseModel):
-    """A page of prefixes. Where it `has_more`, the next one comes `after` its `last_id`."""
-
-    object: Literal["list"]
-    data: list[PrefixObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-    @classmethod
-    def of(cls, page: PrefixPage) -> PrefixList:
-        """As the service knows it."""
-        data = [PrefixObject.of(record) for record in page.records]
-        first, last = (data[0].id, data[-1].id) if data else (None, None)
-        return cls(object="list", data=data, first_id=first, last_id=last, has_more=page.more)
-
-
-class DeletedPrefix(BaseModel):
-    """What is gone."""
-
-    id: str
-    object: Literal["prefix"]
-    deleted: bool
 
 
 def prefix_routes(server: Server) -> APIRouter:
@@ -146,7 +89,7 @@ def prefix_routes(server: Server) -> APIRouter:
     async def create_prefix(body: PrefixBody, request: Request) -> PrefixObject:
         """Have a prefix compressed and stored. Returns at once; ask for it until its status is "ready"."""
         key, service = key_of(request), _service(server)
-        namespace = body.namespace or key.namespace
+        namespace = key.namespace if body.namespace is None else body.namespace
         if namespace not in writable(key):
             allowed = " and ".join(writable(key))
             message = f"this key may not write to namespace {shortened(namespace)!r}, only to {allowed}"
@@ -154,8 +97,11 @@ def prefix_routes(server: Server) -> APIRouter:
         slot = server.admission.enter(key)
         try:
             new = await asyncio.to_thread(_rendered, server, body, namespace)
-            slot.add_prompt(len(new.token_ids))
-            return PrefixObject.of(await service.create(new))
+            slot.add_prompt(len(new.token_ids), _kind(body))
+            return PrefixObject.of(await service.create(new), server)
+        except RatioUnreachable as error:
+            param = _kind(body) if isinstance(error, PrefixTooShort) else "ratio"
+            raise APIError(400, told(error), param=param) from None
         finally:
             slot.release()
 
@@ -169,11 +115,11 @@ def prefix_routes(server: Server) -> APIRouter:
         """Prefixes of the key's namespace, or of the public one: those being made or failed, newest first,
         then last used first."""
         key = key_of(request)
-        wanted = namespace or key.namespace
+        wanted = key.namespace if namespace is None else namespace
         if wanted not in readable(key):
             message = f"this key may not read namespace {wanted!r}, only {' and '.join(readable(key))}"
             raise APIError(403, message, param="namespace")
-        return PrefixList.of(await _service(server).page(wanted, after, limit))
+        return PrefixList.of(await _service(server).page(wanted, after, limit), server)
 
     @router.get("/{prefix_id}")
     async def retrieve_prefix(prefix_id: str, request: Request) -> PrefixObject:
@@ -181,7 +127,7 @@ def prefix_routes(server: Server) -> APIRouter:
         record = await _service(server).get(readable(key_of(request)), prefix_id)
         if record is None:
             raise _no_prefix(prefix_id)
-        return PrefixObject.of(record)
+        return PrefixObject.of(record, server)
 
     @router.patch("/{prefix_id}")
     async def update_prefix(prefix_id: str, body: PrefixPatch, request: Request) -> PrefixObject:
@@ -192,7 +138,7 @@ def prefix_routes(server: Server) -> APIRouter:
         record = await _service(server).change(writable(key), prefix_id, changes)
         if record is None:
             raise await refuse_unwritable(key, prefix_id)
-        return PrefixObject.of(record)
+        return PrefixObject.of(record, server)
 
     @router.delete("/{prefix_id}")
     async def delete_prefix(prefix_id: str, request: Request) -> DeletedPrefix:
@@ -218,7 +164,7 @@ def _no_prefix(prefix_id: str) -> APIError:
 
 def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
     """The tokens of a prefix, and what it is called."""
-    kind, source, render = _source(server, body)
+    kind, (source, render) = _kind(body), _source(server, body)
     try:
         ids = render()
     except InvalidPrompt as error:
@@ -236,20 +182,25 @@ def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
     )
 
 
-def _source(server: Server, body: PrefixBody) -> tuple[str, str, Callable[[], Any]]:
-    """Which of the sources it is, the source as text, and how to render it."""
+def _kind(body: PrefixBody) -> str:
+    """Which of the sources it is."""
     given = [name for name in ("document", "messages", "text") if getattr(body, name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise APIError(400, f"give exactly one of document, messages and text; there is {found}")
     if body.system_prompt is not None and given != ["document"]:
         raise APIError(400, "system_prompt goes with document", param="system_prompt")
+    return given[0]
+
+
+def _source(server: Server, body: PrefixBody) -> tuple[str, Callable[[], Any]]:
+    """The source as text, and how to render it."""
     renderer = server.renderer
     if body.document is not None:
         document, system_prompt = body.document, body.system_prompt
-        return "document", document, lambda: renderer.document(document, system_prompt)
+        return document, lambda: renderer.document(document, system_prompt)
     if body.messages is not None:
         messages = [message.plain() for message in body.messages]
-        return "messages", json.dumps(messages), lambda: renderer.conversation(messages)
+        return json.dumps(messages), lambda: renderer.conversation(messages)
     text = body.text or ""
-    return "text", text, lambda: renderer.text(text)
+    return text, lambda: renderer.text(text)

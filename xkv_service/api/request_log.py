@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -14,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xkv_service.api.errors import APIError
 from xkv_service.api.metrics import Metrics
+from xkv_service.api.request_ids import request_id
 
 _log = logging.getLogger(__name__)
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 CLIENT_LEFT = 499
 """The status that log and metrics give a request whose client went away (nginx's number for it)."""
@@ -28,7 +26,7 @@ class RequestLog:
 
     Args:
         app: what it watches. metrics: count requests by route and status.
-        ids_sent: whether a proxy before it sends the `x-request-id` of each request back.
+        ids_sent: whether a proxy before it sends the `x-request-id` of each request back: the app sends none.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, ids_sent: bool) -> None:
@@ -40,8 +38,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        given = Headers(scope=scope).get("x-request-id", "")
-        name = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        name = request_id(Headers(scope=scope).get("x-request-id", ""))
         state["request_id"] = name
         status = CLIENT_LEFT
         started = time.perf_counter()
@@ -50,7 +47,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not (self._ids_sent and name == given):
+                if not self._ids_sent:
                     MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 

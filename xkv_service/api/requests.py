@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from xkv_service.api.errors import APIError, shortened
 from xkv_service.sessions.settings import GenerationSettings
@@ -16,6 +18,8 @@ MOST_STOPS = 4
 MOST_TOP_LOGPROBS = 20
 MOST_COMPLETION_LOGPROBS = 5
 _MOST_NAMES = 200
+_LIKENESS = 0.65
+"""Of two names, by difflib: "ttl" and "ttl_s" have 0.75, "pinned" and "pin" 0.67."""
 _ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 _IGNORED = frozenset(
@@ -75,10 +79,19 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_names(cls, sent: Any) -> Any:
-        """Refuse at once what would take seconds to refuse name by name, while nobody else is served."""
-        if isinstance(sent, Mapping) and len(sent) > _MOST_NAMES:
+    def _known_names(cls, sent: Any) -> Any:
+        """Refuse at once what would take seconds to refuse name by name, while nobody else is served; and say
+        of an unknown name which one may have been meant."""
+        if not isinstance(sent, Mapping):
+            return sent
+        if len(sent) > _MOST_NAMES:
             raise ValueError(f"{len(sent):,} names are more than this object can have")
+        for name in sent:
+            if name not in cls.model_fields:
+                meant = get_close_matches(name[:_MOST_NAMES], cls.model_fields, 1, _LIKENESS)
+                # Pydantic tells Unicode alone.
+                told = {"name": name.encode("utf-8", "backslashreplace").decode(), "meant": meant}
+                raise PydanticCustomError("unknown_name", "unknown", told)
         return sent
 
 

@@ -93,7 +93,8 @@ function show(status) {
   table($("prefixes"), [["id", ""], ["name", "name"], ["namespace", "name"], ["status", ""], ["tokens", "n"],
     ["bytes", "n"], ["ratio", "n"], ["fidelity", "n"]],
     status.prefixes.map(one => [one.id.slice(0, 12), one.name, one.namespace,
-      one.status + (one.pinned ? ", pinned" : ""), number(one.tokens),
+      one.status + (one.pinned ? ", pinned" : "") + (one.usable === false ? ", not used" : ""),
+      number(one.tokens),
       one.bytes === null ? "" : bytes(one.bytes), one.ratio === null ? "" : `${one.ratio.toFixed(1)}x`,
       one.fidelity === null ? "" : one.fidelity.toFixed(3)]));
   $("main").hidden = false;

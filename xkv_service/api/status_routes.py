@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from xkv_artifacts.errors import XKVError
 from xkv_service.api.health_routes import states_of
 from xkv_service.api.keys import Key
-from xkv_service.api.prefix_routes import PrefixObject
+from xkv_service.api.prefix_objects import PrefixObject
 from xkv_service.api.server import BEARER, ERRORS, Server, key_of
 from xkv_service.api.status_page import PAGE, POLICY
 from xkv_service.api.traffic import NamespaceTraffic
@@ -123,4 +123,4 @@ async def _prefixes(server: Server, key: Key) -> list[PrefixObject]:
         except XKVError:
             return []
         found += page.records
-    return [PrefixObject.of(record) for record in found]
+    return [PrefixObject.of(record, server) for record in found]

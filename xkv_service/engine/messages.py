@@ -18,6 +18,7 @@ MissReason = Literal[
     "unavailable",  # the catalog or the store does not answer
     "slow_load",  # prefilling is faster than loading it would be
     "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use
+    "kept_tail",  # an earlier turn, computed without an artifact, holds as much and more
 ]
 Finish = Literal["stop", "length", "cancelled"]
 FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]
@@ -71,6 +72,7 @@ class GenerationRequest:
         settings: how to decode.
         namespace: tails of earlier turns are looked for in this namespace alone.
         match: the stored prefix to use, or None. miss: why there is none, or none that goes further.
+        prefix_id: the stored prefix that the client named, or None. Where it is the match, no other serves.
         top_logprobs: likeliest tokens to report beside each chosen one; None: no log probabilities.
         stops: texts that end the answer besides those of the settings (a template's own).
         timeout_s: from submission to the end of the answer.
@@ -83,6 +85,7 @@ class GenerationRequest:
     namespace: str = "default"
     match: PrefixMatch | None = None
     miss: Miss | None = None
+    prefix_id: str | None = None
     top_logprobs: int | None = None
     stops: tuple[str, ...] = ()
     timeout_s: float = 600.0
@@ -90,8 +93,11 @@ class GenerationRequest:
 
     def may_use(self, artifact_id: str | None, prefix_tokens: int) -> bool:
         """Whether a conversation in memory or in the store may serve it, of which so many tokens come from an
-        artifact: not where the lookup found none, or none that holds as much, since that one is gone then.
+        artifact: not where the lookup found none, or none that holds as much, since that one is gone then,
+        nor where the client named another.
         """
+        if self.match is not None and self.match.artifact_id == self.prefix_id:
+            return artifact_id == self.prefix_id
         if artifact_id is None:
             return True
         if self.match is not None:

@@ -15,6 +15,9 @@ Answer = Prefix | LoadFailure
 OnDone = Callable[[Answer], None]
 OnArriving = Callable[[Arriving], None]
 
+CALIBRATION = "calibration "
+"""Before the ids of calibrations, which are kept among the prefixes that share their bases."""
+
 
 @dataclass(eq=False)
 class Waiter:

@@ -30,7 +30,8 @@ from xkv_service.engine.footprint import calibration_bytes
 from xkv_service.engine.load_failure import LoadFailure, failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
 from xkv_service.engine.loading_rates import LoadingRates
-from xkv_service.engine.pool_loads import Answer, Load, NoRoom, OnArriving, OnDone, Waiter
+from xkv_service.engine.no_room import no_room
+from xkv_service.engine.pool_loads import CALIBRATION, Answer, Load, NoRoom, OnArriving, OnDone, Waiter
 from xkv_service.engine.pool_state import PoolState
 from xkv_service.engine.prefix_loading import Announced, PrefixLoading
 from xkv_service.engine.residents import Residents
@@ -47,8 +48,6 @@ _SPARE_THREADS = 6
 """Threads that may be stuck in reads that hang before loads wait for them."""
 _LOST: Final[dict[str, str]] = {"corrupt": "damaged", "missing": "missing"}
 """Counters of loads that found it, whether anybody waited for them or not."""
-_CALIBRATION = "calibration "
-"""Before the ids of calibrations, which are kept among the prefixes that share their bases."""
 
 
 class PrefixPool:
@@ -178,9 +177,9 @@ class PrefixPool:
                 tuple(
                     key
                     for key in residents.values
-                    if not key.startswith(_CALIBRATION) and key not in self._gone
+                    if not key.startswith(CALIBRATION) and key not in self._gone
                 ),
-                {key: count for key, count in residents.holds.items() if not key.startswith(_CALIBRATION)},
+                {key: count for key, count in residents.holds.items() if not key.startswith(CALIBRATION)},
                 pins,
                 frozenset() if pinned_waits else pins,
                 len(self._loads) - len(self._parked),
@@ -250,9 +249,8 @@ class PrefixPool:
                 return
             failure = self._no_room(load)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, those who wait must hear of it
-            failure = failure_of(error)
-            if failure.reason == "unavailable":
-                _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.detail)
+            failure = failure_of(error, load.artifact_id)
+            _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.fault)
         self._finish(load, bound, failure)
 
     def _loaded(self, load: Load) -> BoundPrefix:
@@ -284,7 +282,7 @@ class PrefixPool:
         seconds = time.perf_counter() - begin
         self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)
-        needs = None if announced.calibration is None else _CALIBRATION + announced.calibration
+        needs = None if announced.calibration is None else CALIBRATION + announced.calibration
         with self._lock:
             if not self._residents.put(announced.artifact_id, bound, held, needs):
                 raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
@@ -297,16 +295,16 @@ class PrefixPool:
         if announced.calibration is None:
             return None
         with self._lock:
-            found: Calibration | None = self._residents.get(_CALIBRATION + announced.calibration)
+            found: Calibration | None = self._residents.get(CALIBRATION + announced.calibration)
             if found is not None:
-                self._hold_for(stack, _CALIBRATION + announced.calibration)
+                self._hold_for(stack, CALIBRATION + announced.calibration)
             return found
 
     def _read_calibration(self, load: Load, stack: ExitStack) -> Calibration:
         """Read the calibration that an artifact needs, keep it, and hold it until the stack closes."""
         assert load.announced is not None
         found = self._loading.calibration(load.announced)
-        name, load.shared_bytes = _CALIBRATION + found.id, calibration_bytes(self._model, found)
+        name, load.shared_bytes = CALIBRATION + found.id, calibration_bytes(self._model, found)
         with self._lock:
             if name in self._residents:
                 found = self._residents.get(name)  # another load was faster
@@ -321,12 +319,9 @@ class PrefixPool:
 
     def _no_room(self, load: Load) -> LoadFailure:
         with self._lock:
-            pinned = self._residents.budget - self._residents.attainable(load.artifact_id)
-        return LoadFailure(
-            "no_room",
-            f"artifact {load.artifact_id[:12]} needs {load.needed_bytes} bytes of the "
-            f"{self._residents.budget} for prefixes" + (f"; pinned ones hold {pinned}" if pinned else ""),
-        )
+            failure = no_room(load, self._residents)
+        _log.warning("%s", failure.fault)
+        return failure
 
     def _finish(self, load: Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
         answers: list[tuple[Waiter, Answer]] = []
@@ -383,7 +378,7 @@ class PrefixPool:
         """Start the loads that have room now."""
         for load in list(self._parked):
             shared = load.announced.calibration if load.announced else None
-            there = shared is not None and _CALIBRATION + shared in self._residents
+            there = shared is not None and CALIBRATION + shared in self._residents
             needed = load.needed_bytes - (load.shared_bytes if there else 0)
             if self._residents.reserve(load.artifact_id, needed):
                 self._parked.remove(load)
@@ -433,7 +428,7 @@ class PrefixPool:
     def _asked(self) -> list[str]:
         """What may be pinned, or gone; what has left is asked about when it comes again."""
         with self._lock:
-            here = [key for key in self._residents.values if not key.startswith(_CALIBRATION)]
+            here = [key for key in self._residents.values if not key.startswith(CALIBRATION)]
             here += self._loads
             for gone in self._residents.pins.difference(here):
                 self._residents.unpin(gone)

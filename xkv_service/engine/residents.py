@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,9 +130,16 @@ class Residents:
         """Bytes that a value could have if nobody held any other."""
         if key in self._pins:
             return self.budget
-        pinned = {name for name in self._pins if name in self._entries}
-        needed = {needs for name in pinned if (needs := self._entries[name].needs) is not None}
-        return self.budget - sum(self._entries[name].nbytes for name in pinned | needed)
+        pinned = self._pins.intersection(self._entries)
+        return self.budget - self.bytes_of(pinned | self.needed_by(pinned))
+
+    def needed_by(self, keys: Collection[str]) -> set[str]:
+        """The values that some others need."""
+        return {needs for key in keys if (needs := self._entries[key].needs) is not None}
+
+    def bytes_of(self, keys: Collection[str]) -> int:
+        """Bytes of some values."""
+        return sum(self._entries[key].nbytes for key in keys)
 
     @property
     def nbytes(self) -> int:

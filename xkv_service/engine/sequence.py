@@ -15,6 +15,7 @@ from xkv_service.engine.messages import (
     Finish,
     Finished,
     GenerationRequest,
+    Miss,
     Started,
     TokenLogprob,
 )
@@ -96,12 +97,22 @@ class Sequence:
         self.context, self.artifact_id, self.computed = context, artifact_id, computed
         self._cached = len(context.ids) - computed
         self._prefix_tokens = context.prefix_tokens if artifact_id is not None else 0
-        if artifact_id is not None:  # a load or lookup that failed is no miss where another way served it
-            self.miss = self.request.miss if self.request.match is not None else None
+        self.miss = self._why(artifact_id)
         self.todo = list(self.request.token_ids[len(context.ids) :])
         self._begun = time.monotonic()
         if self.load_began is not None:
             self._loaded = self._begun - self.load_began
+
+    def _why(self, artifact_id: str | None) -> Miss | None:
+        """Why what it goes on from is no artifact, or not the one that could be, or was to be, used."""
+        request, match = self.request, self.request.match
+        if artifact_id is not None:  # a load or lookup that failed is no miss where another way served it
+            served = match is None and request.prefix_id in (None, artifact_id)
+            return None if served else request.miss
+        if self.miss is None and match is not None and self._cached >= match.tokens:
+            detail = f"an earlier turn holds {self._cached} tokens, computed without artifact "
+            return Miss("kept_tail", f"{detail}{match.artifact_id[:12]}, which has {match.tokens} of them")
+        return self.miss
 
     def accept(self, logits: torch.Tensor, token: int) -> None:
         """Take the token that `sampler` chose from float32 logits [vocabulary]; tell what is certain of it.

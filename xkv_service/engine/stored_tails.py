@@ -212,7 +212,7 @@ class StoredTails:
             self._count_failure(str(error))
         else:
             failure = failure_of(error)
-            _log.warning("no stored tail: %s", failure.detail)
+            _log.warning("no stored tail: %s", failure.fault)
             self._count_failure("foreign" if isinstance(error, ForeignTail) else failure.reason)
         self._answer(search, None)
 

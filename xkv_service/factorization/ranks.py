@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.plan import ColumnPlan
-from xkv_service.errors import InvalidSpec, RatioUnreachable
+from xkv_service.errors import InvalidSpec, PrefixTooShort, RatioUnreachable
 from xkv_service.modeling.layout import LayerLayout, ModelLayout
 from xkv_service.packed_factors import Runs, rank_of
 from xkv_service.selection.reuse import followers, refuse_reuse
@@ -233,16 +233,16 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 
 def _unreachable(spec: CompressionSpec, tokens: int, least: Size) -> RatioUnreachable:
-    kept = f"index {spec.index} and {spec.sink}+{spec.recent} exact tokens"
-    best = f"with {kept} even rank 1 gives {least.ratio:.2f}x"
     if least.ratio < 1:
-        return RatioUnreachable(
-            f"{tokens} tokens are too few for any ratio: {best}, more bytes than the exact cache",
-            hint="join short documents",
+        return PrefixTooShort(
+            f"{tokens} tokens are too few for any ratio: compressed as far as they can be, they take "
+            f"{1 / least.ratio:.1f} times the bytes of their exact cache",
+            hint="give a longer text, or join short documents",
         )
     return RatioUnreachable(
-        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: {best}",
-        hint="lower the ratio, or join short documents: a document this short has too few bytes to save",
+        f"ratio={spec.ratio:g} cannot be reached for {tokens} tokens: with its index and what stays exact "
+        f"it is {least.ratio:.2f}x at most",
+        hint="lower the ratio, or give a longer text: one this short has too few bytes to save",
     )
 
 

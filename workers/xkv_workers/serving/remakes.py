@@ -55,7 +55,7 @@ class Remakes:
         with self._lock:
             source = self._forget(name)
         origin, token_ids = (None, array("i")) if source is None else (source.origin, source.token_ids)
-        self._remaker.ask(name, origin, token_ids, failure.detail, missing=failure.reason == "missing")
+        self._remaker.ask(name, origin, token_ids, failure.fault, missing=failure.reason == "missing")
 
     def _forget(self, name: str) -> _Source | None:
         source = self._sources.pop(name, None)

@@ -21,18 +21,21 @@ from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
 from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.serving.logs import LogFormat, serve_logging
+from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
 from xkv_workers.serving.scaling import Scaling
 from xkv_workers.serving.settings import APP, ServeSettings, most_requests_each
 
 _log = logging.getLogger(__name__)
 _BUNDLED = "xkv-demo"
 """A name of the bundled model besides that of its folder."""
+_LONGEST_NAME = 256
 
 _RAY_SETTINGS = {
     # Ray's 15 is for batches: answers must not wait for them.
     "RAY_worker_niceness": "0",
     # After Ray's 0.1 s the requests of a busy replica go to another one, which has to load their prefix.
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+    VARIABLE: CALLBACK,
 }
 """For a Ray that is started here. What the user has set stays."""
 
@@ -48,7 +51,7 @@ class ServeRequest:
         scaling: how many engine replicas there are.
 
     Raises:
-        InvalidSpec: more requests for a replica than there can be.
+        InvalidSpec: an alias that is no name, or more requests for a replica than there can be.
     """
 
     store_url: str
@@ -68,6 +71,12 @@ class ServeRequest:
     log_format: LogFormat = "json"
 
     def __post_init__(self) -> None:
+        for alias in self.aliases:
+            if not alias.strip() or not alias.isprintable() or len(alias) > _LONGEST_NAME:
+                raise InvalidSpec(
+                    f"--alias {alias[:_LONGEST_NAME]!r} is no name for a model",
+                    hint="give the name that requests will say",
+                )
         most, target = most_requests_each(self.engine), self.scaling.target_requests or 1
         if target > most:
             raise InvalidSpec(
@@ -119,6 +128,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
+        store.limits()  # a file of them that cannot be read is found now
         stack.enter_context(store.keeping_catalog())
         room = None
         if request.ray_address:

@@ -20,11 +20,11 @@ SETTINGS = APISettings(min_fidelity=0.0, lookup_timeout_s=120.0)
 
 
 def publish(
-    store: ArtifactStore, loaded: LoadedModel, document: str, namespace: str = "default"
+    store: ArtifactStore, loaded: LoadedModel, document: str, namespace: str = "default", rank: int = 24
 ) -> PrefixManifest:
     """Compress a document as `xkv precompute` would, and publish it."""
     ids = render_prefix(loaded.tokenizer, document)
-    factors = compress(loaded.model, ids, CompressionSpec(rank_k=24, rank_v=24))
+    factors = compress(loaded.model, ids, CompressionSpec(rank_k=rank, rank_v=rank))
     fields = factors.manifest_fields()
     manifest = PrefixManifest(
         id=artifact_id(loaded.identity.fingerprint, namespace, ids, fields["spec"]),

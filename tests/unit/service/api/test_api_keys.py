@@ -139,8 +139,9 @@ def test_a_key_has_so_many_prompt_tokens_under_way(guarded: Served, backend: Pac
         messages = [{"role": "user", "content": "a" * letters}]
         return client.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": tokens})
 
-    with pytest.raises(openai.BadRequestError, match="may send 300"):
+    with pytest.raises(openai.BadRequestError, match="may send 300") as caught:
         ask(400)
+    assert (caught.value.code, caught.value.param) == ("prompt_too_long", "messages")
     asked = backend.asked
     with ThreadPoolExecutor(1) as pool:
         with backend.held():
@@ -184,14 +185,18 @@ def test_a_keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "Invalid JSON"),
-        ("{}", "keys: Field required"),
-        ('{"keys": []}', "keys: "),
-        ({"key": "plain"}, "Extra inputs|Field required"),
-        ({"sha256": "abc"}, "keys.0.sha256"),
-        ({"namespace": ".."}, "keys.0.namespace"),
-        ({"name": "a b"}, "keys.0.name"),
-        ({"limits": {"requests": 0}}, "keys.0.limits.requests"),
+        ("{", "keys.json is not JSON: EOF while parsing an object at line 1 column 1$"),
+        ("[]", "keys.json must be a JSON object$"),
+        ("{}", "keys.json: keys is missing$"),
+        ('{"keys": []}', "keys.json: keys is too short: it needs 1 or more entries$"),
+        ('{"keys": {}}', "keys.json: keys must be a list$"),
+        ({"key": "plain"}, "keys.json: keys.0.key is unknown: leave it out$"),
+        ({"sha256": "abc"}, "keys.0.sha256: not 64 hexadecimal digits, as `printf"),
+        ({"sha256": "0" * 64 + "\n"}, "keys.0.sha256: not 64"),
+        ({"namespace": ".."}, "keys.0.namespace: "),
+        ({"name": "a b"}, "keys.0.name: a name is 1 to 64 letters, digits, dots, dashes and underscores$"),
+        ({"operator": "often"}, "keys.0.operator must be true or false$"),
+        ({"limits": {"requests": 0}}, "keys.0.limits.requests must be at least 1$"),
         ("\ud800".encode("utf-8", "surrogatepass"), "cannot be read"),
     ],
 )

@@ -118,6 +118,18 @@ def test_what_is_missed_without_its_tokens_is_made_with_the_next_prompt_that_has
     assert (again.spec, again.document) == (made.spec, made.document) and again.created > made.created
 
 
+def test_who_asks_right_after_another_lookup_found_it_has_it_made(
+    made: PrefixManifest, store: ArtifactStore, prompt: list[int], process: Process,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Though the process has just read what is noted."""
+    monkeypatch.setattr(damage_notes, "LOOK_S", 60.0)
+    process.ask(prompt)
+    blob_of(store, made).unlink()
+    assert [process.ask(prompt[:-2]), process.ask(prompt)] == ["missing", "missing"]
+    assert len(process.told) == 1
+
+
 def test_of_two_processes_that_notice_one_has_it_made(
     store: ArtifactStore, loaded: LoadedModel, made: PrefixManifest, prompt: list[int], process: Process
 ) -> None:

@@ -225,6 +225,7 @@ def test_pages_leave_out_what_has_ended(beta: httpx.Client) -> None:
         ({"after": "0" * 64}, "in the list to go on after"),
         ({"after": ""}, "no prefix '' in the list"),
         ({"after": "x" * 65}, "after"),
+        ({"namespace": ""}, "may not read namespace ''"),
         ({"namespace": "alpha"}, "may not read namespace 'alpha'"),
     ],
 )
@@ -233,8 +234,9 @@ def test_a_page_that_there_is_not_is_refused_in_one_line(
 ) -> None:
     answer = beta.get("/v1/prefixes", params=query)
     assert answer.status_code == (403 if "namespace" in query else 400)
-    message = answer.json()["error"]["message"]
-    assert said in message and "\n" not in message
+    error = answer.json()["error"]
+    assert said in error["message"] and "\n" not in error["message"]
+    assert [error["param"]] == list(query)
 
 
 def test_a_prefix_of_another_namespace_is_no_place_to_go_on_after(
@@ -279,7 +281,32 @@ def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None
     assert editor.delete(path).json()["deleted"]
 
 
-def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
+def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) -> None:
+    nulls = dict.fromkeys(("messages", "text", "system_prompt", "name", "ttl_s", "pin", "namespace"))
+    made = alpha.post("/v1/prefixes", json={**nulls, "document": f"Null. {DOCUMENT}"})
+    assert (made.status_code, made.json()["namespace"], made.json()["pinned"]) == (202, "alpha", False)
+    empty = alpha.post("/v1/prefixes", json={"document": DOCUMENT, "namespace": ""})
+    assert (empty.status_code, empty.json()["error"]["param"]) == (403, "namespace")
+    assert empty.json()["error"]["message"] == "this key may not write to namespace '', only to alpha"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("ttl", "ttl_s"), ("pinned", "pin"), ("documents", "document")])
+def test_a_name_that_is_nearly_right_is_corrected(alpha: httpx.Client, name: str, meant: str) -> None:
+    error = alpha.post("/v1/prefixes", json={"document": DOCUMENT, name: 60}).json()["error"]
+    assert error["message"] == f"unknown parameter: {name} (did you mean {meant}? Else leave it out)"
+    assert (error["param"], error["code"]) == (name, "unknown_parameter")
+
+
+def test_a_prefix_too_short_is_refused_in_plain_words(alpha: httpx.Client) -> None:
+    message = alpha.post("/v1/prefixes", json={"document": "Too short."}).json()["error"]["message"]
+    assert re.fullmatch(
+        r"\d+ tokens are too few for any ratio: compressed as far as they can be, they take [0-9.]+ times "
+        r"the bytes of their exact cache \(give a longer text, or join short documents\)",
+        message,
+    )
+
+
+def test_a_quota(beta: httpx.Client, keeping: Keeping, caplog: pytest.LogCaptureFixture) -> None:
     """Room is made where it can be; else it is said at once."""
     store = keeping[1]
     limits = Path(store.blobs.url) / "limits.json"
@@ -293,8 +320,13 @@ def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
         assert refused.json()["error"]["message"].startswith("namespace beta may hold 1 artifacts")
         assert [one["id"] for one in beta.get("/v1/prefixes").json()["data"]] == [second["id"]]
         limits.write_text('{"namespaces": ')
-        broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
-        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_unavailable")
+        with caplog.at_level("ERROR"):
+            broken = beta.post("/v1/prefixes", json={"document": f"Third. {DOCUMENT}"})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "store_misconfigured")
+        assert broken.json()["error"]["message"].startswith(
+            "the file of limits of this server's store cannot"
+        )
+        assert f"{limits}: the file: Invalid JSON" in caplog.text, "what is wrong with it is in the log"
     finally:
         limits.unlink()
 
@@ -313,7 +345,9 @@ def test_a_quota(beta: httpx.Client, keeping: Keeping) -> None:
         ({"text": ""}, "text"),
         ({"text": DOCUMENT, "system_prompt": "Be brief."}, "system_prompt"),
         ({"document": DOCUMENT, "ratio": 0.5}, "ratio"),
-        ({"document": DOCUMENT, "ratio": 200.0}, None),
+        ({"document": DOCUMENT, "ratio": 200.0}, "ratio"),
+        ({"document": "Too short."}, "document"),
+        ({"text": "Too short."}, "text"),
         ({"document": DOCUMENT, "ttl_s": 0}, "ttl_s"),
         ({"document": DOCUMENT, "ttl": 60}, "ttl"),
         ({"document": DOCUMENT, "name": ""}, "name"),
@@ -331,6 +365,23 @@ def test_what_cannot_be_made(alpha: httpx.Client, body: dict[str, Any], param: s
         param = "document"
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("letter", "said"),
+    [
+        ("\u001b]0;pwned\u0007", "U+001B"),
+        ("\r\n", "U+000D"),
+        ("\u009b31m", "U+009B"),
+        ("\u202e", "U+202E"),
+        ("\u2028", "U+2028"),
+    ],
+)
+def test_a_name_that_terminals_would_obey_is_refused(alpha: httpx.Client, letter: str, said: str) -> None:
+    answer = alpha.post("/v1/prefixes", json={"document": DOCUMENT, "name": f"evil{letter}"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "name")
+    assert error["message"] == f"name: {said} is a control or format character: leave it out"
 
 
 @pytest.mark.parametrize(("place", "word"), [(100, "Hydra"), (-100, "Lerna")])

@@ -145,6 +145,8 @@ def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -
             {"prefix_id": "abc"},
             "prefix_id: not the id of a prefix: 64 hexadecimal digits, as /v1/prefixes tells",
         ),
+        ({"temprature": 0}, "unknown parameter: temprature (did you mean temperature? Else leave it out)"),
+        ({"stream_options": {"usages": True}}, "parameter: stream_options.usages (leave it out)"),
         ({"p" * 5000: 1}, f"unknown parameter: {'p' * 100}... (leave it out)"),
         ({"messages": "Hello"}, "messages must be a list"),
         ({"messages": ["Hello"]}, "messages.0 must be a JSON object"),
@@ -192,6 +194,7 @@ def test_what_is_wrong_with_a_prompt_is_told(http: httpx.Client, prompt: Any, me
             b"{'model': 1}",
             "the body is not JSON: Expecting property name enclosed in double quotes at character 1",
         ),
+        (b'{"\\ud800": 1}', "unknown parameter: \\ud800 (leave it out)"),
         (b"[" * 100_000, "the body is nested too deeply"),
         (b'{"seed": ' + b"9" * 10_000 + b"}", "the body has a number of too many digits"),
     ],
@@ -201,7 +204,8 @@ def test_why_a_body_cannot_be_read_is_told(http: httpx.Client, body: bytes, mess
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/prefixes"):
         error = error_of(http.post(path, content=body, headers=headers), 400)
         assert error["message"].startswith(message)
-        assert error["code"] == ("invalid_json" if body else None)
+        unknown = message.startswith("unknown")
+        assert error["code"] == ("unknown_parameter" if unknown else "invalid_json" if body else None)
 
 
 @pytest.mark.parametrize(

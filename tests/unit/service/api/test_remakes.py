@@ -51,7 +51,7 @@ from xkv_service.spec import CompressionSpec
 from xkv_workers.serving.remakes import Remakes
 
 SAMPLE = [ProbedPrefix.of_text("text", range(80))]
-DAMAGE = LoadFailure("corrupt", "a checksum is wrong")
+DAMAGE = LoadFailure("corrupt", "it is damaged", "a checksum is wrong")
 
 
 def tokens_of(store: ArtifactStore, manifest: PrefixManifest) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -15,6 +15,8 @@ from rivers import DOCUMENT
 from serving import Served
 
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_service.api.engine_counters import ENGINE_COUNTERS, REMAKES
+from xkv_service.engine.messages import MissReason
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 5}
@@ -36,6 +38,21 @@ def metrics(http: httpx.Client) -> dict[tuple[str, tuple[str, ...]], float]:
         for family in families
         for sample in family.samples
     }
+
+
+def test_counters_are_there_before_they_count_and_say_what(http: httpx.Client) -> None:
+    """Those of the engine as it is, and of every reason and end that it knows."""
+    http.post("/v1/chat/completions", json=CHAT)
+    families = {family.name: family for family in text_string_to_metric_families(http.get("/metrics").text)}
+    told = {name: one.documentation for name, one in families.items()}
+    assert told.items() >= {(f"xkv_lookup_{name}", text) for name, text in REMAKES.items()}
+    engines = {f"xkv_engine_{name}": text for name, text in ENGINE_COUNTERS.items()}
+    assert engines == {name: text for name, text in told.items() if name.startswith("xkv_engine_")}
+    assert families["xkv_engine_ended_timeout"].samples[0].value == 0
+    reasons = {sample.labels["reason"] for sample in families["xkv_prefix_misses"].samples}
+    assert reasons == set(get_args(MissReason))
+    buckets = {sample.labels.get("le") for sample in families["xkv_time_to_first_token_seconds"].samples}
+    assert "600.0" in buckets, "a request may take so long"
 
 
 def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest) -> None:

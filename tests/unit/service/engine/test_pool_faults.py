@@ -96,7 +96,7 @@ def test_a_damaged_blob_is_quarantined_and_told_once(store: ArtifactStore, model
     until(lambda: len(answers) == 20 and bool(told))
     # Those who came after it was found damaged hear that it is gone.
     assert {one.reason for one in answers} <= {"corrupt", "evicted"} and answers[0].reason == "corrupt"
-    assert [one for one, _ in told] == [bad] and "checksum" in told[0][1].detail
+    assert [one for one, _ in told] == [bad] and "checksum" in told[0][1].fault
     assert not _path(store, bad).exists() and store.get(bad) is None
     assert _failed(ask(pool, bad, SIZES[0])).reason == "evicted"
     state = pool.state()
@@ -132,7 +132,7 @@ def test_a_lost_blob_is_told_once(store: ArtifactStore, model: PreTrainedModel) 
         pool.request(lost, SIZES[0], answers.append, deadline_s=PATIENT)
     until(lambda: len(answers) == 20 and bool(told))
     assert {one.reason for one in answers} <= {"missing", "evicted"} and answers[0].reason == "missing"
-    assert [one for one, _ in told] == [lost] and "its file is gone" in told[0][1].detail
+    assert [one for one, _ in told] == [lost] and "its file is gone" in told[0][1].fault
     assert _failed(ask(pool, lost, SIZES[0])).reason == "evicted"
     counters = pool.state().counters
     assert counters["missing"] == 1 and "damaged" not in counters and counters["failed_missing"] >= 1
@@ -165,7 +165,7 @@ def test_another_model(store: ArtifactStore, model: PreTrainedModel) -> None:
     pool.close()
     other = _pool(tiny_model("llama", seed=1), store, fingerprint=FINGERPRINT)
     failure = _failed(ask(other, one, SIZES[0]))
-    assert failure.reason == "other_model" and "first keys" in failure.detail
+    assert failure.reason == "other_model" and "first keys" in failure.fault
     other.close()
 
 
@@ -230,7 +230,7 @@ def test_a_store_that_cannot_be_read_is_unavailable(
     folder.mkdir()
     (folder / f"{one}.safetensors").mkdir()  # a folder in its place: opening it is an error, not its absence
     failure = _failed(ask(pool, one, SIZES[0]))
-    assert failure.reason == "unavailable" and "cannot read" in failure.detail
+    assert failure.reason == "unavailable" and "cannot read" in failure.fault
     (folder / f"{one}.safetensors").rmdir()
     folder.rmdir()
     moved.rename(folder)
@@ -278,7 +278,7 @@ def test_a_calibration_that_cannot_be_used(tmp_path: Path, store: ArtifactStore,
     told: list[str] = []
     pool = _pool(model, store, on_lost=lambda artifact_id, failure: told.append(artifact_id))
     failure = _failed(ask(pool, one, 200))
-    assert failure.reason == "corrupt" and "calibration" in failure.detail
+    assert failure.reason == "corrupt" and "calibration" in failure.fault
     until(lambda: told == [one])
     loaded(pool, own, SIZES[0])
     assert pool.state().reserved == 0

@@ -245,7 +245,8 @@ def test_where_pinned_ones_fill_the_memory_nobody_waits_in_vain(
     loaded(pool, pinned(5), SIZES[5])
     pool.release(ids[5])
     found = ask(pool, ids[4], SIZES[4], deadline_s=PATIENT)
-    assert isinstance(found, LoadFailure) and found.reason == "no_room" and "pinned ones hold" in found.detail
+    assert isinstance(found, LoadFailure) and found.reason == "no_room"
+    assert f"pinned ones besides {pool.bytes:,}, " in found.fault and "in use" not in found.fault
     assert pool.state().parked == 0 and ids[5] in pool.state().prefixes
 
 
@@ -275,7 +276,9 @@ def test_who_finds_no_room_waits_for_it_and_is_told_why_in_time(make_pool: MakeP
         if late.reason == "no_room":
             break
         until(lambda: pool.state().loading == 0)
-    assert late.reason == "no_room" and str(pool.state().budget) in late.detail
+    budget = pool.state().budget
+    assert late.reason == "no_room" and f"of the {budget:,} for prefixes" in late.detail
+    assert f"which are: prefixes in use {pool.bytes:,}, free for it {budget - pool.bytes:,}" in late.fault
     assert pool.state().parked == 0
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.request(ids[4], SIZES[4], told.put, deadline_s=PATIENT)
@@ -286,7 +289,8 @@ def test_who_finds_no_room_waits_for_it_and_is_told_why_in_time(make_pool: MakeP
 
 def test_what_is_larger_than_the_budget_is_refused_at_once(make_pool: MakePool, ids: list[str]) -> None:
     found = ask(make_pool(1000), ids[0], SIZES[0])
-    assert isinstance(found, LoadFailure) and found.reason == "no_room" and "of the 1000" in found.detail
+    assert isinstance(found, LoadFailure) and found.reason == "no_room"
+    assert found.detail.endswith("bytes, more than the 1,000 for prefixes")
 
 
 def test_an_evicted_prefix_is_freed(make_pool: MakePool, ids: list[str]) -> None:
@@ -317,7 +321,7 @@ def test_a_selection_that_the_artifact_has_no_index_for(
     make_pool: MakePool, model: PreTrainedModel, ids: list[str]
 ) -> None:
     found = ask(make_pool(selection=SelectionSpec("landmark")), ids[0], SIZES[0])
-    assert isinstance(found, LoadFailure) and found.reason == "no_artifact" and "index" in found.detail
+    assert isinstance(found, LoadFailure) and found.reason == "no_artifact" and "index" in found.fault
 
 
 def test_a_closed_pool_answers_too(make_pool: MakePool, ids: list[str]) -> None:
@@ -371,6 +375,34 @@ def test_a_calibration_leaves_with_the_last_prefix_that_needs_it(tmp_path: Path)
         assert isinstance(found, LoadFailure) and found.reason == "no_room"
         tight.close()
         small.close()
+
+
+def test_who_has_the_memory_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A pinned prefix and one in use, over one calibration, which is neither's own."""
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "model")
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        ids = [_with_calibration(store, model, tmp_path / "model", size)[0] for size in SIZES[:3]]
+        store.pin(ids[0])
+        pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+        loaded(pool, ids[0], SIZES[0])
+        pool.release(ids[0])
+        until(lambda: pool.state().pins == {ids[0]})
+        with_one = pool.bytes
+        loaded(pool, ids[1], SIZES[1])
+        in_use = pool.bytes - with_one
+        entries = pool._residents._entries
+        shared = next(entry.nbytes for key, entry in entries.items() if key.startswith("calibration"))
+        pool._residents.budget = pool.bytes + 1000
+        found = ask(pool, ids[2], SIZES[2], deadline_s=0.5)
+        assert isinstance(found, LoadFailure) and found.reason == "no_room"
+        assert found.fault.endswith(
+            f"which are: prefixes in use {in_use:,}, pinned ones besides {with_one - shared:,}, "
+            f"calibrations that both need {shared:,}, free for it 1,000"
+        )
+        assert found.fault in caplog.text
+        assert found.detail.endswith("those in use, pinned or being loaded leave it no room")
+        pool.close()
 
 
 def _with_calibration(

@@ -1,0 +1,51 @@
+"""What Serve's proxy sees of headers that a client made up."""
+
+from __future__ import annotations
+
+import pytest
+from ray.serve._private.http_util import (
+    _apply_middlewares,
+    call_function_from_import_path,
+    validate_http_proxy_callback_return,
+)
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from xkv_workers.serving.proxy_guard import CALLBACK
+
+USELESS = ("x-session-id", "X_Session_Id", "serve_multiplexed_model_id", "Serve-Multiplexed-Model-Id")
+
+
+@pytest.fixture
+def proxy() -> TestClient:
+    """The guard where Ray puts it, over an app that tells what it got."""
+
+    async def tell(request: Request) -> JSONResponse:
+        return JSONResponse([[name, value] for name, value in request.headers.items()])
+
+    guards = validate_http_proxy_callback_return(call_function_from_import_path(CALLBACK))
+    return TestClient(_apply_middlewares(Starlette(routes=[Route("/", tell)]), guards))
+
+
+@pytest.mark.parametrize("given", [b"x y", b'{"a":1}', b"a" * 500, b"", b"\xff\x80", "\u202e".encode()])
+def test_an_id_that_is_not_sane_is_replaced_everywhere(proxy: TestClient, given: bytes) -> None:
+    answer = proxy.get("/", headers=[(b"x-request-id", given), (b"x-request-id", b"second")])
+    (told,) = answer.headers.get_list("x-request-id")
+    seen = [value for name, value in answer.json() if name == "x-request-id"]
+    assert told.startswith("req-") and seen == [told]
+
+
+def test_a_sane_id_is_kept_and_the_proxy_makes_one_where_there_is_none(proxy: TestClient) -> None:
+    assert proxy.get("/", headers={"x-request-id": "a.b-c_1"}).headers["x-request-id"] == "a.b-c_1"
+    assert len(proxy.get("/").headers["x-request-id"]) == 36
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_headers_that_steer_serve_are_left_out(proxy: TestClient, name: str) -> None:
+    answer = proxy.get("/", headers=[(name.encode(), b"\xff"), (b"accept", b"x/y")])
+    assert answer.status_code == 200
+    assert name.lower() not in [one for one, _ in answer.json()]
+    assert ["accept", "x/y"] in answer.json()

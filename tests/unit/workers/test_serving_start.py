@@ -1,0 +1,42 @@
+"""What keeps a server from starting is said before Ray is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from xkv_artifacts.errors import InvalidLimits
+from xkv_artifacts.store import ArtifactStore
+from xkv_cli.main import xkv
+from xkv_service.errors import InvalidSpec
+from xkv_workers.serving.server import ServeRequest, serving
+
+
+def test_limits_that_cannot_be_read(tmp_path: Path, unused_port: int) -> None:
+    with ArtifactStore.open(str(tmp_path)):
+        (tmp_path / "limits.json").write_text('{"budget": "many"}')
+    said = r"limits.json: budget: .*'many' is not a size"
+    with (
+        pytest.raises(InvalidLimits, match=said) as caught,
+        serving(ServeRequest(str(tmp_path), port=unused_port)),
+    ):
+        pass
+    assert caught.value.hint == "docs/retention.md shows how it looks"
+
+
+@pytest.mark.parametrize("alias", ["", " ", "a\u001bb", "x" * 257])
+def test_an_alias_that_nobody_could_ask_for(tmp_path: Path, alias: str) -> None:
+    with pytest.raises(InvalidSpec, match="is no name for a model"):
+        ServeRequest(str(tmp_path), aliases=("gpt-4o", alias))
+    result = CliRunner().invoke(xkv, ["serve", "--store", str(tmp_path), "--alias", alias])
+    assert result.exit_code == 2 and "--alias" in result.output
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
