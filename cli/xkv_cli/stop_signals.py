@@ -6,6 +6,14 @@ import signal
 import threading
 
 
+class StartBrokenOff(BaseException):
+    """A signal came before the server had started.
+
+    Not a KeyboardInterrupt: after one that went through `exec`, as imports do, Python ends with its signal
+    although it was caught.
+    """
+
+
 class StopSignals:
     """The first signal stops the server, or breaks off its start; a second one means: at once.
 
@@ -29,4 +37,4 @@ class StopSignals:
         (self.hurry if self.stop.is_set() else self.stop).set()
         if self._starting:
             self._starting = False  # what it has started is taken down in peace
-            raise KeyboardInterrupt
+            raise StartBrokenOff

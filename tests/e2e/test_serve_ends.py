@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
     if started.process.poll() is None:
         started.process.kill()
         started.process.wait()
+    with suppress(
+        FileNotFoundError, ProcessLookupError
+    ):  # else it waits a minute for clients that were killed
+        os.kill(int((tmp_path / "store" / "catalog" / "redis.pid").read_text()), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("word", ["redis-server", "raylet", "ServeController"])
