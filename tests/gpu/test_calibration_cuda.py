@@ -8,17 +8,13 @@ of numbers of 16 bits where the model has such): errors of rebuilt keys and valu
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "service"))
 from compressed import random_ids
 from families import tiny_model
+from transformers import PreTrainedModel
 
 from xkv_service import SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.calibration.calibrate import calibrate

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "service"))
 from families import tiny_model
 
 from xkv_service.compression import compress, factorize_prefill

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "service"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from families import tiny_model
 from plain_store import PlainStore
