@@ -134,6 +134,7 @@ def _cell(url: str, plans: list[list[Any]], folder: Path) -> dict[str, Any]:
         "tokens_per_s": median(one["tokens"] / one["seconds"] for one in answers),
         "token_gap_ms": 1000 * median(gap for turn in turns for gap in turn["gaps"]),
         "cached": sum(turn["cached"] for turn in turns) / sum(turn["prompt"] for turn in turns),
+        "hits": sum(turn["hit"] for turn in turns) / len(turns),
         "right": sum(turn["right"] for turn in turns) / len(turns),
         "mib_a_session": median(one["mib_a_session"] for one in answers),
         "mib_prefix": median(one["mib_prefix"] for one in answers),
@@ -196,7 +197,7 @@ async def _user(client: Any, model: str, plan: Any) -> list[dict[str, Any]]:
 
 
 async def _turn(client: Any, model: str, messages: list[dict[str, str]]) -> dict[str, Any]:
-    began, told, text, usage = time.perf_counter(), [], "", None
+    began, told, text, usage, served = time.perf_counter(), [], "", None, {}
     options = {"max_tokens": 64, "temperature": 0, "stream_options": {"include_usage": True}}
     stream = await client.chat.completions.create(model=model, messages=messages, stream=True, **options)
     async for chunk in stream:
@@ -204,6 +205,7 @@ async def _turn(client: Any, model: str, messages: list[dict[str, str]]) -> dict
             told.append(time.perf_counter())
             text += chunk.choices[0].delta.content
         usage = chunk.usage or usage
+        served = (chunk.model_extra or {}).get("xkv") or served
     gaps = [after - before for before, after in zip(told, told[1:], strict=False)]
     return {
         "text": text,
@@ -212,6 +214,7 @@ async def _turn(client: Any, model: str, messages: list[dict[str, str]]) -> dict
         "tokens": usage.completion_tokens,
         "prompt": usage.prompt_tokens,
         "cached": usage.prompt_tokens_details.cached_tokens,
+        "hit": served["artifact"] is not None,
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from asking import Asker, first_turn
+from asking import Asker, first_turn, wait_until
 from openai import OpenAIError
 from served import Server
 
@@ -180,10 +180,23 @@ class Logs:
         """When a replica last came to the end of an answer."""
         return self._last([self._file(replica)], _ANSWERED)
 
-    def has_answered(self, replica: str, request_id: str) -> bool:
-        """Whether a replica answered a request; one that was full is named in its log, too."""
-        lines = map(json.loads, self._file(replica).read_text().splitlines())
-        return any(_ANSWERED in line["message"] and line.get("request_id") == request_id for line in lines)
+    def who_answered(self, request_id: str) -> str:
+        """The replica that answered a request; its log may come after the answer. One that was full has a
+        line of it in its log, too.
+        """
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = [one for one in self.replicas() if self._has_answered(one, request_id)]
+            return bool(found)
+
+        wait_until(look, seconds=30)
+        return found[0]
+
+    def _has_answered(self, replica: str, request_id: str) -> bool:
+        lines = self._file(replica).read_text().splitlines(keepends=True)
+        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        return any(_ANSWERED in line["message"] and line.get("request_id") == request_id for line in told)
 
     def _file(self, replica: str) -> Path:
         return self._folder / f"replica_xkv_engine_{replica}.log"

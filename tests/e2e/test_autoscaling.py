@@ -70,7 +70,7 @@ def _talk_with(
         messages = first_turn(f"Copy {number}.\n{document}", question)
         name: dict[str, Any] = {"extra_headers": {"x-request-id": f"talk-{number}"}}
         reply = asker.ask(messages, max_tokens=8, timeout=300, **name)
-        if logs.has_answered(replica, f"talk-{number}"):
+        if logs.who_answered(f"talk-{number}") == replica:
             answer = {"role": "assistant", "content": reply.choices[0].message.content or ""}
             return [*messages, answer], reply.usage.prompt_tokens
     raise AssertionError("it was never asked")
