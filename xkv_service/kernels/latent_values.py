@@ -135,9 +135,14 @@ class LatentValues:
 
         Args:
             scores: as `rebuilt_scores` wrote them. chosen: a `ChooseTokens`. table: a `DocumentTable`.
-            slots, columns: tokens and columns of a tile. From 32 tokens on: with 16 the code that Triton 3.6
-                makes for packed columns in bfloat16 is wrong (H100).
+            slots, columns: tokens and columns of a tile.
+
+        Raises:
+            ValueError: fewer than 32 tokens: with 16 the code that Triton 3.6 makes for packed columns in
+                bfloat16 is wrong (H100).
         """
+        if slots < 32:
+            raise ValueError(f"slots={slots}: latent values are summed wrongly over fewer than 32 tokens")
         sessions, query_heads, _ = scores.shape
         room, widths = self.latents.shape[3], table.value_widths
         pieces = triton.cdiv(room, columns) + widths["FOUR"] + widths["TWO"]  # each width's last may be short

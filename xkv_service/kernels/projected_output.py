@@ -78,8 +78,13 @@ def projected_output(
             everything but the chosen tokens; rest_log: float32 [sessions, query_heads], the log of the sum
             of exponentials of its scores. table: the layer's `DocumentTable`.
         out: [sessions, query_heads, Dv], contiguous, any float dtype.
-        columns, step: output dimensions and ranks of a tile; `step` divides `latent_values.ROOM`.
+        columns, step: output dimensions and ranks of a tile.
+
+    Raises:
+        ValueError: partial sums are no multiple of `step`: the last tile would be read beyond their end.
     """
+    if values.latents.shape[3] % step:
+        raise ValueError(f"step={step} does not divide {values.latents.shape[3]} columns of partial sums")
     heads, dim = table.kv_heads, out.shape[2]
     group = out.shape[1] // heads
     columns = min(columns, dim)

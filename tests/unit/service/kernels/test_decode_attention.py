@@ -134,3 +134,18 @@ def test_shapes_that_kernels_do_not_take_are_refused(device: torch.device) -> No
     other = samples.document(40, "int8", torch.float32, device)
     with pytest.raises(ValueError, match="the same bits"):
         DocumentTable([document, other], [8, 8])
+
+
+def test_tiles_that_would_compute_wrongly_are_refused(device: torch.device) -> None:
+    table = DocumentTable([samples.document(40, "int8", torch.float32, device)], [8])
+    turns = samples.turns(torch.float32, device)
+    keys, values, lengths = samples.tails([5], torch.float32, device)
+    query, out = torch.ones(1, 8, 32, device=device), torch.empty(1, 8, 32, device=device)
+    for name, options, match in (
+        ("values", {"slots": 16}, "fewer than 32"),
+        ("output", {"step": 128}, "does not divide"),
+    ):
+        tiles = replace(TILES, **{name: {**getattr(TILES, name), **options}})
+        layer = DecodeAttention(table, 8, 32, 32, 40, 40, turns, 0.2, tiles=tiles, rank=60)
+        with pytest.raises(ValueError, match=match):
+            layer(query, TailTable.of_rooms(keys, values), lengths, table, out)
