@@ -117,17 +117,22 @@ return drop()
 # Drops an entry whose blob is gone. Notes it, and answers its pin and its end, where nobody deleted the
 # artifact and its time is not over; else answers nothing. Whoever deletes drops the entry before the blob; so
 # what is listed here was not deleted, unless somebody who had read the blob before listed it again: that it
-# was deleted is kept. KEYS go on: damaged. ARGV: the note, seconds to keep it, most notes.
+# was deleted is kept. KEYS go on: damaged. ARGV: the note where the entry does not say what it was made from,
+# seconds to keep it, most notes.
 MISS: Final = (
     _PRELUDE
     + NOTE
     + """
 local ends = redis.call('ZSCORE', EXPIRY, id)
 local over = ends and tonumber(ends) <= seconds() or redis.call('EXISTS', DELETED) == 1
-local promised = entry('pinned', 'expires')
+local promised, text = entry('pinned', 'expires'), ARGV[3]
 local answer = {promised[1] or '', promised[2] or ''}
+local names, said = {'namespace', 'spec', 'tokens', 'document', 'document_sha256'}, {missing = true}
+local made = entry(unpack(names))
+for place, name in ipairs(names) do said[name] = made[place] or '' end
+if said.spec ~= '' then text = cjson.encode(said) end
 if drop() == 0 or over then return {} end
-note(KEYS[8], id, ARGV[3], ARGV[4], ARGV[5])
+note(KEYS[8], id, text, ARGV[4], ARGV[5])
 return answer
 """
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from xkv_artifacts.origin import Origin
 from xkv_service.sessions.settings import GenerationSettings
 
 MissReason = Literal[
@@ -22,22 +23,6 @@ MissReason = Literal[
 ]
 Finish = Literal["stop", "length", "cancelled"]
 FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an artifact was made from, as its manifest says: with its tokens, all that makes it again.
-
-    Args:
-        namespace: whose it is. spec: `CompressionSpec.canonical()`, not checked. tokens: how many it holds.
-        name, sha256: of its document.
-    """
-
-    namespace: str
-    spec: dict[str, Any]
-    tokens: int
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)
