@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -50,11 +51,18 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback address that nobody listens at now.
+
+    Neither one that Linux gives to who asks for any (from 32768 on) nor one that Ray gives to its workers (up
+    to 19999): either may be taken again before the server starts.
+    """
+    while True:
+        with (
+            suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as probe,
+        ):
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def _xkv(*arguments: str) -> list[str]:

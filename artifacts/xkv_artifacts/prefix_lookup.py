@@ -18,8 +18,9 @@ from xkv_artifacts.token_cache import OwnedTokens, TokenCache
 if TYPE_CHECKING:
     from xkv_artifacts.keys import TokenIds
 
-OnLost: TypeAlias = Callable[[str, "CorruptArtifact | MissingBlob"], None]
-"""Told the id of an artifact that cannot be had, and why."""
+OnLost: TypeAlias = Callable[[str, "ArtifactNotFound | CorruptArtifact"], None]
+"""Told the id of an artifact that cannot be had, and why: a plain ArtifactNotFound where another process or
+thread has unlisted it meanwhile."""
 
 
 class PrefixLookup:
@@ -54,11 +55,13 @@ class PrefixLookup:
                     self._catalog.drop(artifact_id)
                     if on_lost is not None:
                         on_lost(artifact_id, error)
-                except ArtifactNotFound:
+                except ArtifactNotFound as error:
                     if self._blobs.exists(artifact_id):  # a moment later
                         matches.append(Match(artifact_id, 0))
-                    else:
-                        self._catalog.drop(artifact_id)
+                        continue
+                    self._catalog.drop(artifact_id)
+                    if on_lost is not None:
+                        on_lost(artifact_id, error)
             if len(matches) == len(candidates):  # else a bad one was dropped, and may have hidden a good one
                 break
         found = [match for match in matches if match.tokens > 0]

@@ -315,8 +315,9 @@ class ArtifactStore:
 
         Args:
             whole: only artifacts that the prompt contains to their last token; exact then.
-            on_lost: told of each candidate whose blob was found damaged or missing now, and dropped. Missing
-                is one that is gone though its artifact was neither deleted nor collected and has not ended.
+            on_lost: told of each candidate that was dropped: its blob was found damaged or missing now, or it
+                was unlisted during the lookup. Missing is a blob that is gone though its artifact was neither
+                deleted nor collected and has not ended.
 
         Raises:
             InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError

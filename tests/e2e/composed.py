@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 from command_runs import PATIENT_RAY
 
+from examples.local_server import free_port
 from xkv_artifacts.embedded import server_binary
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ class Composed:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._restarts = 0
         self._ray_folder = tempfile.mkdtemp(prefix="xkv-ray-")  # short: names of sockets are
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         self.url = f"http://127.0.0.1:{ports[2]}"
         self._places = {
             "redis:6379": f"127.0.0.1:{ports[0]}",
@@ -204,14 +204,6 @@ class Composed:
             word = re.sub(r"(ray start \S+)", rf"\1 {' '.join(_SHARED_MACHINE)}", word)
             here.append(str(self._http_port) if word == "8000" else word)
         return [*here[:-1], *_SHARED_MACHINE, here[-1]] if here[:2] == ["ray", "start"] else here
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _end_all_with(word: str) -> bool:

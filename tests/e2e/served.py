@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 from command_runs import PATIENT_RAY
+
+from examples.local_server import free_port
 
 START_SECONDS = 600
 
@@ -43,9 +44,7 @@ class Server:
     """
 
     def __init__(self, folder: Path, *options: object, wait: bool = True) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
         # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.

@@ -42,7 +42,7 @@ def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ("--store", store_url, "--stored-tails", "64MiB", "--stop-grace", "10m")
+    options = ("--store", store_url, "--stored-tails", "256MiB", "--stop-grace", "10m")
     started = Server(tmp_path_factory.mktemp("server"), *options)
     yield started
     assert started.stop() == 0, started.log.read_text()
@@ -285,7 +285,10 @@ def remade(asker: Asker, prefix: dict[str, Any], server: Server, store_url: str)
         load = [pool.submit(_answers, asker, other, item) for item in others[:4]]
         (blob,) = Path(store_url).glob(f"prefixes/*/{name}.safetensors")
         blob.unlink()
-        reply = asker.ask(first_turn(document, questions[0]["question"]), max_tokens=96)
+        for _ in range(3):  # between another's lookup that finds it and its note there may be one
+            reply = asker.ask(first_turn(document, questions[0]["question"]), max_tokens=96)
+            if reply.xkv["miss"]["reason"] == "missing":
+                break
         assert all(one.result() for one in load)
     wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
     assert blob.exists()
@@ -295,7 +298,7 @@ def remade(asker: Asker, prefix: dict[str, Any], server: Server, store_url: str)
 def test_a_prefix_whose_file_is_gone_is_computed_instead(remade: Remade, server: Server) -> None:
     assert remade.reply.choices[0].message.content == remade.questions[0]["answer"]
     assert remade.reply.xkv["artifact"] is None and remade.reply.xkv["miss"]["reason"] == "missing"
-    assert 'xkv_prefix_misses_total{reason="missing"} 1.0' in server.metrics()
+    assert re.search(r'xkv_prefix_misses_total{reason="missing"} [1-9]', server.metrics())
     wait_until(lambda: "xkv_missing_blobs_total 1.0" in server.metrics())  # an engine's say once a second
 
 
@@ -391,7 +394,7 @@ def test_a_conversation_goes_on_after_a_restart(
         {"role": "user", "content": questions[1]["question"]},
     ]
     check_that_ctrl_c_twice_breaks_off_answers(server)
-    again = Server(tmp_path, "--store", store_url, "--stored-tails", "64MiB")
+    again = Server(tmp_path, "--store", store_url, "--stored-tails", "256MiB")
     try:
         held = reply.usage.prompt_tokens
         reply = Asker(again.url).ask(messages, max_tokens=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from xkv_artifacts.errors import CorruptArtifact, MissingBlob, XKVError
 from xkv_service.modeling.models import LoadedModel
 from xkv_workers.corpus import CorpusFile, Document, Rejected, list_files, read_file
 from xkv_workers.errors import CorpusError
@@ -42,11 +43,16 @@ def _documents(file: CorpusFile | Rejected) -> Iterable[Document | Rejected]:
 
 def stored_somehow(job: Prepared, planned: PrefixJob, tell: Tell) -> str | None:
     """The artifact of these very tokens, however they were compressed; the most faithful one."""
+
+    def on_lost(_: str, error: XKVError) -> None:
+        if isinstance(error, MissingBlob | CorruptArtifact):
+            tell(error.message)
+
     match = job.store.lookup(
         job.model.fingerprint,
         job.request.namespace,
         planned.token_ids,
-        on_lost=lambda artifact_id, error: tell(error.message),
+        on_lost=on_lost,
     )
     if match is None or match.tokens < planned.tokens:
         return None

@@ -55,7 +55,7 @@ _TAILS = {
     "none": "Requests for which no stored tail helped",
     "not_worth": "Tails that were not written, since computing them is faster",
     "lost_queue_full": "Tails not written: too many at once",
-    "lost_closing": "Tails not written: not in time at the end",
+    "lost_closing": "Tails not written at the end: not in time, or no room beside those used later",
     "lost_unavailable": "Tails not written: no Redis or store",
     "lost_too_large": "Tails not written: larger than all may be",
     "lost_failed": "Tails not written: an error of the server's own",

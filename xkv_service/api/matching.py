@@ -144,11 +144,15 @@ class PrefixFinder:
 
     def _find(self, prompt: array[int], namespace: str) -> Found:
         lost: dict[str, Miss] = {}
-        usable, miss = self._best(
-            prompt, namespace, lambda name, error: lost.update({name: _lost(name, error)})
-        )
+
+        def note(name: str, error: XKVError) -> None:
+            lost[name] = _lost(name, error)
+            self._notes.look_again()  # who asks next may hold all of it
+
+        usable, miss = self._best(prompt, namespace, note)
         for name, one in lost.items():
-            self._tell_lost(name, prompt, one)
+            if one.reason != "evicted":
+                self._tell_lost(name, prompt, one)
         lost |= self._take_noted(prompt, namespace)
         # Whatever else is found, this might have gone further.
         return usable, next(iter(lost.values()), miss)

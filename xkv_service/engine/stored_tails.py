@@ -40,7 +40,9 @@ _SEARCH_S = 1.0
 _PAUSE_S = 5.0
 """How long Redis is left alone after it did not say so."""
 _CLOSING_S = 5.0
-"""How long the end of an engine waits for its tails: a server kills a replica that takes 20 s to end."""
+"""How long the end of an engine waits for its tails."""
+_HEADER_BYTES = 64 * 1024
+"""More than a tail's file has besides its tensors."""
 
 OnTail = Callable[[KeptTail | None], None]
 
@@ -70,6 +72,7 @@ class StoredTails:
         self._loaded, self._shelf, self._pool, self._settings = loaded, shelf, pool, settings
         self.rates = TailRates(pool.rates)
         self.total_bytes = 0
+        self._room: int | None = None
         self._search = TailSearch(loaded, shelf, pool, settings, self.rates)
         self._lock = threading.Lock()
         self._counters: defaultdict[str, float] = defaultdict(float)
@@ -97,7 +100,14 @@ class StoredTails:
         exact = tail.artifact_id is None
         if not self.rates.load_is_faster(tail.context.tail_bytes, tokens, start, exact=exact):
             self._count(not_worth=1)
-        elif not self._writer.put(leaving(tail, self._loaded)):
+            return
+        ready = leaving(tail, self._loaded)
+        if self._room is not None:
+            self._room -= sum(tensor.nbytes for tensor in ready.tensors.values()) + _HEADER_BYTES
+            if self._room < 0:
+                self._count(lost_closing=1)
+                return
+        if not self._writer.put(ready):
             self._count(lost_queue_full=1)
 
     def request(self, request: GenerationRequest, context: Context, on_done: OnTail) -> bool:
@@ -137,7 +147,12 @@ class StoredTails:
             return dict(self._counters)
 
     def wait_for_room(self) -> None:
-        """The engine ends: for some seconds, `offer` may wait for the writer."""
+        """The engine ends: for some seconds, `offer` may wait for the writer.
+
+        No more is taken from now on than the store has room for. The most recently used tails come first, and
+        by when they were written those that came later would have them go.
+        """
+        self._room = self._settings.stored_tail_bytes
         self._writer.wait_for_room(_CLOSING_S)
 
     def close(self) -> None:

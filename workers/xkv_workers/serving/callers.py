@@ -59,7 +59,8 @@ class Callers:
             await caller.presence
         except OwnerDiedError:
             calls = self._calls[caller]
-            _log.warning("an HTTP process died: %d of its requests are given up", len(calls))
+            if calls:
+                _log.warning("an HTTP process died: %d of its requests are given up", len(calls))
             for task in calls:
                 task.cancel()
         except RayError as error:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from measured import calibrated
@@ -17,6 +18,7 @@ from rivers import DOCUMENT, SETTINGS, publish
 from xkv_artifacts.checked_file import open_header
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.reports import Match
 from xkv_artifacts.retention import NO_PROMISE
 from xkv_artifacts.store import ArtifactStore
 from xkv_artifacts.token_cache import TokenCache
@@ -180,6 +182,33 @@ def test_damage_that_a_lookup_finds_is_mended(
         match, miss = ask(fresh)  # it has never read it
         assert miss is not None and miss.reason == fault
         assert not told and fresh.counters == {"remakes_impossible": 1}
+
+
+def test_a_loss_that_another_finds_during_a_lookup_is_mended_by_who_holds_the_tokens(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's prompt goes on otherwise, and this lookup has read the list from before."""
+    told: list[NewPrefix] = []
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        made = publish(store, loaded, DOCUMENT)
+        ids, fingerprint = tokens_of(store, made), loaded.identity.fingerprint
+        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        other = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        found(finder, [*ids, 70])  # what it knows of the notes is new
+        store._lookup._tokens = TokenCache()
+        lose(store, made.id)
+        match = store._lookup._match
+
+        def late(*args: Any, **options: Any) -> Match:
+            monkeypatch.undo()
+            assert asyncio.run(other.find([*ids[:100], 70], "default"))[0] is None
+            return match(*args, **options)
+
+        monkeypatch.setattr(store._lookup, "_match", late)
+        served, miss = asyncio.run(finder.find([*ids, 70], "default"))
+        assert served is None and miss is not None and miss.reason == "missing"
+        (new,) = told
+        assert new.replaces == made.id and list(new.token_ids) == ids
 
 
 @pytest.mark.parametrize("how", ["found", "named"])

@@ -159,6 +159,23 @@ def test_another_engine_finds_it_after_a_restart(talker: Talker, own_store: Arti
     assert own_store.tails.usage().tails == 1  # the longer one replaces what it continues
 
 
+def test_at_the_end_the_conversations_used_last_are_kept(talker: Talker, own_store: ArtifactStore) -> None:
+    """Where the store has no room for all."""
+    first, *prompts = [prompt_of(talker, f"{number}" * 180, document=False) for number in range(4)]
+    with serving(talker, own_store) as served:
+        Asked(served.engine, first).wait()
+    size = own_store.tails.usage().bytes + 64 * 1024
+    settings = replace(SETTINGS, stored_tail_bytes=2 * size)
+    with serving(talker, own_store, settings) as served:
+        ones = [Asked(served.engine, prompt).wait() for prompt in prompts]
+    assert served.counter("stored") == 2 and served.counter("lost_closing") == 1
+    with serving(talker, own_store, settings) as served:
+        for prompt, one in list(zip(prompts, ones, strict=True))[1:]:
+            longer = [*prompt, *one.tokens, *prompt_of(talker, "And then?", document=False)]
+            two = Asked(served.engine, longer).wait()
+            assert two.started.cached_tokens == len(prompt) + len(one.tokens) - 1
+
+
 def test_tails_leave_for_the_store_when_the_budget_is_full(talker: Talker, own_store: ArtifactStore) -> None:
     match = match_of(talker, own_store)
     prompts = [prompt_of(talker, f"{number}" * 90) for number in range(6)]
