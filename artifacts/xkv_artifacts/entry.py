@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 RedisHash = Mapping[bytes, bytes]
 REBUILD_HINT = "xkv index rebuild"
-_SPEC_CHARS = 8192
 
 
 class HashEntry(BaseModel):
@@ -68,8 +68,7 @@ class Entry(HashEntry):
         fidelity: top-1 agreement with the exact cache, 0 to 1.
         kl: divergence from it (nats); None in entries of before. kl_limit: as the manifest has it.
         calibration: id of the one that the artifact was made with, None without.
-        spec: how it was compressed, as JSON: with the document's tokens, what a lost one is made again from.
-            None in entries of before.
+        spec: digest of how it was compressed; see `Catalog.keep_spec`. None in entries of before.
         ratio: bytes_full / bytes.
         created, last_used: seconds since the epoch.
         pinned, expires: as the artifact's retention file says; see `retention`.
@@ -91,7 +90,7 @@ class Entry(HashEntry):
     kl: float | None = Field(default=None, ge=0)
     kl_limit: float | None = Field(default=None, ge=0)
     calibration: Sha256 | None = None
-    spec: str | None = Field(default=None, max_length=_SPEC_CHARS)
+    spec: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
     ratio: float = Field(ge=0)
     created: float
     last_used: float
@@ -118,7 +117,7 @@ class Entry(HashEntry):
             kl=manifest.fidelity.kl,
             kl_limit=manifest.fidelity.kl_limit,
             calibration=_calibration(manifest.spec),
-            spec=_spec(manifest.spec),
+            spec=spec_digest(manifest.spec),
             ratio=manifest.bytes_full / size,
             created=manifest.created.timestamp(),
             last_used=last_used,
@@ -133,10 +132,14 @@ def _calibration(spec: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) and is_artifact_id(found) else None
 
 
-def _spec(spec: Mapping[str, Any]) -> str | None:
-    """As above."""
-    text = json.dumps(spec, separators=(",", ":"))
-    return text if len(text) <= _SPEC_CHARS else None
+def spec_text(spec: Mapping[str, Any]) -> str:
+    """A compression spec as the catalog keeps it."""
+    return json.dumps(spec, separators=(",", ":"))
+
+
+def spec_digest(spec: Mapping[str, Any]) -> str:
+    """Its name there: 16 hex digits."""
+    return hashlib.sha256(spec_text(spec).encode()).hexdigest()[:16]
 
 
 def bad_entry(artifact_id: str, reason: str) -> CatalogError:
