@@ -9,9 +9,11 @@ model gives alone, greedily, with the cache that the server said it used: the sa
 
 Faults, each after a third of the time: kill-replica kills the engine's process, kill-redis the catalog's,
 empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an object store whose answers
-come at 300 kB a second from then on. corrupt damages 5 % of the blobs (at least one), those of the documents
-asked about most; missing removes their files. What is in memory stays right, so give it many documents and
-little memory: then these leave, and are asked for again.
+come at 300 kB a second from then on. The embedded Redis is back within a second or two; redis-away has the
+catalog in a Redis of the benchmark's own (--redis), kills that, and starts it again 20 s later with its data.
+corrupt damages 5 % of the blobs (at least one), those of the documents asked about most; missing removes
+their files. What is in memory stays right, so give it many documents and little memory: then these leave, and
+are asked for again.
 
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json
@@ -40,6 +42,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +53,7 @@ from traffic_client import use
 from traffic_damage import Damage, counted, met
 from traffic_faults import FAULTS, SlowLink, Strike, object_store
 from traffic_memory import MemoryWatch, Samples, by_minute, early_and_late, growth
+from traffic_redis import OwnRedis
 
 from xkv_artifacts.store import ArtifactStore
 
@@ -66,13 +70,14 @@ def main() -> None:
         asyncio.run(use(arguments.client, plan, answers, arguments.seconds, arguments.rate, arguments.seed))
         return
     report = Report("traffic", command(), "the model alone, with the same cache")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, disk, redis = Path(name), None, None
         if arguments.fault == "slow-disk":
-            with object_store(folder) as disk:
-                row, held, struck = _measure(folder, "s3://traffic/store", disk, arguments)
-        else:
-            row, held, struck = _measure(folder, str(folder / "store"), None, arguments)
+            disk = stack.enter_context(object_store(folder))
+        if arguments.fault == "redis-away":
+            redis = OwnRedis(folder / "redis")
+            stack.callback(redis.kill)
+        row, held, struck = _measure(folder, disk, redis, arguments)
     report.add(**row)
     grown = growth(held)
     print("\n" + table(grown))
@@ -103,18 +108,20 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(
-    folder: Path, store: str, disk: SlowLink | None, arguments: argparse.Namespace
+    folder: Path, disk: SlowLink | None, redis: OwnRedis | None, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Samples, dict[str, Any]]:
     from served import Server
 
     documents = _documents(folder, arguments)
+    store = str(folder / "store") if disk is None else "s3://traffic/store"
+    place = ["--store", store, *([] if redis is None else ["--redis", redis.url])]
     command = [sys.executable, "-m", "xkv_cli", "precompute", "--docs", folder / "corpus", "--ratio", "8"]
-    subprocess.run([*command, "--store", store], check=True)
+    subprocess.run([*command, *place], check=True)
     (folder / "plan.json").write_text(json.dumps(documents))
     sizes = ["--prefix-memory", arguments.prefix_memory, "--tail-memory", arguments.tail_memory]
     damage, counts = Damage(folder / "store"), dict[str, float]()
     sizes += ["--stored-tails", arguments.stored_tails]
-    server = Server(folder, "--store", store, *sizes, "--queue-timeout", arguments.queue_timeout)
+    server = Server(folder, *place, *sizes, "--queue-timeout", arguments.queue_timeout)
     try:
         memory = MemoryWatch(server.process.pid)
         strike = Strike(
@@ -123,14 +130,18 @@ def _measure(
             store=folder / "store",
             log=server.log,
             disk=disk,
+            redis=redis,
             damage=damage,
         )
         fault = threading.Timer(arguments.seconds / 3, strike.now)
         fault.start()
         words = ["--client", server.url, "--plan", folder / "plan.json", "--answers", folder / "answers.json"]
         options = ["--seconds", arguments.seconds, "--rate", arguments.rate, "--seed", arguments.seed]
-        subprocess.run([sys.executable, __file__, *map(str, [*words, *options])], check=True)
-        fault.join()
+        try:
+            subprocess.run([sys.executable, __file__, *map(str, [*words, *options])], check=True)
+        finally:
+            fault.cancel()
+            fault.join()
         held = memory.end()
         struck = strike.proof()
         if damage.ids:
@@ -140,7 +151,9 @@ def _measure(
     answers = json.loads((folder / "answers.json").read_text())
     if disk is not None:
         disk.bytes_s = None
-    with ArtifactStore.open(store) as opened:
+    if redis is not None:
+        struck |= redis.seen_by(answers)
+    with ArtifactStore.open(store, redis and redis.url) as opened:
         checked = {} if arguments.unchecked else check(answers, opened)
     if damage.ids:
         checked |= {**met(answers), **counts}

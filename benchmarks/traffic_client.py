@@ -69,11 +69,12 @@ async def _bad(client: Any, model: str, dice: random.Random) -> dict[str, Any]:
 
 
 async def _request(client: Any, model: str, messages: list[dict[str, str]], *, leave: bool) -> dict[str, Any]:
-    """One request and how it ended: answered, left, error (a clean one), hang, or broken."""
+    """One request, when it began (by the machine's monotonic clock), and how it ended: answered, left, error
+    (a clean one), hang, or broken."""
     import openai
 
     began, first, text, last, pieces = time.monotonic(), None, "", None, 0
-    found: dict[str, Any] = {"messages": messages}
+    found: dict[str, Any] = {"messages": messages, "began": began}
     try:
         stream = await client.chat.completions.create(
             model=model,

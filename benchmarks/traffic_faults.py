@@ -21,8 +21,12 @@ import psutil
 
 if TYPE_CHECKING:
     from traffic_damage import Damage
+    from traffic_redis import OwnRedis
 
-FAULTS = ("none", "kill-replica", "kill-redis", "empty-redis", "corrupt", "missing", "slow-disk")
+FAULTS = (
+    *("none", "kill-replica", "kill-redis", "empty-redis", "redis-away"),
+    *("corrupt", "missing", "slow-disk"),
+)
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 _PATIENCE_S = 60.0
@@ -34,18 +38,28 @@ class Strike:
 
     Args:
         server: the process. store: its folder. log: of the server.
-        disk: the way to its blobs, where they are in an object store. damage: of some of its blobs.
+        disk: the way to its blobs, where they are in an object store. redis: where it is not embedded.
+        damage: of some of its blobs.
     """
 
     def __init__(
-        self, fault: str, *, server: int, store: Path, log: Path, disk: SlowLink | None, damage: Damage
+        self,
+        fault: str,
+        *,
+        server: int,
+        store: Path,
+        log: Path,
+        disk: SlowLink | None,
+        redis: OwnRedis | None,
+        damage: Damage,
     ) -> None:
         self.fault = fault
-        self._server, self._store, self._log, self._disk, self._damage = server, store, log, disk, damage
+        self._server, self._store, self._log = server, store, log
+        self._disk, self._redis, self._damage = disk, redis, damage
         self._did: dict[str, Any] = {}
 
     def now(self) -> None:
-        """Do it."""
+        """Do it; what goes away is waited for until it is back."""
         if self.fault in ("corrupt", "missing"):
             self._damage.strike(missing=self.fault == "missing")
             self._did["lost_blobs"] = list(self._damage.ids)
@@ -57,6 +71,8 @@ class Strike:
             # Before it dies: the server has it back within moments, and it would read them.
             self._did["deleted"] = _delete_saved(self._store)
             self._did["killed_redis"] = _kill(_redis(self._store))
+        elif self.fault == "redis-away" and self._redis is not None:
+            self._did = self._redis.go_away()
         elif self.fault == "slow-disk" and self._disk is not None:
             self._disk.bytes_s = self._did["bytes_s"] = _SLOW_BYTES_S
 
@@ -83,6 +99,8 @@ class Strike:
         if self.fault in ("kill-redis", "empty-redis"):
             back = self._wait(lambda: [one.pid for one in _redis(self._store)])
             return {"redis_after": back, "said": self._wait(self._said)}
+        if self._redis is not None:
+            return {"keys_after": self._redis.keys()}
         return {"slow_bytes": self._disk.slow_bytes} if self._disk is not None else {}
 
     def _replicas(self) -> list[psutil.Process]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from artifact_samples import sample
 
 from benchmarks.traffic_damage import Damage, met
 from benchmarks.traffic_faults import Strike
 from benchmarks.traffic_memory import by_minute, early_and_late, growth
+from benchmarks.traffic_redis import OwnRedis
 from xkv_artifacts.errors import CorruptArtifact, MissingBlob
 from xkv_artifacts.store import ArtifactStore
 
@@ -72,10 +75,12 @@ def test_who_met_damage_was_told_so() -> None:
     assert met(answers) == {"met_damage": 2, "met_and_right": 1}
 
 
-def strike(fault: str, folder: Path) -> Strike:
+def strike(fault: str, folder: Path, redis: OwnRedis | None = None) -> Strike:
     """Of a server that is this process."""
     store, log = folder / "store", folder / "serve.log"
-    return Strike(fault, server=os.getpid(), store=store, log=log, disk=None, damage=Damage(store))
+    return Strike(
+        fault, server=os.getpid(), store=store, log=log, disk=None, redis=redis, damage=Damage(store)
+    )
 
 
 def test_a_redis_that_is_emptied_comes_back_empty(tmp_path: Path) -> None:
@@ -95,7 +100,51 @@ def test_a_redis_that_is_emptied_comes_back_empty(tmp_path: Path) -> None:
     assert "3 prefixes are listed again" in struck["said"][-1]
 
 
-@pytest.mark.parametrize("fault", ["kill-replica", "kill-redis", "empty-redis", "slow-disk"])
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
+    redis = OwnRedis(tmp_path / "redis", away_s=0.5)
+    yield redis
+    redis.kill()
+
+
+def test_a_redis_that_went_away_comes_back_with_its_data(tmp_path: Path, own_redis: OwnRedis) -> None:
+    with ArtifactStore.open(str(tmp_path / "store"), own_redis.url) as store:
+        made = store.publish(*sample(range(40), uri="0.txt")).id
+        away = strike("redis-away", tmp_path, own_redis)
+        away.now()
+        struck = away.proof()
+        assert psutil.pid_exists(struck["redis_after"][0])
+        assert not psutil.pid_exists(struck["killed_redis"][0])
+        assert struck["away_s"] >= 0.5
+        assert struck["keys_before"] == struck["keys_after"] > 0
+        assert [one.id for one in store.entries()] == [made]
+
+
+def test_who_was_answered_while_redis_was_away(own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(began: float, seconds: float, artifact: str | None, reason: str | None) -> dict[str, Any]:
+        xkv = {"artifact": artifact, "miss": reason and {"reason": reason}}
+        return {"end": "answered", "began": began, "seconds": seconds, "first_token_s": 0.5, "xkv": xkv}
+
+    monkeypatch.setattr(own_redis, "_span", (100.0, 120.0))
+    answers = [
+        answer(99.0, 2.0, "a", None),  # begun before
+        answer(101.0, 2.0, None, "unavailable"),
+        answer(102.0, 2.0, "a", "unavailable"),
+        answer(103.0, 2.0, None, None),
+        answer(119.0, 2.0, None, "unavailable"),  # it ended later
+        answer(121.0, 2.0, "a", "unavailable"),  # no hit: a conversation that was in memory
+        {"end": "error", "began": 110.0, "seconds": 1.0},
+        {"end": "refused", "seconds": 1.0},
+    ]
+    seen = {"served_away": 3, "misses_away": {"unavailable": 2}, "first_hit_s": None}
+    assert own_redis.seen_by(answers) == seen
+    late = [answer(124.0, 2.0, "a", None), answer(123.0, 9.0, "a", None)]
+    assert own_redis.seen_by([*answers, *late]) == seen | {"first_hit_s": 3.5}
+    with pytest.raises(RuntimeError, match="nobody was answered"):
+        own_redis.seen_by([answers[0], *answers[4:]])
+
+
+@pytest.mark.parametrize("fault", ["kill-replica", "kill-redis", "empty-redis", "redis-away", "slow-disk"])
 def test_a_fault_that_did_not_happen_is_an_error(fault: str, tmp_path: Path) -> None:
     with ArtifactStore.open(str(tmp_path / "store")):
         pass  # nobody is left to be killed, and nothing is stored

@@ -1,0 +1,100 @@
+"""A Redis of the benchmark's own, as operators run one: it goes away for a while and comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.local_server import free_port
+from xkv_artifacts.embedded import server_binary
+from xkv_artifacts.redis_link import RedisLink
+
+AWAY_S = 20.0
+
+
+class OwnRedis:
+    """A redis-server on a port of this machine, which appends each change to a file.
+
+    Args:
+        folder: for its data; must not exist. away_s: seconds, when it goes away.
+
+    Raises:
+        CatalogUnavailable: it does not start.
+    """
+
+    def __init__(self, folder: Path, *, away_s: float = AWAY_S) -> None:
+        folder.mkdir()
+        self._folder, self._port, self._away_s = folder, free_port(), away_s
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._span = (0.0, 0.0)
+        self._process = self._start()
+
+    def keys(self) -> int:
+        """How many it has.
+
+        Raises:
+            CatalogUnavailable: it does not answer.
+        """
+        link = RedisLink(self.url)
+        try:
+            return int(link.call(lambda client: client.dbsize()))
+        finally:
+            link.close()
+
+    def go_away(self) -> dict[str, Any]:
+        """SIGKILL, nothing for a while, then the same port and data again: what happened.
+
+        Raises:
+            CatalogUnavailable: it does not come back.
+        """
+        found = {"killed_redis": [self._process.pid], "keys_before": self.keys()}
+        self.kill()
+        gone = time.monotonic()
+        time.sleep(self._away_s)
+        self._process = self._start()
+        self._span = (gone, time.monotonic())
+        return {**found, "redis_after": [self._process.pid], "away_s": self._span[1] - gone}
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def seen_by(self, answers: Sequence[Any]) -> dict[str, Any]:
+        """What users saw of it: answers that began and ended while it was away, and why they missed; and how
+        long after its return the first token of a hit came, None where there was none.
+
+        Args:
+            answers: of `traffic_client`, a process of this machine: they have the same clock.
+
+        Raises:
+            RuntimeError: nobody was answered while it was away.
+        """
+        gone, back = self._span
+        whole = [one for one in answers if one["end"] == "answered"]
+        served = [one for one in whole if gone <= one["began"] and one["began"] + one["seconds"] <= back]
+        if not served:
+            raise RuntimeError("nobody was answered while Redis was away: more --seconds, or a higher --rate")
+        hits = [one for one in whole if one["began"] >= back and one["xkv"]["artifact"] is not None]
+        firsts = [one["began"] + one["first_token_s"] - back for one in hits if not one["xkv"]["miss"]]
+        reasons = Counter(one["xkv"]["miss"]["reason"] for one in served if one["xkv"]["miss"])
+        return {
+            "served_away": len(served),
+            "misses_away": dict(reasons),
+            "first_hit_s": min(firsts, default=None),
+        }
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        words = ["--bind", "127.0.0.1", "--port", str(self._port), "--appendonly", "yes", "--save", ""]
+        process = subprocess.Popen([server_binary(), *words], cwd=self._folder, stdout=subprocess.DEVNULL)
+        try:
+            self.keys()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return process
