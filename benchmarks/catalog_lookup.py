@@ -28,12 +28,14 @@ from report import Report
 
 from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.embedded import server_binary
-from xkv_artifacts.entry import Entry
+from xkv_artifacts.entry import Entry, spec_digest
 from xkv_artifacts.keys import BLOCK_TOKENS, artifact_id
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.redis_link import RedisLink
+from xkv_service.spec import CompressionSpec
 
 FINGERPRINT = "a" * 64
+SPEC = spec_digest(CompressionSpec().canonical())
 SYSTEM_PROMPTS = 20
 LONG_ARTIFACTS = 50
 CHECKED = 200
@@ -95,6 +97,8 @@ def entry(identity: str, namespace: str, tokens: int) -> Entry:
         document="bench",
         document_sha256="0" * 64,
         fidelity=1.0,
+        kl=0.001,
+        spec=SPEC,
         ratio=8.0,
         created=0.0,
         last_used=0.0,

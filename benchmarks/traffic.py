@@ -18,6 +18,11 @@ little memory: then these leave, and are asked for again.
 
 What a fault did, and what was seen of it, is in the file as "struck"; one that did not happen is an error.
 
+More than a server can do, with a limit on how long requests wait to be begun:
+
+    python benchmarks/traffic.py --prefix-memory 6MiB --queue-timeout 60s \
+        --out benchmarks/results/traffic_overload.json
+
 Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
 
     python benchmarks/traffic.py --seconds 900 --rate 0.6 --longest 1200 --prefix-memory 6MiB \\
@@ -88,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prefix-memory", default="24MiB", help="of the server, as its options below")
     parser.add_argument("--tail-memory", default="128MiB")
     parser.add_argument("--stored-tails", default="4GiB")
+    parser.add_argument("--queue-timeout", default="5m")
     parser.add_argument("--unchecked", action="store_true", help="do not compare the answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--client", help=argparse.SUPPRESS)
@@ -107,7 +113,8 @@ def _measure(
     (folder / "plan.json").write_text(json.dumps(documents))
     sizes = ["--prefix-memory", arguments.prefix_memory, "--tail-memory", arguments.tail_memory]
     damage, counts = Damage(folder / "store"), dict[str, float]()
-    server = Server(folder, "--store", store, *sizes, "--stored-tails", arguments.stored_tails)
+    sizes += ["--stored-tails", arguments.stored_tails]
+    server = Server(folder, "--store", store, *sizes, "--queue-timeout", arguments.queue_timeout)
     try:
         memory = MemoryWatch(server.process.pid)
         strike = Strike(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from xkv_artifacts import damage_board, entry_scripts
 from xkv_artifacts.calibration_entry import CALIBRATION_KEY, CALIBRATIONS_KEY, CalibrationEntry
-from xkv_artifacts.entry import Entry
+from xkv_artifacts.entry import Entry, spec_digest, spec_text
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.lease import Lease
 from xkv_artifacts.limits import UNLIMITED, Quota
@@ -36,6 +36,7 @@ READERS_KEY = STORE_KEYS + "readers:{id}"  # sorted set: who reads the blob now,
 DELETED_KEY = STORE_KEYS + "deleted:{id}"  # string: set when it was deleted or collected, for DELETED_S
 CHANGING_KEY = STORE_KEYS + "changing:{id}"  # string: who changes its pin or time to live now
 RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
+SPECS_KEY = STORE_KEYS + "specs"  # hash: digest -> a compression spec as JSON
 BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
 
 COLLECTING_S: Final = 60.0
@@ -44,6 +45,8 @@ DELETED_S: Final = 3600
 """Seconds for which it is known that an artifact was deleted: longer than anybody takes from reading a blob
 to listing it.
 """
+MOST_SPECS: Final = 4096
+"""More are not kept: what has one of the others is not made again by itself where its blob is lost."""
 Reason = Literal["expired", "quota", "budget"]
 Listed = Literal["pinned", "listed", "ended", "unlisted"]
 
@@ -99,6 +102,14 @@ class Catalog:
         more_keys = [*prefixes, self.namespaces.indexed_key]
         return bool(self._change(entry_scripts.PUBLISH, entry.id, texts, more_keys=more_keys))
 
+    def keep_spec(self, spec: Mapping[str, Any]) -> None:
+        """Keep what the `spec` of an entry stands for, for whoever has to make a lost artifact again.
+
+        A few specs make all artifacts of a store, and a text in each entry would cost more than the entry.
+        """
+        texts = [spec_digest(spec), spec_text(spec), str(MOST_SPECS)]
+        self.link.script(entry_scripts.KEEP_SPEC, [self._key(SPECS_KEY)], texts)
+
     def get(self, artifact_id: str) -> Entry | None:
         """The entry of an artifact, or None.
 
@@ -151,9 +162,9 @@ class Catalog:
             nothing is noted then.
         """
         bounds = [str(damage_board.KEEP_S), str(damage_board.MOST_NOTES)]
-        board = self._key(damage_board.DAMAGED_KEY)
+        more_keys = [self._key(damage_board.DAMAGED_KEY), self._key(SPECS_KEY)]
         texts = [damage_board.MISSING, *bounds]
-        answer = self._change(entry_scripts.MISS, artifact_id, texts, more_keys=[board], patience_s=0)
+        answer = self._change(entry_scripts.MISS, artifact_id, texts, more_keys=more_keys, patience_s=0)
         match answer:
             case [bytes(pinned), bytes(expires)]:
                 return _promised(pinned, expires)
@@ -271,7 +282,7 @@ class Catalog:
     def clear(self) -> None:
         """Forget all entries, calibrations and the prefix index (leases and rates stay)."""
         entries = (ENTRY_KEY, RECENCY_KEY, CALIBRATION_KEY, CALIBRATIONS_KEY)
-        index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, BUILT_KEY)
+        index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, SPECS_KEY, BUILT_KEY)
         for pattern in (*entries, *index, INDEXED_KEY):  # that one last: without it the others are made again
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 

@@ -1,26 +1,29 @@
 """Prefixes whose blobs were found damaged or missing, for whoever can make them again.
 
 Who finds that may not have what it takes: the prefix's tokens. When a catalog is made again there is no
-prompt at all. So it is noted here, with the manifest where the blob's header was whole, and whoever meets
-a prompt that holds the prefix takes the note. Notes are advice: an artifact's id says what it is made from.
+prompt at all. So it is noted here, with what it was made from where the blob's header or the catalog says so,
+and whoever meets a prompt that holds the prefix takes the note. Notes are advice: an artifact's id says what
+it is made from.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Json, ValidationError
 
 from xkv_artifacts.errors import CatalogError
 from xkv_artifacts.keys import is_artifact_id
 from xkv_artifacts.listing import STORE_KEYS
-from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.manifest import Count, Name, Sha256
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.redis_link import RedisLink
 
-DAMAGED_KEY: Final = STORE_KEYS + "damaged"  # hash: artifact id -> its manifest as JSON, MISSING, or nothing
+DAMAGED_KEY: Final = STORE_KEYS + "damaged"  # hash: artifact id -> _Noted as JSON, MISSING, or nothing
 KEEP_S: Final = 7 * 86_400
 """Seconds after the last note: what nobody asked for in a week is not made again."""
 MOST_NOTES: Final = 256
@@ -28,7 +31,7 @@ MOST_NOTES: Final = 256
 MISSING: Final = "missing"
 _log = logging.getLogger(__name__)
 
-# A manifest that was known stays.
+# What it was made from stays, where that was known.
 NOTE: Final = """
 local function note(board, id, text, keep_s, most)
   local known = redis.pcall('HGET', board, id)
@@ -45,12 +48,23 @@ _NOTE = NOTE + "return note(KEYS[1], unpack(ARGV))"
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of an artifact that cannot be read: its manifest, or None; whether its blob is missing or
-    damaged.
+    """What is known of an artifact that cannot be read: what it was made from, or None; whether its blob is
+    missing or damaged.
     """
 
-    manifest: PrefixManifest | None = None
+    origin: Origin | None = None
     missing: bool = False
+
+
+class _Noted(BaseModel):
+    """A note with an origin, as Redis keeps it; a script makes it of an entry's fields."""
+
+    missing: bool
+    namespace: Name
+    spec: Json[dict[str, Any]]
+    tokens: Count
+    document: Name
+    document_sha256: Sha256
 
 
 class DamageBoard:
@@ -93,19 +107,21 @@ class DamageBoard:
 
 
 def _text(note: Note) -> str:
-    if note.manifest is not None:
-        return note.manifest.model_copy(update={"tensors": {}}).model_dump_json()
-    return MISSING if note.missing else ""
+    made = note.origin
+    if made is None:
+        return MISSING if note.missing else ""
+    spec = json.dumps(made.spec)
+    fields = {"missing": note.missing, "namespace": made.namespace, "spec": spec, "tokens": made.tokens}
+    return json.dumps({**fields, "document": made.name, "document_sha256": made.sha256})
 
 
 def _note(artifact_id: str, text: bytes) -> Note:
     if not text or text == MISSING.encode():
         return Note(missing=bool(text))
     try:
-        manifest = PrefixManifest.model_validate_json(text)
+        said = _Noted.model_validate_json(text)
     except ValidationError:
-        manifest = None
-    if manifest is None or manifest.id != artifact_id:
         _log.warning("what is noted of the damaged artifact %s cannot be read", artifact_id)
         return Note()
-    return Note(manifest)
+    origin = Origin(said.namespace, said.spec, said.tokens, said.document, said.document_sha256)
+    return Note(origin, said.missing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -66,6 +68,7 @@ class Entry(HashEntry):
         fidelity: top-1 agreement with the exact cache, 0 to 1.
         kl: divergence from it (nats); None in entries of before. kl_limit: as the manifest has it.
         calibration: id of the one that the artifact was made with, None without.
+        spec: digest of how it was compressed; see `Catalog.keep_spec`. None in entries of before.
         ratio: bytes_full / bytes.
         created, last_used: seconds since the epoch.
         pinned, expires: as the artifact's retention file says; see `retention`.
@@ -87,6 +90,7 @@ class Entry(HashEntry):
     kl: float | None = Field(default=None, ge=0)
     kl_limit: float | None = Field(default=None, ge=0)
     calibration: Sha256 | None = None
+    spec: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
     ratio: float = Field(ge=0)
     created: float
     last_used: float
@@ -113,6 +117,7 @@ class Entry(HashEntry):
             kl=manifest.fidelity.kl,
             kl_limit=manifest.fidelity.kl_limit,
             calibration=_calibration(manifest.spec),
+            spec=spec_digest(manifest.spec),
             ratio=manifest.bytes_full / size,
             created=manifest.created.timestamp(),
             last_used=last_used,
@@ -125,6 +130,16 @@ def _calibration(spec: Mapping[str, Any]) -> str | None:
     """A blob's spec may say anything."""
     found = spec.get("calibration")
     return found if isinstance(found, str) and is_artifact_id(found) else None
+
+
+def spec_text(spec: Mapping[str, Any]) -> str:
+    """A compression spec as the catalog keeps it."""
+    return json.dumps(spec, separators=(",", ":"))
+
+
+def spec_digest(spec: Mapping[str, Any]) -> str:
+    """Its name there: 16 hex digits."""
+    return hashlib.sha256(spec_text(spec).encode()).hexdigest()[:16]
 
 
 def bad_entry(artifact_id: str, reason: str) -> CatalogError:

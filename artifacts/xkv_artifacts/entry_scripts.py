@@ -117,20 +117,31 @@ return drop()
 # Drops an entry whose blob is gone. Notes it, and answers its pin and its end, where nobody deleted the
 # artifact and its time is not over; else answers nothing. Whoever deletes drops the entry before the blob; so
 # what is listed here was not deleted, unless somebody who had read the blob before listed it again: that it
-# was deleted is kept. KEYS go on: damaged. ARGV: the note, seconds to keep it, most notes.
+# was deleted is kept. KEYS go on: damaged, specs. ARGV: the note where it is not known how it was compressed,
+# seconds to keep it, most notes.
 MISS: Final = (
     _PRELUDE
     + NOTE
     + """
 local ends = redis.call('ZSCORE', EXPIRY, id)
 local over = ends and tonumber(ends) <= seconds() or redis.call('EXISTS', DELETED) == 1
-local promised = entry('pinned', 'expires')
+local promised, text = entry('pinned', 'expires'), ARGV[3]
 local answer = {promised[1] or '', promised[2] or ''}
+local names, said = {'namespace', 'tokens', 'document', 'document_sha256'}, {missing = true}
+for place, value in ipairs(entry(unpack(names))) do said[names[place]] = value or '' end
+said.spec = redis.pcall('HGET', KEYS[9], entry('spec')[1] or '')
+if type(said.spec) == 'string' then text = cjson.encode(said) end
 if drop() == 0 or over then return {} end
-note(KEYS[8], id, ARGV[3], ARGV[4], ARGV[5])
+note(KEYS[8], id, text, ARGV[4], ARGV[5])
 return answer
 """
 )
+
+# KEYS: specs. ARGV: digest, text, most specs.
+KEEP_SPEC: Final = """
+if redis.call('HLEN', KEYS[1]) < tonumber(ARGV[3]) then redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) end
+return 1
+"""
 
 TOUCH: Final = _PRELUDE + "touch(seconds())"
 

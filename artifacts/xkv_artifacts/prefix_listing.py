@@ -42,6 +42,7 @@ class PrefixListing:
         retention = self._retention.get(artifact_id) if known else NO_PROMISE
         size, used = self._blobs.size(artifact_id), manifest.created.timestamp()
         entry = Entry.of_manifest(manifest, size=size, last_used=used, retention=retention)
+        self._catalog.keep_spec(manifest.spec)
         self._catalog.publish(entry, tokens)
         return entry
 

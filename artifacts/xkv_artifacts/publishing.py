@@ -54,6 +54,7 @@ class Publisher:
         retention, now = self._promises.current(manifest.id)
         size = self._blobs.size(manifest.id)
         entry = Entry.of_manifest(manifest, size=size, last_used=now, retention=retention)
+        self._catalog.keep_spec(manifest.spec)
         while not self._catalog.publish(entry, tokens, quota):
             try:
                 self._collector.make_room(entry.namespace, quota, size, entry.id)

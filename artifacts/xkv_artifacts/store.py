@@ -33,6 +33,7 @@ from xkv_artifacts.limits import Limits, limits_of_store
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.missing_blobs import MissingBlobs
 from xkv_artifacts.namespace_index import Usage
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.prefix_listing import PrefixListing
 from xkv_artifacts.prefix_lookup import OnLost, PrefixLookup
@@ -562,4 +563,5 @@ class ArtifactStore:
         with suppress(CatalogUnavailable, CatalogError, StoreError):
             retention, now = self.promised(artifact_id)
             if not retention.over(now):
-                self.damaged.note(artifact_id, Note(manifest))
+                origin = None if manifest is None else Origin.of_manifest(manifest)
+                self.damaged.note(artifact_id, Note(origin))

@@ -154,7 +154,7 @@ def complain(message: str, hint: str = "") -> None:
 def entry_fields(entry: Entry, verdict: Verdict | None) -> dict[str, Any]:
     """An artifact in the catalog and what is said of its fidelity, as plain JSON values."""
     low, limit = (None, entry.kl_limit) if verdict is None else (verdict.low, verdict.limit)
-    return {**entry.model_dump(mode="json"), "low": low, "kl_limit": limit}
+    return {**entry.model_dump(mode="json", exclude={"spec"}), "low": low, "kl_limit": limit}
 
 
 def entries(found: Sequence[Entry], low: Collection[str] = (), missing: Collection[str] = ()) -> None:

@@ -88,6 +88,14 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     "--max-running", type=int, default=16, show_default=True, metavar="N", help="Answers at once per replica."
 )
 @click.option(
+    "--queue-timeout",
+    "queue_timeout_s",
+    type=TimeType(),
+    default="5m",
+    show_default=True,
+    help="How long a request may wait to be begun before it ends with 503; 0: as long as an answer may take.",
+)
+@click.option(
     "--prefix-memory",
     "prefix_bytes",
     type=SizeType(),
@@ -188,7 +196,7 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
-    api = {"min_fidelity": options.pop("min_fidelity"), "open_network": options.pop("open_network")}
+    api = {name: options.pop(name) for name in ("queue_timeout_s", "min_fidelity", "open_network")}
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)
         request = ServeRequest(

@@ -13,7 +13,7 @@ from artifact_samples import sample
 from renewal import RENEWED_S, wait_for_renewal
 
 from xkv_artifacts.catalog import ENTRY_KEY, LEASE_KEY, RATES_KEY, RECENCY_KEY, Catalog
-from xkv_artifacts.entry import Entry
+from xkv_artifacts.entry import Entry, spec_digest, spec_text
 from xkv_artifacts.errors import CatalogError
 from xkv_artifacts.keys import token_bytes
 
@@ -190,3 +190,13 @@ def test_a_lease_that_was_taken_over_says_so(catalog: Catalog) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert catalog.lease_owner("a" * 64) == "two"
+
+
+def test_specs_are_kept_once_and_bounded(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkv_artifacts.catalog.MOST_SPECS", 2)
+    for ratio in (8.0, 8.0, 20.0, 32.0):
+        catalog.keep_spec({"ratio": ratio})
+    kept = catalog.link.call(lambda client: client.hgetall(f"xkv:1:{catalog.store_id}:specs"))
+    assert kept == {
+        spec_digest({"ratio": ratio}).encode(): spec_text({"ratio": ratio}).encode() for ratio in (8.0, 20.0)
+    }

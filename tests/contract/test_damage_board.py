@@ -17,6 +17,7 @@ from xkv_artifacts.checked_file import open_header
 from xkv_artifacts.damage_board import DAMAGED_KEY, Note
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.store import ArtifactStore
 
 
@@ -50,7 +51,7 @@ def test_damage_that_is_found_without_its_tokens_is_noted(store: ArtifactStore, 
     made = store.publish(*sample())
     damage(store, made.id, part)
     FOUND[how](store, made.id)
-    noted = Note(made.model_copy(update={"tensors": {}}) if part == "tokens" else None)
+    noted = Note(Origin.of_manifest(made) if part == "tokens" else None)
     assert store.damaged.all() == {made.id: noted}
     assert store.damaged.get(made.id) == noted
     assert store.damaged.take(made.id) and not store.damaged.take(made.id)
@@ -89,11 +90,14 @@ def test_notes_are_bounded_in_number_and_age(store: ArtifactStore, monkeypatch: 
     assert store.damaged.all() == {}
 
 
-def test_a_manifest_that_is_known_stays(store: ArtifactStore) -> None:
+def test_what_it_was_made_from_stays_once_it_is_known(store: ArtifactStore) -> None:
     manifest, _ = sample()
-    for note in (Note(missing=True), Note(manifest), Note(), Note(missing=True)):
+    origin = Origin.of_manifest(manifest)
+    for note in (Note(missing=True), Note(origin), Note(), Note(missing=True)):
         store.damaged.note(manifest.id, note)
-    assert store.damaged.get(manifest.id) == Note(manifest)
+    assert store.damaged.get(manifest.id) == Note(origin)
+    store.damaged.note(manifest.id, Note(origin, missing=True))
+    assert store.damaged.get(manifest.id) == Note(origin, missing=True)
 
 
 def test_what_redis_says_is_not_believed(store: ArtifactStore) -> None:

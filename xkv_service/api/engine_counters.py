@@ -29,6 +29,7 @@ _RUNNING = {
     **{f"miss_{reason}": f"Requests begun with the miss {reason}" for reason in _FAILURES},
     "ended_finished": "Requests whose answer is whole",
     "ended_cancelled": "Requests whose client left",
+    "ended_queue_timeout": "Requests that waited too long to be begun",
     "ended_timeout": "Requests that took too long",
     "ended_failed": "Requests that failed",
     "ended_abandoned": "Requests that the end of the engine broke off",

@@ -102,8 +102,8 @@ def of_failure(failed: Failed) -> APIError:
     message = f"{failed.message} ({failed.hint})" if failed.hint else failed.message
     if failed.kind == "invalid":
         return APIError(400, message)
-    if failed.kind == "overloaded":
-        return APIError(503, message, code="overloaded", retry_after_s=failed.retry_after_s or RETRY_S)
+    if failed.kind in ("overloaded", "queue_timeout"):
+        return APIError(503, message, code=failed.kind, retry_after_s=failed.retry_after_s or RETRY_S)
     if failed.kind == "timeout":
         return APIError(504, message, code="timeout")
     return APIError(500, message, code="internal_error")

@@ -22,7 +22,15 @@ from xkv_service.api.errors import RETRY_S, APIError, of_failure
 from xkv_service.api.formats import Format
 from xkv_service.api.request_log import CLIENT_LEFT
 from xkv_service.api.traffic import Traffic
-from xkv_service.engine.messages import Delta, Event, Failed, Finished, GenerationRequest, Started
+from xkv_service.engine.messages import (
+    Delta,
+    Event,
+    Failed,
+    FailureKind,
+    Finished,
+    GenerationRequest,
+    Started,
+)
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
@@ -45,6 +53,7 @@ class Outcome:
     gaps_s: list[float] = field(default_factory=list)
     generated: int = 0
     finish: str = "cancelled"
+    failed: FailureKind | None = None
     _last: float = 0.0
 
     def note(self, event: Event) -> None:
@@ -62,7 +71,7 @@ class Outcome:
         elif isinstance(event, Finished):
             self.finish, self.generated = event.finish, event.generated_tokens
         else:
-            self.finish = f"failed: {event.kind}"
+            self.finish, self.failed = f"failed: {event.kind}", event.kind
 
     def fields(self) -> dict[str, Any]:
         """For the log."""

@@ -91,6 +91,7 @@ async def _answer(
             prefix_id=body.prefix_id,
             top_logprobs=body.top_count,
             timeout_s=server.settings.request_timeout_s,
+            queue_timeout_s=server.settings.queue_timeout_s,
             streamed=body.stream,
         )
         return GenerationResponse(

@@ -25,6 +25,7 @@ from xkv_artifacts.errors import (
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.keys import token_bytes
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.prefix_lookup import OnLost
 from xkv_artifacts.reports import Match
@@ -34,7 +35,7 @@ from xkv_service.api.errors import APIError
 from xkv_service.api.remaker import Remaker
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.breaker import Breaker
-from xkv_service.engine.messages import Miss, Origin, PrefixMatch
+from xkv_service.engine.messages import Miss, PrefixMatch
 
 Found = tuple[PrefixMatch | None, Miss | None]
 Result = TypeVar("Result")
@@ -60,13 +61,7 @@ class _Facts:
     def of(cls, manifest: PrefixManifest) -> _Facts:
         return cls(
             manifest.model.fingerprint,
-            Origin(
-                manifest.namespace,
-                manifest.spec,
-                manifest.tokens,
-                manifest.document.uri,
-                manifest.document.sha256,
-            ),
+            Origin.of_manifest(manifest),
             bool(manifest.windows or manifest.states),
             manifest.fidelity.top1_agreement,
         )
@@ -180,11 +175,9 @@ class PrefixFinder:
             self._remaker.ask(artifact_id, origin, prompt, fault, missing=miss.reason == "missing")
 
     def _origin(self, artifact_id: str, note: Note) -> Origin | None:
-        """What a lost artifact was made from: as it was read before, or as its manifest says."""
+        """What a lost artifact was made from: as it was read before, or as it is noted."""
         facts = self._facts.get(artifact_id)
-        if facts is None and note.manifest is not None:
-            facts = _Facts.of(note.manifest)
-        return None if facts is None else facts.origin
+        return note.origin if facts is None else facts.origin
 
     def _best(self, prompt: array[int], namespace: str, on_lost: OnLost) -> Found:
         found = self._longest(prompt, namespace, on_lost)

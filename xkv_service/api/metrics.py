@@ -46,6 +46,9 @@ class Metrics:
         self.queued = histogram(
             "queue", "From submission until a prompt is begun, for a replica too", _TTFT_S
         )
+        self.queue_timeouts = counter(
+            "queue_timeouts", "Requests that waited too long to be begun, for a replica too"
+        )
         self.loading = histogram("load", "Spent waiting for factors, of requests that did", _TTFT_S)
         self.lookup = histogram("lookup", "Until the catalog answered", _GAP_S)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")

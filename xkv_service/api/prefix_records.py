@@ -90,8 +90,8 @@ class PrefixRecords:
     def _forget_note(self, namespaces: Sequence[str], prefix_id: str) -> bool:
         """What was deleted is not made again, though it was damaged or missing before; whether it was."""
         noted = self._store.damaged.get(prefix_id)
-        manifest = None if noted is None else noted.manifest
-        if manifest is None or manifest.namespace in namespaces:
+        origin = None if noted is None else noted.origin
+        if origin is None or origin.namespace in namespaces:
             return self._store.damaged.take(prefix_id)
         return False
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from xkv_artifacts.errors import XKVError
 from xkv_artifacts.keys import artifact_id
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.backend import NewPrefix
-from xkv_service.engine.messages import Origin
 from xkv_service.spec import CompressionSpec
 
 LATE_S = 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from xkv_artifacts.keys import check_namespace
@@ -15,6 +16,8 @@ class APISettings:
     Args:
         max_body_bytes: larger request bodies are refused (413). body_timeout_s: for a body to arrive (408).
         request_timeout_s: from a request to the end of its answer (504).
+        queue_timeout_s: for a replica with room, and there again until the prompt is begun (503); 0: as long
+            as `request_timeout_s`.
         max_answer_tokens: longest answer, and of a chat that asks for none in particular.
         min_match_tokens: stored prefixes that share fewer tokens with a prompt are not used.
         min_fidelity: top-1 agreement below which artifacts are not used; 0 uses all that were published.
@@ -30,6 +33,7 @@ class APISettings:
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
+    queue_timeout_s: float = 300.0
     max_answer_tokens: int = 4096
     min_match_tokens: int = 64
     min_fidelity: float = 0.9
@@ -46,5 +50,10 @@ class APISettings:
         ):
             if not getattr(self, name) > 0:
                 raise InvalidSpec(f"{name}={getattr(self, name)!r} is out of range", hint="use more than 0")
+        if not 0 <= self.queue_timeout_s < math.inf:
+            raise InvalidSpec(
+                f"queue_timeout_s={self.queue_timeout_s!r} is out of range",
+                hint="use seconds, or 0 for no limit",
+            )
         if not 0.0 <= self.min_fidelity <= 1.0:
             raise InvalidSpec(f"min_fidelity={self.min_fidelity!r} is out of range", hint="use 0 to 1")

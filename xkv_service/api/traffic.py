@@ -64,6 +64,7 @@ class Traffic:
         metrics.generated_tokens.inc(outcome.generated)
         for gap in outcome.gaps_s:
             metrics.token_gap.observe(gap)
+        metrics.queue_timeouts.inc(outcome.failed == "queue_timeout")
         started = outcome.started
         if started is None or outcome.first_token_s is None:
             return

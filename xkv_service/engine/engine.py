@@ -161,10 +161,10 @@ class Engine:
                 if isinstance(runner, PackedRunner):  # by kernels a question is quicker than its load
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():
-                    self._end_late()
                     self._forget_gone()
                     self._admit()
                     self._step(runner)
+                    self._end_late()  # what came during a long step has had one of its own by now
         except Exception:
             _log.exception("the engine died")
             raise
@@ -207,10 +207,9 @@ class Engine:
     def _end_late(self) -> None:
         now = time.monotonic()
         for sequence in [*self._waiting, *self._loading.values(), *self._running]:
-            if now > sequence.deadline:
-                took = f"the answer was not done after {sequence.request.timeout_s:g} s"
-                sequence.fail(Failed("timeout", took))
-                self._leave(sequence, "timeout")
+            if (late := sequence.late(now)) is not None:
+                sequence.fail(late)
+                self._leave(sequence, late.kind)
 
     def _leave(self, sequence: Sequence, reason: str) -> None:
         """A sequence is done: whoever it waited for, its place is free, and what it holds is kept."""

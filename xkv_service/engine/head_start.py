@@ -73,14 +73,18 @@ class HeadStarts:
 
 
 class HeadStart:
-    """One request's, from the moment that it asks for its prefix."""
+    """One request's, from the moment that it asks for its prefix.
+
+    Attributes:
+        begun: whether its forward has.
+    """
 
     def __init__(self, starts: HeadStarts, ids: Sequence[int], on_end: OnEnd) -> None:
         self._starts, self._ids, self._on_end = starts, list(ids), on_end
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._arriving: Arriving | None = None
-        self._running = self._answered = False
+        self.begun = self._running = self._answered = False
         self._prefix: Prefix | None = None  # loaded, and not told yet
         self._ran: Ran | None = None
 
@@ -90,7 +94,7 @@ class HeadStart:
             wanted = not self._answered and not self._stopped.is_set()
             if not wanted or not self._starts.turn.acquire(blocking=False):
                 return
-            self._arriving, self._running = arriving, True
+            self._arriving, self.begun, self._running = arriving, True, True
         try:
             threading.Thread(target=self._run, args=(arriving,), name="head-start", daemon=True).start()
         except RuntimeError:  # no more threads

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from xkv_artifacts.origin import Origin
 from xkv_service.sessions.settings import GenerationSettings
 
 MissReason = Literal[
@@ -21,23 +22,7 @@ MissReason = Literal[
     "kept_tail",  # an earlier turn, computed without an artifact, holds as much and more
 ]
 Finish = Literal["stop", "length", "cancelled"]
-FailureKind = Literal["invalid", "overloaded", "timeout", "internal"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an artifact was made from, as its manifest says: with its tokens, all that makes it again.
-
-    Args:
-        namespace: whose it is. spec: `CompressionSpec.canonical()`, not checked. tokens: how many it holds.
-        name, sha256: of its document.
-    """
-
-    namespace: str
-    spec: dict[str, Any]
-    tokens: int
-    name: str
-    sha256: str
+FailureKind = Literal["invalid", "overloaded", "queue_timeout", "timeout", "internal"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,7 @@ class GenerationRequest:
         top_logprobs: likeliest tokens to report beside each chosen one; None: no log probabilities.
         stops: texts that end the answer besides those of the settings (a template's own).
         timeout_s: from submission to the end of the answer.
+        queue_timeout_s: from submission until some of its prompt is computed; 0: as long as `timeout_s`.
         streamed: each event is told to the client as it comes; else the answer may begin anew until its end.
     """
 
@@ -89,6 +75,7 @@ class GenerationRequest:
     top_logprobs: int | None = None
     stops: tuple[str, ...] = ()
     timeout_s: float = 600.0
+    queue_timeout_s: float = 0.0
     streamed: bool = True
 
     def may_use(self, artifact_id: str | None, prefix_tokens: int) -> bool:
@@ -165,13 +152,22 @@ class Failed:
     """There is no (more) answer. `message` is one line for the client.
 
     Args:
-        retry_after_s: when to try again, of "overloaded".
+        retry_after_s: when to try again, of "overloaded" and "queue_timeout".
     """
 
     kind: FailureKind
     message: str
     hint: str | None = None
     retry_after_s: float | None = None
+
+
+def waited_too_long(seconds: float) -> Failed:
+    """The end of a request of which nothing has been computed after `seconds`."""
+    return Failed(
+        "queue_timeout",
+        f"the server is busy: the request waited {seconds:g} s and was not begun",
+        hint="send it again later",
+    )
 
 
 Event = Started | Delta | Finished | Failed

@@ -18,6 +18,7 @@ from xkv_service.engine.messages import (
     Miss,
     Started,
     TokenLogprob,
+    waited_too_long,
 )
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.sampling import Sampler, check_chosen
@@ -73,9 +74,20 @@ class Sequence:
         self._unsent_tokens = 0
 
     @property
-    def deadline(self) -> float:
-        """When it has taken too long, on `time.monotonic`."""
-        return self.arrived + self.request.timeout_s
+    def computing(self) -> bool:
+        """Whether some of its prompt has been computed for it, or is being computed beside a load."""
+        if self.context is not None:
+            return len(self.context.ids) > self._cached
+        return self.head_start is not None and self.head_start.begun
+
+    def late(self, now: float) -> Failed | None:
+        """What ends it, where it has taken or waited too long at `now`, on `time.monotonic`."""
+        request, seconds = self.request, now - self.arrived
+        if seconds > request.timeout_s:
+            return Failed("timeout", f"the answer was not done after {request.timeout_s:g} s")
+        if 0 < request.queue_timeout_s < seconds and not self.computing:
+            return waited_too_long(request.queue_timeout_s)
+        return None
 
     @property
     def decoding(self) -> bool:

@@ -52,6 +52,11 @@ class Full(Dying):
     def __init__(self) -> None:
         super().__init__(3)
         self.room = asyncio.Event()
+        self.cancelled = 0
+
+    def cancel(self) -> None:
+        """One that is not answered to its end."""
+        self.cancelled += 1
 
     async def __aiter__(self) -> AsyncIterator[Event | None]:
         await self.room.wait()
@@ -111,3 +116,24 @@ def test_what_waits_for_a_replica_is_counted_and_timed() -> None:
 
     started = asyncio.run(asked())
     assert isinstance(started, Started) and 0.05 <= started.queued_seconds < 10
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_replica_is_waited_for_as_long_as_a_place_in_it(streamed: bool) -> None:
+    async def asked(limit_s: float, room: bool) -> tuple[list[Event], int]:
+        handle = Full()
+        backend = HandleBackend(handle, None, INGRESS)
+        request = GenerationRequest(
+            "one", (1, 2), GenerationSettings(), streamed=streamed, queue_timeout_s=limit_s
+        )
+        if room:
+            asyncio.get_running_loop().call_later(0.1, handle.room.set)
+        events = [event async for event in backend.generate(request)]
+        assert backend.waiting == 0 and handle.calls == 1
+        return events, handle.cancelled
+
+    (end,), cancelled = asyncio.run(asked(0.05, room=False))
+    assert isinstance(end, Failed) and end.kind == "queue_timeout" and cancelled == 1
+    for limit_s in (60.0, 0.0):
+        events, cancelled = asyncio.run(asked(limit_s, room=True))
+        assert events[1:] == WHOLE[1:] and cancelled == 0

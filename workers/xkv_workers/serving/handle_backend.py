@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -9,7 +10,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from xkv_service.engine.messages import EngineState, Event, Failed, Finished, GenerationRequest, Started
+from xkv_service.engine.messages import (
+    EngineState,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Started,
+    waited_too_long,
+)
 from xkv_workers.serving.callers import Caller
 
 _log = logging.getLogger(__name__)
@@ -68,7 +77,10 @@ class HandleBackend:
         events = aiter(response)
         ended = False
         try:
-            waited = await self._taken(events)
+            waited = await self._taken(events, request.queue_timeout_s)
+            if waited is None:
+                yield waited_too_long(request.queue_timeout_s)
+                return
             async for event in events:
                 ended = isinstance(event, Finished | Failed)
                 if isinstance(event, Started):
@@ -78,12 +90,14 @@ class HandleBackend:
             if not ended:
                 response.cancel()
 
-    async def _taken(self, events: Any) -> float:
-        """Wait until a replica has the request; for how many seconds."""
+    async def _taken(self, events: Any, most_s: float) -> float | None:
+        """Wait until a replica has the request; for how many seconds, or None after `most_s` in vain."""
         began = time.perf_counter()
         self._waiting += 1
         try:
-            await anext(events)
+            await asyncio.wait_for(anext(events), most_s or None)
+        except asyncio.TimeoutError:
+            return None
         finally:
             self._waiting -= 1
         return time.perf_counter() - began

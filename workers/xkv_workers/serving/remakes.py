@@ -7,9 +7,10 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from xkv_artifacts.origin import Origin
 from xkv_service.api.remaker import Remaker
 from xkv_service.engine.load_failure import LoadFailure
-from xkv_service.engine.messages import GenerationRequest, Origin
+from xkv_service.engine.messages import GenerationRequest
 
 MOST_TOKENS = 1 << 24
 """Of all artifacts that are remembered, 4 bytes each."""

@@ -109,6 +109,7 @@ STARTED, DELTA = Started(prompt_tokens=5, cached_tokens=0), Delta("text", 1)
     ("event", "kind", "code", "status"),
     [
         (Failed("overloaded", "full", retry_after_s=3), openai.InternalServerError, "overloaded", 503),
+        (Failed("queue_timeout", "busy"), openai.InternalServerError, "queue_timeout", 503),
         (Failed("timeout", "late"), openai.InternalServerError, "timeout", 504),
         (Failed("invalid", "no", "do otherwise"), openai.BadRequestError, None, 400),
         (Failed("internal", "broken"), openai.InternalServerError, "internal_error", 500),
@@ -182,6 +183,32 @@ def test_a_full_server_says_when_to_come_back(running: Served, slow: PacedBacken
     wait_until(lambda: slow.busy == 0)
     with running.http() as http:
         assert http.post("/v1/chat/completions", json={**LONG_CHAT, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waits_too_long_is_told_when_to_come_back(
+    served_model: ServedModel, slow: PacedBackend, stream: bool
+) -> None:
+    settings = APISettings(queue_timeout_s=0.3)
+    with serve(create_app(served_model, slow, settings=settings)) as served, served.http() as http:
+        running = served.client().chat.completions.create(**LONG_CHAT, stream=True)
+        chunks = iter(running)
+        next(chunks)
+        answer = http.post("/v1/chat/completions", json={**LONG_CHAT, "stream": stream})
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "queue_timeout")
+        assert error["message"] == (
+            "the server is busy: the request waited 0.3 s and was not begun (send it again later)"
+        )
+        next(chunks)
+        wait_until(lambda: slow.busy == 1)
+        assert http.get("/status").json()["traffic"]["in_flight"] == 1
+        counted = http.get("/metrics").text
+        assert "\nxkv_queue_timeouts_total 1.0" in counted
+        assert "\nxkv_engine_ended_queue_timeout_total 1.0" in counted
+        running.close()
+    wait_until(lambda: slow.busy == 0)
 
 
 class SlowToClose(Scripted):

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from xkv_artifacts.keys import artifact_id
 from xkv_artifacts.manifest import DocumentRef, ModelIdentity, PrefixManifest
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, compress
 from xkv_service.api.errors import APIError
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.engine.breaker import Breaker
-from xkv_service.engine.messages import Origin, PrefixMatch
+from xkv_service.engine.messages import PrefixMatch
 from xkv_service.modeling.models import LoadedModel
 
 

@@ -12,6 +12,7 @@ import pytest
 from rivers import DOCUMENT, SETTINGS, publish
 
 from xkv_artifacts.blobs import blob_name
+from xkv_artifacts.entry import spec_digest
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_artifacts.token_cache import TokenCache
@@ -47,15 +48,15 @@ def prompt(store: ArtifactStore, made: PrefixManifest) -> list[int]:
 
 
 class Process:
-    """One of the server's HTTP processes, which has looked the prompt up before."""
+    """One of the server's HTTP processes, which may have looked the prompt up before."""
 
-    def __init__(self, store: ArtifactStore, loaded: LoadedModel, prompt: list[int]) -> None:
+    def __init__(self, store: ArtifactStore, loaded: LoadedModel, prompt: list[int] | None = None) -> None:
         self.told: list[NewPrefix] = []
         fingerprint, self.store = loaded.identity.fingerprint, store
         self.finder = PrefixFinder(
             store, fingerprint, SETTINGS, Remaker(store, fingerprint, self.told.append)
         )
-        assert self.ask(prompt) is None
+        assert prompt is None or self.ask(prompt) is None
 
     def ask(self, prompt: list[int], name: str | None = None) -> str | None:
         """The reason of the miss of one that has to read token ids, None where all of it is used."""
@@ -226,21 +227,45 @@ def test_another_namespace_learns_nothing(
     assert not process.told and store.damaged.all() == {} and store.catalog.get(made.id) is not None
 
 
-def test_where_it_is_not_known_what_it_was_made_from_the_log_says_so(
-    store: ArtifactStore, loaded: LoadedModel, made: PrefixManifest, prompt: list[int],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    fingerprint = loaded.identity.fingerprint
-    fresh = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, print))
+@pytest.fixture
+def fresh(store: ArtifactStore, loaded: LoadedModel, made: PrefixManifest, prompt: list[int]) -> Process:
+    """A process that has looked nothing up, before the blob was gone."""
+    process = Process(store, loaded)
     store._lookup._tokens = TokenCache()
     blob_of(store, made).unlink()
+    return process
+
+
+@pytest.mark.parametrize("found_by", ["its own lookup", "somebody else"])
+def test_a_process_that_has_never_read_it_has_it_made_again(
+    store: ArtifactStore, made: PrefixManifest, prompt: list[int], fresh: Process, found_by: str
+) -> None:
+    """The catalog says what it was made from."""
+    if found_by == "somebody else":
+        store.get(made.id)
+    assert fresh.ask(prompt) == "missing"
+    (new,) = fresh.told
+    assert new.spec is not None and new.spec.canonical() == made.spec
+    assert (new.replaces, new.name, new.sha256) == (made.id, made.document.uri, made.document.sha256)
+
+
+@pytest.mark.parametrize("said", [None, "{", "[]", '{"ratio": 4.0}'])
+def test_where_it_is_not_known_what_it_was_made_from_the_log_says_so(
+    store: ArtifactStore, made: PrefixManifest, prompt: list[int], fresh: Process, said: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The entry is of before, or what Redis says cannot be."""
+    start = f"xkv:1:{store.catalog.store_id}:"
+    if said is None:
+        store.catalog.link.call(lambda client: client.hdel(f"{start}entry:{made.id}", "spec"))
+    else:
+        store.catalog.link.call(lambda client: client.hset(f"{start}specs", spec_digest(made.spec), said))
     with caplog.at_level(logging.WARNING):
-        match, miss = asyncio.run(fresh.find(prompt, "default"))
-    assert match is None and miss is not None and miss.reason == "missing"
-    (line,) = (record.getMessage() for record in caplog.records)
-    assert line == (
-        f"artifact {made.id[:12]} is not made again, what it was made from is not known: "
+        assert fresh.ask(prompt) == "missing"
+    why = "no prompt holds all of it" if said and "ratio" in said else "what it was made from is not known"
+    assert (
+        f"artifact {made.id[:12]} is not made again, {why}: "
         f"the file of artifact {made.id[:12]} is gone from the store, found by a lookup"
-    )
-    assert fresh.counters == {"remakes_impossible": 1}
+    ) in caplog.messages
+    assert not fresh.told and fresh.finder.counters == {"remakes_impossible": 1}
     assert list(store.damaged.all()) == [made.id]  # another process may know

@@ -337,4 +337,7 @@ def test_settings_out_of_range() -> None:
             APISettings(**{name: 0})
     with pytest.raises(Exception, match="min_fidelity"):
         APISettings(min_fidelity=1.5)
-    assert SETTINGS.min_fidelity == 0
+    for seconds in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(Exception, match="queue_timeout_s"):
+            APISettings(queue_timeout_s=seconds)
+    assert APISettings(queue_timeout_s=0).queue_timeout_s == SETTINGS.min_fidelity == 0

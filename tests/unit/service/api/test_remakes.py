@@ -18,6 +18,7 @@ from rivers import DOCUMENT, SETTINGS, publish
 from xkv_artifacts.checked_file import open_header
 from xkv_artifacts.errors import CorruptArtifact
 from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.reports import Match
 from xkv_artifacts.retention import NO_PROMISE
 from xkv_artifacts.store import ArtifactStore
@@ -41,7 +42,6 @@ from xkv_service.engine.messages import (
     Event,
     Finished,
     GenerationRequest,
-    Origin,
     PrefixMatch,
     Started,
 )
@@ -179,9 +179,12 @@ def test_damage_that_a_lookup_finds_is_mended(
         assert found(finder, prompt).artifact_id == made.id
         store._lookup._tokens = TokenCache()
         damage(store, made.id, 100) if fault == "corrupt" else lose(store, made.id)
-        match, miss = ask(fresh)  # it has never read it
+        match, miss = ask(
+            fresh
+        )  # it has never read it: of what is missing the catalog says all that it takes
         assert miss is not None and miss.reason == fault
-        assert not told and fresh.counters == {"remakes_impossible": 1}
+        asked = fault == "missing"
+        assert len(told) == asked and fresh.counters == {f"remakes_{'asked' if asked else 'impossible'}": 1}
 
 
 def test_a_loss_that_another_finds_during_a_lookup_is_mended_by_who_holds_the_tokens(

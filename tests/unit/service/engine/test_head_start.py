@@ -29,7 +29,7 @@ from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.head_start import HeadStart, Ran
 from xkv_service.engine.loading_rates import LoadingRates
-from xkv_service.engine.messages import Finished, PrefixMatch, Started
+from xkv_service.engine.messages import Failed, Finished, PrefixMatch, Started
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.sessions.settings import GenerationSettings
@@ -290,6 +290,36 @@ def test_a_load_that_takes_too_long_ends_it_too(
         _until(lambda: _head_starts() == 0)
         blobs.gate.set()
     pool.close()
+
+
+def test_a_request_waits_in_no_queue_once_its_head_start_runs(
+    talker: Talker, engine: Engine, blobs: GatedBlobs, match: PrefixMatch
+) -> None:
+    asked = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1)
+    _until(lambda: _head_starts() == 1)
+    time.sleep(1.2)  # the engine looks twice a second
+    assert not asked.events
+    blobs.gate.set()
+    assert asked.wait().tokens == generated(talker, _prompt(talker), prefix=True)
+
+
+def test_a_load_beside_a_stream_is_waited_for_as_any_place_is(
+    talker: Talker,
+    pool: PrefixPool,
+    engine: Engine,
+    blobs: GatedBlobs,
+    match: PrefixMatch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool.rates, "prefilled", lambda *_: None)  # else loading would be found too slow
+    stream = Asked(engine, _prompt(talker, "And?"), settings=GenerationSettings(max_new_tokens=400))
+    _until(lambda: any(isinstance(event, Started) for event in stream.events))
+    end = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1).wait().end
+    assert isinstance(end, Failed) and end.kind == "queue_timeout"
+    _until(lambda: engine.state().waiting == 0)
+    blobs.gate.set()
+    _until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
+    assert isinstance(stream.wait().end, Finished)
 
 
 def test_a_forward_that_fails_is_run_again(
