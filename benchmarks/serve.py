@@ -136,7 +136,7 @@ def _cell(url: str, plans: list[list[Any]], folder: Path) -> dict[str, Any]:
         "cached": sum(turn["cached"] for turn in turns) / sum(turn["prompt"] for turn in turns),
         "hits": sum(turn["hit"] for turn in turns) / len(turns),
         "right": sum(turn["right"] for turn in turns) / len(turns),
-        "mib_a_session": median(one["mib_a_session"] for one in answers),
+        "mib_a_session": _median_known([one["mib_a_session"] for one in answers]),
         "mib_prefix": median(one["mib_prefix"] for one in answers),
     }
 
@@ -152,18 +152,35 @@ def _ask(url: str, plan: list[Any], folder: Path) -> dict[str, Any]:
     after = _gauges(url)
     return {
         **found,
-        # Of all that are kept, earlier cells' too: where they do not fit, others left meanwhile.
-        "mib_a_session": after["tails"] / max(1.0, after["kept"]) / 2**20,
+        "mib_a_session": mib_a_session(before, after),
         "mib_prefix": (after["prefixes"] - before["prefixes"]) / 2**20,
     }
 
 
+def mib_a_session(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """Memory of one conversation, of all that are kept; None where some left, so that it cannot be told."""
+    if after["left"] > before["left"] or after["kept"] < 1 or after["tails"] < 0:
+        return None
+    return after["tails"] / after["kept"] / 2**20
+
+
+def _median_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
 def _gauges(url: str) -> dict[str, float]:
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        text = answer.read().decode()
+        return gauges_in(answer.read().decode())
+
+
+def gauges_in(text: str) -> dict[str, float]:
+    """What a server holds, of the text of its /metrics; `left`: tails that had to leave its memory."""
     names = {"kept": 'sessions{state="kept"}', "tails": 'resident_bytes{kind="tails"}'}
     names["prefixes"] = 'resident_bytes{kind="prefixes"}'
-    return {key: _number(text, f"xkv_{name} ") for key, name in names.items()}
+    found = {key: _number(text, f"xkv_{name} ") for key, name in names.items()}
+    left = re.findall(r"^xkv_engine_tails_(?:stored|not_worth|lost_\w+)_total (\S+)$", text, re.MULTILINE)
+    return {**found, "left": sum(map(float, left))}
 
 
 def _number(text: str, start: str) -> float:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import httpx
 
@@ -32,7 +33,7 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
         The base URL to give to an OpenAI client.
 
     Raises:
-        SystemExit: a command failed; it has said why.
+        SystemExit: a command failed; why is on stderr.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the server would stay behind
     place = ["--store", str(store)]
@@ -40,14 +41,17 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
     if done.returncode:
         sys.exit(done.returncode)
     port = free_port()
-    server = subprocess.Popen(_xkv("serve", "--port", str(port), *place))
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(f"{url}/readyz", server)
-        yield f"{url}/v1"
-    finally:
-        server.terminate()
-        server.wait()
+    with TemporaryFile() as said:  # not the terminal, where it would stand within answers
+        server = subprocess.Popen(_xkv("serve", "--port", str(port), *place), stdout=said, stderr=said)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(f"{url}/readyz", server)
+            yield f"{url}/v1"
+        finally:
+            server.terminate()
+            if server.wait():
+                said.seek(0)
+                sys.stderr.write(said.read().decode(errors="replace"))
 
 
 def free_port() -> int:

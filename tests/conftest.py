@@ -12,6 +12,8 @@ from model_folder import save_tiny_model
 # Tests share the cores with Ray, Redis and each other; OpenMP's spinning threads would crawl. Read when torch
 # is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many test processes as cores: threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])

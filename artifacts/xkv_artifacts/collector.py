@@ -180,7 +180,7 @@ class _Run:
                 over -= self.removed[-1].bytes
         if over > 0:
             pinned = sum(namespaces.recount(name).pinned_bytes for name in namespaces.usages())
-            self.excess.append(Excess(None, over, 0, pinned))
+            self.excess.append(Excess(None, over, 0, pinned, fixed))
 
     def _oldest(self, namespace: str | None) -> Iterator[tuple[Entry, float]]:
         """Entries that are not pinned, longest unused first, each with its last use."""

@@ -11,6 +11,7 @@ that client was killed. Two locks in the folder keep order:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -37,6 +38,7 @@ _LOG = "redis.log"
 _PID = "redis.pid"
 _SERVER_LOCK = "server.lock"
 _OWN_REDIS = "set XKV_REDIS_URL (or --redis) to a Redis of your own"
+_WRITABLE = f"choose a folder that can be written (--store); to read this one alone, {_OWN_REDIS}"
 _DAMAGED = re.compile(r"append only file|RDB|loading the DB|BUG REPORT", re.IGNORECASE)
 _TRUNCATED = "AOF loaded anyway"
 # Every change is synced before it is answered: the catalog is as durable as the blobs that it lists.
@@ -96,8 +98,10 @@ class EmbeddedRedis:
                 self._presence = self._join()
         except OSError as error:
             reason = error.strerror or str(error)
+            unwritable = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
             raise CatalogUnavailable(
-                f"cannot run the embedded catalog in {self.folder}: {reason}", hint=_OWN_REDIS
+                f"cannot run the embedded catalog in {self.folder}: {reason}",
+                hint=_WRITABLE if unwritable else _OWN_REDIS,
             ) from None
 
     def close(self) -> None:

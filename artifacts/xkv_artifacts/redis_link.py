@@ -45,7 +45,7 @@ class RedisLink:
             patience_s: instead of the link's own; 0 tries once.
 
         Raises:
-            CatalogUnavailable: Redis did not answer in time, or refused the password.
+            CatalogUnavailable: Redis did not answer in time, or refused the password, or it is no Redis.
             CatalogError: Redis answered with an error.
         """
         import redis
@@ -62,6 +62,11 @@ class RedisLink:
                     raise self._unavailable(
                         error, "start Redis or set XKV_REDIS_URL, then run it again"
                     ) from None
+            except redis.InvalidResponse as error:
+                raise CatalogUnavailable(
+                    f"what answers at {self.shown_url} is no Redis: {first_line(error)}",
+                    hint="give the address of a Redis: something else listens there",
+                ) from None
             except redis.RedisError as error:
                 hint = "if the catalog is damaged: xkv index rebuild"
                 raise CatalogError(

@@ -69,17 +69,19 @@ class Removal:
 
 @dataclass(frozen=True)
 class Excess:
-    """What a collection left beyond a limit, since the rest is pinned or in use.
+    """What a collection left beyond a limit, since the rest is pinned, in use or calibrations.
 
     Args:
         namespace: whose quota; None: the store's budget.
         bytes, artifacts: beyond it. pinned_bytes: of what is there.
+        calibration_bytes: of the store's calibrations, which a budget counts and no collection deletes.
     """
 
     namespace: str | None
     bytes: int
     artifacts: int
     pinned_bytes: int
+    calibration_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,10 @@ def _show(result: Collection) -> None:
     noun = "artifact" if len(result.removed) == 1 else "artifacts"
     click.echo(
         f"{len(result.removed):,} {noun} {verb} ({render.size(result.bytes)}){in_use}; "
-        f"{render.size(result.stored)} are left"
+        f"{render.size(result.stored)} of artifacts are left"
     )
     for excess in result.excess:
-        render.complain(_excess(excess), "unpin or remove some (xkv unpin, xkv rm), or raise the limit")
+        render.complain(_excess(excess), _way_out(excess))
 
 
 def _show_tails(result: Collection, left: TailUsage) -> None:
@@ -130,5 +130,14 @@ def _excess(excess: Excess) -> str:
     whose = "the store" if excess.namespace is None else f"namespace {excess.namespace}"
     over = [render.size(excess.bytes)] if excess.bytes else []
     over += [f"{excess.artifacts:,} artifacts"] if excess.artifacts else []
-    pinned = f"; {render.size(excess.pinned_bytes)} of what it holds are pinned"
-    return f"{whose} is still {' and '.join(over)} over its limit{pinned}"
+    held = [f"{render.size(excess.pinned_bytes)} of what it holds are pinned"]
+    if excess.calibration_bytes:
+        held += [f"{render.size(excess.calibration_bytes)} are calibrations, which are never collected"]
+    return f"{whose} is still {' and '.join(over)} over its limit; {', '.join(held)}"
+
+
+def _way_out(excess: Excess) -> str:
+    ways = ["unpin or remove some (xkv unpin, xkv rm)"]
+    if excess.calibration_bytes:
+        ways += ["remove calibrations that no artifact needs (xkv calibrations ls, xkv calibrations rm)"]
+    return ", ".join([*ways, "or raise the limit"])

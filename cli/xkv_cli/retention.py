@@ -56,7 +56,7 @@ def unpin(artifact: str, store_url: str, redis_url: str | None, as_json: bool) -
     return _change(artifact, store_url, redis_url, as_json, lambda store, found: store.unpin(found))
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})  # so that -5s is a time, if no good one
 @click.argument("artifact", metavar="ID")
 @click.argument("time", metavar="TIME", type=TimeType(none=True))
 @store_options

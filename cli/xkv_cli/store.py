@@ -85,12 +85,12 @@ def gc(
     With --json, one object; "excess" are limits that are exceeded all the same:
       {"dry_run", "removed", "bytes", "in_use", "stored",
        "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
-       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes"}],
+       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes", "calibration_bytes"}],
        "stored_tails": {"removed", "bytes", "left", "left_bytes"}}
     and with --orphans:
       {"files", "bytes", "entries_dropped", "blobs_listed", "sums", "tails"}
 
-    Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned or in use.
+    Exit status: 0 all limits are kept, 1 one is not, since the rest is pinned, in use or calibrations.
     """
     if not orphans:
         return collect(store_url, redis_url, budget, limits, dry_run=dry_run, as_json=as_json)

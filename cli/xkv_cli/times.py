@@ -32,5 +32,7 @@ class TimeType(click.ParamType["float | None"]):
         match = _TIME.fullmatch(text)
         if match is None:
             ways = "90s, 15m, 12h, 7d or none" if self._none else "90s, 15m, 12h or 7d"
+            if text.startswith("-") and _TIME.fullmatch(text[1:]):
+                self.fail(f"{text[:40]!r} is below 0: write {ways}", param, ctx)
             self.fail(f"{text[:40]!r} is not a time: write {ways}", param, ctx)
         return float(match[1]) * _UNITS[match[2] or "s"]

@@ -12,11 +12,12 @@ import asyncio
 
 from openai import AsyncOpenAI
 
+from examples.answers import Answer
 from examples.connection import add_server_options, connection
 from examples.documents import Documents
 from examples.local_server import HERE
 from examples.rag.measure import known_questions, measure
-from examples.rag.pipeline import Pipeline, Reply
+from examples.rag.pipeline import Pipeline
 
 QUESTION = "What is the order reference of project Vivid Mountain?"
 
@@ -47,14 +48,17 @@ async def _answer(pipeline: Pipeline, question: str) -> None:
     stored = await pipeline.reply(question, found)
     print(stored.answer.text)
     print(f"  source: {found.document}: {found.sentence!r}")
-    _show("stored prefix", stored)
-    _show("the same again, its turn kept", await pipeline.reply(question, found))
-    _show("without it", await pipeline.reply_computed(question, found))
+    _show("asked", stored.answer)
+    _show("the same again", (await pipeline.reply(question, found)).answer)
+    _show("behind another first line", (await pipeline.reply_computed(question, found)).answer)
 
 
-def _show(kind: str, reply: Reply) -> None:
-    answer = reply.answer
-    source = f"artifact {answer.artifact[:12]}" if answer.artifact else answer.miss
+def _show(kind: str, answer: Answer) -> None:
+    """How soon it came, and what the server says that it came from."""
+    if answer.artifact:
+        source = f"stored prefix {answer.artifact[:12]}"
+    else:
+        source = f"{'a kept turn' if answer.cached_tokens else 'computed'}; {answer.miss}"
     print(
         f"  {kind}: first text after {answer.first_s:.2f} s, {answer.cached_tokens} of "
         f"{answer.prompt_tokens} prompt tokens cached ({source})"

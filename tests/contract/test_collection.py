@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from artifact_samples import sample
+from calibration_samples import calibration
 from redis_server import RedisServer
 from renewal import RENEWED_S, wait_for_renewal
 
@@ -126,6 +127,14 @@ def test_pins_that_exceed_a_limit_are_told(store: ArtifactStore) -> None:
     report = store.collect(Limits(budget=100, each=Quota(artifacts=1)))
     assert report.removed == () and stored(store) == set(ids)
     assert report.excess == (Excess("default", 0, 1, size), Excess(None, size - 100, 0, size))
+
+
+def test_calibrations_that_exceed_a_budget_are_told(store: ArtifactStore) -> None:
+    made = store.calibrations.publish(*calibration()).id
+    size = store.calibrations.blobs.size(made)
+    report = store.collect(Limits(budget=100))
+    assert report.excess == (Excess(None, size - 100, 0, 0, size),)
+    assert store.calibrations.ids() == [made]
 
 
 def test_what_is_read_stays_until_it_is_read(store: ArtifactStore) -> None:

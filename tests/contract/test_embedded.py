@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -274,6 +275,21 @@ def test_without_a_server_binary_the_error_says_what_to_do(
     with pytest.raises(CatalogUnavailable, match="none can be embedded") as caught:
         ArtifactStore.open(str(store_path))
     assert "XKV_REDIS_URL" in caught.value.hint
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_store_that_cannot_be_written_says_what_to_do(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store_path.mkdir()
+
+    def refuse(self: Path, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, who may run this, may write everywhere
+    with pytest.raises(CatalogUnavailable, match="cannot run the embedded catalog in .*: ") as caught:
+        EmbeddedRedis(store_path / "catalog")
+    assert caught.value.hint.startswith("choose a folder that can be written")
 
 
 def test_a_socket_folder_open_to_others_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,20 @@ def test_what_is_no_redis_url_is_told(tmp_path: Path, url: str) -> None:
     with pytest.raises(CatalogUnavailable) as caught:
         ArtifactStore.open(str(tmp_path / "s"), url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_is_no_redis_is_told(tmp_path: Path) -> None:
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(CatalogUnavailable, match=r"what answers at .* is no Redis") as caught:
+            ArtifactStore.open(str(tmp_path / "s"), f"redis://127.0.0.1:{server.getsockname()[1]}/0")
+    assert "give the address of a Redis" in caught.value.hint
 
 
 def test_the_environment_names_the_redis(

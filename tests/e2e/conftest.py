@@ -32,7 +32,9 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
     command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
     command += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free: there may be other clusters
-    environment = {**os.environ, **PATIENT_RAY}
+    command += ["--include-log-monitor=false"]
+    # Each driver would have two workers started beforehand, most of them for nothing.
+    environment = {**os.environ, **PATIENT_RAY, "RAY_prestart_worker_first_driver": "0"}
     began = time.monotonic()
     while time.monotonic() - began < 600:  # on a slow machine not every start ends in the 30 s it is given
         with log.open("w") as output:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import psutil
@@ -36,27 +38,41 @@ def use_factors(base_url: str, document: str) -> None:
     raise AssertionError(f"its factors are not used: {answer.text}")
 
 
+def _command(process: psutil.Process) -> str:
+    """Its words; none of one that has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Server:
     """`xkv serve` with some options, until `stop`.
 
     Args:
         folder: for its log. options: of the command. wait: until it answers.
+        environment: besides this process's, without what that has for Ray.
     """
 
-    def __init__(self, folder: Path, *options: object, wait: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: object,
+        wait: bool = True,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
         # A Ray of its own needs a secret of its own, whatever the tests' shared cluster has.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= PATIENT_RAY
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         words = [sys.executable, "-m", "xkv_cli", "serve", "--port", self.port, *options]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [str(word) for word in words],
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env={**alone, **PATIENT_RAY, **environment},
                 start_new_session=True,  # as a terminal would: a group that Ctrl-C reaches
             )
         if wait:
@@ -69,7 +85,7 @@ class Server:
     def processes(self, words: str = "") -> list[psutil.Process]:
         """Its children's and theirs, with some words in their command."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if words in " ".join(child.cmdline())]
+        return [child for child in children if words in _command(child)]
 
     def engine_process(self) -> psutil.Process:
         """Of one of the replicas."""

@@ -1,4 +1,4 @@
-"""A server that is stopped while it answers: nobody's connection just breaks."""
+"""How a server ends: stopped while it answers, where nobody's connection just breaks, or with its Ray."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def check_that_sigterm_breaks_off_answers(server: Server) -> None:
 def check_that_ctrl_c_twice_breaks_off_answers(server: Server) -> None:
     """At once, of a server that would give them minutes."""
     _stop(server, [lambda: os.killpg(server.process.pid, signal.SIGINT)] * 2)
+
+
+def check_that_it_ends_with_its_ray(server: Server, part: str) -> None:
+    """When a process of its Ray is killed, by the end of its command: it says so, and does not hang."""
+    (victim,) = (one for one in server.processes(part) if one.cmdline()[0].endswith(part))
+    victim.kill()
+    assert server.process.wait(60) == 1
+    error, hint = server.log.read_text().splitlines()[-2:]
+    assert error == "error: the server has ended: its Ray is gone"
+    assert hint.startswith("hint: its logs are in ") and len(server.log.read_text().splitlines()) == 4
 
 
 def _stop(server: Server, signals: Sequence[Callable[[], object]]) -> None:

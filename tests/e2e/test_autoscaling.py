@@ -10,6 +10,7 @@ import pytest
 from asking import Asker, example_document, first_turn, wait_until
 from scaling import Crowd, Logs, long_streams, questions, watching
 from served import Server, use_factors
+from stopping import check_that_it_ends_with_its_ray
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +23,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("autoscaling")
     options = ("--replicas", "1-2", "--max-running", "1", "--target-requests", TARGET, "--stop-grace", "2s")
     delays = ("--upscale-delay", "0s", "--downscale-delay", "0s")
-    started = Server(folder, "--store", folder / "store", *options, *delays)
+    often = {"RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}  # requests are counted
+    started = Server(folder, "--store", folder / "store", *options, *delays, environment=often)
     yield started
-    assert started.stop() == 0, started.log.read_text()
+    started.stop()
 
 
 def test_a_second_replica_comes_and_goes(server: Server) -> None:
@@ -42,8 +44,8 @@ def test_a_second_replica_comes_and_goes(server: Server) -> None:
             talk = _talk_with(newcomer, asker, document, items[0]["question"], logs)
         assert set(crowd.ends) == {"right"}
 
-        # Three at once that one replica is to have: two are more than it takes, and so each has one.
-        with Crowd(3, long_streams(asker, 2000)) as streams:
+        # Four at once that one replica is to have: it takes two, so each has one that runs, one that waits.
+        with Crowd(4, long_streams(asker, 500)) as streams:
             wait_until(lambda: logs.decided("Downscaling") is not None)
         assert set(streams.ends) == {"whole"}
         wait_until(lambda: watch.now == 1)
@@ -60,6 +62,11 @@ def test_a_second_replica_comes_and_goes(server: Server) -> None:
 
     assert [number for _, number in watch.engines] == [1, 2, 1]
     assert not watch.not_ready and not watch.fallen
+
+
+def test_one_whose_ray_is_gone_says_so(server: Server) -> None:
+    """Its head: the server of this file ends here."""
+    check_that_it_ends_with_its_ray(server, "gcs_server")
 
 
 def _talk_with(

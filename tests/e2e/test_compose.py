@@ -11,6 +11,8 @@ import pytest
 from composed import ROOT, Composed
 from served import use_factors
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = "bulletin-houston-lucky-dove-society"
 COPIES = 5
 """Twice it, each with another first line: too long to be given to a worker two at a time."""

@@ -228,10 +228,13 @@ def test_frameworks_stream_and_tell_usage(running: Running, name: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "block"), [("README.md", -1), ("docs/serving.md", 0)])
-def test_the_pages_lines_that_point_a_client_at_the_server(running: Running, page: str, block: int) -> None:
+def test_the_pages_lines_that_point_a_client_at_the_server(
+    running: Running, page: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # README's read a document of the corpus
     lines = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[block]
     text = Documents(running.docs).text(DOCUMENTS[0])
-    names: dict[str, Any] = {"text": text, "document": text, "question": "Who?"}
+    names: dict[str, Any] = {} if page == "README.md" else {"document": text, "question": "Who?"}
     exec(lines.replace("http://127.0.0.1:8000/v1", running.base_url), names)
     usage = names["answer"].usage
     assert 500 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from asking import wait_until
 from served import Server
+from stopping import check_that_it_ends_with_its_ray
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +42,7 @@ def test_one_that_is_stopped_while_it_starts_says_so(server: Server, word: str) 
     assert server.log.read_text() == "stopped before it had started\n"
 
 
-@pytest.mark.parametrize("part", ["gcs_server", "raylet/raylet"])
-def test_one_whose_ray_is_gone_says_so(server: Server, part: str) -> None:
+def test_one_whose_ray_is_gone_says_so(server: Server) -> None:
+    """Its node here; its head in test_autoscaling.py."""
     wait_until(lambda: "status page at" in server.log.read_text(), seconds=600)
-    (victim,) = (one for one in server.processes(part) if one.cmdline()[0].endswith(part))
-    victim.kill()
-    assert server.process.wait(60) == 1
-    error, hint = server.log.read_text().splitlines()[-2:]
-    assert error == "error: the server has ended: its Ray is gone"
-    assert hint.startswith("hint: its logs are in ") and len(server.log.read_text().splitlines()) == 4
+    check_that_it_ends_with_its_ray(server, "raylet/raylet")

@@ -25,7 +25,7 @@ def _namespace(name: str) -> str:
     try:
         return check_namespace(name)
     except InvalidNamespace as error:
-        raise ValueError(error.message) from None
+        raise ValueError(f"{error.message}: {error.hint}") from None
 
 
 def _name(name: str) -> str:
@@ -107,8 +107,15 @@ class KeyRing:
         if path is not None:
             try:
                 return cls._parsed(path.read_text("utf-8"), str(path))
-            except (OSError, UnicodeDecodeError) as error:
-                raise KeysError(f"the keys file {path} cannot be read: {first_line(error)}") from None
+            except OSError as error:
+                raise KeysError(
+                    f"the keys file {path} cannot be read: {error.strerror or first_line(error)}",
+                    hint="give a file that whoever starts the server may read",
+                ) from None
+            except UnicodeDecodeError as error:
+                raise KeysError(
+                    f"the keys file {path} cannot be read: {first_line(error)}", hint="save it as UTF-8"
+                ) from None
         text = os.environ.get(KEYS_VARIABLE)
         return cls() if text is None else cls._parsed(text, KEYS_VARIABLE)
 

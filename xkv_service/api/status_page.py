@@ -65,10 +65,10 @@ function tile(label, text) {
   made.append(cell("b", text), cell("span", label));
   return made;
 }
-function table(into, head, rows) {
+function table(into, head, rows, none = "none") {
   const lines = [head.map(([text, style]) => cell("th", text, style)),
     ...rows.map(row => row.map((text, at) => cell("td", text, head[at][1])))];
-  if (!rows.length) return into.replaceChildren(cell("caption", "none"));
+  if (!rows.length) return into.replaceChildren(cell("caption", none));
   into.replaceChildren(...lines.map(cells => {
     const line = document.createElement("tr");
     line.append(...cells);
@@ -96,7 +96,8 @@ function show(status) {
       one.status + (one.pinned ? ", pinned" : "") + (one.usable === false ? ", not used" : ""),
       number(one.tokens),
       one.bytes === null ? "" : bytes(one.bytes), one.ratio === null ? "" : `${one.ratio.toFixed(1)}x`,
-      one.fidelity === null ? "" : one.fidelity.toFixed(3)]));
+      one.fidelity === null ? "" : one.fidelity.toFixed(3)]),
+    status.prefixes_error || "none");
   $("main").hidden = false;
 }
 async function poll() {

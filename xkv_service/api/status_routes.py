@@ -7,6 +7,7 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from xkv_artifacts.errors import XKVError
+from xkv_service.api.errors import of_fault
 from xkv_service.api.health_routes import states_of
 from xkv_service.api.keys import Key
 from xkv_service.api.prefix_objects import PrefixObject
@@ -52,6 +53,9 @@ class Status(BaseModel):
     engine: EngineStatus | None
     traffic: TrafficStatus
     prefixes: list[PrefixObject]
+    prefixes_error: str | None = Field(
+        description="Why they cannot be told, such as `store_unavailable` and what it means; else null."
+    )
 
 
 def status_routes(server: Server) -> APIRouter:
@@ -67,13 +71,15 @@ def status_routes(server: Server) -> APIRouter:
         """Figures of the key's own namespace; for an operator's key of all of them, and of the engines."""
         key = key_of(request)
         engine = _engine(await states_of(server), server.backend.waiting) if key.operator else None
+        prefixes, prefixes_error = await _prefixes(server, key)
         return Status(
             model=server.model.name,
             context_window=server.model.window,
             namespace=key.namespace,
             engine=engine,
             traffic=_traffic(server, key),
-            prefixes=await _prefixes(server, key),
+            prefixes=prefixes,
+            prefixes_error=prefixes_error,
         )
 
     return router
@@ -112,15 +118,16 @@ def _traffic(server: Server, key: Key) -> TrafficStatus:
     )
 
 
-async def _prefixes(server: Server, key: Key) -> list[PrefixObject]:
-    """The last used ones of the key's namespace and the public one; none while the store is away."""
+async def _prefixes(server: Server, key: Key) -> tuple[list[PrefixObject], str | None]:
+    """The last used ones of the key's namespace and the public one; none while the store is away, and why."""
     if server.prefixes is None:
-        return []
+        return [], None
     found = []
     for namespace in dict.fromkeys((key.namespace, server.settings.public_namespace)):
         try:
             page = await server.prefixes.page(namespace, None, _MOST_PREFIXES)
-        except XKVError:
-            return []
+        except XKVError as error:
+            fault = of_fault(error)
+            return [], f"{fault.code}: {fault.message}"
         found += page.records
-    return [PrefixObject.of(record, server) for record in found]
+    return [PrefixObject.of(record, server) for record in found], None

@@ -23,7 +23,7 @@ from xkv_service.engine.admission import refusal_of, room_for
 from xkv_service.engine.entrance import STOPPING, Entrance
 from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
-from xkv_service.engine.kept_tails import KeptTail, KeptTails, usable_tokens
+from xkv_service.engine.kept_tails import KeptTail, KeptTails
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
@@ -266,15 +266,21 @@ class Engine:
 
     def _begin(self, sequence: Sequence) -> None:
         request, match = sequence.request, sequence.request.match
-        kept = self._tails.take(request.token_ids, request.namespace, request.may_use)
-        reach = match.tokens if match is not None else 0
-        if kept is not None and usable_tokens(kept.context, request.token_ids) >= reach:
+
+        def goes_on_from(kept: KeptTail, tokens: int) -> bool:
+            exact, reach = kept.artifact_id is None, match.tokens if match is not None else 0
+            if exact and request.goes_from_artifact(tokens, len(kept.context.ids)):
+                return False
+            return tokens >= reach and request.may_use(kept.artifact_id, kept.context.prefix_tokens)
+
+        kept = self._tails.take(request.token_ids, request.namespace, goes_on_from)
+        if kept is not None:
             if kept.artifact_id is not None and self._prefixes is not None:
                 self._prefixes.hold(kept.artifact_id)
             self._start(sequence, kept.context, kept.artifact_id)
             return
         if match is None or self._prefixes is None:
-            self._start(sequence, empty_context(self.loaded.model), None)
+            self._start_without(sequence)
             return
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
         if prefix is not None:
@@ -282,7 +288,7 @@ class Engine:
         elif self._prefixes.rates.decide(match.tokens) == "prefill":
             sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")
             self._prefixes.prefetch(match.artifact_id)
-            self._start(sequence, empty_context(self.loaded.model), None)
+            self._start_without(sequence)
         else:
             self._load(sequence, match, self._prefixes)
 
@@ -313,7 +319,17 @@ class Engine:
             self._start(sequence, context, match.artifact_id, ran)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
-        self._start(sequence, empty_context(self.loaded.model), None)
+        self._start_without(sequence)
+
+    def _start_without(self, sequence: Sequence) -> None:
+        """Its artifact cannot be had: go on from another conversation that has none, or compute all of it."""
+        request = sequence.request
+        kept = self._tails.take(
+            request.token_ids,
+            request.namespace,
+            lambda kept, _: kept.artifact_id is None and request.may_use(None, 0),
+        )
+        self._start(sequence, empty_context(self.loaded.model) if kept is None else kept.context, None)
 
     def _start(
         self, sequence: Sequence, context: Context, artifact_id: str | None, ran: Ran | None = None

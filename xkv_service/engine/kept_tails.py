@@ -84,21 +84,21 @@ class KeptTails:
         self,
         prompt: Sequence[int],
         namespace: str,
-        may_use: Callable[[str | None, int], bool] = lambda artifact_id, tokens: True,
+        may_use: Callable[[KeptTail, int], bool] = lambda kept, tokens: True,
     ) -> KeptTail | None:
         """The context that holds most of a prompt, as a fork that holds nothing else; None: none helps.
 
         At least the prompt's last token is left to compute.
 
         Args:
-            may_use: asked of a context's artifact, and the tokens that come from it.
+            may_use: asked of a tail, and of how many of the prompt's tokens it holds.
         """
         ids = list(prompt)
         best, most = None, 0
         for name in self._sharing(self._digests(namespace, ids)):
             kept = self._kept[name]
             held = usable_tokens(kept.context, ids)
-            if held > most and may_use(kept.artifact_id, kept.context.prefix_tokens):
+            if held > most and may_use(kept, held):
                 best, most = name, held
         if best is None:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xkv_artifacts.keys import BLOCK_TOKENS
 from xkv_artifacts.origin import Origin
 from xkv_service.sessions.settings import GenerationSettings
 
@@ -90,6 +91,13 @@ class GenerationRequest:
         if self.match is not None:
             return artifact_id == self.match.artifact_id or prefix_tokens <= self.match.tokens
         return self.miss is None or self.miss.reason == "unavailable"
+
+    def goes_from_artifact(self, tokens: int, of: int) -> bool:
+        """Whether its artifact serves it better than a conversation without one, of which it shares `tokens`
+        of `of`: another about the same document, which holds less than a block more than the artifact.
+        Whatever goes on from that holds the document once more, uncompressed.
+        """
+        return self.match is not None and tokens < of and tokens - self.match.tokens < BLOCK_TOKENS
 
 
 @dataclass(frozen=True)

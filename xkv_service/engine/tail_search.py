@@ -84,6 +84,7 @@ class TailSearch:
             for match in helpful
             if match.entry.artifact in resident
             and request.may_use(match.entry.artifact, match.entry.prefix_tokens)
+            and (wanted.exact or not _stays_with_artifact(request, match))
         ]
         if not usable:
             raise NoTail("no_prefix" if helpful else "none")
@@ -125,3 +126,8 @@ class TailSearch:
             raise NoTail("diverges")
         context.rewind(usable)
         return KeptTail(context, manifest.artifact, namespace, (), 0)
+
+
+def _stays_with_artifact(request: GenerationRequest, match: TailMatch) -> bool:
+    entry = match.entry
+    return entry.artifact is None and request.goes_from_artifact(match.shared, entry.tokens)

@@ -118,6 +118,20 @@ def test_wrong_values_are_told_by_the_option_that_was_typed(
     assert result.exit_code == 2 and expected in result.output, result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ttl", "3fa9c1", "-5s"], "'-5s' is below 0: write 90s, 15m, 12h, 7d or none"),
+        (["ttl", "-5s", "--json"], "Missing argument 'TIME'"),
+        (["ttl", "3fa9c1", "5s", "--jsno"], "unexpected extra argument (--jsno)"),
+        (["serve", "--queue-timeout", "-5s"], "'-5s' is below 0: write 90s, 15m, 12h or 7d"),
+    ],
+)
+def test_a_time_below_0_is_no_option(arguments: list[str], expected: str) -> None:
+    result = CliRunner().invoke(xkv, arguments)
+    assert result.exit_code == 2 and expected in result.output, result.output
+
+
 def test_docs_takes_several_paths_after_one_flag(tmp_path: Path) -> None:
     from xkv_cli.precompute import precompute
 

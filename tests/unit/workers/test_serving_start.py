@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,28 @@ def test_an_alias_that_nobody_could_ask_for(tmp_path: Path, alias: str) -> None:
         ServeRequest(str(tmp_path), aliases=("gpt-4o", alias))
     result = CliRunner().invoke(xkv, ["serve", "--store", str(tmp_path), "--alias", alias])
     assert result.exit_code == 2 and "--alias" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--keys", __file__], "is not JSON"),
+        (["--host", "0.0.0.0"], "there are no keys"),
+        (["--redis", "redis://h:port"], "not a Redis URL"),
+    ],
+)
+def test_what_is_wrong_is_said_before_torch_and_ray_are_imported(
+    tmp_path: Path, unused_port: int, options: list[str], expected: str
+) -> None:
+    program = (
+        "import atexit, sys; from xkv_cli.main import main;"
+        "atexit.register(lambda: print([name for name in ('torch', 'ray') if name in sys.modules]));"
+        "sys.argv[0] = 'xkv'; main()"
+    )
+    command = [sys.executable, "-c", program, "serve", "--store", tmp_path, "--port", str(unused_port)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and expected in done.stderr, done
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture

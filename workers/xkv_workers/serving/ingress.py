@@ -10,6 +10,7 @@ from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.api.remaker import Remaker
 from xkv_service.api.stored_prefixes import StoredPrefixes
+from xkv_service.modeling.late_hqq import put_off_hqq
 from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
@@ -46,6 +47,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     from xkv_workers.serving.application import BOARD
 
     join_serve()
+    put_off_hqq()
     place = settings.place
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)

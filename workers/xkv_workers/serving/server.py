@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.keys import KeyRing
@@ -19,11 +19,13 @@ from xkv_service.errors import InvalidSpec
 from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
 from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
-from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.serving.logs import LogFormat, serve_logging
 from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
 from xkv_workers.serving.scaling import Scaling
 from xkv_workers.serving.settings import APP, ServeSettings, most_requests_each
+
+if TYPE_CHECKING:
+    from xkv_workers.model_choice import ChosenModel
 
 _log = logging.getLogger(__name__)
 _BUNDLED = "xkv-demo"
@@ -130,6 +132,9 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
         store = stack.enter_context(ArtifactStore.open(request.store_url, request.redis_url))
         store.limits()  # a file of them that cannot be read is found now
         stack.enter_context(store.keeping_catalog())
+        # Not before: it brings torch, for which no error above has to wait.
+        from xkv_workers.model_choice import choose_device, choose_model
+
         room = None
         if request.ray_address:
             room = stack.enter_context(cluster(request.ray_address, own_sigterm=True))

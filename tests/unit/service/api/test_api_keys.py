@@ -193,7 +193,7 @@ def test_a_keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"key": "plain"}, "keys.json: keys.0.key is unknown: leave it out$"),
         ({"sha256": "abc"}, "keys.0.sha256: not 64 hexadecimal digits, as `printf"),
         ({"sha256": "0" * 64 + "\n"}, "keys.0.sha256: not 64"),
-        ({"namespace": ".."}, "keys.0.namespace: "),
+        ({"namespace": ".."}, "keys.0.namespace: namespace '..' is not allowed: use 1 to 64 letters"),
         ({"name": "a b"}, "keys.0.name: a name is 1 to 64 letters, digits, dots, dashes and underscores$"),
         ({"operator": "often"}, "keys.0.operator must be true or false$"),
         ({"limits": {"requests": 0}}, "keys.0.limits.requests must be at least 1$"),
@@ -208,7 +208,7 @@ def test_a_keys_file_that_is_none(tmp_path: Path, content: Any, message: str) ->
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(KeysError, match=message) as caught:
         KeyRing.read(path)
-    assert "\n" not in caught.value.message
+    assert "\n" not in caught.value.message and caught.value.hint
 
 
 def test_keys_that_are_the_same(tmp_path: Path) -> None:
@@ -218,8 +218,9 @@ def test_keys_that_are_the_same(tmp_path: Path) -> None:
         path.write_text(json.dumps({"keys": [one, {**one, **other}]}))
         with pytest.raises(KeysError, match=f"same {what}"):
             KeyRing.read(path)
-    with pytest.raises(KeysError, match="cannot be read"):
+    with pytest.raises(KeysError, match="cannot be read: No such file") as caught:
         KeyRing.read(tmp_path / "absent")
+    assert "may read" in caught.value.hint
 
 
 def test_without_keys_other_machines_may_be_served_when_that_is_asked_for(

@@ -37,9 +37,10 @@ def asking(store: ArtifactStore, loaded: LoadedModel, served_model: ServedModel)
 
 
 def ask(asking: Asking, **options: Any) -> httpx.Response:
-    """The same conversation each time; its answer is kept before this returns."""
+    """The same conversation each time, with a question of more than 64 tokens; its answer is kept before this
+    returns."""
     http, backend = asking
-    messages = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
+    messages = [{"role": "user", "content": f"{DOCUMENT}\n\n{'Where does it end? ' * 10}"}]
     body = {"model": "tiny", "messages": messages, "max_tokens": 4, "temperature": 0, **options}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text

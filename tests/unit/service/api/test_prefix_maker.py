@@ -406,6 +406,7 @@ def test_over_http_every_process_tells_the_same(
                 assert time.monotonic() < end
                 time.sleep(0.05)
             assert here.get(path).json() == there.get(path).json()
+            assert there.get("/status").json()["prefixes_error"] is None
             redis.kill()
             for answer in (
                 here.post("/v1/prefixes", json={"document": DOCUMENT}),
@@ -415,6 +416,8 @@ def test_over_http_every_process_tells_the_same(
             ):
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
                 assert "retry-after" in answer.headers
+            status = there.get("/status").json()
+            assert status["prefixes"] == [] and status["prefixes_error"].startswith("store_unavailable: ")
             redis.start()
     maker.close()
 

@@ -18,6 +18,7 @@ from serving import serve
 from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from xkv_artifacts.errors import CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
@@ -133,3 +134,19 @@ def test_what_it_shows_with_keys(
         shown = {namespace for name, namespace in theirs.items() if name in one["prefixes"]}
         assert shown == ({"alpha"} if given else set())
         assert "engines" not in one["tiles"]
+
+
+def test_a_store_that_is_away_does_not_look_empty(
+    prefixes: StoredPrefixes, served_model: ServedModel, backend: PacedBackend, finder: PrefixFinder,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    async def away(*_: Any) -> Any:
+        raise CatalogUnavailable("redis://kv.example does not answer")
+
+    monkeypatch.setattr(StoredPrefixes, "page", away)
+    app = create_app(served_model, backend, finder=finder, prefixes=prefixes, settings=SETTINGS)
+    with serve(measured(app)) as served:
+        found, _ = browse(f"{served.url}/measure", tmp_path / "profile")
+    for one in found:
+        assert one["state"] == "live" and one["wide"] <= one["inner"]
+        assert one["prefixes"] == "store_unavailable: the store of prefixes does not answer"
