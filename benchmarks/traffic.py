@@ -12,11 +12,14 @@ empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in
 come at 300 kB a second from then on. The embedded Redis is back within a second or two; redis-away has the
 catalog in a Redis of the benchmark's own (--redis), kills that, and starts it again 20 s later with its data.
 corrupt damages 5 % of the blobs (at least one), those of the documents asked about most; missing removes
-their files. What is in memory stays right, so give it many documents and little memory: then these leave, and
-are asked for again.
+their files. What is in memory stays right and needs no Redis, so give these three many documents and little
+memory: then these leave, and are asked for again.
 
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json
+    python benchmarks/traffic.py --fault redis-away --seconds 75 --rate 0.6 --documents 30 --stored 30 \\
+        --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB \\
+        --out benchmarks/results/traffic_redis_away.json
 
 What a fault did, and what was seen of it, is in the file as "struck"; one that did not happen is an error.
 

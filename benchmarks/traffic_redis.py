@@ -66,7 +66,8 @@ class OwnRedis:
 
     def seen_by(self, answers: Sequence[Any]) -> dict[str, Any]:
         """What users saw of it: answers that began and ended while it was away, and why they missed; and how
-        long after its return the first token of a hit came, None where there was none.
+        long after its return the first token came from an artifact that had served nobody before, so that
+        no memory can have had it; None where there was none.
 
         Args:
             answers: of `traffic_client`, a process of this machine: they have the same clock.
@@ -79,13 +80,14 @@ class OwnRedis:
         served = [one for one in whole if gone <= one["began"] and one["began"] + one["seconds"] <= back]
         if not served:
             raise RuntimeError("nobody was answered while Redis was away: more --seconds, or a higher --rate")
-        hits = [one for one in whole if one["began"] >= back and one["xkv"]["artifact"] is not None]
-        firsts = [one["began"] + one["first_token_s"] - back for one in hits if not one["xkv"]["miss"]]
+        known = {one["xkv"]["artifact"] for one in whole if one["began"] < back} | {None}
+        loads = [one for one in whole if one["xkv"]["artifact"] not in known]
+        firsts = [one["began"] + one["first_token_s"] - back for one in loads]
         reasons = Counter(one["xkv"]["miss"]["reason"] for one in served if one["xkv"]["miss"])
         return {
             "served_away": len(served),
             "misses_away": dict(reasons),
-            "first_hit_s": min(firsts, default=None),
+            "first_load_s": min(firsts, default=None),
         }
 
     def _start(self) -> subprocess.Popen[bytes]:
