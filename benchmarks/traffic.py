@@ -25,8 +25,8 @@ What a fault did, and what was seen of it, is in the file as "struck"; one that 
 
 More than a server can do, with a limit on how long requests wait to be begun:
 
-    python benchmarks/traffic.py --prefix-memory 6MiB --queue-timeout 60s \
-        --out benchmarks/results/traffic_overload.json
+    python benchmarks/traffic.py --seconds 60 --rate 6 --prefix-memory 6MiB --tail-memory 8MiB \
+        --queue-timeout 20s --unchecked --out benchmarks/results/traffic_overload.json
 
 Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
 
