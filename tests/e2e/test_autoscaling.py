@@ -37,7 +37,8 @@ def test_a_second_replica_comes_and_goes(server: Server) -> None:
     use_factors(f"{server.url}/v1", document)
 
     with watching(server) as watch:
-        with Crowd(TARGET + 4, questions(asker, document, items)) as crowd:
+        # More than twice it: a user has none under way between two, on a busy machine a third of the time.
+        with Crowd(TARGET + 10, questions(asker, document, items)) as crowd:
             wait_until(lambda: watch.now == 2)
             newcomer = logs.replicas()[-1]
             wait_until(lambda: watch.counters["prefixes_loads"] == 2)  # the pinned prefix
