@@ -24,7 +24,7 @@ import httpx
 from report import Report, command
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend(str(ROOT / "tests" / folder) for folder in ("e2e", "."))
+sys.path.extend(str(ROOT / folder) for folder in ("tests/e2e", "tests", "."))
 
 from asking import Asker, example_document, wait_until  # noqa: E402
 from scaling import Crowd, Logs, long_streams, questions, watching  # noqa: E402

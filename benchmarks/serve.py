@@ -27,7 +27,7 @@ from typing import Any
 from report import Report, command
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "e2e"))
+sys.path.extend(str(ROOT / folder) for folder in ("tests/e2e", "."))
 
 
 def main() -> None:

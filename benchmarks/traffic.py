@@ -25,7 +25,7 @@ What a fault did, and what was seen of it, is in the file as "struck"; one that 
 
 More than a server can do, with a limit on how long requests wait to be begun:
 
-    python benchmarks/traffic.py --seconds 60 --rate 6 --prefix-memory 6MiB --tail-memory 8MiB \
+    python benchmarks/traffic.py --seconds 60 --rate 6 --prefix-memory 6MiB --tail-memory 8MiB \\
         --queue-timeout 20s --unchecked --out benchmarks/results/traffic_overload.json
 
 Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
@@ -62,7 +62,7 @@ from xkv_artifacts.store import ArtifactStore
 
 _LENGTHS = (600, 1200, 2400, 4800)
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend(str(ROOT / "tests" / folder) for folder in ("e2e", "."))
+sys.path.extend(str(ROOT / folder) for folder in ("tests/e2e", "tests", "."))
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -204,9 +203,11 @@ def object_store(folder: Path) -> Iterator[SlowLink]:
     """An S3 server (moto's) and a Redis, which the environment of this process points everybody at."""
     from redis_server import RedisServer
 
+    from examples.local_server import free_port
+
     redis = RedisServer(folder / "redis")
     redis.start()
-    port = _free_port()
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -244,9 +245,3 @@ def _make_bucket(port: int) -> None:
                 raise
             time.sleep(0.2)
     boto3.client("s3").create_bucket(Bucket="traffic")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.local_server import free_port
 from xkv_artifacts.embedded import server_binary
 from xkv_artifacts.redis_link import RedisLink
 
@@ -27,6 +26,8 @@ class OwnRedis:
     """
 
     def __init__(self, folder: Path, *, away_s: float = AWAY_S) -> None:
+        from examples.local_server import free_port
+
         folder.mkdir()
         self._folder, self._port, self._away_s = folder, free_port(), away_s
         self.url = f"redis://127.0.0.1:{self._port}/0"

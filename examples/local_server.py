@@ -61,11 +61,8 @@ def free_port() -> int:
     to 19999): either may be taken again before the server starts.
     """
     while True:
-        with (
-            suppress(OSError),
-            socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as probe,
-        ):
-            port: int = probe.getsockname()[1]
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
 
