@@ -46,7 +46,9 @@ DELETED_S: Final = 3600
 to listing it.
 """
 MOST_SPECS: Final = 4096
-"""More are not kept: what has one of the others is not made again by itself where its blob is lost."""
+"""More are not kept, and none longer than MOST_SPEC_CHARS (guesses: a store has a few, of 250 characters). A
+blob's spec may say anything; what has one that is not kept is not made again by itself where it is lost."""
+MOST_SPEC_CHARS: Final = 4096
 Reason = Literal["expired", "quota", "budget"]
 Listed = Literal["pinned", "listed", "ended", "unlisted"]
 
@@ -107,8 +109,10 @@ class Catalog:
 
         A few specs make all artifacts of a store, and a text in each entry would cost more than the entry.
         """
-        texts = [spec_digest(spec), spec_text(spec), str(MOST_SPECS)]
-        self.link.script(entry_scripts.KEEP_SPEC, [self._key(SPECS_KEY)], texts)
+        text = spec_text(spec)
+        if len(text) <= MOST_SPEC_CHARS:
+            texts = [spec_digest(spec), text, str(MOST_SPECS)]
+            self.link.script(entry_scripts.KEEP_SPEC, [self._key(SPECS_KEY)], texts)
 
     def get(self, artifact_id: str) -> Entry | None:
         """The entry of an artifact, or None.

@@ -194,6 +194,7 @@ def test_a_lease_that_was_taken_over_says_so(catalog: Catalog) -> None:
 
 def test_specs_are_kept_once_and_bounded(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xkv_artifacts.catalog.MOST_SPECS", 2)
+    catalog.keep_spec({"ratio": "8" * 5000})
     for ratio in (8.0, 8.0, 20.0, 32.0):
         catalog.keep_spec({"ratio": ratio})
     kept = catalog.link.call(lambda client: client.hgetall(f"xkv:1:{catalog.store_id}:specs"))

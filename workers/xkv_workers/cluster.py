@@ -83,9 +83,9 @@ def _kill_at_shutdown() -> None:
     """Have Ray's shutdown kill its processes, and not give each of them a second to hear SIGTERM."""
     import ray
 
-    node = ray._private.worker._global_node
-    if node is not None:
-        kill = node.kill_all_processes
+    node = getattr(ray._private.worker, "_global_node", None)
+    kill = getattr(node, "kill_all_processes", None)
+    if node is not None and kill is not None:
         node.kill_all_processes = lambda **_: kill(check_alive=False)
 
 

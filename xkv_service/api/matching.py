@@ -168,7 +168,6 @@ class PrefixFinder:
         return found
 
     def _tell_lost(self, artifact_id: str, prompt: array[int], miss: Miss) -> None:
-        self._notes.look_again()  # who asks next may hold all of it
         if self._remaker is not None:
             origin = self._origin(artifact_id, self._notes.get(artifact_id))
             fault = f"{miss.detail}, found by a lookup"
@@ -277,6 +276,7 @@ class PrefixFinder:
     def _broken(self, error: XKVError, artifact_id: str, prompt: array[int]) -> Miss:
         miss = _lost(artifact_id, error)
         if isinstance(error, MissingBlob | CorruptArtifact):
+            self._notes.look_again()
             self._tell_lost(artifact_id, prompt, miss)
         return miss
 

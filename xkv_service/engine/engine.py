@@ -279,7 +279,10 @@ class Engine:
                 self._prefixes.hold(kept.artifact_id)
             self._start(sequence, kept.context, kept.artifact_id)
             return
-        if match is None or self._prefixes is None:
+        if match is None:
+            self._start(sequence, empty_context(self.loaded.model), None)
+            return
+        if self._prefixes is None:
             self._start_without(sequence)
             return
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
