@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from talking import SELECTION, Talker
+from talking import DOCUMENT, SELECTION, Talker
 from transformers import DynamicCache
 
 from xkv_service import XKVCache, enable_xkv
@@ -79,3 +81,18 @@ def generated(talker: Talker, ids: list[int], *, prefix: bool = False, most: int
 
 
 __all__ = ["SHORT", "Asked", "StillRates", "generated", "replace"]
+
+
+def prompt_of(talker: Talker, question: str, *, document: bool = True) -> list[int]:
+    """A chat's first prompt: a question behind the document, or alone."""
+    content = f"{DOCUMENT}\n\n{question}" if document else question
+    messages = [{"role": "user", "content": content}]
+    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def until(met: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait: an end is told before what was held is put away."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.01)

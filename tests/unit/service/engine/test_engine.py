@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from asking import SHORT, Asked, generated
-from talking import DOCUMENT, SELECTION, Talker
+from asking import SHORT, Asked, generated, prompt_of, until
+from talking import SELECTION, Talker
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine.engine import Engine
@@ -52,24 +52,10 @@ def engine(talker: Talker, pool: PrefixPool) -> Iterator[Engine]:
         yield made
 
 
-def _prompt(talker: Talker, question: str, *, document: bool = True) -> list[int]:
-    content = f"{DOCUMENT}\n\n{question}" if document else question
-    messages = [{"role": "user", "content": content}]
-    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    """An end is told before what was held is put away."""
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "deepseek_v3"])
 def test_prompts_of_many_lengths_at_once(talkers: Callable[[str], Talker], family: str) -> None:
     talker = talkers(family)
-    prompts = [_prompt(talker, "x" * size, document=False) for size in (1, 90, 7, 40, 3, 200, 11, 60)]
+    prompts = [prompt_of(talker, "x" * size, document=False) for size in (1, 90, 7, 40, 3, 200, 11, 60)]
     with Engine(talker.loaded, SETTINGS) as engine:
         asked = [Asked(engine, prompt) for prompt in prompts]
         for one, prompt in zip(asked, prompts, strict=True):
@@ -84,7 +70,7 @@ def test_prefixes_come_from_factors_beside_prompts_that_do_not(
     jobs = []
     for number in range(14):
         with_document = number % 3 != 0
-        prompt = _prompt(talker, f"{number}: where does it end?" * (1 + number % 4), document=with_document)
+        prompt = prompt_of(talker, f"{number}: where does it end?" * (1 + number % 4), document=with_document)
         jobs.append((prompt, with_document, Asked(engine, prompt, match=match if with_document else None)))
     for prompt, with_document, asked in jobs:
         assert asked.wait().tokens == generated(talker, prompt, prefix=with_document)
@@ -97,16 +83,16 @@ def test_prefixes_come_from_factors_beside_prompts_that_do_not(
 def test_a_shorter_match_uses_the_beginning_of_the_prefix(
     talker: Talker, engine: Engine, artifact: str
 ) -> None:
-    asked = Asked(engine, _prompt(talker, "?"), match=PrefixMatch(artifact, 40)).wait()
+    asked = Asked(engine, prompt_of(talker, "?"), match=PrefixMatch(artifact, 40)).wait()
     assert isinstance(asked.end, Finished)
     assert asked.started.prefix_tokens == asked.started.cached_tokens == 40
 
 
 def test_a_conversation_goes_on_without_an_id(talker: Talker, engine: Engine, artifact: str) -> None:
     match = PrefixMatch(artifact, talker.factors.tokens)
-    first = _prompt(talker, "Where does it end? " * 5)
+    first = prompt_of(talker, "Where does it end? " * 5)
     one = Asked(engine, first, match=match).wait()
-    longer = [*first, *one.tokens, *_prompt(talker, "And then?", document=False)]
+    longer = [*first, *one.tokens, *prompt_of(talker, "And then?", document=False)]
     two = Asked(engine, longer, match=match).wait()
     held = len(first) + len(one.tokens) - 1
     assert two.started.cached_tokens == held and two.started.tail_tokens == held - match.tokens
@@ -118,7 +104,7 @@ def test_a_conversation_goes_on_without_an_id(talker: Talker, engine: Engine, ar
 
 
 def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talker, engine: Engine) -> None:
-    prompt = _prompt(talker, "y" * 100, document=False)
+    prompt = prompt_of(talker, "y" * 100, document=False)
     first, second = (Asked(engine, prompt).wait() for _ in range(2))
     assert first.started.cached_tokens == 0
     assert second.started.cached_tokens == len(prompt) - 1
@@ -129,17 +115,17 @@ def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, a
     with Engine(talker.loaded, replace(SETTINGS, tail_bytes=600_000), pool) as engine:
         match = PrefixMatch(artifact, talker.factors.tokens)
         for number in range(12):
-            Asked(engine, _prompt(talker, f"{number}" * 90), match=match).wait()
+            Asked(engine, prompt_of(talker, f"{number}" * 90), match=match).wait()
             state = engine.state()
             assert state.tail_bytes <= 600_000
-        _until(lambda: engine.state().running == 0)
-        _until(lambda: pool.state().holds.get(artifact) == engine.state().kept_tails > 0)
+        until(lambda: engine.state().running == 0)
+        until(lambda: pool.state().holds.get(artifact) == engine.state().kept_tails > 0)
         assert engine.state().kept_tails < 12
     assert not pool.state().holds.get(artifact)
 
 
 def test_settings_are_obeyed(talker: Talker, engine: Engine) -> None:
-    prompt = _prompt(talker, "z" * 70, document=False)
+    prompt = prompt_of(talker, "z" * 70, document=False)
     whole = Asked(engine, prompt, settings=GenerationSettings(max_new_tokens=30)).wait()
     assert isinstance(whole.end, Finished)
     stop = whole.text[3:5]
@@ -153,7 +139,7 @@ def test_settings_are_obeyed(talker: Talker, engine: Engine) -> None:
 
 
 def test_log_probabilities_are_of_the_tokens_told(talker: Talker, engine: Engine) -> None:
-    asked = Asked(engine, _prompt(talker, "w" * 70, document=False), top_logprobs=3).wait()
+    asked = Asked(engine, prompt_of(talker, "w" * 70, document=False), top_logprobs=3).wait()
     found = [one for event in asked.events if hasattr(event, "logprobs") for one in event.logprobs]
     assert [one.token_id for one in found] == asked.tokens
     for one in found:
@@ -164,23 +150,23 @@ def test_log_probabilities_are_of_the_tokens_told(talker: Talker, engine: Engine
 def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, engine: Engine) -> None:
     long = GenerationSettings(max_new_tokens=700)
     asked = [
-        Asked(engine, _prompt(talker, str(n) * 80, document=False), settings=long, namespace=str(n))
+        Asked(engine, prompt_of(talker, str(n) * 80, document=False), settings=long, namespace=str(n))
         for n in range(10)
     ]
     for one in asked[1:]:
         one.cancel()
     for one in asked[1:]:
         assert one.wait().end.finish in ("cancelled", "stop")
-    _until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
+    until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
     asked[0].cancel()
     asked[0].wait()
 
 
 def test_a_request_that_takes_too_long_fails(talker: Talker, engine: Engine) -> None:
     slow = GenerationSettings(max_new_tokens=900)
-    asked = Asked(engine, _prompt(talker, "v", document=False), settings=slow, timeout_s=0.05).wait()
+    asked = Asked(engine, prompt_of(talker, "v", document=False), settings=slow, timeout_s=0.05).wait()
     assert isinstance(asked.end, Failed) and asked.end.kind == "timeout"
-    _until(lambda: engine.state().running == 0)
+    until(lambda: engine.state().running == 0)
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [10**6], [5] * 2000])
@@ -192,7 +178,7 @@ def test_prompts_that_no_model_can_run_are_refused(engine: Engine, ids: list[int
 def test_an_artifact_that_is_gone_or_damaged_is_computed_instead(
     talker: Talker, store: ArtifactStore, engine: Engine, artifact: str
 ) -> None:
-    prompt = _prompt(talker, "Where?" * 12)
+    prompt = prompt_of(talker, "Where?" * 12)
     gone = Asked(engine, prompt, match=PrefixMatch("0" * 64, 40)).wait()
     assert gone.started.miss is not None and gone.started.miss.reason == "evicted"
     assert gone.tokens == generated(talker, prompt)
@@ -201,7 +187,7 @@ def test_an_artifact_that_is_gone_or_damaged_is_computed_instead(
 def test_closing_ends_everything(talker: Talker) -> None:
     engine = Engine(talker.loaded, SETTINGS)
     long = GenerationSettings(max_new_tokens=900)
-    asked = [Asked(engine, _prompt(talker, str(n), document=False), settings=long) for n in range(12)]
+    asked = [Asked(engine, prompt_of(talker, str(n), document=False), settings=long) for n in range(12)]
     engine.close()
     assert all(one.wait().end for one in asked)
     late = Asked(engine, [5, 6]).wait()
@@ -219,7 +205,7 @@ def test_a_model_that_fails_on_one_sequence_answers_the_others(
         return forward(ids)
 
     monkeypatch.setattr(talker.model.model.embed_tokens, "forward", fail)
-    prompt = _prompt(talker, "u" * 30, document=False)
+    prompt = prompt_of(talker, "u" * 30, document=False)
     asked = [Asked(engine, prompt), Asked(engine, [7, 200, 7]), Asked(engine, prompt, namespace="b")]
     assert isinstance(asked[1].wait().end, Failed) and asked[1].end.kind == "internal"
     assert asked[0].wait().tokens == asked[2].wait().tokens == generated(talker, prompt)
@@ -234,17 +220,17 @@ def test_a_choice_that_fails_ends_one_answer_alone(
 
     monkeypatch.setattr("xkv_service.engine.engine.choose", bad)
     match = PrefixMatch(artifact, talker.factors.tokens)
-    prompt, nucleus = _prompt(talker, "n" * 70), replace(SHORT, temperature=1.0, top_p=0.5)
+    prompt, nucleus = prompt_of(talker, "n" * 70), replace(SHORT, temperature=1.0, top_p=0.5)
     good, failing = Asked(engine, prompt, match=match), Asked(engine, prompt, match=match, settings=nucleus)
     assert isinstance(failing.wait().end, Failed) and failing.end.kind == "internal"
     assert good.wait().tokens == generated(talker, prompt, prefix=True)
     assert engine.alive
-    _until(lambda: engine.state().running == 0)
+    until(lambda: engine.state().running == 0)
     assert pool.state().holds[artifact] == engine.state().kept_tails == 1
 
 
 def test_the_smallest_temperature_is_that_of_the_likeliest(talker: Talker, engine: Engine) -> None:
-    prompt = _prompt(talker, "t" * 70, document=False)
+    prompt = prompt_of(talker, "t" * 70, document=False)
     greedy = Asked(engine, prompt).wait()
     coldest = Asked(engine, prompt, settings=replace(SHORT, temperature=5e-324)).wait()
     assert coldest.tokens == greedy.tokens
@@ -254,7 +240,7 @@ def test_any_traffic_is_answered_right(talker: Talker, engine: Engine, artifact:
     """Conversations of random turns, side by side, some of them cancelled."""
     dice, match = random.Random(3), PrefixMatch(artifact, talker.factors.tokens)
     talks = [
-        (_prompt(talker, f"{n} " * dice.randint(1, 40), document=n % 2 == 0), n % 2 == 0) for n in range(8)
+        (prompt_of(talker, f"{n} " * dice.randint(1, 40), document=n % 2 == 0), n % 2 == 0) for n in range(8)
     ]
     for _ in range(3):
         asked = [
@@ -269,14 +255,14 @@ def test_any_traffic_is_answered_right(talker: Talker, engine: Engine, artifact:
             tokens = one.wait().tokens
             expected = generated(talker, ids, prefix=prefix)
             assert tokens == (expected if one.end.finish != "cancelled" else expected[: len(tokens)])
-            more = _prompt(talker, "?" * dice.randint(1, 30), document=False)
+            more = prompt_of(talker, "?" * dice.randint(1, 30), document=False)
             following.append(([*ids, *tokens, *more][:900], prefix))
         talks = following
     assert engine.state().counters["cached_tokens"] > 0
 
 
 def test_events_come_in_order(talker: Talker, engine: Engine) -> None:
-    events = Asked(engine, _prompt(talker, "t" * 40, document=False)).wait().events
+    events = Asked(engine, prompt_of(talker, "t" * 40, document=False)).wait().events
     kinds = [type(event).__name__ for event in events]
     assert kinds[0] == "Started" and kinds[-1] == "Finished" and set(kinds[1:-1]) <= {"Delta"}
     assert sum(event.tokens for event in events if hasattr(event, "tokens")) == len(events[-1].token_ids)

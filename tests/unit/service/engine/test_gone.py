@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from asking import Asked, StillRates, generated
+from asking import Asked, StillRates, generated, until
 from talking import DOCUMENT, SELECTION, Talker
 
 from xkv_artifacts.embedded import EmbeddedRedis
@@ -82,16 +82,9 @@ def served(talker: Talker, own_store: ArtifactStore, monkeypatch: pytest.MonkeyP
     made.close()
 
 
-def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("ends", ["deleted", "expired", "deleted by somebody else"])
 def test_a_prefix_that_is_gone_leaves_memory_with_its_conversations(served: Served, ends: str) -> None:
-    _until(lambda: served.engine.state().kept_tails == 1)
+    until(lambda: served.engine.state().kept_tails == 1)
     if ends == "expired":
         served.store.set_ttl(served.artifact, 0.2)
     elif ends == "deleted":
@@ -99,7 +92,7 @@ def test_a_prefix_that_is_gone_leaves_memory_with_its_conversations(served: Serv
     else:
         with ArtifactStore.open(served.store.blobs.url) as other:
             other.remove(served.artifact)
-    _until(lambda: not served.engine.state().kept_tails and not served.pool.state().nbytes)
+    until(lambda: not served.engine.state().kept_tails and not served.pool.state().nbytes)
     assert served.pool.gone == frozenset() and served.pool.state().holds == {}
     # Nor does one whose lookup was older, or whose store did not answer, get it.
     served.computed(served.going_on())
@@ -112,15 +105,15 @@ def test_a_prefix_that_is_gone_leaves_memory_with_its_conversations(served: Serv
 def test_an_answer_that_runs_comes_to_its_end_and_is_not_kept(served: Served) -> None:
     long = served.prompt("Say more. " * 3)
     running = Asked(served.engine, long, match=served.match, settings=GenerationSettings(max_new_tokens=400))
-    _until(lambda: served.engine.state().running == 1)
+    until(lambda: served.engine.state().running == 1)
     served.store.remove(served.artifact)
-    _until(lambda: not served.pool.state().prefixes)
+    until(lambda: not served.pool.state().prefixes)
     ended_already = running.ended.is_set()
     late = served.computed(served.prompt("Why?"), match=served.match)
     assert late.started.miss is not None and late.started.miss.reason == "evicted"
     assert running.wait().tokens == generated(served.talker, long, prefix=True, most=400)
     assert not ended_already, "it showed nothing: the answer was over before"
-    _until(lambda: not served.pool.state().nbytes)
+    until(lambda: not served.pool.state().nbytes)
 
 
 def test_a_lookup_that_finds_none_is_believed_at_once(
@@ -141,9 +134,9 @@ def test_stored_tails_behind_what_no_lookup_finds_stay_where_they_are(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.stored.rates, "load_is_faster", lambda *_, **__: True)
-    _until(lambda: served.engine.state().kept_tails == 1)
+    until(lambda: served.engine.state().kept_tails == 1)
     served.engine._tails.clear()
-    _until(lambda: served.stored.counters().get("stored") == 1)
+    until(lambda: served.stored.counters().get("stored") == 1)
     monkeypatch.setattr(served.pool._upkeep, "ask", lambda ids: None)
     assert served.computed(served.going_on(), miss=NONE).started.miss == NONE
 
@@ -171,7 +164,7 @@ def test_a_redis_that_lost_its_catalog_takes_nothing_out_of_memory(served: Serve
 
 def test_a_prefix_that_is_made_again_serves_again(served: Served) -> None:
     served.store.remove(served.artifact)
-    _until(lambda: not served.pool.state().nbytes)
+    until(lambda: not served.pool.state().nbytes)
     served.talker.published(served.store)
     asked = Asked(served.engine, served.prompt("Why?"), match=served.match).wait()
     assert asked.started.artifact_id == served.artifact and asked.started.miss is None

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 import torch
-from asking import SHORT, Asked, generated
+from asking import SHORT, Asked, generated, until
 from compressed import random_ids
 from families import tiny_model
 from published import prompt_logits, publish
@@ -117,13 +117,6 @@ def _prompt(talker: Talker, question: str = "Who?") -> list[int]:
     return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def _head_starts() -> int:
     return sum(thread.name == "head-start" for thread in threading.enumerate())
 
@@ -195,7 +188,7 @@ def test_the_answer_is_that_of_the_prefix_and_comes_after_the_load(
     prompt = _prompt(talker, "Who?" if rest == "short" else "Who? " * 40)
     asked = Asked(engine, prompt, match=match)
     assert blobs.reached.wait(60)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     time.sleep(0.1)
     assert not asked.events  # not every byte has been checked
     blobs.gate.set()
@@ -206,7 +199,7 @@ def test_the_answer_is_that_of_the_prefix_and_comes_after_the_load(
     assert counters["head_starts"] == 1
     assert counters["head_start_tokens"] == min(64, len(prompt) - match.tokens)
     assert counters["cached_tokens"] == match.tokens
-    _until(lambda: _head_starts() == 0)
+    until(lambda: _head_starts() == 0)
     again = Asked(engine, prompt, match=match).wait()
     assert again.tokens == asked.tokens
 
@@ -219,7 +212,7 @@ def test_nothing_of_a_prefix_is_kept_behind_its_answer(
     monkeypatch.setattr(HeadStart, "begin", lambda start, one: begun.append(start) or begin(start, one))
     asked = Asked(engine, _prompt(talker), match=match)
     assert blobs.reached.wait(60)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     blobs.gate.set()
     asked.wait()
     assert engine.state().counters["head_starts"] == 1
@@ -235,7 +228,7 @@ def test_while_loads_wait_the_engine_does_not_spin(
     with Engine(talker.loaded, replace(SETTINGS, max_running=2), pool) as engine:
         asked = [Asked(engine, _prompt(talker, f"{number}?"), match=match) for number in range(5)]
         assert blobs.reached.wait(60)
-        _until(lambda: engine.state().waiting == 5)
+        until(lambda: engine.state().waiting == 5)
         monkeypatch.setattr(pool, "state", lambda: states.append(1) or state())
         time.sleep(1.0)
         assert len(states) < 20  # one a turn of the engine's thread
@@ -253,14 +246,14 @@ def test_damage_that_is_found_late_is_told_to_nobody_but_as_a_miss(
     prompt = _prompt(talker)
     asked = Asked(engine, prompt, match=match)
     assert blobs.reached.wait(60)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     blobs.gate.set()
     assert asked.wait().tokens == generated(talker, prompt)
     assert asked.started.artifact_id is None
     assert asked.started.miss is not None and asked.started.miss.reason == "corrupt"
     assert not gated.blobs.exists(match.artifact_id)
     assert "head_starts" not in engine.state().counters
-    _until(lambda: _head_starts() == 0)
+    until(lambda: _head_starts() == 0)
 
 
 def test_a_request_that_is_cancelled_ends_its_head_start(
@@ -268,12 +261,12 @@ def test_a_request_that_is_cancelled_ends_its_head_start(
 ) -> None:
     asked = Asked(engine, _prompt(talker), match=match)
     assert blobs.reached.wait(60)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     asked.cancel()
     assert isinstance(asked.wait().end, Finished)
-    _until(lambda: _head_starts() == 0)  # while the load goes on
+    until(lambda: _head_starts() == 0)  # while the load goes on
     blobs.gate.set()
-    _until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
+    until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
 
 
 def test_a_load_that_takes_too_long_ends_it_too(
@@ -287,7 +280,7 @@ def test_a_load_that_takes_too_long_ends_it_too(
         asked = Asked(engine, prompt, match=match).wait()
         assert asked.tokens == generated(talker, prompt)
         assert asked.started.miss is not None and asked.started.miss.reason == "slow_load"
-        _until(lambda: _head_starts() == 0)
+        until(lambda: _head_starts() == 0)
         blobs.gate.set()
     pool.close()
 
@@ -296,7 +289,7 @@ def test_a_request_waits_in_no_queue_once_its_head_start_runs(
     talker: Talker, engine: Engine, blobs: GatedBlobs, match: PrefixMatch
 ) -> None:
     asked = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     time.sleep(1.2)  # the engine looks twice a second
     assert not asked.events
     blobs.gate.set()
@@ -313,12 +306,12 @@ def test_a_load_beside_a_stream_is_waited_for_as_any_place_is(
 ) -> None:
     monkeypatch.setattr(pool.rates, "prefilled", lambda *_: None)  # else loading would be found too slow
     stream = Asked(engine, _prompt(talker, "And?"), settings=GenerationSettings(max_new_tokens=400))
-    _until(lambda: any(isinstance(event, Started) for event in stream.events))
+    until(lambda: any(isinstance(event, Started) for event in stream.events))
     end = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1).wait().end
     assert isinstance(end, Failed) and end.kind == "queue_timeout"
-    _until(lambda: engine.state().waiting == 0)
+    until(lambda: engine.state().waiting == 0)
     blobs.gate.set()
-    _until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
+    until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
     assert isinstance(stream.wait().end, Finished)
 
 
@@ -347,11 +340,11 @@ def test_beside_a_stream_nothing_is_begun_early(
     monkeypatch.setattr(pool.rates, "prefilled", lambda *_: None)  # else loading would be found too slow
     endless = GenerationSettings(max_new_tokens=400)
     stream = Asked(engine, _prompt(talker, "And?"), settings=endless)
-    _until(lambda: any(isinstance(event, Started) for event in stream.events))
+    until(lambda: any(isinstance(event, Started) for event in stream.events))
     asked = Asked(engine, _prompt(talker), match=match)
     assert blobs.reached.wait(60)
     told = len(stream.events)
-    _until(lambda: len(stream.events) > told)
+    until(lambda: len(stream.events) > told)
     assert not _head_starts() and not asked.events
     blobs.gate.set()
     assert asked.wait().tokens == generated(talker, _prompt(talker), prefix=True)
@@ -364,7 +357,7 @@ def test_only_one_runs_at_a_time(
     prompts = [_prompt(talker, question) for question in ("Who?", "Where?", "When?")]
     asked = [Asked(engine, prompt, match=match, settings=SHORT) for prompt in prompts]
     assert blobs.reached.wait(60)
-    _until(lambda: _head_starts() == 1)
+    until(lambda: _head_starts() == 1)
     blobs.gate.set()
     for one, prompt in zip(asked, prompts, strict=True):
         assert one.wait().tokens == generated(talker, prompt, prefix=True)

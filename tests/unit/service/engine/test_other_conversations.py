@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import Asked, StillRates, generated
-from talking import DOCUMENT, SELECTION, Talker
+from asking import Asked, StillRates, generated, prompt_of, until
+from talking import SELECTION, Talker
 
 from xkv_artifacts.blobs import blob_name
 from xkv_artifacts.store import ArtifactStore
@@ -19,18 +18,6 @@ from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.stored_tails import StoredTails
 
 SETTINGS = EngineSettings(max_running=4, step_tokens=64, prefill_tokens=64, selection=SELECTION)
-
-
-def prompt_of(talker: Talker, text: str) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -51,12 +38,12 @@ class Served:
         self.stored = StoredTails(talker.loaded, store.tails, self.pool, SETTINGS)
         self.stored.rates.computed = lambda *_: None  # type: ignore[method-assign]
         self.engine = Engine(talker.loaded, SETTINGS, self.pool, self.stored)
-        self.first = Asked(self.engine, prompt_of(talker, f"{DOCUMENT}\n\nWhere?")).wait()
+        self.first = Asked(self.engine, prompt_of(talker, "Where?")).wait()
         assert self.first.started.cached_tokens == 0
 
     def another(self, question: str) -> Asked:
         """Another conversation about the document."""
-        asked = prompt_of(self.talker, f"{DOCUMENT}\n\n{question}")
+        asked = prompt_of(self.talker, question)
         return Asked(self.engine, asked, match=self.match).wait()
 
     def tail_bytes(self, tails: int) -> int:
@@ -97,7 +84,9 @@ def test_so_it_does_where_the_other_one_is_in_the_store(served: Served) -> None:
 
 def test_the_same_conversation_goes_on_from_its_own_turn(served: Served) -> None:
     held = [*served.first.request.token_ids, *served.first.tokens]
-    asked = Asked(served.engine, [*held, *prompt_of(served.talker, "And then?")], match=served.match).wait()
+    asked = Asked(
+        served.engine, [*held, *prompt_of(served.talker, "And then?", document=False)], match=served.match
+    ).wait()
     assert asked.started.cached_tokens == len(held) - 1 and asked.started.artifact_id is None
     assert asked.started.miss is not None and asked.started.miss.reason == "kept_tail"
     assert asked.tokens == generated(served.talker, list(asked.request.token_ids))
@@ -106,7 +95,7 @@ def test_the_same_conversation_goes_on_from_its_own_turn(served: Served) -> None
 def test_what_goes_far_beyond_the_artifact_is_shared(served: Served) -> None:
     """A prompt that is sent again with another end, say."""
     long = "again and again " * 12
-    exact = Asked(served.engine, prompt_of(served.talker, f"{DOCUMENT}\n\n{long}no")).wait()
+    exact = Asked(served.engine, prompt_of(served.talker, f"{long}no")).wait()
     assert exact.started.artifact_id is None
     two = served.another(long + "yes")
     assert two.started.artifact_id is None and two.started.cached_tokens > served.match.tokens + 64

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from asking import Asked, generated
-from talking import DOCUMENT, SELECTION, Talker
+from asking import Asked, generated, prompt_of, until
+from talking import SELECTION, Talker
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine.engine import Engine
@@ -60,18 +60,6 @@ def pool(talker: Talker, store: ArtifactStore) -> Iterator[PrefixPool]:
     made.close()
 
 
-def _prompt(talker: Talker, text: str) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def _until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def _assert_not_begun(asked: Asked) -> None:
     end = asked.wait().end
     assert isinstance(end, Failed) and end.kind == "queue_timeout" and asked.events == [end]
@@ -80,13 +68,13 @@ def _assert_not_begun(asked: Asked) -> None:
 
 def test_what_waits_for_a_place_ends_and_what_runs_goes_on(paced: Talker) -> None:
     with Engine(paced.loaded, replace(SETTINGS, max_running=1)) as engine:
-        prompt = _prompt(paced, "Where does it rise?")
+        prompt = prompt_of(paced, "Where does it rise?", document=False)
         running = Asked(engine, prompt, settings=LONG, queue_timeout_s=LIMIT_S)
         waiting = Asked(engine, prompt, queue_timeout_s=LIMIT_S)
         patient = Asked(engine, prompt)
         _assert_not_begun(waiting)
         assert not running.ended.is_set()
-        _until(lambda: engine.state().waiting == 1)
+        until(lambda: engine.state().waiting == 1)
         for asked in (running, patient):
             most = asked.request.settings.max_new_tokens
             assert asked.wait().tokens == generated(paced, prompt, most=most)
@@ -99,16 +87,16 @@ def test_a_place_in_the_batch_is_not_enough_and_its_prefix_is_let_go(
 ) -> None:
     """Of a long prompt in front of it every step takes all tokens."""
     with Engine(paced.loaded, SETTINGS, pool) as engine:
-        question = _prompt(paced, f"{DOCUMENT}\n\nWhere?")
+        question = prompt_of(paced, "Where?")
         Asked(engine, question, match=match).wait()
-        _until(lambda: engine.state().running == 0)
+        until(lambda: engine.state().running == 0)
         held = pool.state().holds.get(match.artifact_id, 0)  # by what is kept of that turn
-        long = _prompt(paced, "x" * 900)
+        long = prompt_of(paced, "x" * 900, document=False)
         running = Asked(engine, long, queue_timeout_s=LIMIT_S)
         waiting = HoldsAsked(pool, engine, question, match=match, queue_timeout_s=LIMIT_S)
         _assert_not_begun(waiting)
         assert waiting.holds == {match.artifact_id: held + 1}
-        _until(lambda: pool.state().holds.get(match.artifact_id, 0) == held and engine.state().running == 1)
+        until(lambda: pool.state().holds.get(match.artifact_id, 0) == held and engine.state().running == 1)
         assert not running.events, "no more than a part of its prompt is computed"
         assert running.wait().tokens == generated(paced, long)
         again = Asked(engine, question, match=match, queue_timeout_s=60).wait()
@@ -117,5 +105,7 @@ def test_a_place_in_the_batch_is_not_enough_and_its_prefix_is_let_go(
 
 def test_once_begun_it_has_all_the_time_it_had(paced: Talker) -> None:
     with Engine(paced.loaded, SETTINGS) as engine:
-        asked = Asked(engine, _prompt(paced, "x" * 400), settings=LONG, queue_timeout_s=LIMIT_S).wait()
+        asked = Asked(
+            engine, prompt_of(paced, "x" * 400, document=False), settings=LONG, queue_timeout_s=LIMIT_S
+        ).wait()
         assert isinstance(asked.events[0], Started) and asked.tokens

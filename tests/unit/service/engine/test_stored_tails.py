@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from asking import SHORT, Asked, StillRates, generated
+from asking import SHORT, Asked, StillRates, generated, prompt_of, until
 from redis_server import RedisServer
-from talking import DOCUMENT, SELECTION, Talker
+from talking import SELECTION, Talker
 
 from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.store import ArtifactStore
@@ -86,19 +86,6 @@ def serving(
         yield made
     finally:
         made.close()
-
-
-def until(met: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def prompt_of(talker: Talker, question: str, *, document: bool = True) -> list[int]:
-    content = f"{DOCUMENT}\n\n{question}" if document else question
-    messages = [{"role": "user", "content": content}]
-    return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def match_of(talker: Talker, store: ArtifactStore) -> PrefixMatch:
