@@ -96,7 +96,8 @@ class Strike:
             others = self._wait(lambda: [one.pid for one in self._replicas() if one.pid not in killed])
             return {"replicas_after": others}
         if self.fault in ("kill-redis", "empty-redis"):
-            back = self._wait(lambda: [one.pid for one in _redis(self._store)])
+            killed = self._did["killed_redis"]
+            back = self._wait(lambda: [one.pid for one in _redis(self._store) if one.pid not in killed])
             return {"redis_after": back, "said": self._wait(self._said)}
         if self._redis is not None:
             return {"keys_after": self._redis.keys()}
