@@ -10,7 +10,7 @@ import click
 from xkv_cli.conversation_options import BudgetType
 from xkv_cli.options import place_options, store_options, wrong_usage
 from xkv_cli.sizes import SizeType
-from xkv_cli.stop_signals import StartBrokenOff, StopSignals
+from xkv_cli.stop_signals import StopSignals
 from xkv_cli.times import TimeType
 
 _LOOK_S = 2.0
@@ -178,7 +178,9 @@ def serve(**options: Any) -> int:
     signals = StopSignals()
     try:
         return _serve(signals, options)
-    except StartBrokenOff:
+    except BaseException:
+        if not signals.broke_off_start:
+            raise
         click.echo("stopped before it had started", err=True)
         return 0
 
