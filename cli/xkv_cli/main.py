@@ -90,6 +90,10 @@ def main() -> None:
         status = _interrupted()
     except KeyboardInterrupt:
         status = _interrupted()
+    except SystemError as error:  # compiled code makes one of an exception that it did not look for
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        status = _interrupted()
     except click.ClickException as error:
         error.show()
         status = error.exit_code

@@ -167,20 +167,33 @@ def test_the_store_comes_from_option_variable_or_data_folder(monkeypatch: pytest
 
 
 def test_an_unexpected_error_is_one_line_unless_debugging() -> None:
-    script = (
-        "import click, xkv_cli.main as main\n"
-        "@main.xkv.command('boom')\ndef boom():\n    raise ZeroDivisionError('two\\nlines')\n"
-        "main._COMMANDS['boom'] = ('__main__', 'boom')\n"
-        "import sys; sys.argv = ['xkv', 'boom']\nmain.main()"
-    )
-    environment = {**os.environ, "XKV_DEBUG": ""}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    body = "raise ZeroDivisionError('two\\nlines')"
+    done = _run_command(body, debug="")
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error: unexpected ZeroDivisionError: two lines"
     assert "Traceback" not in done.stderr
-    environment["XKV_DEBUG"] = "1"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = _run_command(body, debug="1")
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_an_interrupt_is_one_also_where_compiled_code_met_it() -> None:
+    for body in ("raise KeyboardInterrupt", "raise SystemError('an exception set') from KeyboardInterrupt()"):
+        done = _run_command(body, debug="")
+        assert done.returncode == 130 and done.stderr.strip().startswith("interrupted: ")
+    done = _run_command("raise SystemError('its own')", debug="")
+    assert done.returncode == 1 and done.stderr.startswith("error: unexpected SystemError: its own")
+
+
+def _run_command(body: str, debug: str) -> subprocess.CompletedProcess[str]:
+    """A command that does that, as the console script would run it."""
+    script = (
+        "import click, xkv_cli.main as main\n"
+        f"@main.xkv.command('boom')\ndef boom():\n    {body}\n"
+        "main._COMMANDS['boom'] = ('__main__', 'boom')\n"
+        "import sys; sys.argv = ['xkv', 'boom']\nmain.main()"
+    )
+    environment = {**os.environ, "XKV_DEBUG": debug}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
 
 
 def test_the_documentation_of_the_command_is_up_to_date() -> None:
