@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,7 +39,7 @@ def use_factors(base_url: str, document: str) -> None:
     raise AssertionError(f"its factors are not used: {answer.text}")
 
 
-def _command(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
     """Its words; none of one that has ended meanwhile."""
     try:
         return " ".join(process.cmdline())
@@ -85,7 +86,7 @@ class Server:
     def processes(self, words: str = "") -> list[psutil.Process]:
         """Its children's and theirs, with some words in their command."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if words in _command(child)]
+        return [child for child in children if words in command_of(child)]
 
     def engine_process(self) -> psutil.Process:
         """Of one of the replicas."""
@@ -94,7 +95,8 @@ class Server:
     def terminate_all(self) -> None:
         """SIGTERM to all its processes, as systemd sends it; `timeout` does to the group."""
         for process in [psutil.Process(self.process.pid), *self.processes()]:
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):  # some last a moment only
+                process.terminate()
 
     def stop(self) -> int:
         """SIGTERM, unless it has ended; the exit status."""

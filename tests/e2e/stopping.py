@@ -12,7 +12,7 @@ import httpx
 import openai
 from asking import wait_until
 from openai import OpenAI
-from served import Server
+from served import Server, command_of
 
 LONG = {"max_tokens": 4000, "temperature": 2.0, "seed": 1}
 """An answer that a model seldom ends by itself."""
@@ -30,7 +30,7 @@ def check_that_ctrl_c_twice_breaks_off_answers(server: Server) -> None:
 
 def check_that_it_ends_with_its_ray(server: Server, part: str) -> None:
     """When a process of its Ray is killed, by the end of its command: it says so, and does not hang."""
-    (victim,) = (one for one in server.processes(part) if one.cmdline()[0].endswith(part))
+    (victim,) = (one for one in server.processes(part) if command_of(one).partition(" ")[0].endswith(part))
     victim.kill()
     assert server.process.wait(60) == 1
     error, hint = server.log.read_text().splitlines()[-2:]
