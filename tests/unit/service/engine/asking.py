@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from talking import DOCUMENT, SELECTION, Talker
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from xkv_service import XKVCache, enable_xkv
 from xkv_service.engine.engine import Engine
@@ -20,6 +21,7 @@ from xkv_service.engine.messages import Delta, Event, Failed, Finished, Generati
 from xkv_service.sessions.settings import GenerationSettings
 
 SHORT = GenerationSettings(max_new_tokens=8)
+STEP_S = 0.05
 _NAMES = itertools.count()
 
 
@@ -88,6 +90,16 @@ def prompt_of(talker: Talker, question: str, *, document: bool = True) -> list[i
     content = f"{DOCUMENT}\n\n{question}" if document else question
     messages = [{"role": "user", "content": content}]
     return talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+@contextmanager
+def paced(model: PreTrainedModel) -> Iterator[None]:
+    """Each of its forwards takes `STEP_S` longer, until the block ends: what runs goes on running."""
+    hook = model.register_forward_pre_hook(lambda *_: time.sleep(STEP_S))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def until(met: Callable[[], bool], seconds: float = 60.0) -> None:

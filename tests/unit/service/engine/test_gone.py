@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from asking import Asked, StillRates, generated, until
+from asking import Asked, StillRates, generated, paced, until
 from talking import DOCUMENT, SELECTION, Talker
 
 from xkv_artifacts.embedded import EmbeddedRedis
@@ -104,11 +104,13 @@ def test_a_prefix_that_is_gone_leaves_memory_with_its_conversations(served: Serv
 
 def test_an_answer_that_runs_comes_to_its_end_and_is_not_kept(served: Served) -> None:
     long = served.prompt("Say more. " * 3)
-    running = Asked(served.engine, long, match=served.match, settings=GenerationSettings(max_new_tokens=400))
-    until(lambda: served.engine.state().running == 1)
-    served.store.remove(served.artifact)
-    until(lambda: not served.pool.state().prefixes)
-    ended_already = running.ended.is_set()
+    settings = GenerationSettings(max_new_tokens=400)
+    with paced(served.talker.model):  # some 20 s
+        running = Asked(served.engine, long, match=served.match, settings=settings)
+        until(lambda: served.engine.state().running == 1)
+        served.store.remove(served.artifact)
+        until(lambda: not served.pool.state().prefixes)
+        ended_already = running.ended.is_set()
     late = served.computed(served.prompt("Why?"), match=served.match)
     assert late.started.miss is not None and late.started.miss.reason == "evicted"
     assert running.wait().tokens == generated(served.talker, long, prefix=True, most=400)

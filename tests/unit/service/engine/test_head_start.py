@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from asking import SHORT, Asked, generated, until
+from asking import SHORT, Asked, generated, paced, until
 from compressed import random_ids
 from families import tiny_model
 from published import prompt_logits, publish
@@ -36,6 +36,7 @@ from xkv_service.sessions.settings import GenerationSettings
 
 SETTINGS = EngineSettings(max_running=6, step_tokens=16, prefill_tokens=64, selection=SELECTION)
 SINGLE = CompressionSpec(group_size=1, rank_k=24, rank_v=32)
+LONG = GenerationSettings(max_new_tokens=400)  # of a paced model some 20 s
 SLOW_MODEL = 10.0  # seconds a token: whatever can be loaded is
 
 
@@ -307,11 +308,13 @@ def test_a_load_beside_a_stream_is_waited_for_as_any_place_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool.rates, "prefilled", lambda *_: None)  # else loading would be found too slow
-    stream = Asked(engine, _prompt(talker, "And?"), settings=GenerationSettings(max_new_tokens=400))
-    until(lambda: any(isinstance(event, Started) for event in stream.events))
-    end = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1).wait().end
-    assert isinstance(end, Failed) and end.kind == "queue_timeout"
-    until(lambda: engine.state().waiting == 0)
+    with paced(talker.model):
+        stream = Asked(engine, _prompt(talker, "And?"), settings=LONG)
+        until(lambda: any(isinstance(event, Started) for event in stream.events))
+        end = Asked(engine, _prompt(talker), match=match, queue_timeout_s=0.1).wait().end
+        assert isinstance(end, Failed) and end.kind == "queue_timeout"
+        until(lambda: engine.state().waiting == 0)
+        assert not stream.ended.is_set(), "it was beside nothing"
     blobs.gate.set()
     until(lambda: pool.state().prefixes == (match.artifact_id,) and not pool.state().holds)
     assert isinstance(stream.wait().end, Finished)
@@ -340,14 +343,15 @@ def test_beside_a_stream_nothing_is_begun_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool.rates, "prefilled", lambda *_: None)  # else loading would be found too slow
-    endless = GenerationSettings(max_new_tokens=400)
-    stream = Asked(engine, _prompt(talker, "And?"), settings=endless)
-    until(lambda: any(isinstance(event, Started) for event in stream.events))
-    asked = Asked(engine, _prompt(talker), match=match)
-    assert blobs.reached.wait(60)
-    told = len(stream.events)
-    until(lambda: len(stream.events) > told)
-    assert not _head_starts() and not asked.events
+    with paced(talker.model):
+        stream = Asked(engine, _prompt(talker, "And?"), settings=LONG)
+        until(lambda: any(isinstance(event, Started) for event in stream.events))
+        asked = Asked(engine, _prompt(talker), match=match)
+        assert blobs.reached.wait(60)
+        told = len(stream.events)
+        until(lambda: len(stream.events) > told)
+        assert not _head_starts() and not asked.events
+        assert not stream.ended.is_set(), "it was beside nothing"
     blobs.gate.set()
     assert asked.wait().tokens == generated(talker, _prompt(talker), prefix=True)
     assert "head_starts" not in engine.state().counters

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from asking import Asked, generated, prompt_of, until
+from asking import Asked, generated, paced, prompt_of, until
 from talking import SELECTION, Talker
 
 from xkv_artifacts.store import ArtifactStore
@@ -20,7 +19,7 @@ from xkv_service.engine.settings import EngineSettings
 from xkv_service.sessions.settings import GenerationSettings
 
 SETTINGS = EngineSettings(max_running=2, step_tokens=16, prefill_tokens=32, selection=SELECTION)
-STEP_S, LIMIT_S = 0.05, 0.2
+LIMIT_S = 0.2
 LONG = GenerationSettings(max_new_tokens=24)
 SLOW_MODEL = 10.0  # seconds a token: whatever can be loaded is
 
@@ -38,11 +37,10 @@ class HoldsAsked(Asked):
 
 
 @pytest.fixture
-def paced(talker: Talker) -> Iterator[Talker]:
+def slow(talker: Talker) -> Iterator[Talker]:
     """The talker, whose forwards take a while."""
-    hook = talker.model.register_forward_pre_hook(lambda *_: time.sleep(STEP_S))
-    yield talker
-    hook.remove()
+    with paced(talker.model):
+        yield talker
 
 
 @pytest.fixture
@@ -66,9 +64,9 @@ def _assert_not_begun(asked: Asked) -> None:
     assert "0.2 s" in end.message and end.hint
 
 
-def test_what_waits_for_a_place_ends_and_what_runs_goes_on(paced: Talker) -> None:
-    with Engine(paced.loaded, replace(SETTINGS, max_running=1)) as engine:
-        prompt = prompt_of(paced, "Where does it rise?", document=False)
+def test_what_waits_for_a_place_ends_and_what_runs_goes_on(slow: Talker) -> None:
+    with Engine(slow.loaded, replace(SETTINGS, max_running=1)) as engine:
+        prompt = prompt_of(slow, "Where does it rise?", document=False)
         running = Asked(engine, prompt, settings=LONG, queue_timeout_s=LIMIT_S)
         waiting = Asked(engine, prompt, queue_timeout_s=LIMIT_S)
         patient = Asked(engine, prompt)
@@ -77,35 +75,35 @@ def test_what_waits_for_a_place_ends_and_what_runs_goes_on(paced: Talker) -> Non
         until(lambda: engine.state().waiting == 1)
         for asked in (running, patient):
             most = asked.request.settings.max_new_tokens
-            assert asked.wait().tokens == generated(paced, prompt, most=most)
+            assert asked.wait().tokens == generated(slow, prompt, most=most)
         counters = engine.state().counters
         assert counters["ended_queue_timeout"] == 1 and counters["without_artifact"] == 2
 
 
 def test_a_place_in_the_batch_is_not_enough_and_its_prefix_is_let_go(
-    paced: Talker, pool: PrefixPool, match: PrefixMatch
+    slow: Talker, pool: PrefixPool, match: PrefixMatch
 ) -> None:
     """Of a long prompt in front of it every step takes all tokens."""
-    with Engine(paced.loaded, SETTINGS, pool) as engine:
-        question = prompt_of(paced, "Where?")
+    with Engine(slow.loaded, SETTINGS, pool) as engine:
+        question = prompt_of(slow, "Where?")
         Asked(engine, question, match=match).wait()
         until(lambda: engine.state().running == 0)
         held = pool.state().holds.get(match.artifact_id, 0)  # by what is kept of that turn
-        long = prompt_of(paced, "x" * 900, document=False)
+        long = prompt_of(slow, "x" * 900, document=False)
         running = Asked(engine, long, queue_timeout_s=LIMIT_S)
         waiting = HoldsAsked(pool, engine, question, match=match, queue_timeout_s=LIMIT_S)
         _assert_not_begun(waiting)
         assert waiting.holds == {match.artifact_id: held + 1}
         until(lambda: pool.state().holds.get(match.artifact_id, 0) == held and engine.state().running == 1)
         assert not running.events, "no more than a part of its prompt is computed"
-        assert running.wait().tokens == generated(paced, long)
+        assert running.wait().tokens == generated(slow, long)
         again = Asked(engine, question, match=match, queue_timeout_s=60).wait()
         assert again.started.cached_tokens == len(question) - 1
 
 
-def test_once_begun_it_has_all_the_time_it_had(paced: Talker) -> None:
-    with Engine(paced.loaded, SETTINGS) as engine:
+def test_once_begun_it_has_all_the_time_it_had(slow: Talker) -> None:
+    with Engine(slow.loaded, SETTINGS) as engine:
         asked = Asked(
-            engine, prompt_of(paced, "x" * 400, document=False), settings=LONG, queue_timeout_s=LIMIT_S
+            engine, prompt_of(slow, "x" * 400, document=False), settings=LONG, queue_timeout_s=LIMIT_S
         ).wait()
         assert isinstance(asked.events[0], Started) and asked.tokens
