@@ -80,6 +80,18 @@ def loaded(pool: PrefixPool, artifact_id: str, tokens: int) -> Prefix:
     return found
 
 
+def no_room(pool: PrefixPool, artifact_id: str, tokens: int) -> LoadFailure:
+    """Why it waited in vain. A slow machine may not even have begun in little time."""
+    for deadline_s in (0.2, 5.0, PATIENT):
+        late = ask(pool, artifact_id, tokens, deadline_s=deadline_s)
+        assert isinstance(late, LoadFailure)
+        if late.reason == "no_room":
+            break
+        until(lambda: pool.state().loading == 0)
+    assert late.reason == "no_room", late
+    return late
+
+
 def until(met: Callable[[], bool], seconds: float = PATIENT) -> None:
     """A load is told of before its thread has put everything down."""
     end = time.monotonic() + seconds
@@ -270,14 +282,9 @@ def test_who_finds_no_room_waits_for_it_and_is_told_why_in_time(make_pool: MakeP
     size = _size(make_pool, ids[-1])
     pool = make_pool(int(1.2 * size))
     loaded(pool, ids[5], SIZES[5])
-    for deadline_s in (0.2, 5.0, PATIENT):  # a slow machine may not even have begun in less
-        late = ask(pool, ids[4], SIZES[4], deadline_s=deadline_s)
-        assert isinstance(late, LoadFailure)
-        if late.reason == "no_room":
-            break
-        until(lambda: pool.state().loading == 0)
+    late = no_room(pool, ids[4], SIZES[4])
     budget = pool.state().budget
-    assert late.reason == "no_room" and f"of the {budget:,} for prefixes" in late.detail
+    assert f"of the {budget:,} for prefixes" in late.detail
     assert f"which are: prefixes in use {pool.bytes:,}, free for it {budget - pool.bytes:,}" in late.fault
     assert pool.state().parked == 0
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -394,8 +401,7 @@ def test_who_has_the_memory_is_told_apart(tmp_path: Path, caplog: pytest.LogCapt
         entries = pool._residents._entries
         shared = next(entry.nbytes for key, entry in entries.items() if key.startswith("calibration"))
         pool._residents.budget = pool.bytes + 1000
-        found = ask(pool, ids[2], SIZES[2], deadline_s=0.5)
-        assert isinstance(found, LoadFailure) and found.reason == "no_room"
+        found = no_room(pool, ids[2], SIZES[2])
         assert found.fault.endswith(
             f"which are: prefixes in use {in_use:,}, pinned ones besides {with_one - shared:,}, "
             f"calibrations that both need {shared:,}, free for it 1,000"
