@@ -96,6 +96,15 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     help="How long a request may wait to be begun before it ends with 503; 0: as long as an answer may take.",
 )
 @click.option(
+    "--lookup-timeout",
+    "lookup_timeout_s",
+    type=TimeType(),
+    envvar="XKV_LOOKUP_TIMEOUT",
+    default="1s",
+    show_default=True,
+    help="How long a prompt waits for the catalog, or XKV_LOOKUP_TIMEOUT; then it is computed.",
+)
+@click.option(
     "--prefix-memory",
     "prefix_bytes",
     type=SizeType(),
@@ -198,7 +207,10 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
-    api = {name: options.pop(name) for name in ("queue_timeout_s", "min_fidelity", "open_network")}
+    api = {
+        name: options.pop(name)
+        for name in ("queue_timeout_s", "lookup_timeout_s", "min_fidelity", "open_network")
+    }
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)
         request = ServeRequest(
@@ -218,6 +230,6 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
         while not signals.stop.wait(_LOOK_S):
             server.check()
         click.echo("stopping", err=True)
-        if not drain(stop_grace_s, signals.hurry):
+        if not drain(stop_grace_s, signals.hurry, server.url):
             click.echo("warning: requests that were under way may have been cut off", err=True)
     return 0

@@ -17,6 +17,8 @@ from command_runs import PATIENT_RAY, Done, words
 
 # The shared cluster's; Ray reads it when it is imported. Rays that commands start themselves have a token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Of servers: what they are asked for here is stored, and the machine may be busy.
+os.environ["XKV_LOOKUP_TIMEOUT"] = "60s"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ def composed(tmp_path: Path) -> Iterator[Composed]:
     (tmp_path / "corpus" / f"{DOCUMENT}.txt").write_text(text)
     for number in range(COPIES):
         (tmp_path / "corpus" / f"copy-{number}.txt").write_text(f"Copy {number}.\n{text}\n{text}")
-    composed = Composed(tmp_path, SECRETS)
+    composed = Composed(tmp_path, {**SECRETS, "XKV_LOOKUP_TIMEOUT": "60s"})
     try:
         yield composed
     finally:

@@ -7,9 +7,9 @@ import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from xkv_artifacts.damage_board import Note
 from xkv_artifacts.errors import (
@@ -122,13 +122,12 @@ class PrefixFinder:
         """What the store answers; None when it does not, or has not lately."""
         if not self._breaker.allows():
             return None
+        asked = self._threads.submit(ask)
         try:
-            answer = await asyncio.wait_for(
-                asyncio.get_running_loop().run_in_executor(self._threads, ask),
-                self._settings.lookup_timeout_s,
-            )
+            answer = await asyncio.wait_for(asyncio.wrap_future(asked), self._settings.lookup_timeout_s)
         except (asyncio.TimeoutError, *_AWAY) as error:
             self._breaker.failed()
+            asked.add_done_callback(self._answered_late)
             _log.warning("prefixes are not looked up for %g s: %s", self._settings.lookup_pause_s, error)
             return None
         except BaseException:
@@ -136,6 +135,11 @@ class PrefixFinder:
             raise
         self._breaker.succeeded()
         return answer
+
+    def _answered_late(self, asked: Future[Any]) -> None:
+        """After `failed`; at once, of one that was not late but failed."""
+        if not asked.cancelled() and not isinstance(asked.exception(), _AWAY):
+            self._breaker.answered_late()
 
     def _find(self, prompt: array[int], namespace: str) -> Found:
         lost: dict[str, Miss] = {}

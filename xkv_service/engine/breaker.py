@@ -30,6 +30,12 @@ class Breaker:
         """The call was answered."""
         self._retry_at = None
 
+    def answered_late(self) -> None:
+        """It was, after `failed`: it was slow rather than away. The next call may try at once, and only that:
+        it may be slow every time."""
+        if self._retry_at is not None:
+            self._retry_at = self._clock()
+
     def failed(self) -> None:
         """It was not."""
         self._retry_at = self._clock() + self._pause_s

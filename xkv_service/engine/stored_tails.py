@@ -39,7 +39,7 @@ _SEARCH_S = 1.0
 """How long a prompt waits for Redis to say whether there is a tail, as it does for its prefix."""
 _PAUSE_S = 5.0
 """How long Redis is left alone after it did not say so."""
-_CLOSING_S = 5.0
+_CLOSING_S = 10.0
 """How long the end of an engine waits for its tails."""
 _HEADER_BYTES = 64 * 1024
 """More than a tail's file has besides its tensors."""
@@ -201,12 +201,14 @@ class StoredTails:
         self._loaders.submit(lambda: self._load(search, match))
 
     def _heard(self, search: _Search, *, failed: bool) -> None:
-        """Redis said whether there is a tail, or failed to; an answer that came too late proves nothing."""
+        """Redis said whether there is a tail, in time or late, or failed to."""
         with self._lock:
             search.found = not search.over
             if failed:
                 self._breaker.failed()
-            elif not search.over:
+            elif search.over:
+                self._breaker.answered_late()
+            else:
                 self._breaker.succeeded()
 
     def _load(self, search: _Search, match: TailMatch) -> None:

@@ -11,12 +11,22 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from xkv_service.engine.messages import Delta, Event, Failed, Finished, GenerationRequest, Started
+from xkv_service.engine.messages import (
+    Delta,
+    EngineState,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Started,
+)
 from xkv_service.sessions.settings import GenerationSettings
+from xkv_workers.serving import handle_backend
 from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
 
 INGRESS = Caller("a reference")
+STATE = EngineState(1, 0, 0, 0, 0, ())
 WHOLE: list[Event] = [Started(2, 0), Delta("a", 1), Finished("stop", 1, (5,))]
 
 
@@ -137,3 +147,37 @@ def test_a_replica_is_waited_for_as_long_as_a_place_in_it(streamed: bool) -> Non
     for limit_s in (60.0, 0.0):
         events, cancelled = asyncio.run(asked(limit_s, room=True))
         assert events[1:] == WHOLE[1:] and cancelled == 0
+
+
+class Board:
+    """Stands in for a `StateBoard` that answers at once, or late."""
+
+    def __init__(self) -> None:
+        self.late_s = 0.0
+        self.all = self
+
+    async def remote(self) -> list[EngineState]:
+        await asyncio.sleep(self.late_s)
+        return [STATE]
+
+
+def test_a_board_that_is_slow_for_a_moment_takes_no_engine_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handle_backend, "_BOARD_S", 0.05)
+
+    async def asked() -> None:
+        board = Board()
+        backend = HandleBackend(None, board, INGRESS)
+        board.late_s = 60.0
+        with pytest.raises(asyncio.TimeoutError):
+            await backend.states()
+        board.late_s = 0.0
+        monkeypatch.setattr(handle_backend, "_BOARD_S", 60.0)
+        assert await backend.states() == [STATE]
+        board.late_s = 3600.0
+        monkeypatch.setattr(handle_backend, "_BOARD_S", 0.05)
+        assert await backend.states() == [STATE]
+        monkeypatch.setattr(handle_backend, "_STALE_S", 0.0)
+        with pytest.raises(asyncio.TimeoutError):
+            await backend.states()
+
+    asyncio.run(asked())

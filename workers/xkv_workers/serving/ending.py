@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import urllib.request
+from contextlib import suppress
 
 from xkv_workers.serving.settings import APP
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.2
-_LATE_S = 10.0
-"""Beyond the time to finish: answers that are broken off tell it within 5 s, and an ingress may be dead."""
+_LATE_S = 30.0
+"""Beyond the time to finish: answers that are broken off tell it within 5 s where the machine is not busy,
+and an ingress may be dead."""
 _FLUSH_S = 0.5
-"""What was sent last is still on its way through Serve's proxy, which goes first."""
+"""What was sent last is still on its way through Serve's proxy, which goes first. It has left when the proxy
+has answered a later request, and this much later. One that does not is waited for for 10 s."""
+_PROXY_S = 10.0
 
 
-def drain(grace_s: float, hurry: threading.Event) -> bool:
+def drain(grace_s: float, hurry: threading.Event, url: str) -> bool:
     """Have the server take no more requests, and wait until none is under way.
 
     Args:
         grace_s: seconds after which answers are broken off, with an error each.
         hurry: breaks them off at once.
+        url: of the server.
 
     Returns:
         Whether every ingress replica said that its requests have ended.
@@ -35,7 +41,7 @@ def drain(grace_s: float, hurry: threading.Event) -> bool:
         while time.monotonic() < end:
             try:
                 ended.results(timeout_s=_LOOK_S)
-                time.sleep(_FLUSH_S)
+                _flush(url)
                 return True
             except TimeoutError:
                 pass
@@ -47,3 +53,10 @@ def drain(grace_s: float, hurry: threading.Event) -> bool:
         return False
     _log.warning("requests under way are cut off: the HTTP side does not answer")
     return False
+
+
+def _flush(url: str) -> None:
+    with suppress(OSError):
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        direct.open(f"{url}/healthz", timeout=_PROXY_S).close()
+    time.sleep(_FLUSH_S)

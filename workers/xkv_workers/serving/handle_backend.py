@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -24,6 +25,8 @@ from xkv_workers.serving.callers import Caller
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
 _TRIES = 3
+_BOARD_S = 1.0
+_STALE_S = 10.0
 
 
 class HandleBackend:
@@ -37,6 +40,8 @@ class HandleBackend:
     def __init__(self, engine: Any, board: Any, caller: Caller) -> None:
         self._engine, self._board, self._caller = engine, board, caller
         self._waiting = 0
+        self._states: list[EngineState] = []
+        self._heard = -math.inf
 
     @property
     def waiting(self) -> int:
@@ -67,9 +72,18 @@ class HandleBackend:
                 await events.aclose()
 
     async def states(self) -> list[EngineState]:
-        """What each replica held and did a second ago."""
-        found: list[EngineState] = await self._board.all.remote()
-        return found
+        """What each replica held and did a second ago; what was heard last where the board is slow to say it.
+
+        Raises:
+            TimeoutError: nothing was heard for 10 s.
+        """
+        try:
+            self._states = await asyncio.wait_for(self._board.all.remote(), _BOARD_S)
+            self._heard = time.monotonic()
+        except asyncio.TimeoutError:
+            if time.monotonic() - self._heard > _STALE_S:
+                raise
+        return self._states
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._engine.options(stream=True, session_id=routing_key(request))

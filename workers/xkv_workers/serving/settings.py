@@ -19,7 +19,7 @@ ENGINE = "engine"
 INGRESS = "ingress"
 COMPRESSOR = "compressor"
 
-_CLOSING_S = 20.0
+_CLOSING_S = 30.0
 """A replica without requests ends within: its engine's last step, and what waits to be stored."""
 _ROUNDS = 16
 """Answers that may wait for each one that can run: the last begins after so many times what one takes."""

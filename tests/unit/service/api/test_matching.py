@@ -272,3 +272,35 @@ def test_one_call_tries_again_after_each_pause() -> None:
     assert breaker.allows()
     breaker.succeeded()
     assert breaker.allows() and breaker.allows()
+
+
+def test_one_call_tries_at_once_after_a_late_answer() -> None:
+    breaker = Breaker(5.0, lambda: 0.0)
+    breaker.answered_late()  # nobody had given it up
+    assert breaker.allows() and breaker.allows()
+    breaker.failed()
+    breaker.answered_late()
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    breaker.succeeded()
+    assert breaker.allows() and breaker.allows()
+
+
+def test_a_redis_that_stalls_is_asked_again_once_it_has_answered(
+    tmp_path: Path, loaded: LoadedModel, redis: RedisServer
+) -> None:
+    settings = replace(SETTINGS, lookup_timeout_s=0.5, lookup_pause_s=3600.0)
+    with ArtifactStore.open(str(tmp_path / "store"), redis.url, patience_s=0.0) as store:
+        manifest = publish(store, loaded, DOCUMENT)
+        prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
+        finder = PrefixFinder(store, loaded.identity.fingerprint, settings)
+
+        async def scenario() -> None:
+            redis.freeze()
+            assert (await finder.find(prompt, "default"))[0] is None
+            redis.thaw()
+            end = time.monotonic() + 120
+            while (await finder.find(prompt, "default"))[0] is None:
+                assert time.monotonic() < end
+                await asyncio.sleep(0.1)
+
+        asyncio.run(scenario())
