@@ -93,7 +93,7 @@ def browse(url: str, profile: Path) -> Iterator[Page]:
         [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.DEVNULL
     )
     try:
-        with connect(_address(profile), max_size=None) as socket:
+        with connect(_address(profile), max_size=None, open_timeout=_START_S) as socket:
             page = Page(socket)
             page.open(url)
             yield page
