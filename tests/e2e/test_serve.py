@@ -400,29 +400,38 @@ def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
 def test_a_conversation_goes_on_after_a_restart(
     server: Server, store_url: str, xkv: Xkv, tmp_path: Path
 ) -> None:
-    """From the store. The server of the other tests ends here, while it answers others."""
+    """From the store. The server of the other tests ends here, while it answers others. A slow machine may
+    not have stored all conversations in time, nor find each one in time: one of a few has to come back."""
     document, questions = example_document(NAMES[2])
-    messages = first_turn(document, questions[0]["question"])
-    reply = Asker(server.url).ask(messages, max_tokens=8)
-    assert reply.usage.prompt_tokens_details.cached_tokens == 0
-    messages += [
-        {"role": "assistant", "content": reply.choices[0].message.content or ""},
-        {"role": "user", "content": questions[1]["question"]},
+    talks = [
+        _talk(server, first_turn(f"Copy {number}.\n{document}", questions[0]["question"]))
+        for number in range(3)
     ]
     check_that_ctrl_c_twice_breaks_off_answers(server)
     again = Server(tmp_path, "--store", store_url, "--stored-tails", "256MiB")
     try:
-        held = reply.usage.prompt_tokens
-        reply = Asker(again.url).ask(messages, max_tokens=8)
+        for messages, held in reversed(talks):  # the last one was stored first
+            messages.append({"role": "user", "content": questions[1]["question"]})
+            reply = Asker(again.url).ask(messages, max_tokens=8)
+            if reply.usage.prompt_tokens_details.cached_tokens >= held:
+                break
         assert reply.usage.prompt_tokens_details.cached_tokens >= held
         # Replicas say once a second what they did.
-        wait_until(lambda: "xkv_engine_tails_loaded_total 1.0" in again.metrics())
+        wait_until(lambda: re.search(r"xkv_engine_tails_loaded_total [123]\.0", again.metrics()))
         assert "xkv_stored_tail_bytes" in again.metrics()
     finally:
         assert again.stop() == 0, again.log.read_text()
     told = xkv("ls", "--store", store_url, "--json").json["stored_tails"]
     assert told["tails"] > 0 and told["bytes"] > 0
     assert f"stored tails of conversations: {told['tails']} (" in xkv("gc", "--store", store_url).out
+
+
+def _talk(server: Server, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
+    """A conversation after its first turn, which was computed, and how many tokens of it are held."""
+    reply = Asker(server.url).ask(messages, max_tokens=8)
+    assert reply.usage.prompt_tokens_details.cached_tokens == 0
+    answer = {"role": "assistant", "content": reply.choices[0].message.content or ""}
+    return [*messages, answer], reply.usage.prompt_tokens
 
 
 def _answers(asker: Asker, document: str, item: dict[str, str]) -> bool:
