@@ -5,7 +5,7 @@
 Each cell is a server of its own kind (`xkv serve`, the bundled model) and a client in a process of its own.
 Users come at the same moment; all talk about one document, each asks other questions, one after the other.
 Baseline: the same server without stored prefixes, which computes every prompt and keeps full caches between
-turns.
+turns. Both may keep every conversation of a run (`--tail-memory`), so that one can be weighed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shared in arguments.shared:
             _measure(report, Path(folder) / str(shared), shared, arguments)
-    report.write(arguments.out, turns=arguments.turns, rounds=arguments.rounds, ratio=arguments.ratio)
+    options = {name: getattr(arguments, name) for name in ("turns", "rounds", "ratio", "tail_memory")}
+    report.write(arguments.out, **options)
 
 
 def _arguments() -> argparse.Namespace:
@@ -53,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="documents for each cell")
     parser.add_argument("--ratio", type=float, default=8.0)
+    parser.add_argument("--tail-memory", default="6GiB", help="for 43 conversations of 8k, of up to 120 MiB")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
@@ -67,7 +69,7 @@ def _measure(report: Report, folder: Path, shared: int, arguments: argparse.Name
     subprocess.run([*command, "--ratio", str(arguments.ratio), "--store", folder / "prefixes"], check=True)
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for kind in ("computed", "prefixes"):
-        server = Server(folder, "--store", folder / kind)
+        server = Server(folder, "--store", folder / kind, "--tail-memory", arguments.tail_memory)
         try:
             _ask(server.url, plans[0][:1], folder)  # the first request of all waits for more than its model
             rows[kind] = {
