@@ -28,7 +28,7 @@ async def states_of(server: Server) -> list[EngineState]:
     try:
         return await asyncio.wait_for(server.backend.states(), _STATES_S)
     except Exception as error:  # noqa: BLE001 - a replica may fail in any way; that is what is asked here
-        _log.warning("the engines do not answer: %s", error or type(error).__name__)
+        _log.warning("the engines do not answer: %s", str(error) or type(error).__name__)
         return []
 
 

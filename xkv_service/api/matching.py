@@ -128,10 +128,13 @@ class PrefixFinder:
         except (asyncio.TimeoutError, *_AWAY) as error:
             self._breaker.failed()
             asked.add_done_callback(self._answered_late)
-            _log.warning("prefixes are not looked up for %g s: %s", self._settings.lookup_pause_s, error)
+            why = str(error) or type(error).__name__
+            _log.warning("prefixes are not looked up for %g s: %s", self._settings.lookup_pause_s, why)
             return None
+        except asyncio.CancelledError:  # nobody waits any more: it is not known whether it answers
+            raise
         except BaseException:
-            self._breaker.succeeded()  # it answered, or nobody waits any more
+            self._breaker.succeeded()  # it answered
             raise
         self._breaker.succeeded()
         return answer

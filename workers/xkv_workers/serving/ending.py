@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import threading
 import time
@@ -56,7 +57,7 @@ def drain(grace_s: float, hurry: threading.Event, url: str) -> bool:
 
 
 def _flush(url: str) -> None:
-    with suppress(OSError):
+    with suppress(OSError, http.client.HTTPException):
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         direct.open(f"{url}/healthz", timeout=_PROXY_S).close()
     time.sleep(_FLUSH_S)

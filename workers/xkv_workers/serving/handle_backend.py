@@ -75,7 +75,7 @@ class HandleBackend:
         """What each replica held and did a second ago; what was heard last where the board is slow to say it.
 
         Raises:
-            TimeoutError: nothing was heard for 10 s.
+            asyncio.TimeoutError: nothing was heard for 10 s.
         """
         try:
             self._states = await asyncio.wait_for(self._board.all.remote(), _BOARD_S)

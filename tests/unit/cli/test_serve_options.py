@@ -1,0 +1,58 @@
+"""What `xkv serve` makes of its options: the request that the server is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from xkv_cli.serve import serve
+from xkv_service.errors import XKVError
+from xkv_workers.serving import server
+from xkv_workers.serving.server import ServeRequest
+
+pytestmark = pytest.mark.usefixtures("own_signals")
+
+
+class _Asked(XKVError):
+    """Instead of a server."""
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **environment: str) -> tuple[Result, list[Any]]:
+    requests: list[Any] = []
+
+    @contextmanager
+    def serving(request: ServeRequest) -> Iterator[None]:
+        requests.append(request)
+        raise _Asked("no server is started here")
+        yield
+
+    monkeypatch.setattr(server, "serving", serving)
+    return CliRunner().invoke(serve, arguments, env=environment), requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "seconds"),
+    [
+        ([], {}, 1.0),
+        (["--lookup-timeout", "7s"], {}, 7.0),
+        ([], {"XKV_LOOKUP_TIMEOUT": "60s"}, 60.0),
+        (["--lookup-timeout", "7s"], {"XKV_LOOKUP_TIMEOUT": "60s"}, 7.0),
+    ],
+)
+def test_how_long_a_prompt_waits_for_the_catalog(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], seconds: float
+) -> None:
+    monkeypatch.delenv("XKV_LOOKUP_TIMEOUT", raising=False)
+    result, (request,) = _run(monkeypatch, *arguments, **environment)
+    assert isinstance(result.exception, _Asked)
+    assert request.api.lookup_timeout_s == seconds
+
+
+def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
+    assert result.exit_code == 2 and not requests
+    assert "--lookup-timeout=0.0 is out of range: use more than 0" in result.output
