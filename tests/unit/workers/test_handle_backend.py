@@ -22,10 +22,9 @@ from xkv_service.engine.messages import (
 )
 from xkv_service.sessions.settings import GenerationSettings
 from xkv_workers.serving import handle_backend
-from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
 
-INGRESS = Caller("a reference")
+INGRESS = "its name"
 STATE = EngineState(1, 0, 0, 0, 0, ())
 WHOLE: list[Event] = [Started(2, 0), Delta("a", 1), Finished("stop", 1, (5,))]
 
@@ -39,7 +38,7 @@ class Dying:
     def options(self, **_: Any) -> Dying:
         return self
 
-    def remote(self, _: GenerationRequest, caller: Caller) -> Dying:
+    def remote(self, _: GenerationRequest, caller: str) -> Dying:
         assert caller == INGRESS
         self.calls += 1
         return self

@@ -2,41 +2,35 @@
 
 A client that goes away is told of by the process that it was connected to. When that process dies itself, Ray
 runs its calls to their end, and nobody hears of them. So each caller owns an object that is never there, and
-sends a reference to it: who waits for it is told when its owner has died.
+gives the state board a reference to it: who waits for it is told when its owner has died. Calls have the
+caller's name alone: Ray keeps the arguments of each one for as long as a reference in them has not come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Caller:
-    """A process that makes calls.
+class Callers:
+    """Calls under way by who made them. For one event loop.
 
     Args:
-        presence: the ObjectRef of an object that it owns and that is never there, as of `StateBoard.never`.
+        presence_of: as `StateBoard.presence_of`, awaited.
     """
 
-    presence: Any
-
-
-class Callers:
-    """Calls under way by who made them. For one event loop."""
-
-    def __init__(self) -> None:
-        self._calls: dict[Caller, set[asyncio.Task[Any]]] = {}
+    def __init__(self, presence_of: Callable[[str], Awaitable[list[Any]]]) -> None:
+        self._presence_of = presence_of
+        self._calls: dict[str, set[asyncio.Task[Any]]] = {}
         self._watches: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def call(self, caller: Caller) -> Iterator[None]:
+    def call(self, caller: str) -> Iterator[None]:
         """A call, run by the current task, which is cancelled when its caller has died."""
         task = asyncio.current_task()
         assert task is not None
@@ -52,11 +46,13 @@ class Callers:
         finally:
             calls.discard(task)
 
-    async def _watch(self, caller: Caller) -> None:
+    async def _watch(self, caller: str) -> None:
         from ray.exceptions import OwnerDiedError, RayError
 
         try:
-            await caller.presence
+            for presence in await self._presence_of(caller):
+                await presence
+            _log.warning("the end of an HTTP process will not be seen: nothing is known of it")
         except OwnerDiedError:
             calls = self._calls[caller]
             if calls:

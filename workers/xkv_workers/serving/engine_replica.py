@@ -15,7 +15,7 @@ from xkv_service.engine.free_memory import FreeMemory
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
-from xkv_workers.serving.callers import Caller, Callers
+from xkv_workers.serving.callers import Callers
 from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
@@ -61,10 +61,10 @@ class EngineReplica:
         self._backend = EngineBackend(self._engine)
         self._free_memory = FreeMemory()
         self._board, self._name = board, _replica_name()
-        self._callers = Callers()
+        self._callers = Callers(board.presence_of.remote)
         self._reporting: asyncio.Task[None] | None = None
 
-    async def generate(self, request: GenerationRequest, caller: Caller) -> AsyncIterator[Event | None]:
+    async def generate(self, request: GenerationRequest, caller: str) -> AsyncIterator[Event | None]:
         """None at once, as a sign that the request is here, then its events. Cancelling the call takes it out
         of the batch, and so does the death of its caller."""
         yield None

@@ -20,7 +20,6 @@ from xkv_service.engine.messages import (
     Started,
     waited_too_long,
 )
-from xkv_workers.serving.callers import Caller
 
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
@@ -34,10 +33,10 @@ class HandleBackend:
 
     Args:
         engine: the handle of the engine deployment. board: of the `StateBoard`.
-        caller: this process, without which its requests are given up.
+        caller: the name of this process, without which its requests are given up.
     """
 
-    def __init__(self, engine: Any, board: Any, caller: Caller) -> None:
+    def __init__(self, engine: Any, board: Any, caller: str) -> None:
         self._engine, self._board, self._caller = engine, board, caller
         self._waiting = 0
         self._states: list[EngineState] = []

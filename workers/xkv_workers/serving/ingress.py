@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.store import ArtifactStore
@@ -12,7 +13,6 @@ from xkv_service.api.remaker import Remaker
 from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.late_hqq import put_off_hqq
 from xkv_service.modeling.model_files import find_model
-from xkv_workers.serving.callers import Caller
 from xkv_workers.serving.handle_backend import HandleBackend
 from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remote_maker import RemoteMaker
@@ -20,6 +20,8 @@ from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+_BOARD_S = 60.0
 
 
 class Ingress:
@@ -52,7 +54,9 @@ def make_app(settings: ServeSettings) -> FastAPI:
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
     engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD)
-    backend = HandleBackend(engine, board, Caller(board.never.remote()))
+    caller = secrets.token_hex(8)
+    board.meet.remote(caller, [board.never.remote()]).future().result(_BOARD_S)
+    backend = HandleBackend(engine, board, caller)
     compressor = serve.get_deployment_handle(COMPRESSOR, APP)
     remaker = Remaker(store, place.fingerprint, lambda new: compressor.create.remote(new))
     return create_app(

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from xkv_service.engine.messages import EngineState
 
@@ -22,6 +23,7 @@ class StateBoard:
     def __init__(self) -> None:
         self._states: dict[str, tuple[float, EngineState]] = {}
         self._left: Counter[str] = Counter()
+        self._callers: dict[str, list[Any]] = {}
 
     def put(self, replica: str, state: EngineState) -> None:
         """Note a replica's state."""
@@ -33,8 +35,17 @@ class StateBoard:
         self._left.update(state.counters)
 
     async def never(self) -> None:
-        """Never comes to an end. Whoever calls this owns what it returns, for a `Caller`."""
+        """Never comes to an end. Whoever calls this owns what it returns, for `meet`."""
         await asyncio.Event().wait()
+
+    def meet(self, caller: str, presence: list[Any]) -> None:
+        """Note a process that calls replicas, by the ObjectRef of an object that it owns and that is never
+        there: in a list, since Ray would wait for it."""
+        self._callers[caller] = presence
+
+    def presence_of(self, caller: str) -> list[Any]:
+        """As it was given to `meet`; empty where it was not."""
+        return self._callers.get(caller, [])
 
     def all(self) -> list[EngineState]:
         """The states of all replicas that are alive; to the first one's counters those of all that are gone
