@@ -187,7 +187,7 @@ def serve(**options: Any) -> int:
     signals = StopSignals()
     try:
         return _serve(signals, options)
-    except BaseException:
+    except BaseException:  # others make errors of their own of a SystemError
         if not signals.broke_off_start:
             raise
         click.echo("stopped before it had started", err=True)

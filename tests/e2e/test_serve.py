@@ -231,13 +231,11 @@ def test_headers_that_serve_s_proxy_would_stumble_over(server: Server, header: s
 def test_a_prefix_that_is_deleted_answers_nobody_any_more(asker: Asker, server: Server) -> None:
     """Not even from memory, where it was used and a conversation stands behind it."""
     document, _ = example_document("minutes-pretoria-sturdy-panda-union")
-    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
-    url = f"{server.url}/v1/prefixes/{made.json()['id']}"
-    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    made, url = _stored(server, document)
     use_factors(f"{server.url}/v1", document)
-    assert asker.ask(first_turn(document, "Who?"), max_tokens=8).xkv["artifact"] == made.json()["id"]
+    assert asker.ask(first_turn(document, "Who?"), max_tokens=8).xkv["artifact"] == made
     assert httpx.delete(url, timeout=60).status_code == 200
-    for options in ({}, {"extra_body": {"prefix_id": made.json()["id"]}}):
+    for options in ({}, {"extra_body": {"prefix_id": made}}):
         reply = asker.ask(first_turn(document, "Who?"), max_tokens=8, **options)
         assert reply.xkv["artifact"] is None and reply.xkv["prefix_tokens"] == 0
         assert reply.xkv["miss"]["reason"] in ("no_artifact", "diverges", "evicted")
@@ -254,10 +252,8 @@ def test_a_corrupt_prefix_is_computed_instead_and_made_again(
         "index-tokyo-orange-crow-council",
     ):
         document, questions = example_document(name)
-        made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
-        url = f"{server.url}/v1/prefixes/{made.json()['id']}"
-        wait_until(lambda url=url: httpx.get(url, timeout=60).json().get("status") == "ready")
-        (blob,) = Path(store_url).rglob(f"*{made.json()['id']}*.safetensors")
+        made, url = _stored(server, document)
+        (blob,) = Path(store_url).rglob(f"*{made}*.safetensors")
         data = bytearray(blob.read_bytes())
         data[-2000] ^= 0xFF
         blob.write_bytes(data)
@@ -268,7 +264,7 @@ def test_a_corrupt_prefix_is_computed_instead_and_made_again(
             break
     assert first.xkv["miss"]["reason"] == "corrupt"
     wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
-    assert len(list(Path(store_url).rglob(f"*{made.json()['id']}*.safetensors"))) == 2  # one is in quarantine
+    assert len(list(Path(store_url).rglob(f"*{made}*.safetensors"))) == 2  # one is in quarantine
 
 
 @dataclass(frozen=True)
@@ -293,9 +289,7 @@ def remade(asker: Asker, prefix: dict[str, Any], server: Server, store_url: str)
         "register-boston-ghostly-rose-foundation",
     ):
         document, questions = example_document(known)
-        made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
-        name, url = made.json()["id"], f"{server.url}/v1/prefixes/{made.json()['id']}"
-        wait_until(lambda url=url: httpx.get(url, timeout=60).json().get("status") == "ready")
+        name, url = _stored(server, document)
         with pytest.raises(APIStatusError, match="share"):
             asker.ask(first_turn("Another document.", "Who?"), extra_body={"prefix_id": name})
         with ThreadPoolExecutor(4) as pool:
@@ -439,6 +433,14 @@ def _talk(server: Server, messages: list[dict[str, str]]) -> tuple[list[dict[str
     assert reply.usage.prompt_tokens_details.cached_tokens == 0
     answer = {"role": "assistant", "content": reply.choices[0].message.content or ""}
     return [*messages, answer], reply.usage.prompt_tokens
+
+
+def _stored(server: Server, document: str) -> tuple[str, str]:
+    """Have the server compress a document: the prefix's id, once it is ready, and its address."""
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
+    url = f"{server.url}/v1/prefixes/{made.json()['id']}"
+    wait_until(lambda: httpx.get(url, timeout=60).json().get("status") == "ready")
+    return made.json()["id"], url
 
 
 def _answers(asker: Asker, document: str, item: dict[str, str]) -> bool:

@@ -25,7 +25,7 @@ from xkv_workers.messages import Device
 
 CONNECT_SECONDS = 120
 """For Ray's own check of an address where somebody listens. It imports all of Ray first: 1.4 s of a
-processor, but 10 s on two cores with a load of 4."""
+processor, but 10 s on two cores with a load of 4 (by hand); the rest is a guess."""
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Documents cross as token ids, so Ray's shared memory stays small."""

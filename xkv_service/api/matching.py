@@ -131,10 +131,8 @@ class PrefixFinder:
             why = str(error) or type(error).__name__
             _log.warning("prefixes are not looked up for %g s: %s", self._settings.lookup_pause_s, why)
             return None
-        except asyncio.CancelledError:  # nobody waits any more: it is not known whether it answers
-            raise
-        except BaseException:
-            self._breaker.succeeded()  # it answered
+        except Exception:  # not where nobody waits any more: then it is not known whether it answers
+            self._breaker.succeeded()
             raise
         self._breaker.succeeded()
         return answer

@@ -25,7 +25,9 @@ _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
 _TRIES = 3
 _BOARD_S = 1.0
+"""For the board to answer, of the 2 s that whoever asks gives."""
 _STALE_S = 10.0
+"""As long as the board itself believes a replica that is silent."""
 
 
 class HandleBackend:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _BOARD_S = 60.0
+"""For the board to note this process: a guess, for a busy machine."""
 
 
 class Ingress:

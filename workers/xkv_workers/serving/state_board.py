@@ -1,4 +1,5 @@
-"""`StateBoard`: where replicas say what they hold, for whoever shows it. A Ray actor."""
+"""`StateBoard`: where replicas say what they hold, for whoever shows it, and HTTP processes that they are
+there. A Ray actor."""
 
 from __future__ import annotations
 
