@@ -40,6 +40,7 @@ class RecallMeter:
     """
 
     reuses = False
+    dense = True
 
     def __init__(self, prefix: ReadablePrefix, keys: torch.Tensor, choices: Mapping[Any, Selection]) -> None:
         self.prefix, self._choices = prefix, choices

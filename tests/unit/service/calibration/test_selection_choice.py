@@ -22,6 +22,7 @@ from xkv_service.calibration.recall import measure_recall
 from xkv_service.calibration.selection_choice import LIMIT, SHARES, choose_selection
 from xkv_service.calibration.selection_trials import Moved, SelectionTrials
 from xkv_service.calibration.settings import CalibrationSettings
+from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.errors import InvalidSpec
 from xkv_service.prefilling.prefill import prefill
@@ -125,14 +126,23 @@ def test_figures_that_name_no_layer_are_refused(
         compress(model, random_ids(200), calibrated_spec(2.0, bad), bad)
 
 
-def test_recall_is_the_attention_that_a_choice_keeps(model: PreTrainedModel) -> None:
-    """Against the weights of eager attention, in the first layer, where queries depend on nothing else."""
+@pytest.mark.parametrize("kernels", [False, True])
+def test_recall_is_the_attention_that_a_choice_keeps(
+    model: PreTrainedModel, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the weights of eager attention, in the first layer, where queries depend on nothing else.
+
+    Where kernels could decode it is measured in PyTorch all the same.
+    """
     ids, probe = random_ids(120, seed=3), random_ids(1, seed=4)
     lossless = CompressionSpec(rank_k="full", rank_v="full", dtype="float32", factor_dtype="float32")
     exact = prefill(model, ids)
     prefix = Prefix.of(model, compress(model, ids, lossless))
     document = ProbedPrefix("text", tuple(ids.tolist()), (Probe(tuple(probe.tolist()), 1),))
     choices = {budget: SelectionSpec("exact", budget, recent=0) for budget in (1, 10, 120)}
+    if kernels:
+        monkeypatch.setattr(kernel_choice, "DEVICES", ("cpu",))
+        monkeypatch.setattr(kernel_choice, "_has_triton", lambda: True)
     found = measure_recall(prefix, exact, document, choices)
     eager = tiny_model("llama", attn_implementation="eager")
     with torch.no_grad():
