@@ -25,5 +25,11 @@ FROM base AS cpu
 CMD ["xkv", "--help"]
 
 FROM base AS cuda
+# Triton comes with torch and needs a C compiler: without one PyTorch does what kernels do, more slowly.
+USER root
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER xkv
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 CMD ["xkv", "--help"]

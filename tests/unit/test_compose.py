@@ -95,6 +95,17 @@ def test_build_targets_are_stages_of_the_dockerfile(compose: dict[str, Any]) -> 
     assert targets <= stages
 
 
+def test_the_image_for_gpus_has_the_c_compiler_that_triton_needs() -> None:
+    stages = re.split(r"^FROM .* AS (\w+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = dict(zip(stages[1::2], stages[2::2], strict=True))
+    installed = {
+        name: re.findall(r"apt-get install (?:--\S+ )*(.+?) *\\$", text, re.MULTILINE)
+        for name, text in lines.items()
+    }
+    assert installed == {"base": [], "cpu": [], "cuda": ["gcc libc6-dev"]}
+    assert re.findall(r"^USER (\w+)$", lines["cuda"], re.MULTILINE)[-1] == "xkv", "workers are not root"
+
+
 def test_every_dependency_is_a_service_with_a_health_check(compose: dict[str, Any]) -> None:
     services = compose["services"]
     for service in services.values():
