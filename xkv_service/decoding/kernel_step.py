@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TOKENS = 2048
 """Buffers are for a multiple of so many tokens."""
 _TURNINGS: WeakKeyDictionary[Turns, tuple[Any, ...]] = WeakKeyDictionary()
-_DOCUMENTS: WeakKeyDictionary[LayerPrefix, dict[tuple[int, int], DocumentLayer]] = WeakKeyDictionary()
+_DOCUMENTS: WeakKeyDictionary[LayerPrefix, dict[tuple[int, int, int], DocumentLayer]] = WeakKeyDictionary()
 
 
 def layout_of(cache: XKVCache) -> tuple[object, ...]:
@@ -166,20 +166,25 @@ def sizes_of(caches: Sequence[XKVCache]) -> Sizes:
 
 
 def document_of(cache: XKVCache, index: int) -> DocumentLayer:
-    """A layer of a cache's prefix, shared by all with this prefix and the same `sink` and `recent`."""
-    known = _DOCUMENTS.setdefault(cache.layers[index].selection.prefix, {})
-    name = (cache.selection.sink, cache.selection.recent)
+    """A layer of a cache's prefix, shared by all with this prefix and the same `sink` and `recent`.
+
+    It has the index of the layer that chooses for it, which differs with the layers that reuse a choice.
+    """
+    prefix, leader = cache.layers[index].selection.prefix, _leader(cache, index)
+    known = _DOCUMENTS.setdefault(prefix, {})
+    name = (cache.selection.sink, cache.selection.recent, leader)
     if name not in known:
-        known[name] = _document(cache, index)
+        keys, values = map(FactorRows.of, prefix.token_factors)
+        chooses = cache.layers[leader].selection
+        known[name] = DocumentLayer.of(prefix, keys, values, chooses.always, chooses.prefix.index)
     return known[name]
 
 
-def _document(cache: XKVCache, index: int) -> DocumentLayer:
-    selection = leader = cache.layers[index].selection
-    while leader.reuses:
-        leader = cache.layers[cache.prefix.leaders[leader.prefix.layer]].selection
-    rows = [FactorRows.of(factors) for factors in selection.prefix.token_factors]
-    return DocumentLayer.of(selection.prefix, rows[0], rows[1], leader.always, leader.prefix.index)
+def _leader(cache: XKVCache, index: int) -> int:
+    """The layer that chooses for a layer: itself where it reuses no choice."""
+    while cache.layers[index].selection.reuses:
+        index = cache.prefix.leaders[index]
+    return index
 
 
 def rebuilt_tokens(selection: Selection) -> int:

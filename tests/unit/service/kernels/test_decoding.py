@@ -166,6 +166,19 @@ def test_steps_of_a_cache(
         assert ours.rebuilt_tokens == theirs.rebuilt_tokens or count > 1
 
 
+def test_a_layer_that_followed_in_another_cache_chooses_by_its_own_index(
+    model: PreTrainedModel, watched: Watched
+) -> None:
+    """As a calibration tries one set of layers that reuse a choice after the other, on the same prefix."""
+    prefix = Prefix.of(model, compressed(model, "int8"))
+    for reuse, chooses in (((1, 2), 0), ((2,), 1), ((), 2)):
+        cache = XKVCache(replace(prefix, reuse=frozenset(reuse)), FEW)
+        step(model, cache, random_ids(1)[None])
+        found = kernel_step.document_of(cache, 2).sketch.codes
+        assert torch.equal(found, prefix.layers[chooses].index.sketch.codes)
+    assert watched.launches == 3 * 4
+
+
 def test_rows_forks_beams_and_tokens_taken_back(model: PreTrainedModel, watched: Watched) -> None:
     """Whatever becomes of a tail between steps, what is kept of it is not attended to by mistake."""
     factors = compressed(model, "int8")
