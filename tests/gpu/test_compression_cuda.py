@@ -13,6 +13,7 @@ from xkv_service.factorization.gram import accumulate_gram
 from xkv_service.factorization.quantize import quantize_columns, round_plainly
 from xkv_service.factorization.subspace import leading_eigenvectors
 from xkv_service.fidelity import held_back
+from xkv_service.kernels.probe import has_kernels
 from xkv_service.kernels.split_product import split, split_product
 from xkv_service.kernels.wide_copy import copy_states
 from xkv_service.modeling.rotary import rotate_planes
@@ -43,6 +44,11 @@ def test_a_bf16_gram_matrix_is_the_float64_one() -> None:
     x = torch.cat([layer.flatten(1) for layer in layers], 1)[4:].double()
     scale = x.norm(dim=0)[:, None] * x.norm(dim=0)
     assert ((gram.double() - x.T @ x).abs() / scale).max() < 1e-4
+
+
+def test_this_device_has_the_kernels() -> None:
+    """Else the tests below hold PyTorch against itself."""
+    assert has_kernels(torch.zeros(1, device="cuda").device)
 
 
 def cached(

@@ -12,6 +12,7 @@ import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
 from xkv_service.decoding.scoring import Scoring, SketchScorer
+from xkv_service.kernels.probe import no_memory, passes, try_attention
 
 if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
@@ -28,15 +29,15 @@ _SHARED_MEMORY = 160 * 1024
 """Bytes a program may share: their tiles need up to 122 KiB. Devices with 99 KiB have run none of them."""
 _HEAD_BYTES = 256
 """Of a head's key or value: tiles of wider ones do not fit into shared memory."""
-_TOLERANCE = 1e-3
-"""Relative error of the kernel that is tried, in float32: rounding is far below, nonsense far above."""
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton and a device that the kernels were made for are there."""
-    return device.type in DEVICES and _has_triton() and (device.type != "cuda" or _does_it(device))
+    if device.type not in DEVICES or not _has_triton():
+        return False
+    return device.type != "cuda" or (_is_able(device) and passes(try_attention, device))
 
 
 def turned_off(error: Exception) -> bool:
@@ -49,11 +50,6 @@ def turned_off(error: Exception) -> bool:
     _log.error("decoding without kernels from now on: one of them does not run (%s)", error)
     DEVICES = ()
     return True
-
-
-def no_memory(error: Exception) -> bool:
-    """Whether an error says that memory is full: PyTorch's own, CUDA's or Triton's. It may pass."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def why_not(cache: XKVCache, scoring: Scoring) -> str | None:
@@ -124,21 +120,3 @@ def _is_able(device: torch.device) -> bool:
     properties: Any = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0)
     return (properties.major, properties.minor) >= _CAPABILITY and shared >= _SHARED_MEMORY
-
-
-@cache
-def _does_it(device: torch.device) -> bool:
-    """Whether a kernel, compiled here and now, computes what PyTorch does: Triton needs a C compiler, too."""
-    if not _is_able(device):
-        return False
-    try:
-        from xkv_service.kernels.probe import error_of_kernels
-
-        error = error_of_kernels(device)
-    except Exception as failure:  # noqa: BLE001 - whatever a compiler may raise
-        _log.warning("decoding without kernels: they do not compile here (%s)", failure)
-        return False
-    if error > _TOLERANCE:
-        _log.warning("decoding without kernels: they compute something else here (error %.2g)", error)
-        return False
-    return True

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
-from xkv_service.decoding.kernel_choice import MOST_TOKENS, no_memory, turned_off, why_not
+from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.runners import PackedRunner, Work
 from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph
+from xkv_service.kernels.probe import no_memory
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 

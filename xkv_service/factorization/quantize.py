@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from xkv_service.kernels.probe import has_kernels
 from xkv_service.packed_factors import PackedFactors, Runs, pack
 
 LEVELS = 127
@@ -31,7 +32,7 @@ def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tenso
     """
     peak = torch.linalg.vector_norm(factors[counted], torch.inf, dim=0).float()
     scales = (peak / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    if factors.is_cuda and factors.dtype == torch.float32:
+    if factors.dtype == torch.float32 and has_kernels(factors.device):
         from xkv_service.kernels.round_columns import round_columns
 
         return round_columns(factors, scales, LEVELS), scales

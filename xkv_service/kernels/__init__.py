@@ -1,1 +1,1 @@
-"""GPU kernels, each beside the PyTorch code it is held against. Imported only where there is a GPU."""
+"""GPU kernels, each beside the PyTorch code it is held against. `probe.py` says where they run."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from xkv_service.errors import UnsupportedModel
+from xkv_service.kernels.probe import has_kernels
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -69,11 +70,11 @@ def rotate_planes(
 def _has_kernel(keys: torch.Tensor, planes: torch.Tensor, first: slice, second: slice) -> bool:
     """Whether the kernel in `kernels/rotate.py` can turn these planes of these keys."""
     return (
-        keys.is_cuda
-        and keys.shape[0] > 0
+        keys.shape[0] > 0
         and keys.stride(-1) == 1
         and 2 * planes.shape[0] == keys.shape[-1]
         and first.step == second.step
+        and has_kernels(keys.device)
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.kernels.probe import has_kernels
 from xkv_service.modeling.layout import LayerLayout
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.exact import ExactTokens, exact_positions, outlier_range
@@ -99,7 +100,7 @@ def _calibrated_planes(
 
 
 def _sketch(exact: Prefill, layer: int, planes: torch.Tensor) -> KeySketch:
-    step = _CHUNK if exact.device.type == "cpu" else exact.tokens  # the kernel needs no memory
+    step = exact.tokens if has_kernels(exact.device) else _CHUNK  # the kernel needs no memory
     pieces = [
         encode(exact.rotated_keys(layer, start, start + step), planes)
         for start in range(0, exact.tokens, step)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from xkv_service.kernels.probe import has_kernels
+
 _LEVELS = 7
 _ZERO = 8
 _FLOAT16_MAX = 65504.0
@@ -77,7 +79,7 @@ def encode(keys: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         uint8 [t, kv_heads, P] and float16 [t, kv_heads].
     """
-    if keys.is_cuda and keys.shape[0] and keys.stride(-1) == 1:
+    if keys.shape[0] and keys.stride(-1) == 1 and has_kernels(keys.device):
         from xkv_service.kernels.encode_sketch import encode_sketch
 
         return encode_sketch(keys, planes, _LEVELS, _ZERO)
