@@ -180,6 +180,10 @@ class Logs:
         """When a replica last came to the end of an answer."""
         return self._last([self._file(replica)], _ANSWERED)
 
+    def began_again(self) -> bool:
+        """Whether a replica died under a request that another one was given then."""
+        return self._last(self._folder.glob("replica_xkv_ingress_*.log"), "starts again") is not None
+
     def who_answered(self, request_id: str) -> str:
         """The replica that answered a request; its log may come after the answer. One that was full has a
         line of it in its log, too.

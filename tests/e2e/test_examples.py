@@ -233,11 +233,15 @@ def test_the_pages_lines_that_point_a_client_at_the_server(
 ) -> None:
     monkeypatch.chdir(ROOT)  # README's read a document of the corpus
     lines = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[block]
-    text = Documents(running.docs).text(DOCUMENTS[0])
-    names: dict[str, Any] = {} if page == "README.md" else {"document": text, "question": "Who?"}
-    exec(lines.replace("http://127.0.0.1:8000/v1", running.base_url), names)
-    usage = names["answer"].usage
-    assert 500 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+    question, answer = facts(DOCUMENTS[1], 2)[1]  # which README's asks in other words
+    text = Documents(running.docs).text(DOCUMENTS[1])
+    names: dict[str, Any] = {} if page == "README.md" else {"document": text, "question": question}
+    lines = lines.replace("http://127.0.0.1:8000/v1", running.base_url)
+    exec(lines.replace("messages=", "temperature=0, messages="), names)  # what it says is compared
+    reply = names["answer"]
+    assert reply.choices[0].message.content == answer
+    assert re.fullmatch("[0-9a-f]{64}", reply.xkv["artifact"] or "") and reply.xkv["miss"] is None
+    assert 500 < reply.usage.prompt_tokens_details.cached_tokens < reply.usage.prompt_tokens
 
 
 @pytest.mark.parametrize("name", ["chat_backend", "rag"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +19,10 @@ import pytest
 from asking import Asker, example_document, first_turn, wait_until
 from command_runs import Xkv
 from openai import APIStatusError
+from scaling import Crowd, Logs, questions
 from served import Server, use_factors
 from stopping import (
+    LONG,
     LongAnswers,
     check_that_ctrl_c_twice_breaks_off_answers,
     check_that_it_ends_with_its_ray,
@@ -146,18 +146,17 @@ def test_many_ask_at_once_and_some_leave(asker: Asker, prefix: dict[str, Any], s
         )
 
     def leave(item: dict[str, str]) -> None:
-        stream = asker.ask(first_turn(document, item["question"]), stream=True, max_tokens=400)
+        stream = asker.ask(first_turn(document, item["question"]), stream=True, **LONG)
         next(iter(stream))
         stream.close()
 
+    wait_until_running(server, 0)
+    before = _cancelled(server)
     with ThreadPoolExecutor(12) as pool:
         gone = [pool.submit(leave, item) for item in questions[:4]]
         right = list(pool.map(ask, questions[:8]))
     assert all(right) and all(one.result() is None for one in gone)
-    end = time.monotonic() + 120
-    while 'xkv_sessions{state="running"} 0.0' not in server.metrics():
-        assert time.monotonic() < end, server.metrics()
-        time.sleep(0.5)
+    wait_until(lambda: _cancelled(server) == before + 4, seconds=60)
 
 
 def test_bad_requests_are_refused_in_openais_shape(server: Server) -> None:
@@ -318,22 +317,19 @@ def test_a_prefix_whose_file_is_gone_is_computed_instead(remade: Remade, server:
 def test_a_replica_that_is_killed_is_replaced(
     asker: Asker, prefix: dict[str, Any], remade: Remade, server: Server
 ) -> None:
-    """And with it conversations are gone: the next one about a prefix begins with its factors again, though
-    its file had been lost."""
-    document, questions = example_document(NAMES[0])
-    victim = server.engine_process()
-    killer = threading.Timer(0.3, lambda: os.kill(victim.pid, signal.SIGKILL))
-    killer.start()
-    ends = []
-    for item in questions[:6]:
-        try:
-            reply = asker.ask(first_turn(document, item["question"]), timeout=300)
-            ends.append(reply.choices[0].message.content == item["answer"])
-        except APIStatusError as error:
-            assert error.status_code in (500, 503), error
-    killer.join()
-    assert ends and all(ends)
-    wait_until(lambda: _answers(asker, document, questions[0]))
+    """The stream that it answered ends with an error event, and whatever else it answered begins again. Its
+    conversations are gone: the next one about a prefix begins with its factors again, though its file had
+    been lost."""
+    document, items = example_document(NAMES[0])
+    client, logs, begun = LongAnswers(server), Logs(server), threading.Event()
+    with ThreadPoolExecutor(1) as pool, Crowd(4, questions(asker, document, items[:6])) as crowd:
+        stream = pool.submit(client.stream, 0, begun.set)
+        assert begun.wait(120)
+        server.engine_process().kill()
+        error = stream.result(60)
+        assert error is not None and error.code == "overloaded", repr(error)
+        wait_until(logs.began_again)
+    assert set(crowd.ends) == {"right"}
     use_factors(f"{server.url}/v1", remade.document)
     reply = asker.ask(first_turn(remade.document, remade.questions[1]["question"]), max_tokens=96)
     assert reply.choices[0].message.content == remade.questions[1]["answer"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from asking import Asker, example_document, first_turn, wait_until
-from openai import APIStatusError
+from asking import Asker, example_document, wait_until
+from scaling import Crowd, Logs, questions
 from served import Server, use_factors
-from stopping import check_that_sigterm_breaks_off_answers
+from stopping import check_that_sigterm_breaks_off_answers, wait_until_running
 
 pytestmark = pytest.mark.slow
 
@@ -33,37 +31,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_two_replicas_share_the_work_and_one_may_die(server: Server) -> None:
-    asker, (document, questions) = Asker(server.url), example_document(NAME)
+    asker, (document, items) = Asker(server.url), example_document(NAME)
     made = httpx.post(f"{server.url}/v1/prefixes", json={"document": document, "ratio": 20}, timeout=60)
     url = f"{server.url}/v1/prefixes/{made.json()['id']}"
     wait_until(lambda: httpx.get(url, timeout=60).json()["status"] == "ready")
     use_factors(f"{server.url}/v1", document)
 
-    def right(item: dict[str, str]) -> bool | int:
-        """Whether an answer is right, or the status of a clean refusal."""
-        try:
-            reply = asker.ask(first_turn(document, item["question"]), timeout=300)
-        except APIStatusError as error:
-            return error.status_code
-        return bool(reply.choices[0].message.content == item["answer"])
-
-    assert [right(item) for item in questions[:4]] == [True] * 4
+    ask = questions(asker, document, items[:8])
+    assert [ask(number) for number in range(4)] == ["right"] * 4
     wait_until(lambda: _counter(server, "steps") > 0)
     assert _counter(server, "prefixes_loads") == 1, "both replicas loaded it"
 
     with ThreadPoolExecutor(40) as pool:
-        ends = list(pool.map(right, questions[:8] * 5))
-    assert set(ends) <= {True, 503} and True in ends
+        assert list(pool.map(ask, range(40))) == ["right"] * 40
     wait_until(lambda: _counter(server, "prefixes_loads") == 2)  # on the other one, too
 
-    victim = server.engine_process()
-    with ThreadPoolExecutor(8) as pool:
-        under_way = [pool.submit(right, item) for item in questions[:8] * 2]
-        time.sleep(0.3)
-        os.kill(victim.pid, signal.SIGKILL)
-        ends = [one.result() for one in under_way]
-    assert set(ends) <= {True, 500, 503} and True in ends
-    wait_until(lambda: right(questions[0]) is True)
+    with Crowd(8, ask) as crowd:  # as many as the two take at once
+        wait_until_running(server, 4)
+        victim = server.engine_process()
+        victim.kill()
+        wait_until(Logs(server).began_again)
+    assert set(crowd.ends) == {"right"}
+    victim.wait(60)
+    wait_until(lambda: len(server.processes("xkv:engine")) == 2)
 
 
 def test_at_sigterm_running_answers_end_with_an_error_and_later_ones_are_refused(server: Server) -> None:

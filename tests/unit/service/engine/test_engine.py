@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -148,18 +149,31 @@ def test_log_probabilities_are_of_the_tokens_told(talker: Talker, engine: Engine
 
 
 def test_cancelled_requests_leave_at_once_and_the_others_go_on(talker: Talker, engine: Engine) -> None:
-    long = GenerationSettings(max_new_tokens=700)
-    asked = [
-        Asked(engine, prompt_of(talker, str(n) * 80, document=False), settings=long, namespace=str(n))
-        for n in range(10)
-    ]
-    for one in asked[1:]:
-        one.cancel()
-    for one in asked[1:]:
-        assert one.wait().end.finish in ("cancelled", "stop")
-    until(lambda: engine.state().running <= 1 and engine.state().waiting == 0)
-    asked[0].cancel()
-    asked[0].wait()
+    """Running ones and waiting ones, in the middle of a step: in the next one others have their places."""
+    prompts = [prompt_of(talker, str(number) * 20, document=False) for number in range(10)]
+    sent, seen, cancelled = threading.Event(), [], []
+
+    def look(*_: object) -> None:
+        assert sent.wait(60.0)
+        state = engine.state()
+        seen.append((state.running, state.waiting))
+        if not cancelled and all(one.events for one in asked[:6]):
+            cancelled.append(len(seen))
+            for one in asked[1:8]:
+                one.cancel()
+
+    with talker.model.register_forward_pre_hook(look):
+        asked = [
+            Asked(engine, ids, settings=replace(SHORT, max_new_tokens=40), namespace=str(number))
+            for number, ids in enumerate(prompts)
+        ]
+        sent.set()
+        for one in asked:
+            one.wait()
+    assert [one.end.finish for one in asked[1:8]] == ["cancelled"] * 7
+    assert seen[cancelled[0] - 1 : cancelled[0] + 1] == [(6, 4), (3, 0)]
+    for number in (0, 8, 9):
+        assert asked[number].tokens == generated(talker, prompts[number], most=40)
 
 
 def test_a_request_that_takes_too_long_fails(talker: Talker, engine: Engine) -> None:
@@ -175,9 +189,8 @@ def test_prompts_that_no_model_can_run_are_refused(engine: Engine, ids: list[int
     assert isinstance(end, Failed) and end.kind == "invalid"
 
 
-def test_an_artifact_that_is_gone_or_damaged_is_computed_instead(
-    talker: Talker, store: ArtifactStore, engine: Engine, artifact: str
-) -> None:
+def test_an_artifact_that_is_gone_is_computed_instead(talker: Talker, engine: Engine) -> None:
+    """One that is damaged: test_head_start.py, test_other_conversations.py."""
     prompt = prompt_of(talker, "Where?" * 12)
     gone = Asked(engine, prompt, match=PrefixMatch("0" * 64, 40)).wait()
     assert gone.started.miss is not None and gone.started.miss.reason == "evicted"
