@@ -30,6 +30,7 @@ from report import Report, command
 
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.decode_plainly import (
+    choose_plainly,
     factors_of,
     index_shares_plainly,
     latent_values_plainly,
@@ -316,7 +317,7 @@ def _ceilings(device: torch.device) -> dict[str, float]:
 
 
 def _checks(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Relative error of every stage on fresh random input, and of the whole layer."""
+    """Relative error of every stage on fresh random input, and of the layer; the index of long documents."""
     shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
     tokens, budget = (160, 24) if arguments.smoke else (3000, 500)
     for name, shared in itertools.product(synthetic.KINDS, (False, True)):
@@ -328,6 +329,9 @@ def _checks(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         case.stages(layer)["all"](case.tables[0])
         for stage, error in _errors(case, layer).items():
             yield {"check": f"{name}, {'one document' if shared else 'separate'}, {stage}", "error": error}
+    for sessions in (1, 2):  # few tokens of all sessions are scored by other tiles than many
+        for stage, error in _long_index(shape, sessions, device).items():
+            yield {"check": f"long documents, sessions: {sessions}, {stage}", "error": error}
     if device.type == "cuda":
         yield {"check": "gather past 2^31 elements", "error": _far_gather(device)}
 
@@ -357,6 +361,32 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
             ),
         }
         found |= {name: max(found.get(name, 0.0), error) for name, error in parts.items()}
+    return found
+
+
+def _long_index(shape: synthetic.Shape, sessions: int, device: torch.device) -> dict[str, float]:
+    """Largest error of a share, in nats, and 1 where a choice by these shares is another: of 131,072 tokens.
+
+    Their sums are read in four parts. In small, tiles are so small that there are two.
+    """
+    small = shape == synthetic.SMOKE
+    tokens, budget = (1500, 200) if small else (2**17, 2048)
+    tiles = Tiles(index={"tile": 16, "tiles": 1}, choose={"block": 128}) if small else None
+    case = Case(shape, synthetic.kind_of("8x", shape, tokens), sessions, tokens, budget, False, device, 1)
+    layer, table = case.attention(tiles), case.tables[0]
+    layer.index.shares.fill_(torch.nan)
+    stages = case.stages(layer)
+    for name in ("tail", "index", "choose"):
+        stages[name](table)
+    _, rest_log = tail_attention_plainly(case.query, case.keys, case.values, case.lengths, case.scaling)
+    found = {"shares": 0.0, "choice": 0.0}
+    for session, document in enumerate(table.documents):
+        shares = layer.index.shares[session, :tokens]
+        expected = index_shares_plainly(case.query[session], rest_log[session], document, case.scaling)
+        found["shares"] = max(found["shares"], float((shares - expected).abs().max()))
+        chosen = layer.chosen.positions[session, : int(layer.chosen.counts[session])]
+        best = choose_plainly(shares, document.states, budget, layer.chosen._bins)
+        found["choice"] = max(found["choice"], float(not torch.equal(chosen, best)))
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("launch_checks")
 MISSING = importlib.util.find_spec("triton") is None
 HERE = Path(__file__).parent
 collect_ignore = [one.name for one in HERE.glob("test_*.py") if MISSING and one.stem != "test_available"]

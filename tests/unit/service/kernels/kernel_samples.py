@@ -34,16 +34,21 @@ class Shapes:
 SMALL = Shapes()
 
 
+def packed_runs(kind: str, rank: int) -> Runs:
+    """Columns of each width: all three ("mixed"), 8 and 2 bits ("8+2"), or one alone ("4", "2")."""
+    if kind == "mixed":
+        return (8, rank // 4), (4, rank // 3), (2, rank - rank // 4 - rank // 3)
+    return ((8, rank // 3), (2, rank - rank // 3)) if kind == "8+2" else ((int(kind), rank),)
+
+
 def factors(tokens: int, rank: int, kind: str, dtype: torch.dtype) -> torch.Tensor | PackedFactors:
-    """Token factors: of `dtype` ("float"), "int8", or "mixed" bits."""
+    """Token factors: of `dtype` ("float"), "int8", or of packed bits (`packed_runs`)."""
     values = torch.randn(tokens, rank) * torch.linspace(1.0, 0.2, rank)
     if kind == "float":
         return values.to(dtype)
     if kind == "int8":
         return (values * 40).round().clamp(-127, 127).to(torch.int8)
-    eight, four = rank // 4, rank // 3
-    runs: Runs = ((8, eight), (4, four), (2, rank - eight - four))
-    pieces = []
+    runs, pieces = packed_runs(kind, rank), []
     for bits, count in runs:
         levels = torch.randint(0, 2**bits, (tokens, count))
         whole = levels.sub(128).clamp(-127) if bits == 8 else 2 * levels - (2**bits - 1)

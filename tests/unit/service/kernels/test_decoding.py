@@ -17,18 +17,16 @@ import pytest
 import torch
 from compressed import manifest_of, random_ids
 from families import tiny_model
+from launch_checks import check
 from measured import calibrated
 from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice, kernel_step
-from xkv_service.decoding.attend import attend
-from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.kernel_choice import why_not
 from xkv_service.decoding.layer_prefix import LayerPrefix
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.scoring import Scoring
-from xkv_service.decoding.select import Choosing, Recorded, Repeated, Selected
 from xkv_service.engine.footprint import prefix_bytes
 from xkv_service.engine.runners import PackedRunner
 from xkv_service.engine.storages import held_bytes
@@ -40,10 +38,6 @@ from xkv_service.sessions.context import Context
 FEW = SelectionSpec("sketch", 80, recent=8)
 TOLERANCE = 0.1
 """Relative error of logits."""
-EXACT = 2e-5
-"""Of one launch's output, given its choice."""
-EXCHANGED = 3
-"""Tokens of one choice at most that PyTorch exchanges for others."""
 
 
 @pytest.fixture(scope="module")
@@ -86,35 +80,13 @@ class Watched:
                 for token in range(count)
             ]
             assert len(sessions) == len(query)
-            for number, session in enumerate(sessions):
-                positions = chosen.positions[number, : chosen.counts[number]].long()
-                check(*session, query[number], scaling, positions, out[number])
+            for number, (layer, row, length) in enumerate(sessions):
+                keys, values = (states[row : row + 1, :, :length] for states in (layer.keys, layer.values))
+                check(layer.selection, (keys, values), query[number], scaling, chosen, number, out[number])
+                assert layer.rebuilt == int(chosen.counts[number])
             return out
 
         monkeypatch.setattr(kernel_step.DecodeLaunch, "attend", attend_and_check)
-
-
-def check(
-    layer: PrefixLayer,
-    row: int,
-    length: int,
-    query: torch.Tensor,
-    scaling: float,
-    positions: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Hold one token's attention of one layer, and its choice, against PyTorch's."""
-    tail = layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length]
-
-    def in_pytorch(choosing: Choosing) -> torch.Tensor:
-        return attend(query[None, :, None], *tail, None, choosing, Scoring(scaling))[0][0, 0]
-
-    expected = in_pytorch(Repeated(layer.selection.prefix, [Selected(positions)]))
-    assert samples.relative(out, expected) < EXACT
-    assert len(positions) == layer.rebuilt
-    if not layer.selection.reuses:
-        in_pytorch(own := Recorded(layer.selection))
-        assert int(torch.isin(positions, own.made[0].positions).sum()) >= len(positions) - EXCHANGED
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from xkv_service.kernels.decode_plainly import factors_of
 from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.packed_factors import PackedFactors
 
+KINDS = ["float", "int8", "mixed", "8+2", "4", "2"]
 
-@pytest.mark.parametrize("kind", ["float", "int8", "mixed"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_hold_the_factors(kind: str) -> None:
     torch.manual_seed(0)
     factors = samples.factors(50, 53, kind, torch.float32)
@@ -27,7 +29,7 @@ def test_aligned_factors_are_not_copied() -> None:
     assert FactorRows.of(factors).data.data_ptr() == factors.data_ptr()
 
 
-@pytest.mark.parametrize("kind", ["float", "int8", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_factors_and_rows_again_in_the_same_memory(kind: str) -> None:
     torch.manual_seed(0)
     factors = samples.factors(50, 53, kind, torch.float32)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import kernel_samples as samples
 import pytest
 import torch
 from compressed import random_ids
 from families import tiny_model
+from launch_checks import EXACT, check
 from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice
+from xkv_service.decoding.attention_call import AttentionCall
 from xkv_service.decoding.kernel_choice import why_not
 from xkv_service.decoding.kernel_step import layout_of
 from xkv_service.decoding.scoring import Scoring
@@ -25,7 +28,9 @@ from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
 
 TOLERANCE = 0.1
-"""Relative error of logits: choices differ where shares of two tokens are less than a bin apart."""
+"""Relative error of logits: choices differ where shares of two tokens are less than a bin apart. So what each
+sequence attends to in a graph is held against PyTorch's attention to the same tokens besides (`watched`).
+"""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,51 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
+class Watched:
+    """Holds attention in graphs against PyTorch, but for what a GPU replays. Tails are read from the room
+    that a sequence's own layer has.
+
+    Attributes:
+        chosen: positions, layer by layer and sequence by sequence.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chosen: list[torch.Tensor] = []
+        self._riders: list[step_graph.Rider] = []
+        run, attend = step_graph.StepGraph.run, step_graph._GraphLayer.attend
+
+        def run_and_note(graph: step_graph.StepGraph, ids: list[int]) -> torch.Tensor:
+            self._riders = graph._riders
+            assert len(self._riders) == len(ids)
+            return run(graph, ids)
+
+        def attend_and_check(layer: step_graph._GraphLayer, call: AttentionCall) -> torch.Tensor:
+            out = attend(layer, call)
+            if out.is_cuda and torch.cuda.is_current_stream_capturing():
+                return out
+            chosen = next(iter(layer._launch._kernels.values())).chosen
+            for number, rider in enumerate(self._riders):
+                own = rider.cache.layers[layer.index]
+                keys, values = (
+                    states[:, :, : rider.count + 1] for states in (own._room.keys, own._room.values)
+                )
+                query, scaling = call.query[0, :, number], call.scoring.scaling
+                try:
+                    check(own.selection, (keys, values), query, scaling, chosen, number, out[0, number])
+                except AssertionError as error:  # the runner would go on without graphs
+                    pytest.fail(f"layer {layer.index}, sequence {number}: {error}")
+                self.chosen.append(chosen.positions[number, : chosen.counts[number]].clone())
+            return out
+
+        monkeypatch.setattr(step_graph.StepGraph, "run", run_and_note)
+        monkeypatch.setattr(step_graph._GraphLayer, "attend", attend_and_check)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
+
+
 PLAN = [
     {"a": 3, "b": 2, "exact": 4}, {"a": 1, "b": 1, "exact": 1}, {"b": 1, "a": 1}, {"a": 1, "b": 1, "c": 5},
     {"c": 1, "a": 1, "b": 1}, {"c": 1, "b": 1}, {"b": 4, "c": 1}, {"b": 1},
@@ -96,7 +146,7 @@ PLAN = [
 
 
 def test_steps_are_those_of_each_sequence_alone(
-    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch, watched: Watched
 ) -> None:
     runs = []
     real = step_graph.StepGraph.run
@@ -106,19 +156,23 @@ def test_steps_are_those_of_each_sequence_alone(
     ours, theirs = contexts(model, prefixes), contexts(model, prefixes)
     for number, lengths in enumerate(PLAN):
         ids = {name: random_ids(count, seed=100 + number).tolist() for name, count in lengths.items()}
-        before = len(runs)
+        before, attended = len(runs), len(watched.chosen)
         found = runner.run([(ours[name], one) for name, one in ids.items()])
         expected = plainly([(theirs[name], one) for name, one in ids.items()])
         assert samples.relative(found, expected) < TOLERANCE
         graphed = sum(count == 1 for name, count in lengths.items() if name != "exact")
         assert list(map(len, runs[before:])) == [graphed] * (graphed > 0)
+        assert len(watched.chosen) - attended == 2 * graphed or model.device.type == "cuda"
     for name, context in ours.items():
         runner.settle(context)
         assert context.ids == theirs[name].ids
         assert context.cache.get_seq_length() == len(context.ids)
-        for mine, other in zip(context.cache.layers, theirs[name].cache.layers, strict=True):
-            assert samples.relative(mine.keys, other.keys) < TOLERANCE
-            assert samples.relative(mine.values, other.values) < TOLERANCE
+        both = zip(context.cache.layers, theirs[name].cache.layers, strict=True)
+        for tolerance, (mine, other) in zip(
+            (EXACT, TOLERANCE), both, strict=True
+        ):  # no choice before the first
+            assert samples.relative(mine.keys, other.keys) < tolerance
+            assert samples.relative(mine.values, other.values) < tolerance
     assert not runner._riders and all(not graph._riders for graph in runner._graphs.values())
     ours["a"].rewind(len(ours["a"].ids) - 1)
     theirs["a"].rewind(len(theirs["a"].ids) - 1)
@@ -146,7 +200,21 @@ def test_layouts_are_compared_when_a_cache_is_new(
     assert not compared and len(runner._graphs) == 1
 
 
-def test_a_tail_moves_when_its_room_is_full(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
+def fill(rider: step_graph.Rider) -> None:
+    """As if so many steps had run that its room is full."""
+    torch.manual_seed(0)
+    new = rider._end - rider.count
+    for index in rider.rows:
+        room = rider.cache.layers[index]._room
+        for states in (room.keys, room.values):
+            states[:, :, rider.count : rider._end].normal_()
+    rider.count += new
+    rider.context.ids.extend([5] * new)
+
+
+def test_a_tail_moves_when_its_room_is_full(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], watched: Watched
+) -> None:
     """A fork that shares a tail keeps it, wherever the other one goes on."""
     runner = GraphRunner(model)
     context = contexts(model, prefixes)["a"]
@@ -156,9 +224,7 @@ def test_a_tail_moves_when_its_room_is_full(model: PreTrainedModel, prefixes: li
     runner.run([(context, [5])])
     rider = runner._riders[id(context)]
     room = rider._end
-    while rider.count < room:  # as if so many steps had run
-        rider.count += 1
-        context.ids.append(5)
+    fill(rider)
     runner.run([(context, [6])])
     assert rider._end > room and rider.count == room + 1
     runner.settle(context)
@@ -247,7 +313,7 @@ def test_a_step_without_memory_runs_once_more_and_graphs_go_on_later(
 
 
 def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
-    model: PreTrainedModel, prefixes: list[PrefixFactors]
+    model: PreTrainedModel, prefixes: list[PrefixFactors], watched: Watched
 ) -> None:
     runner, ours = GraphRunner(model), contexts(model, prefixes)
     pair = [ours["a"], ours["b"]]
@@ -256,14 +322,22 @@ def test_a_graph_that_stood_by_while_a_tail_moved_reads_where_it_is(
     (both,) = runner._graphs.values()
     rider = runner._riders[id(ours["a"])]
     before = rider.rows[0].addresses
-    while rider.count < rider._end:  # as if so many steps had run
-        rider.count += 1
-        ours["a"].ids.append(5)
+    fill(rider)
     runner.run([(ours["a"], [6])])
     assert rider.rows[0].addresses != before
     runner.run([(context, [7]) for context in pair])
     for index, table in both._tails.items():
         assert table.addresses[:, 0].tolist() == rider.rows[index].addresses
+
+
+def test_a_layer_of_a_graph_takes_the_choice_of_the_one_before(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], watched: Watched
+) -> None:
+    one = compress(model, random_ids(120), replace(prefixes[0].spec, reuse=(1,)))
+    runner, ours = GraphRunner(model), contexts(model, [one, one])
+    for token in (3, 4):
+        runner.run([(ours["a"], [token])])
+    assert torch.equal(*watched.chosen[-2:]) and not runner._broken
 
 
 def test_a_context_that_a_forward_left_half_done_is_mended_first(

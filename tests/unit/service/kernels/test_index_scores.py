@@ -19,12 +19,12 @@ BINS = 128
 
 def scored(
     documents: list[DocumentLayer], budgets: list[int], query: torch.Tensor, others: torch.Tensor,
-    shapes: samples.Shapes = samples.SMALL, together: int = 4,
+    shapes: samples.Shapes = samples.SMALL, together: int = 4, tile: int = 32, tiles: int = 2,
 ) -> tuple[IndexScores, DocumentTable]:  # fmt: skip
     table = DocumentTable(documents, budgets)
     index = IndexScores(
         query.shape[0], max(one.tokens for one in documents), shapes.kv_heads, shapes.group, shapes.dim,
-        shapes.planes, 0.3, query.device, tile=32, tiles=2, together=together,
+        shapes.planes, 0.3, query.device, tile=tile, tiles=tiles, together=together,
     )  # fmt: skip
     index.shares.fill_(torch.nan)
     index(query, others, table)
@@ -55,15 +55,37 @@ def test_shares_are_those_of_the_sketch(
         assert (index.shares[session, : document.tokens] - expected).abs().max() < TOLERANCE
 
 
-def test_queries_of_any_size_keep_their_shares(device: torch.device) -> None:
-    """Half precision ends at 65,504: queries are divided by their largest number first."""
+def test_sums_over_many_blocks_are_those_of_all_tokens(device: torch.device) -> None:
+    """Sums of 64 blocks are read at once: 1,024 tokens here, 32,768 with the tiles that the kernels choose.
+
+    One KV head has its largest scores in the first 64 blocks, the other behind them.
+    """
+    first = 64 * 16
+    document = samples.document(first + 277, "float", torch.float32, device)
+    document.sketch.scales[first:, 0] /= 2
+    document.sketch.scales[:first, 1] /= 2
+    short = samples.document(70, "float", torch.float32, device, seed=1)
+    query = samples.queries(2, torch.float32, device)
+    others = torch.randn(2, samples.SMALL.query_heads, device=device)
+    index, _ = scored([document, short], [8, 8], query, others, tile=16, tiles=1)
+    for session, one in enumerate((document, short)):
+        expected = index_shares_plainly(query[session], others[session], one, 0.3)
+        assert (index.shares[session, : one.tokens] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [2.0**17, 2.0**-16])
+def test_queries_of_any_size_keep_their_shares(size: float, device: torch.device) -> None:
+    """Half precision ends at 65,504, and has fewer digits below 2^-14: queries are divided by their largest
+    number first. Where they are large, the sketch is small, so that shares are not extreme.
+    """
     document = samples.document(100, "float", torch.float32, device)
-    query = samples.queries(1, torch.float32, device)
-    query[:, 0] *= 1e6
+    document.sketch.scales.copy_(document.sketch.scales.float() / size)
+    query = size * samples.queries(1, torch.float32, device)
     query[:, 1] = 0
     others = torch.zeros(1, samples.SMALL.query_heads, device=device)
     index, _ = scored([document], [8], query, others)
-    assert torch.isfinite(index.shares).all()
+    expected = index_shares_plainly(query[0], others[0], document, 0.3)
+    assert (index.shares[0] - expected).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("budgets", [[16, 40], [1, 1000]])
