@@ -15,8 +15,8 @@ COPY workers workers
 COPY cli cli
 RUN pip install --constraint constraints.txt '.[s3,pdf]' \
     && useradd --create-home --uid 1000 xkv \
-    && mkdir /store \
-    && chown xkv /store
+    && mkdir /store /models \
+    && chown xkv /store /models
 USER xkv
 ENV XKV_STORE=/store
 VOLUME /store

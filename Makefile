@@ -26,6 +26,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## compress the example corpus, then compare an answer from both caches
 	$(BIN)/xkv precompute --docs examples/corpus --ratio 20 --store $(DEMO)/store
 	$(BIN)/python examples/side_by_side.py --store $(DEMO)/store
+	@echo "xkv is in $(BIN): source $(BIN)/activate, then xkv --help"
 
 test: check  ## check, then run every test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/e2e

@@ -3,8 +3,8 @@
     python benchmarks/scale.py
 
 Three parts. The catalog is a real Redis, filled by the real `Catalog`: bytes an entry and microseconds of the
-server for a lookup. The prices are arithmetic over prefill and bytes as measured on one H200
-(results/gpu_compression.json). The fleet is simulated (fleet.py): a tenth of it, one thing changed at a time,
+server for a lookup. The prices are arithmetic over prefill and bytes as measured on one H200 (results/
+gpu_compression_h200.json). The fleet is simulated (fleet.py): a tenth of it, one thing changed at a time,
 then all of it.
 """
 
@@ -55,7 +55,7 @@ def scenarios() -> list[Scenario]:
 @cache
 def measured_on_gpu() -> tuple[np.ndarray[Any, Any], float]:
     """Prefill seconds of T tokens as coefficients of T² and T, and bytes a stored token, of one H200."""
-    rows = json.loads((RESULTS / "gpu_compression.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "gpu_compression_h200.json").read_text())["rows"]
     tokens = np.array([row["tokens"] for row in rows], float)
     per_token = np.array([row["bare_prefill_s"] for row in rows]) / tokens
     return np.polyfit(tokens, per_token, 1), max(row["bytes_per_token"] for row in rows)
@@ -176,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     command = f"python benchmarks/scale.py --seed {options.seed}{' --tenth' if options.tenth else ''}"
-    report = Report("scale", command, "the row of exact caches; arithmetic is over gpu_compression.json")
+    report = Report("scale", command, "the row of exact caches; arithmetic is over gpu_compression_h200.json")
     catalogued, priced = catalog(options.artifacts, options.artifacts // 20), prices()
     print(table([catalogued]), table(priced), sep="\n\n", flush=True)
     simulate(report, options)

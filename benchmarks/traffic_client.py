@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+_PATIENCE_S = 120
 _BAD: list[dict[str, Any]] = [
     {"messages": []},
     {"messages": [{"role": "user", "content": "x"}], "temperature": -1},
@@ -26,7 +27,7 @@ async def use(url: str, plan: Path, answers_file: Path, seconds: float, rate: fl
     from openai import AsyncOpenAI
 
     documents, dice = json.loads(plan.read_text()), random.Random(seed)
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=120)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=_PATIENCE_S)
     model = (await client.models.list()).data[0].id
     weights = [1 / (rank + 1) for rank in range(len(documents))]
     talks, answers, end = [], [], time.monotonic() + seconds
@@ -69,41 +70,52 @@ async def _bad(client: Any, model: str, dice: random.Random) -> dict[str, Any]:
 
 
 async def _request(client: Any, model: str, messages: list[dict[str, str]], *, leave: bool) -> dict[str, Any]:
-    """One request, when it began (by the machine's monotonic clock), and how it ended: answered, left, error
-    (a clean one), hang, or broken."""
+    """One request, when it began (by the machine's monotonic clock), and how it ended.
+
+    answered; left; error: the server said what went wrong, by a status or an event of the stream; hang: there
+    was no end after `_PATIENCE_S`; broken: anything else, a refused or lost connection among it.
+    """
+    import httpx
     import openai
 
-    began, first, text, last, pieces = time.monotonic(), None, "", None, 0
+    began = time.monotonic()
     found: dict[str, Any] = {"messages": messages, "began": began}
     try:
-        stream = await client.chat.completions.create(
-            model=model,
-            messages=messages,
-            stream=True,
-            max_tokens=48,
-            temperature=0,
-            stream_options={"include_usage": True},
-        )
-        async for chunk in stream:
-            last = chunk
-            if chunk.choices and chunk.choices[0].delta.content:
-                first = first or time.monotonic()
-                text += chunk.choices[0].delta.content
-                pieces += 1
-                if leave and pieces == 3:
-                    await stream.close()
-                    return {**found, "end": "left", "seconds": time.monotonic() - began}
-    except openai.APITimeoutError:
-        return {**found, "end": "hang", "seconds": time.monotonic() - began}
-    except openai.APIError as error:  # with a status, or an event of the stream that says what went wrong
-        return {**found, "end": "error", "error": str(error)[:200], "seconds": time.monotonic() - began}
+        async with asyncio.timeout(_PATIENCE_S):
+            found |= await _answer(client, model, messages, leave=leave)
+    except (TimeoutError, openai.APITimeoutError, httpx.TimeoutException):
+        found |= {"end": "hang"}
+    except (openai.APIConnectionError, httpx.HTTPError) as error:
+        found |= {"end": "broken", "error": repr(error)[:200]}
+    except openai.APIError as error:
+        found |= {"end": "error", "error": str(error)[:200]}
+    return {**found, "seconds": time.monotonic() - began}
+
+
+async def _answer(client: Any, model: str, messages: list[dict[str, str]], *, leave: bool) -> dict[str, Any]:
+    began, first, text, last, pieces = time.monotonic(), None, "", None, 0
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=messages,
+        stream=True,
+        max_tokens=48,
+        temperature=0,
+        stream_options={"include_usage": True},
+    )
+    async for chunk in stream:
+        last = chunk
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.monotonic()
+            text += chunk.choices[0].delta.content
+            pieces += 1
+            if leave and pieces == 3:
+                await stream.close()
+                return {"end": "left"}
     if last is None or last.usage is None:
-        return {**found, "end": "broken", "seconds": time.monotonic() - began}
+        return {"end": "broken"}
     return {
-        **found,
         "end": "answered",
         "text": text,
-        "seconds": time.monotonic() - began,
         "first_token_s": (first or time.monotonic()) - began,
         "prompt": last.usage.prompt_tokens,
         "cached": last.usage.prompt_tokens_details.cached_tokens,

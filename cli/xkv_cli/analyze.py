@@ -28,7 +28,12 @@ _PICTURES = (".png", ".svg", ".pdf")
     metavar="PATH...",
     help="Documents, as in xkv precompute. Longer ones than the widest group of layers say most.",
 )
-@click.option("--model", metavar="NAME_OR_PATH", help="Model to analyze. Default: the bundled one.")
+@click.option(
+    "--model",
+    metavar="NAME_OR_PATH",
+    envvar="XKV_MODEL",
+    help="Model to analyze. Default: XKV_MODEL, else the bundled one.",
+)
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
 @click.option(
     "--template",

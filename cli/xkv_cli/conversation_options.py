@@ -51,7 +51,9 @@ _OPTIONS = (
     click.option(
         "--model",
         metavar="NAME_OR_PATH",
-        help="Model that answers: a folder, or a name on the hub. Default: the small bundled model.",
+        envvar="XKV_MODEL",
+        help="Model that answers: a folder, or a name on the hub. Default: XKV_MODEL, else the small bundled"
+        " model.",
     ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     store_options,

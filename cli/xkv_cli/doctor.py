@@ -8,7 +8,12 @@ from xkv_cli.options import json_option, store_options
 
 
 @click.command()
-@click.option("--model", metavar="NAME_OR_PATH", help="Model to try. Default: the bundled one.")
+@click.option(
+    "--model",
+    metavar="NAME_OR_PATH",
+    envvar="XKV_MODEL",
+    help="Model to try. Default: XKV_MODEL, else the bundled one.",
+)
 @store_options
 @json_option
 def doctor(model: str | None, store_url: str, redis_url: str | None, as_json: bool) -> int:

@@ -40,7 +40,9 @@ def store_options(command: Command) -> Command:
 _MODEL = click.option(
     "--model",
     metavar="NAME_OR_PATH",
-    help="Model whose cache is compressed: a folder, or a name on the hub. Default: the small bundled model.",
+    envvar="XKV_MODEL",
+    help="Model whose cache is compressed: a folder, or a name on the hub. Default: XKV_MODEL, else the small"
+    " bundled model.",
 )
 _REVISION = click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub.")
 _DEVICE = click.option(

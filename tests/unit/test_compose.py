@@ -83,9 +83,17 @@ def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, A
         name: [volume.rpartition(":/")[0] for volume in service.get("volumes", [])]
         for name, service in compose["services"].items()
     }
-    named = {source for sources in mounts.values() for source in sources if not source.startswith("${")}
-    assert named == set(compose["volumes"])
+    by_default = {re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", one) for sources in mounts.values() for one in sources}
+    assert {one for one in by_default if not one.startswith(".")} == set(compose["volumes"])
     assert all("store" in mounts[name] for name in ("worker", "gpu-worker", "server", "precompute"))
+
+
+def test_all_that_load_a_model_find_the_same_one(compose: dict[str, Any]) -> None:
+    for name in ("ray-head", "worker", "gpu-worker", "server", "precompute"):  # the head has the tokenizer
+        service = compose["services"][name]
+        assert "${XKV_MODELS:-models}:/models" in service["volumes"]
+        assert service["environment"]["XKV_MODEL"] is service["environment"]["HF_TOKEN"] is None
+        assert service["environment"]["HF_HOME"].startswith("/models/")
 
 
 def test_build_targets_are_stages_of_the_dockerfile(compose: dict[str, Any]) -> None:

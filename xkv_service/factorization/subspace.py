@@ -131,10 +131,10 @@ def precise_products() -> Iterator[None]:
 
 
 def _random(batch: int, width: int, size: int, grams: torch.Tensor) -> torch.Tensor:
-    """The same random block on every machine, whatever the global seed."""
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(width, size, generator=generator, dtype=torch.float32)
-    return block.to(grams.device, grams.dtype).expand(batch, width, size)
+    """The same random block on every device of a kind, whatever the global seed."""
+    generator = torch.Generator(grams.device).manual_seed(0)
+    block = torch.randn(width, size, generator=generator, dtype=torch.float32, device=grams.device)
+    return block.to(grams.dtype).expand(batch, width, size)
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import logging
 import os
 import random
@@ -12,7 +14,11 @@ from typing import Any
 import psutil
 import pytest
 from artifact_samples import sample
+from openai import AsyncOpenAI
 
+from benchmarks import traffic_client
+from benchmarks.traffic_check import check, margin_where_they_part
+from benchmarks.traffic_client import _request
 from benchmarks.traffic_damage import Damage, met
 from benchmarks.traffic_faults import Strike
 from benchmarks.traffic_memory import by_minute, early_and_late, growth
@@ -158,3 +164,74 @@ def test_a_fault_that_did_not_happen_is_an_error(fault: str, tmp_path: Path) -> 
 
 def test_no_fault_needs_no_proof(tmp_path: Path) -> None:
     assert strike("none", tmp_path).proof() == {}
+
+
+def test_a_wrong_answer_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    answer: dict[str, Any] = {
+        "end": "answered",
+        "messages": [
+            {"role": "user", "content": "Anna Bell has the keys of the house.\n\nWho has the keys?"}
+        ],
+        "xkv": {"artifact": None, "prefix_tokens": 0},
+        "text": "Nobody has.",
+    }
+    with ArtifactStore.open(str(tmp_path / "store")) as store:
+        assert check([answer, {"end": "left"}], store) == {"checked": 1, "wrong": 1, "ties": 0}
+        assert answer["right"] is False
+        alone = ast.literal_eval(capsys.readouterr().out.removeprefix("WRONG "))["alone"]
+        assert check([answer | {"text": alone}, answer], store) == {"checked": 2, "wrong": 1, "ties": 0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "margin"),
+    [("It is Bo.", None), ("It was Bo.", 0.2), ("It is", 0.4), ("It is Bo. So", 0.5), ("", 0.1)],
+)
+def test_an_answer_is_excused_by_the_margin_where_it_parts(answer: str, margin: float | None) -> None:
+    texts = ["", "It", "It is", "It is Bo", "It is Bo."]
+    assert margin_where_they_part(texts, [0.1, 0.2, 0.4, 0.3, 0.5], answer) == margin
+
+
+_EVENT = (
+    b'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": []}\n\n'
+)
+_ERROR = b'data: {"error": {"message": "the replica died", "type": "server_error"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "ends", "end"),
+    [
+        (503, b'{"error": {"message": "busy"}}', True, "error"),
+        (200, _EVENT + _ERROR, True, "error"),
+        (200, _EVENT + b"data: [DONE]\n\n", True, "broken"),  # without usage, so not whole
+        (200, _EVENT, True, "broken"),
+        (200, _EVENT, False, "hang"),
+        (None, b"", True, "broken"),
+    ],
+)
+def test_only_what_the_server_says_is_a_clean_error(
+    status: int | None, body: bytes, ends: bool, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic_client, "_PATIENCE_S", 10 if ends else 0.5)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if status is not None:
+            kind = b"text/event-stream" if status == 200 else b"application/json"
+            writer.write(b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: 999\r\n\r\n" % (status, kind))
+            writer.write(body + b" " * (999 - len(body)) if b"error" in body or b"DONE" in body else body)
+            await writer.drain()
+        if not ends:
+            await reader.read()
+        writer.close()
+
+    async def asked() -> dict[str, Any]:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+            async with client:
+                return await _request(client, "m", [{"role": "user", "content": "x"}], leave=False)
+
+    assert asyncio.run(asked())["end"] == end

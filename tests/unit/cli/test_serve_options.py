@@ -52,6 +52,23 @@ def test_how_long_a_prompt_waits_for_the_catalog(
     assert request.api.lookup_timeout_s == seconds
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "model"),
+    [
+        ([], {}, None),
+        ([], {"XKV_MODEL": ""}, None),  # as docker-compose.yml gives one that is not set
+        ([], {"XKV_MODEL": "my-llama"}, "my-llama"),
+        (["--model", "other"], {"XKV_MODEL": "my-llama"}, "other"),
+    ],
+)
+def test_the_model_may_be_named_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], model: str | None
+) -> None:
+    monkeypatch.delenv("XKV_MODEL", raising=False)
+    _, (request,) = _run(monkeypatch, *arguments, **environment)
+    assert request.model == model
+
+
 def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
     assert result.exit_code == 2 and not requests
