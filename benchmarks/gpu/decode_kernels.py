@@ -349,10 +349,11 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
         open_ = document.states[positions.long()] == 1
         kept = shares[positions.long()][open_].sort(descending=True).values
         assert len(kept) == len(best), "the budget is not spent"
-        found["choice"] = max(found.get("choice", 0.0), float((kept - best).abs().max()) / 4)
+        choice = float((kept - best).abs().max()) / 4
         scores = rebuilt_scores_plainly(query, document, positions, case.turns, case.scaling)
         latents = latent_values_plainly(scores, document, positions)
         parts = {
+            "choice": choice,
             "shares": _relative(layer.index.shares[session, : case.tokens], shares),
             "scores": _relative(layer.scores[session, :, :count], scores),
             "output": _relative(
@@ -360,7 +361,7 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
                 projected_output_plainly(*latents, rest[session], rest_log[session], document),
             ),
         }
-        found |= {name: max(found.get(name, 0.0), error) for name, error in parts.items()}
+        found |= {name: _worse(found.get(name, 0.0), error) for name, error in parts.items()}
     return found
 
 
@@ -383,11 +384,16 @@ def _long_index(shape: synthetic.Shape, sessions: int, device: torch.device) -> 
     for session, document in enumerate(table.documents):
         shares = layer.index.shares[session, :tokens]
         expected = index_shares_plainly(case.query[session], rest_log[session], document, case.scaling)
-        found["shares"] = max(found["shares"], float((shares - expected).abs().max()))
+        found["shares"] = _worse(found["shares"], float((shares - expected).abs().max()))
         chosen = layer.chosen.positions[session, : int(layer.chosen.counts[session])]
         best = choose_plainly(shares, document.states, budget, layer.chosen._bins)
         found["choice"] = max(found["choice"], float(not torch.equal(chosen, best)))
     return found
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger error; NaN, which `max` may drop, is worse than any."""
+    return float(torch.tensor([one, other], dtype=torch.float64).amax())
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
