@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := .demo
 
+# Demo and tests are of the bundled model.
+unexport XKV_MODEL
+
 .PHONY: help demo test check format setup clean
 
 help:  ## show this list

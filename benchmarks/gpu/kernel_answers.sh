@@ -7,8 +7,8 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 export PYTHONPATH=.:workers:cli:artifacts${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "${OUT:?is the folder of the results}"
-bundled=$(python3 -c 'from xkv_service.demo import demo_model_path as path; print(path())')
-calibration=$(python3 -c 'from xkv_service.demo import demo_calibration_path as path; print(path())')
+bundled=xkv_service/demo/model
+calibration=xkv_service/demo/calibration.safetensors
 own="xkv:ratio=8,selector=sketch,budget=256"
 shared="xkv:ratio=20,calibration=$calibration,basis=calibrated,factors=mixed,index=derived,selector=auto,budget=256"
 

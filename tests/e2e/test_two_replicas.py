@@ -46,6 +46,7 @@ def test_two_replicas_share_the_work_and_one_may_die(server: Server) -> None:
         assert list(pool.map(ask, range(40))) == ["right"] * 40
     wait_until(lambda: _counter(server, "prefixes_loads") == 2)  # on the other one, too
 
+    wait_until_running(server, 0)
     with Crowd(8, ask) as crowd:  # as many as the two take at once
         wait_until_running(server, 4)
         victim = server.engine_process()

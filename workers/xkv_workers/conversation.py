@@ -250,5 +250,5 @@ def _check_model(chosen: ChosenModel, manifest: PrefixManifest) -> None:
         raise ModelMismatch(
             f"artifact {manifest.id[:12]} was made with {made.name} ({made.architecture}), not with "
             f"{chosen.files.name}" + (f": it is of {differs}" if differs else ""),
-            hint="give the model that it was precomputed with: --model",
+            hint="give the model that it was precomputed with: --model, else XKV_MODEL, else the bundled one",
         )
