@@ -171,6 +171,10 @@ def test_bad_requests_are_refused_in_openais_shape(server: Server) -> None:
         assert answer.json()["error"]["message"]
 
 
+def test_threads_of_its_processes_share_two_arenas(server: Server) -> None:
+    assert server.engine_process().environ()["MALLOC_ARENA_MAX"] == "2"
+
+
 def test_its_logs_are_json_that_names_the_request_and_holds_no_text(
     asker: Asker, prefix: dict[str, Any], server: Server
 ) -> None:
