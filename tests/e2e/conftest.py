@@ -62,7 +62,7 @@ def find_address(log: Path, head: subprocess.Popen[bytes]) -> str | None:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("XKV_STORE", "XKV_REDIS_URL", "XKV_DEBUG", "RAY_ADDRESS"):
+    for name in ("XKV_STORE", "XKV_REDIS_URL", "XKV_MODEL", "XKV_DEBUG", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
 
 

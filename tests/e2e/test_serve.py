@@ -171,7 +171,7 @@ def test_bad_requests_are_refused_in_openais_shape(server: Server) -> None:
         assert answer.json()["error"]["message"]
 
 
-def test_threads_of_its_processes_share_two_arenas(server: Server) -> None:
+def test_its_processes_are_told_to_have_two_arenas(server: Server) -> None:
     assert server.engine_process().environ()["MALLOC_ARENA_MAX"] == "2"
 
 
