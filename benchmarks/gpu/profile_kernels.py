@@ -192,7 +192,8 @@ def _by_instruction(ncu: str, result: Path, number: int) -> dict[str, float]:
     if not lines:
         return {}
     column = next(
-        (name for name in lines[0] if name and name.startswith(("# Samples", "Warp Stall Sampling (All"))), None
+        (name for name in lines[0] if name and name.startswith(("# Samples", "Warp Stall Sampling (All"))),
+        None,
     )
     if column is None or "Source" not in lines[0]:
         print(f"no samples among {list(lines[0])}", flush=True)

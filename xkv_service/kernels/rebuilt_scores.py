@@ -80,21 +80,20 @@ def _step(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _run(  # type: ignore[no-untyped-def]
     keys, rows, count, bases, scales, BITS: tl.constexpr, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """keys + all columns of one width · bases: STEP at a time, then with masks, LAST at a time."""
-    whole: tl.constexpr = 2 * STEP if BITS == 2 else STEP
-    full = count // whole * whole
-    end = (count + whole - 1) // whole * whole if BITS == 2 else count
+    """keys + all columns of one width · bases: full steps without masks, then what is left with them."""
+    block: tl.constexpr = 2 * STEP if BITS == 2 else STEP
+    full = count // block * block
     for first in range(0, full, STEP):
         keys = _step(
             keys, rows, first, count, bases, scales, BITS, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION,
             True, WHOLE, WHOLE_BYTES,
         )  # fmt: skip
-    for first in range(full, end, LAST):
+    for first in range(full, (count + block - 1) // block * block, STEP):
         keys = _step(
-            keys, rows, first, count, bases, scales, BITS, BASE_STRIDE, DTYPE, SCALED, WIDTH, LAST, PRECISION,
+            keys, rows, first, count, bases, scales, BITS, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION,
             False, WHOLE, WHOLE_BYTES,
         )  # fmt: skip
     return keys
@@ -113,20 +112,19 @@ def _rebuilt(  # type: ignore[no-untyped-def]
     keys = tl.full((SLOTS, WIDTH), 0, tl.float32)
     keys = _run(
         keys, rows, whole, bases, scales, 8 if tl.int8 == WHOLE else 16, BASE_STRIDE, DTYPE, SCALED, WIDTH,
-        STEP, 32, PRECISION, WHOLE, WHOLE_BYTES,
+        STEP, PRECISION, WHOLE, WHOLE_BYTES,
     )  # fmt: skip
     if FOUR:
         bases, scales = bases + whole * BASE_STRIDE, scales + whole
         keys = _run(
-            keys, rows + at_four, four, bases, scales, 4, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, 64,
-            PRECISION, WHOLE, WHOLE_BYTES,
+            keys, rows + at_four, four, bases, scales, 4, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION, WHOLE, WHOLE_BYTES,
         )  # fmt: skip
         bases, scales = bases + four * BASE_STRIDE, scales + four
     elif TWO:
         bases, scales = bases + whole * BASE_STRIDE, scales + whole
     if TWO:
         keys = _run(
-            keys, rows + at_two, two, bases, scales, 2, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, 64, PRECISION,
+            keys, rows + at_two, two, bases, scales, 2, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION,
             WHOLE, WHOLE_BYTES,
         )  # fmt: skip
     return keys
