@@ -117,7 +117,8 @@ def _rebuilt(  # type: ignore[no-untyped-def]
     if FOUR:
         bases, scales = bases + whole * BASE_STRIDE, scales + whole
         keys = _run(
-            keys, rows + at_four, four, bases, scales, 4, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION, WHOLE, WHOLE_BYTES,
+            keys, rows + at_four, four, bases, scales, 4, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION,
+            WHOLE, WHOLE_BYTES,
         )  # fmt: skip
         bases, scales = bases + four * BASE_STRIDE, scales + four
     elif TWO:
