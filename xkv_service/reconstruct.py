@@ -22,7 +22,7 @@ def rebuild(
     Of a latent layer (MLA): latents [t, 1, kv_lora_rank], and rotated keys as cached [t, 1, rope_dim].
 
     Returns:
-        [t, kv_heads, D] and [t, kv_heads, Dv] on the factors' device; on a CPU float32, else the spec's dtype.
+        [t, kv_heads, D] and [t, kv_heads, Dv] on the factors' device; float32 on a CPU, else `spec.dtype`.
     """
     stop = factors.tokens if stop is None else stop
     group, position = factors.locate(layer)

