@@ -131,7 +131,7 @@ class ChooseTokens:
         self.positions, self.counts = new(sessions, most), new(sessions)
 
     def __call__(self, shares: torch.Tensor, table: Any) -> None:
-        """Fill `positions` and `counts` from the shares that `IndexScores` left."""
+        """Fill `positions` and `counts` from the shares that `SketchScores` left."""
         grid = (self._blocks, shares.shape[0])
         bins = {"BINS": self._bins, "BLOCK": self._block}
         sums = (self._limits, self._sure, self._equals)

@@ -13,10 +13,10 @@ import torch
 
 from xkv_service.kernels.choose_tokens import ChooseTokens
 from xkv_service.kernels.document_table import DocumentTable
-from xkv_service.kernels.index_scores import IndexScores
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.sketch_scores import SketchScores
 from xkv_service.kernels.tail_attention import tail_attention
 from xkv_service.kernels.tail_table import TailTable
 
@@ -61,7 +61,7 @@ class DecodeAttention:
         self.tiles, self._turns = tiles or Tiles(), turns
         self._scaling, self._interleaved = scaling, interleaved
         group, planes = query_heads // table.kv_heads, table.sketch_planes
-        self.index = IndexScores(
+        self.index = SketchScores(
             sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
         )
         self.chosen = chosen or ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)

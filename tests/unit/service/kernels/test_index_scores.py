@@ -9,8 +9,8 @@ import torch
 from xkv_service.kernels.choose_tokens import ChooseTokens
 from xkv_service.kernels.decode_plainly import choose_plainly, index_shares_plainly
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
-from xkv_service.kernels.index_scores import IndexScores
 from xkv_service.kernels.share_bins import LOWEST, RANGE
+from xkv_service.kernels.sketch_scores import SketchScores
 
 # Queries are rounded to half precision: 2^-11 of each product, a few of which add up. Shares here reach -30.
 TOLERANCE = 0.02
@@ -20,9 +20,9 @@ BINS = 128
 def scored(
     documents: list[DocumentLayer], budgets: list[int], query: torch.Tensor, others: torch.Tensor,
     shapes: samples.Shapes = samples.SMALL, together: int = 4, tile: int = 32, tiles: int = 2,
-) -> tuple[IndexScores, DocumentTable]:  # fmt: skip
+) -> tuple[SketchScores, DocumentTable]:  # fmt: skip
     table = DocumentTable(documents, budgets)
-    index = IndexScores(
+    index = SketchScores(
         query.shape[0], max(one.tokens for one in documents), shapes.kv_heads, shapes.group, shapes.dim,
         shapes.planes, 0.3, query.device, tile=tile, tiles=tiles, together=together,
     )  # fmt: skip

@@ -232,7 +232,7 @@ def _block_shares(  # type: ignore[no-untyped-def]
         tl.store(shares + session * capacity + tokens, share * 0.6931471805599453, mask=inside)
 
 
-class IndexScores:
+class SketchScores:
     """Scores of one batch of sessions, in memory that is taken once.
 
     Args:
