@@ -266,10 +266,11 @@ class SketchScores:
             table: the layer's `DocumentTable`.
         """
         read = (self._matrices, self._gains, self._offsets)
-        document = (table.codes, table.scales, table.lengths)
+        codes, scales, planes = table.index
+        document = (codes, scales, table.lengths)
         options = {**self._sizes, **self._launch, **self._shape}
         _picked_queries[self.sessions, self.chunks](
-            query, table.planes, *read, self.scaling, DIM=self._dim, **self._shape
+            query, planes, *read, self.scaling, DIM=self._dim, **self._shape
         )
         _block_sums[self._blocks * self.chunks, self.sessions](
             *document, *read, self._peaks, self._sums, self._blocks, **options

@@ -146,7 +146,7 @@ def test_a_layer_that_followed_in_another_cache_chooses_by_its_own_index(
     for reuse, chooses in (((1, 2), 0), ((2,), 1), ((), 2)):
         cache = XKVCache(replace(prefix, reuse=frozenset(reuse)), FEW)
         step(model, cache, random_ids(1)[None])
-        found = kernel_step.document_of(cache, 2).sketch.codes
+        found = kernel_step.document_of(cache, 2).index.codes
         assert torch.equal(found, prefix.layers[chooses].index.sketch.codes)
     assert watched.launches == 3 * 4
 

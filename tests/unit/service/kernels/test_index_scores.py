@@ -62,8 +62,8 @@ def test_sums_over_many_blocks_are_those_of_all_tokens(device: torch.device) -> 
     """
     first = 64 * 16
     document = samples.document(first + 277, "float", torch.float32, device)
-    document.sketch.scales[first:, 0] /= 2
-    document.sketch.scales[:first, 1] /= 2
+    document.index.scales[first:, 0] /= 2
+    document.index.scales[:first, 1] /= 2
     short = samples.document(70, "float", torch.float32, device, seed=1)
     query = samples.queries(2, torch.float32, device)
     others = torch.randn(2, samples.SMALL.query_heads, device=device)
@@ -79,7 +79,7 @@ def test_queries_of_any_size_keep_their_shares(size: float, device: torch.device
     number first. Where they are large, the sketch is small, so that shares are not extreme.
     """
     document = samples.document(100, "float", torch.float32, device)
-    document.sketch.scales.copy_(document.sketch.scales.float() / size)
+    document.index.scales.copy_(document.index.scales.float() / size)
     query = size * samples.queries(1, torch.float32, device)
     query[:, 1] = 0
     others = torch.zeros(1, samples.SMALL.query_heads, device=device)
