@@ -196,7 +196,7 @@ class DocumentTable:
         self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if any(one.layout != self._layout for one in documents):
-            raise ValueError("documents of one launch have the same bits, heads and dtype")
+            raise ValueError("documents of one launch have the same bits, heads, dtype and kind of index")
         self.documents = tuple(documents)
         places = table([one.addresses for one in documents], torch.int64)
         sizes = zip(lengths or [one.tokens for one in documents], budgets, strict=True)
