@@ -112,7 +112,7 @@ class DocumentLayer:
         Raises:
             ValueError: strided tensors.
         """
-        contiguous = (*_read_by_scores(self.index), self.states)
+        contiguous = (*read_by_scores(self.index), self.states)
         bases = (self.key_bases, self.value_bases)
         if not all(t.is_contiguous() for t in contiguous) or any(t.stride(-1) != 1 for t in bases):
             raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
@@ -216,7 +216,7 @@ def _contiguous(index: Scorer | None) -> KeySketch | Landmarks:
     return KeySketch(sketch.planes.contiguous(), sketch.codes.contiguous(), sketch.scales.contiguous())
 
 
-def _read_by_scores(index: KeySketch | Landmarks) -> tuple[torch.Tensor, ...]:
+def read_by_scores(index: KeySketch | Landmarks) -> tuple[torch.Tensor, ...]:
     """In the order of `DocumentTable.index`."""
     return (index.means,) if isinstance(index, Landmarks) else (index.codes, index.scales, index.planes)
 
