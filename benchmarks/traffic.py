@@ -30,7 +30,7 @@ More than a server can do, with a limit on how long requests wait to be begun:
 
 Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
 
-    python benchmarks/traffic.py --seconds 720 --rate 0.6 --longest 1200 --prefix-memory 6MiB \\
+    python benchmarks/traffic.py --seconds 2400 --rate 0.4 --longest 1200 --prefix-memory 6MiB \\
         --tail-memory 8MiB --stored-tails 16MiB --unchecked --out benchmarks/results/traffic_memory.json
 """
 

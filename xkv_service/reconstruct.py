@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from xkv_service.factors import LayerWindow, LowRank, PrefixFactors
 from xkv_service.modeling.linear_state import fill_state
+from xkv_service.stored import DTYPES
 
 
 def rebuild(
@@ -21,16 +22,17 @@ def rebuild(
     Of a latent layer (MLA): latents [t, 1, kv_lora_rank], and rotated keys as cached [t, 1, rope_dim].
 
     Returns:
-        [t, kv_heads, D] and [t, kv_heads, Dv], on the factors' device; float32 on a CPU, else their dtype.
+        [t, kv_heads, D] and [t, kv_heads, Dv] on the factors' device; on a CPU float32, else the spec's dtype.
     """
     stop = factors.tokens if stop is None else stop
     group, position = factors.locate(layer)
     heads = group.layout.kv_heads[position]
-    keys = _rows(group.keys, position, start, stop).reshape(stop - start, heads, -1)
+    dtype = DTYPES[factors.spec.dtype]
+    keys = _rows(group.keys, position, start, stop, dtype).reshape(stop - start, heads, -1)
     if group.values is None:
         values = factors.rope_keys[layer][start:stop, None].to(keys.dtype)
     else:
-        values = _rows(group.values, position, start, stop).reshape(stop - start, heads, -1)
+        values = _rows(group.values, position, start, stop, dtype).reshape(stop - start, heads, -1)
     if layer in factors.exact:
         exact = factors.exact[layer]
         rows = slice(None) if (start, stop) == (0, factors.tokens) else _between(exact.positions, start, stop)
@@ -47,11 +49,10 @@ def _between(positions: torch.Tensor, start: int, stop: int) -> slice:
     return slice(first, last)
 
 
-def _rows(pair: LowRank, position: int, start: int, stop: int) -> torch.Tensor:
-    """Rows start .. stop - 1 of A B_l."""
+def _rows(pair: LowRank, position: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows start .. stop - 1 of A B_l; on a GPU in `dtype`, also where bases times scales are float32."""
     left, right = pair.factors[start:stop], pair.layer_bases(position)
-    if left.device.type == "cpu":
-        right = right.float()
+    right = right.float() if left.device.type == "cpu" else right.to(dtype)
     return left.to(right.dtype) @ right
 
 

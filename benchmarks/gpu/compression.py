@@ -4,7 +4,9 @@ python benchmarks/gpu/compression.py --out benchmarks/results/gpu_compression.js
 
 For each prefix length: the model's own prefill (one forward, Transformers' cache), this project's observed
 prefill in chunks, compression at 8x in groups of 4 with everything counted, split into stages, peak memory,
-bytes per token, and the error against the optimal one of the same rank. `--tiny` runs the same code in
+bytes per token, and the error against the optimal one of the same rank. `--ways` also compresses with a
+calibration, made here of two other documents: "warm" finds the document's own bases from its directions,
+"shared" has one product with its bases, in mixed bits or ("shared8") in 8. `--tiny` runs the same code in
 seconds on a CPU; `--primitives` times the linear algebra that compression chooses from.
 """
 
@@ -26,11 +28,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import Report, command
 
 from xkv_service import CompressionSpec, compression, fidelity
-from xkv_service.factorization import factorize, group_factors
+from xkv_service.calibration.bases import shared_group
+from xkv_service.calibration.calibration import CalibratedGroup, Calibration, Kind
+from xkv_service.calibration.moments import Moments
+from xkv_service.factorization import factorize, group_factors, projected_factors
+from xkv_service.factorization.features import Features
 from xkv_service.factorization.subspace import subspace_iteration
 from xkv_service.fidelity import held_back
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.prefilling.prefill import prefill
+from xkv_service.selection.sketch import candidate_planes
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -60,6 +67,14 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+_CALIBRATION = "0" * 64
+_WAYS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "warm": {"calibration": _CALIBRATION, "base_dtype": "int8"},
+    "shared": {"calibration": _CALIBRATION, "basis": "calibrated", "factor_dtype": "mixed"},
+    "shared8": {"calibration": _CALIBRATION, "basis": "calibrated"},
+}
+"""What the spec of a way says."""
 
 
 def main() -> None:
@@ -73,10 +88,20 @@ def main() -> None:
     lengths = (
         [512, 1024] if arguments.tiny else [int(length) * 1024 for length in arguments.lengths.split(",")]
     )
-    spec = CompressionSpec(ratio=2.0 if arguments.tiny else 8.0)
-    _measure(model, 256 if arguments.tiny else 8192, spec, 1)
-    for tokens in lengths:
-        report.add(**_measure(model, tokens, spec, arguments.repeats))
+    short, ratio, ways = (
+        256 if arguments.tiny else 8192,
+        2.0 if arguments.tiny else 8.0,
+        arguments.ways.split(","),
+    )
+    calibration = _calibration(model, short) if ways != ["own"] else None
+    for tokens in (short, *lengths):
+        for way in ways:
+            spec = CompressionSpec(ratio=ratio, **_WAYS[way])
+            repeats = 1 if tokens == short else arguments.repeats
+            known = calibration if spec.calibration else None
+            row = _measure(model, tokens, spec, known, repeats)
+            if tokens != short:  # which has warmed up
+                report.add(**{"tokens": tokens, "way": way, **row})
     report.write(arguments.out, model="Llama-3.1-8B shapes, random weights", **extra)
 
 
@@ -87,6 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_compression.json"))
     parser.add_argument("--lengths", default="32,64,128", help="thousands of tokens, comma-separated")
     parser.add_argument("--repeats", type=int, default=3, help="runs per length, the median is kept")
+    parser.add_argument("--ways", default="own", help=f"comma-separated: {', '.join(_WAYS)}")
     parser.add_argument("--primitives", action="store_true", help="also time the linear algebra alone")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: checks this script")
     return parser.parse_args()
@@ -99,27 +125,62 @@ def _model(fields: dict[str, Any], device: str) -> PreTrainedModel:
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def _measure(model: PreTrainedModel, tokens: int, spec: CompressionSpec, repeats: int) -> dict[str, Any]:
-    ids = torch.randint(
-        3, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(tokens)
+def _calibration(model: PreTrainedModel, tokens: int) -> Calibration:
+    """Of two documents of random tokens: groups of four, all errors alike, planes in no order."""
+    layers = inspect_loaded(model).layout.compressible
+    moments = Moments.empty(layers, 3, model.device)
+    for seed in (1, 2):
+        exact = prefill(model, _ids(model, tokens, seed))
+        moments.observe(exact, 4)
+        planes = {
+            one.index: candidate_planes(exact.planes(one.index), one.head_dim).to(torch.int16)
+            for one in layers
+        }
+        exact.free()
+
+    def alike(place: int, kind: Kind) -> torch.Tensor:
+        heads, dim = layers[place].kv_heads, layers[place].head_dim
+        return torch.eye(dim, dtype=torch.float64, device=model.device).expand(heads, dim, dim)
+
+    return Calibration(
+        tuple(_on_host(shared_group(moments, first, 4, alike)) for first in range(0, len(layers), 4)),
+        {one.index: planes[one.index].expand(one.kv_heads, -1, -1) for one in layers},
+        id=_CALIBRATION,
     )
+
+
+def _on_host(group: CalibratedGroup) -> CalibratedGroup:
+    """With three eighths of its directions, as a file has them."""
+    kept, host = 3 * len(group.keys.energies) // 8, torch.device("cpu")
+    some = group.leading(kept, kept)
+    assert some.values is not None
+    return CalibratedGroup(some.layers, some.keys.to(host), some.values.to(host))
+
+
+def _ids(model: PreTrainedModel, tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def _measure(
+    model: PreTrainedModel, tokens: int, spec: CompressionSpec, calibration: Calibration | None, repeats: int
+) -> dict[str, Any]:
+    ids = _ids(model, tokens, tokens)
     bare, bare_peak = _median(lambda: _bare_prefill(model, ids), repeats, model.device)
     exact_seconds, _ = _median(lambda: prefill(model, ids, tail=held_back(tokens)), repeats, model.device)
     _reset_peak(model.device)
     times, factors = [], None
     for _ in range(repeats):
         del factors  # a second set of them is no part of the peak
-        seconds, factors = _compress(model, ids, spec)
+        seconds, factors = _compress(model, ids, spec, calibration)
         times.append(seconds)
     seconds, peak = sorted(times)[repeats // 2], _peak(model.device)
-    stages, excess = _staged(model, ids, spec)
+    stages, excess = _staged(model, ids, spec, calibration)
     started = time.perf_counter()
     stored = sum(tensor.nbytes for tensor in factors.to_tensors().values())
     copied = time.perf_counter() - started
     assert factors.fidelity is not None
     group = factors.groups[0].layout
     return {
-        "tokens": tokens,
         "bare_prefill_s": bare,
         "observed_prefill_s": exact_seconds,
         "compress_s": seconds,
@@ -146,10 +207,14 @@ def _bare_prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _compress(model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec) -> tuple[float, Any]:
+def _compress(
+    model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec, calibration: Calibration | None
+) -> tuple[float, Any]:
     """Seconds of compression alone, and the factors."""
     exact = prefill(model, ids, tail=held_back(ids.numel()))
-    seconds, factors = _timed(lambda: compression.compress_prefill(model, exact, spec), model.device)
+    seconds, factors = _timed(
+        lambda: compression.compress_prefill(model, exact, spec, calibration), model.device
+    )
     exact.free()
     return seconds, factors
 
@@ -188,9 +253,9 @@ class Stages:
 
 
 def _staged(
-    model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec
-) -> tuple[dict[str, float], float]:
-    """Seconds per stage, and the largest excess (percent) over the optimal error."""
+    model: PreTrainedModel, ids: torch.Tensor, spec: CompressionSpec, calibration: Calibration | None
+) -> tuple[dict[str, float], float | None]:
+    """Seconds per stage, and the largest excess (percent) over the optimal error of own bases."""
     stages = Stages(model.device)
     work = group_factors._Work
     with _replaced(
@@ -199,18 +264,22 @@ def _staged(
         (factorize, "leading_eigenvectors", lambda f: stages.timed("eigenvectors", f)),
         (work, "_weights", lambda f: stages.timed("weights", f)),
         (work, "_low_rank", lambda f: stages.timed("projection", f)),
+        (projected_factors, "_project", lambda f: stages.timed("projection", f)),
+        (Features, "project", lambda f: stages.timed("product", f)),
+        (projected_factors, "quantize_runs", lambda f: stages.timed("rounding", f)),
+        (projected_factors, "_error", lambda f: stages.timed("error", f)),
         (compression, "index_layers", lambda f: stages.timed("index", f)),
         (compression, "certify", lambda f: stages.timed("fidelity", f)),
         (fidelity, "_replace", lambda f: stages.timed("rebuild", f)),
     ):
         exact = prefill(model, ids, tail=held_back(ids.numel()))
-        compression.compress_prefill(model, exact, spec)
+        compression.compress_prefill(model, exact, spec, calibration)
         exact.free()
     with _replaced((group_factors, "factorize", stages.compared)):
         exact = prefill(model, ids)
-        compression.factorize_prefill(model, exact, spec)
+        compression.factorize_prefill(model, exact, spec, calibration)
         exact.free()
-    return stages.seconds, max(stages.excess)
+    return stages.seconds, max(stages.excess, default=None)
 
 
 @contextmanager

@@ -66,9 +66,9 @@ SWEEP: dict[str, list[dict[str, int]]] = {
     "scores": [
         {"slots": slots, "step": step, "together": together, "warps": warps, "stages": stages}
         for slots, step, (together, warps), stages in itertools.product(
-            (64, 128), (32, 64), ((1, 4), (2, 4), (2, 8)), (2, 3, 4)
+            (64, 128), (32, 64), ((1, 4), (1, 8), (2, 4), (2, 8)), (2, 3, 4, 5)
         )
-        if slots * together // warps <= 32
+        if slots * together // warps <= 32 and slots // warps >= 16
     ],
     "values": [
         {"slots": slots, "columns": columns, "warps": warps, "stages": stages}

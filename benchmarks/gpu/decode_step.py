@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -254,6 +255,8 @@ def main() -> None:
     torch.manual_seed(0)
     shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
     model = _model(_SMOKE if arguments.smoke else LLAMA_8B, device)
+    if arguments.join:
+        _join(model)
     if arguments.compile:
         _compile(model)
     report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
@@ -297,6 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="layers that attend to one choice")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile norms and MLPs")
+    parser.add_argument("--join", action="store_true", help="one product for queries, keys and values")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
     parser.add_argument("--profile", action="store_true", help="also a step's time by kernel")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks this script")
@@ -323,6 +327,46 @@ def _compile(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, torch.compile(getattr(layer, name)))
+
+
+def _join(model: LlamaForCausalLM) -> None:
+    """Products of one input become one, whose weights the modules keep as views; RoPE is compiled."""
+    for layer in model.model.layers:
+        for module, names in ((layer.self_attn, "qkv"), (layer.mlp, ("gate", "up"))):
+            joined = Joined([getattr(module, f"{name}_proj") for name in names])
+            for place, name in enumerate(names):
+                setattr(module, f"{name}_proj", Part(joined, place) if place else joined)
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb)
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "rotary_fn"):
+            layer.self_attn.rotary_fn = modeling_llama.apply_rotary_pos_emb
+
+
+class Joined(torch.nn.Module):
+    """The first of several linear modules of one input: it has one product for all of them."""
+
+    def __init__(self, modules: list[torch.nn.Linear]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.cat([one.weight.data for one in modules]), requires_grad=False)
+        self.sizes = [one.out_features for one in modules]
+        self.parts: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Its own part; the others wait for theirs."""
+        self.parts = torch.nn.functional.linear(states, self.weight).split(self.sizes, -1)
+        return self.parts[0]
+
+
+class Part(torch.nn.Module):
+    """Another of them."""
+
+    def __init__(self, joined: Joined, place: int) -> None:
+        super().__init__()
+        self._joined, self._place = [joined], place
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Its part of the product that was made for the first."""
+        return self._joined[0].parts[self._place]
 
 
 def _batches(

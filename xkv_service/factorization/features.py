@@ -80,7 +80,7 @@ class Features:
         factors = torch.empty(shape, dtype=torch.float32, device=self.exact.device)
         with precise_products():
             for start, stop, rows in self.chunks():
-                factors[start:stop] = _product(rows, right)
+                factors[start:stop] = wide_product(rows, right)
         return factors
 
 
@@ -89,6 +89,6 @@ def features_of(exact: Prefill, layout: GroupLayout) -> list[Features]:
     return [Features(exact, layout, kind) for kind in (KINDS[:1] if layout.latent else KINDS)]
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right, summed and returned in float32 where the inputs have 16 bits."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype.itemsize == 2 else left @ right

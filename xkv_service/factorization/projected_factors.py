@@ -6,9 +6,10 @@ import torch
 
 from xkv_artifacts.manifest import GroupLayout
 from xkv_service.calibration.calibration import Calibration
-from xkv_service.factorization.features import Features, features_of
+from xkv_service.factorization.features import Features, features_of, wide_product
 from xkv_service.factorization.group_factors import FactorizedGroups
 from xkv_service.factorization.quantize import quantize_runs
+from xkv_service.factorization.subspace import precise_products
 from xkv_service.factors import GroupFactors, LowRank
 from xkv_service.prefilling.prefilled import Prefill
 from xkv_service.selection.exact import low_rank_span
@@ -51,12 +52,16 @@ def _project(features: Features, calibration: Calibration, span: slice) -> tuple
 
 
 def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:
-    """|X - AB| / |X| over the tokens of `span`."""
+    """|X - AB| / |X| over the tokens of `span`, B in the dtype that features are read in."""
+    right = bases.to(features.read_dtype)
     lost = torch.zeros((), dtype=torch.float64, device=bases.device)
     total = torch.zeros_like(lost)
-    for start, stop, rows in features.chunks():
-        counted = slice(max(span.start - start, 0), max(min(span.stop, stop) - start, 0))
-        wide = rows[counted].float()
-        lost += (wide - integers[start:stop][counted].float() @ bases).square().sum(dtype=torch.float64)
-        total += wide.square().sum(dtype=torch.float64)
+    with precise_products():
+        for start, stop, rows in features.chunks():
+            counted = slice(max(span.start - start, 0), max(min(span.stop, stop) - start, 0))
+            exact = rows[counted]
+            missed = wide_product(integers[start:stop][counted].to(right.dtype), right)
+            missed -= exact
+            lost += torch.linalg.vector_norm(missed).double().square()
+            total += torch.linalg.vector_norm(exact, dtype=torch.float32).double().square()
     return float((lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

@@ -187,18 +187,24 @@ def row_offsets(whole, four, two, WHOLE_BYTES: tl.constexpr):  # type: ignore[no
 @triton.jit  # type: ignore[untyped-decorator]
 def whole_columns(  # type: ignore[no-untyped-def]
     rows, first, columns, DTYPE: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
-    COUNT: tl.constexpr,
+    COUNT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Columns first .. first + COUNT - 1 of the `columns` whole numbers, [N, COUNT]; zeros behind the last.
 
-    `rows` are the addresses of the rows' first bytes, int64 [N, 1]; `first` is a multiple of 16.
+    `rows` are the addresses of the rows' first bytes, int64 [N, 1]; `first` is a multiple of 16. FULL: none
+    is behind the last.
     """
     column = first + tl.arange(0, COUNT)[None, :]
     source = rows.to(tl.pointer_type(WHOLE)) + column
     source = tl.multiple_of(source, [16, 16])
-    each: tl.constexpr = 16 // WHOLE_BYTES
-    there = (columns + each - 1) // each * each  # the row's own padding is zeros, and read 16 bytes at once
-    found = tl.load(source, mask=column < there, other=0)
+    if FULL:
+        found = tl.load(source)
+    else:
+        each: tl.constexpr = 16 // WHOLE_BYTES
+        there = (
+            (columns + each - 1) // each * each
+        )  # the row's own padding is zeros, and read 16 bytes at once
+        found = tl.load(source, mask=column < there, other=0)
     return _converted(found, DTYPE) if WHOLE != DTYPE else found
 
 
@@ -224,3 +230,64 @@ def packed_columns(  # type: ignore[no-untyped-def]
         codes = tl.join(even, odd)
     levels = codes.to(tl.int8) * 2 - ((1 << BITS) - 1)
     return _converted(tl.reshape(levels, (rows.shape[0], COUNT)), DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sixteen_bits(  # type: ignore[no-untyped-def]
+    rows, first, columns, BITS: tl.constexpr, COUNT: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """What columns first .. first + COUNT - 1 stand in, int16 [N, COUNT / (16 / BITS)]: see `every`.
+
+    `rows` are the addresses of their first bytes; `first` is a multiple of 16 / BITS. FULL: all columns are
+    there; else those behind the last of the `columns` are of any kind, but finite.
+    """
+    each: tl.constexpr = 16 // BITS
+    size: tl.constexpr = COUNT // each
+    number = first // each + tl.arange(0, size)[None, :]
+    source = tl.multiple_of(rows.to(tl.pointer_type(tl.int16)) + number, [16, 16])
+    if FULL:
+        return tl.load(source)
+    there = ((columns + each - 1) // each + 7) // 8 * 8  # whole runs of 16 bytes, as rows have them
+    return tl.load(source, mask=number < there, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def every(sixteen, PLACE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The columns PLACE, PLACE + 16 / BITS, ... of what `sixteen_bits` read: int8, or the odd levels of 4 or
+    2 bits. They stay where they are, so the rows that they are multiplied with are taken in this order.
+
+    bfloat16 has 7 bits of a number behind the point: 0x4300 and 7 bits are 128 and their number.
+    """
+    if (tl.bfloat16 == DTYPE) & (not INTERPRETED):
+        if BITS == 8:  # their highest bit is -128: what it stands for is taken away
+            select: tl.constexpr = 0x4341 if PLACE else 0x4240
+            return tl.inline_asm_elementwise(
+                f"{{ .reg .b32 x, y, z; mov.b32 z, 0xBF80BF80; prmt.b32 x, $1, 0x43434343, {select};"
+                "and.b32 y, x, 0xFF80FF80; and.b32 x, x, 0xFF7FFF7F; fma.rn.bf16x2 $0, y, z, x; }",
+                "=r,r", [sixteen], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        # Twice the code and 128, from which 128 and the largest code are taken away.
+        shift: tl.constexpr = BITS * PLACE - 1
+        move: tl.constexpr = f"shr.b32 x, $1, {shift};" if PLACE else "shl.b32 x, $1, 1;"
+        mask: tl.constexpr = (2 << BITS) - 2
+        mask2: tl.constexpr = mask * 65537
+        last: tl.constexpr = 0xC30FC30F if BITS == 4 else 0xC303C303
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 x, y, z; mov.b32 y, 0x3F803F80; mov.b32 z, {last}; {move}"
+            f"lop3.b32 x, x, {mask2}, 0x43004300, 0xEA; fma.rn.bf16x2 $0, x, y, z; }}",
+            "=r,r", [sixteen], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    raw = sixteen.to(tl.int32)
+    if BITS == 8:
+        numbers = (raw << (24 - 8 * PLACE)) >> 24
+    else:
+        numbers = ((raw >> (BITS * PLACE)) & ((1 << BITS) - 1)) * 2 - ((1 << BITS) - 1)
+    return _converted(numbers, DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scaled(columns, scale, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """columns · scale in DTYPE, rounded once: a product of two bfloat16 numbers is exact in float32."""
+    if (tl.bfloat16 == DTYPE) & (not INTERPRETED):
+        return columns * scale
+    return (columns.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)

@@ -47,7 +47,7 @@ def _store_weighted(  # type: ignore[no-untyped-def]
         position = tl.load(positions + slot, mask=slot < count, other=0).to(tl.int64)
         rows = base + position[:, None] * stride
         if BITS == 8:
-            part = whole_columns(rows, piece * COLUMNS, columns, DTYPE, WHOLE, WHOLE_BYTES, COLUMNS)
+            part = whole_columns(rows, piece * COLUMNS, columns, DTYPE, WHOLE, WHOLE_BYTES, COLUMNS, False)
         else:
             part = packed_columns(rows, piece * COLUMNS, columns, DTYPE, BITS, COLUMNS)
         source = scores + line[:, None] * most + slot[None, :]

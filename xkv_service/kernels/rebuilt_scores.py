@@ -19,8 +19,10 @@ from xkv_service.kernels.factor_rows import (
     KERNEL_TYPES,
     SHAPE,
     column_counts,
-    packed_columns,
+    every,
     row_offsets,
+    scaled,
+    sixteen_bits,
     whole_columns,
 )
 from xkv_service.kernels.product import product
@@ -28,17 +30,73 @@ from xkv_service.kernels.product import product
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _added(  # type: ignore[no-untyped-def]
-    keys, columns, first, count, bases, scales, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    keys, columns, first, row, count, bases, scales, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """keys + columns · bases[first : first + STEP], rows from `count` on left out."""
-    row = first + tl.arange(0, STEP)
+    """keys + columns · bases[first + row], rows from `count` on left out: there are none where it is FULL.
+
+    `first` goes into a pointer: what is added to it then is known when it is compiled.
+    """
+    bases, scales, count = bases + first * BASE_STRIDE, scales + first, count - first
     if SCALED:
-        scale = tl.load(scales + row, mask=row < count, other=0.0)
-        columns = (columns.to(tl.float32) * scale.to(tl.float32)[None, :]).to(DTYPE)
-    source = bases + row[:, None] * BASE_STRIDE + tl.arange(0, WIDTH)[None, :]
-    part = tl.load(tl.multiple_of(source, [16, 16]), mask=(row < count)[:, None], other=0.0)
+        scale = tl.load(scales + row) if FULL else tl.load(scales + row, mask=row < count, other=0.0)
+        columns = scaled(columns, scale[None, :], DTYPE)
+    source = bases + (row[:, None] * BASE_STRIDE + tl.arange(0, WIDTH)[None, :])
+    source = tl.multiple_of(source, [16, 16])
+    part = tl.load(source) if FULL else tl.load(source, mask=(row < count)[:, None], other=0.0)
     return product(columns, part, keys, PRECISION)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _step(  # type: ignore[no-untyped-def]
+    keys, rows, first, count, bases, scales, BITS: tl.constexpr, BASE_STRIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """keys + STEP columns of BITS bits (16: whole numbers of another dtype than int8) · their bases."""
+    if BITS == 16:
+        columns = whole_columns(rows, first, count, DTYPE, WHOLE, WHOLE_BYTES, STEP, FULL)
+        return _added(
+            keys, columns, first, tl.arange(0, STEP), count, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH,
+            PRECISION, FULL,
+        )  # fmt: skip
+    each: tl.constexpr = 16 // BITS
+    parts: tl.constexpr = each // 4 if each > 4 else 1  # of 2 bits a step takes half of twice as many columns
+    begin = first // (STEP * parts) * (STEP * parts)
+    sixteen = sixteen_bits(rows, begin, count, BITS, STEP * parts, FULL)
+    if parts == 2:
+        second = first // STEP % 2
+        sixteen = tl.where(second == 1, sixteen >> 8, sixteen)
+        begin += second * 4
+    for place in tl.static_range(each // parts):
+        row = tl.arange(0, STEP * parts // each) * each + place
+        keys = _added(
+            keys, every(sixteen, place, BITS, DTYPE), begin, row, count, bases, scales, BASE_STRIDE, DTYPE,
+            SCALED, WIDTH, PRECISION, FULL,
+        )  # fmt: skip
+    return keys
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _run(  # type: ignore[no-untyped-def]
+    keys, rows, count, bases, scales, BITS: tl.constexpr, BASE_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """keys + all columns of one width · bases: full steps without masks, then what is left with them."""
+    block: tl.constexpr = 2 * STEP if BITS == 2 else STEP
+    full = count // block * block
+    for first in range(0, full, STEP):
+        keys = _step(
+            keys, rows, first, count, bases, scales, BITS, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION,
+            True, WHOLE, WHOLE_BYTES,
+        )  # fmt: skip
+    for first in range(full, (count + block - 1) // block * block, STEP):
+        keys = _step(
+            keys, rows, first, count, bases, scales, BITS, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION,
+            False, WHOLE, WHOLE_BYTES,
+        )  # fmt: skip
+    return keys
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -52,27 +110,24 @@ def _rebuilt(  # type: ignore[no-untyped-def]
     at_four, at_two, stride = row_offsets(whole, four, two, WHOLE_BYTES)
     rows = rows_at + position[:, None] * stride
     keys = tl.full((SLOTS, WIDTH), 0, tl.float32)
-    for first in range(0, whole, STEP):
-        columns = whole_columns(rows, first, whole, DTYPE, WHOLE, WHOLE_BYTES, STEP)
-        keys = _added(
-            keys, columns, first, whole, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
-        )
+    keys = _run(
+        keys, rows, whole, bases, scales, 8 if tl.int8 == WHOLE else 16, BASE_STRIDE, DTYPE, SCALED, WIDTH,
+        STEP, PRECISION, WHOLE, WHOLE_BYTES,
+    )  # fmt: skip
     if FOUR:
         bases, scales = bases + whole * BASE_STRIDE, scales + whole
-        for first in range(0, four, STEP):
-            columns = packed_columns(rows + at_four, first, four, DTYPE, 4, STEP)
-            keys = _added(
-                keys, columns, first, four, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
-            )
+        keys = _run(
+            keys, rows + at_four, four, bases, scales, 4, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION,
+            WHOLE, WHOLE_BYTES,
+        )  # fmt: skip
         bases, scales = bases + four * BASE_STRIDE, scales + four
     elif TWO:
         bases, scales = bases + whole * BASE_STRIDE, scales + whole
     if TWO:
-        for first in range(0, two, STEP):
-            columns = packed_columns(rows + at_two, first, two, DTYPE, 2, STEP)
-            keys = _added(
-                keys, columns, first, two, bases, scales, BASE_STRIDE, DTYPE, SCALED, WIDTH, STEP, PRECISION
-            )
+        keys = _run(
+            keys, rows + at_two, two, bases, scales, 2, BASE_STRIDE, DTYPE, SCALED, WIDTH, 64, PRECISION,
+            WHOLE, WHOLE_BYTES,
+        )  # fmt: skip
     return keys
 
 
