@@ -36,7 +36,7 @@ from xkv_service.modeling.models import LoadedModel, load_model
 from xkv_service.modeling.prompts import render_prefix
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.prefilling.prefilled import Prefill
-from xkv_service.selection.landmarks import landmarks
+from xkv_service.selection.landmarks import Landmarks, landmarks
 from xkv_service.selection.sketch import candidate_planes, choose_planes
 from xkv_service.selection.spec import Granularity, SelectorKind
 
@@ -94,7 +94,7 @@ def landmark(chunk: int) -> tuple[Index, float]:
     """The paper's landmarks of `chunk` tokens."""
 
     def build(exact: Prefill, layer: int) -> Scorer:
-        return LandmarkScorer(landmarks(exact.rotated_keys(layer), chunk), chunk)
+        return LandmarkScorer(Landmarks(landmarks(exact.rotated_keys(layer), chunk), chunk))
 
     return build, 128 / chunk
 

@@ -38,7 +38,7 @@ from xkv_service.kernels.decode_plainly import (
     rebuilt_scores_plainly,
     tail_attention_plainly,
 )
-from xkv_service.kernels.document_table import DocumentTable
+from xkv_service.kernels.document_table import DocumentTable, read_by_scores
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 from xkv_service.kernels.tail_attention import tail_attention
@@ -47,6 +47,8 @@ from xkv_service.kernels.tail_table import TailTable
 _ROTATED = 400 * 2**20
 """Bytes that the layers of one graph read at least: several times an L2 cache."""
 _TAIL = 128
+_FINE = 2**20
+"""Bins of shares so narrow that a choice by them is one of the best tokens."""
 # Of bfloat16 kernels against float32 references.
 _TOLERANCE = 2e-2
 SWEEP: dict[str, list[dict[str, int]]] = {
@@ -54,6 +56,11 @@ SWEEP: dict[str, list[dict[str, int]]] = {
         {"tile": tile, "tiles": tiles, "warps": warps}
         for tile, tiles, warps in itertools.product((64, 128, 256), (1, 2, 4, 8), (1, 2, 4))
         if 64 <= tile // warps <= 128
+    ],
+    "landmarks": [
+        {"tile": tile, "warps": warps}
+        for tile, warps in itertools.product((32, 64, 128, 256), (2, 4, 8))
+        if tile // warps >= 16
     ],
     "choose": [{"block": block} for block in (1024, 2048, 4096, 8192)],
     "scores": [
@@ -85,11 +92,12 @@ class Case:
         shared: bool, device: torch.device, layers: int,
     ) -> None:  # fmt: skip
         self.shape, self.batch, self.tokens, self.budget, self.device = shape, batch, tokens, budget, device
+        self.budget -= budget % (kind.chunk or 1)  # of whole chunks
         self.documents = synthetic.Documents(
             shape, kind, tokens, 1 if shared else batch, device, layers=layers
         )
         by_layer = [layer * batch if shared else layer for layer in self.documents.by_layer]
-        self.tables = [DocumentTable(layer, [budget] * batch) for layer in by_layer]
+        self.tables = [DocumentTable(layer, [self.budget] * batch) for layer in by_layer]
         self.most = min(tokens, budget + synthetic.RECENT)
         self.turns = synthetic.turns(shape, tokens + 1024, device)
         self.scaling = shape.dim**-0.5
@@ -135,12 +143,13 @@ class Case:
         width = shape.kv_heads * shape.dim
         keys, values = (rows.layout for rows in (table.documents[0].key_rows, table.documents[0].value_rows))
         bases = documents if self.documents.kind.shared is False else 1
-        index = documents * self.tokens * shape.kv_heads * (shape.planes + 2)
+        index = documents * sum(one.nbytes for one in read_by_scores(table.documents[0].index))
+        passes = 1 if self.documents.kind.chunk else 2
         kept = rebuilt * shape.query_heads * 4
         found = {
             "tail": (self.batch * _TAIL * shape.full_bytes, 0.0),
-            "index": (2 * index, 0.0),
-            "choose": (self.batch * self.tokens * 4, 0.0),
+            "index": (passes * index, 0.0),
+            "choose": (self.batch * self.tokens * 4 / table.index_layout.unit, 0.0),
             "scores": (
                 rebuilt * keys.stride + bases * keys.rank * width * 2 + kept,
                 2.0 * rebuilt * keys.rank * width,
@@ -189,7 +198,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", default="1,8,32,64", help="sessions, comma-separated")
     parser.add_argument("--tokens", default="64,128", help="thousands of tokens, comma-separated")
-    parser.add_argument("--kinds", default="bf16,8x,20x,mixed20", help="how factors are stored")
+    parser.add_argument("--kinds", default="bf16,8x,20x,mixed20", help="how factors and index are stored")
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses")
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after so long")
     parser.add_argument("--separate", action="store_true", help="leave out sessions that share a document")
@@ -250,7 +259,10 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[
 def _sweep(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     wanted = arguments.only.split(",")
     for row, case in _cases(arguments, device):
+        marked = case.documents.kind.chunk > 0
         for name in wanted:
+            if name in ("index", "landmarks") and (name == "landmarks") != marked:
+                continue
             best: dict[str, Any] | None = None
             for options in SWEEP[name][:2] if arguments.smoke else SWEEP[name]:
                 found = {**row, "stage": name, **options, **_swept(case, name, options)}
@@ -262,6 +274,7 @@ def _sweep(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict
 
 def _swept(case: Case, name: str, options: dict[str, int]) -> dict[str, Any]:
     """Microseconds of one stage with options, or why there are none."""
+    name = "index" if name == "landmarks" else name
     tiles, stage = replace(Tiles(), **({} if name == "splits" else {name: options})), name
     if name == "splits":
         tiles, stage = replace(Tiles(), splits=options["splits"]), "values"
@@ -320,7 +333,7 @@ def _checks(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
     """Relative error of every stage on fresh random input, and of the layer; the index of long documents."""
     shape = synthetic.SMOKE if arguments.smoke else synthetic.LLAMA_8B
     tokens, budget = (160, 24) if arguments.smoke else (3000, 500)
-    for name, shared in itertools.product(synthetic.KINDS, (False, True)):
+    for name, shared in itertools.product((*synthetic.KINDS, "8x" + synthetic.MARKED), (False, True)):
         kind = synthetic.kind_of(name, shape, 65536)  # the ranks of such a document
         case = Case(shape, kind, 3, tokens, budget, shared, device, 1)
         layer = case.attention()
@@ -329,11 +342,13 @@ def _checks(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         case.stages(layer)["all"](case.tables[0])
         for stage, error in _errors(case, layer).items():
             yield {"check": f"{name}, {'one document' if shared else 'separate'}, {stage}", "error": error}
-    for sessions in (1, 2):  # few tokens of all sessions are scored by other tiles than many
-        for stage, error in _long_index(shape, sessions, device).items():
-            yield {"check": f"long documents, sessions: {sessions}, {stage}", "error": error}
+    # few tokens of all sessions are scored by other tiles than many
+    for name, sessions in itertools.product(("8x", "8x" + synthetic.MARKED), (1, 2)):
+        for stage, error in _long_index(shape, name, sessions, device).items():
+            yield {"check": f"long documents, {name}, sessions: {sessions}, {stage}", "error": error}
     if device.type == "cuda":
         yield {"check": "gather past 2^31 elements", "error": _far_gather(device)}
+        yield {"check": "landmarks past 2^31 elements", "error": _far_landmarks(device)}
 
 
 def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
@@ -344,17 +359,17 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
         query, count = case.query[session], int(layer.chosen.counts[session])
         positions = layer.chosen.positions[session, :count]
         shares = index_shares_plainly(query, rest_log[session], document, case.scaling)
-        candidates = (document.states == 1).nonzero()[:, 0]
-        best = shares[candidates].topk(min(case.budget, len(candidates))).values
-        open_ = document.states[positions.long()] == 1
-        kept = shares[positions.long()][open_].sort(descending=True).values
-        assert len(kept) == len(best), "the budget is not spent"
-        choice = float((kept - best).abs().max()) / 4
+        unit = document.index_layout.unit
+        best = choose_plainly(shares, document.states, case.budget, _FINE, unit)
+        assert unit > 1 or count == len(best), "the budget is not spent"
+        both, times = torch.cat((positions, best)).unique(return_counts=True)
+        exchanged = shares[both[times == 1].long() // unit]
+        choice = float(exchanged.max() - exchanged.min()) / 4 if len(exchanged) else 0.0
         scores = rebuilt_scores_plainly(query, document, positions, case.turns, case.scaling)
         latents = latent_values_plainly(scores, document, positions)
         parts = {
             "choice": choice,
-            "shares": _relative(layer.index.shares[session, : case.tokens], shares),
+            "shares": _relative(layer.index.shares[session, : len(shares)], shares),
             "scores": _relative(layer.scores[session, :, :count], scores),
             "output": _relative(
                 case.out[session],
@@ -365,15 +380,17 @@ def _errors(case: Case, layer: DecodeAttention) -> dict[str, float]:
     return found
 
 
-def _long_index(shape: synthetic.Shape, sessions: int, device: torch.device) -> dict[str, float]:
+def _long_index(shape: synthetic.Shape, name: str, sessions: int, device: torch.device) -> dict[str, float]:
     """Largest error of a share, in nats, and 1 where a choice by these shares is another: of 131,072 tokens.
 
-    Their sums are read in four parts. In small, tiles are so small that there are two.
+    Their sums are read in four parts. In small, tiles are so small that there are two, but of landmarks one.
     """
     small = shape == synthetic.SMOKE
     tokens, budget = (1500, 200) if small else (2**17, 2048)
-    tiles = Tiles(index={"tile": 16, "tiles": 1}, choose={"block": 128}) if small else None
-    case = Case(shape, synthetic.kind_of("8x", shape, tokens), sessions, tokens, budget, False, device, 1)
+    kind = synthetic.kind_of(name, shape, tokens)
+    index = {"tile": 16} if kind.chunk else {"tile": 16, "tiles": 1}
+    tiles = Tiles(index=index, choose={"block": 128}) if small else None
+    case = Case(shape, kind, sessions, tokens, budget, False, device, 1)
     layer, table = case.attention(tiles), case.tables[0]
     layer.index.shares.fill_(torch.nan)
     stages = case.stages(layer)
@@ -382,11 +399,11 @@ def _long_index(shape: synthetic.Shape, sessions: int, device: torch.device) -> 
     _, rest_log = tail_attention_plainly(case.query, case.keys, case.values, case.lengths, case.scaling)
     found = {"shares": 0.0, "choice": 0.0}
     for session, document in enumerate(table.documents):
-        shares = layer.index.shares[session, :tokens]
         expected = index_shares_plainly(case.query[session], rest_log[session], document, case.scaling)
+        shares, unit = layer.index.shares[session, : len(expected)], document.index_layout.unit
         found["shares"] = _worse(found["shares"], float((shares - expected).abs().max()))
         chosen = layer.chosen.positions[session, : int(layer.chosen.counts[session])]
-        best = choose_plainly(shares, document.states, budget, layer.chosen._bins)
+        best = choose_plainly(shares, document.states, case.budget, layer.chosen._bins, unit)
         found["choice"] = max(found["choice"], float(not torch.equal(chosen, best)))
     return found
 
@@ -413,6 +430,19 @@ def _far_gather(device: torch.device) -> float:
     assert int(positions[-1]) == tokens - 1 and factors_of(document.key_rows, positions).isfinite().all()
     expected = rebuilt_scores_plainly(case.query[0], document, positions, case.turns, case.scaling)
     return _relative(layer.scores[0, :, :count], expected)
+
+
+def _far_landmarks(device: torch.device) -> float:
+    """Largest error of a share, in nats, of a document whose landmarks have more than 2^31 elements."""
+    kind = synthetic.Kind("bf16", torch.bfloat16, (64, 64), chunk=1)
+    case = Case(synthetic.LLAMA_8B, kind, 1, 2**21 + 64, 64, False, device, 1)
+    layer, document = case.attention(), case.tables[0].documents[0]
+    assert read_by_scores(document.index)[0].numel() > 2**31
+    stages = case.stages(layer)
+    for name in ("tail", "index"):
+        stages[name](case.tables[0])
+    expected = index_shares_plainly(case.query[0], layer._rest_log[0], document, case.scaling)
+    return float((layer.index.shares[0] - expected).abs().max())
 
 
 if __name__ == "__main__":

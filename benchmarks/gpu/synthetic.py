@@ -6,7 +6,7 @@ Nothing is learnt from what they attend to: chosen tokens lie anywhere, which is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,11 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xkv_service import CompressionSpec
 from xkv_service.factorization.ranks import size_of
-from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer
+from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer, read_by_scores
 from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.modeling.inspect import inspect_model
 from xkv_service.modeling.layout import ModelLayout
 from xkv_service.packed_factors import PackedFactors, Runs, packed_width
+from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch
 
 EXACT, RECENT = 4, 32
@@ -62,6 +63,7 @@ class Kind:
     Args:
         ranks: of keys and values, all columns of `dtype`; or runs: columns of mixed bits.
         shared: whether bases are a calibration's, the same for all documents.
+        chunk: tokens of a landmark, in bfloat16; none: the index is a key sketch.
     """
 
     name: str
@@ -69,9 +71,12 @@ class Kind:
     ranks: tuple[int, int] = (0, 0)
     runs: tuple[Runs, Runs] | None = None
     shared: bool = False
+    chunk: int = 0
 
 
 KINDS = ("bf16", "8x", "20x", "mixed20")
+MARKED = "-landmarks"
+"""What a kind's name ends with whose index is landmarks of 8 tokens, not a key sketch."""
 _SMOKE_KINDS = {
     "bf16": Kind("bf16", torch.bfloat16, (32, 48)),
     "8x": Kind("8x", torch.int8, (32, 48)),
@@ -86,8 +91,10 @@ def kind_of(name: str, shape: Shape, tokens: int) -> Kind:
     "8x" and "20x" are what `compress` makes of it: int8 columns, whose ranks follow from the length. "bf16"
     has ranks of its own. "mixed20" takes 6,528 of 131,072 bits a token and group of 4 layers, over shared
     bases: how a calibration of such a model would divide them is not known; many columns have few bits, as
-    in the calibrations that were made.
+    in the calibrations that were made. "8x-landmarks" has the same ranks as "8x", and landmarks.
     """
+    if name.endswith(MARKED):
+        return replace(kind_of(name.removesuffix(MARKED), shape, tokens), name=name, chunk=8)
     if shape == SMOKE:
         return _SMOKE_KINDS[name]
     if name == "bf16":
@@ -134,8 +141,8 @@ class Documents:
         for layer in self.by_layer:
             for one in layer:
                 for tensor in (
-                    one.sketch.codes, one.sketch.scales, one.key_rows.data, one.value_rows.data,
-                    one.key_bases, one.value_bases,
+                    *read_by_scores(one.index), one.key_rows.data, one.value_rows.data, one.key_bases,
+                    one.value_bases,
                 ):  # fmt: skip
                     tensors[tensor.data_ptr()] = tensor.nbytes
         return sum(tensors.values())
@@ -146,11 +153,14 @@ class Documents:
             if layer % self.shape.group_size == 0:
                 rows = self._rows(0), self._rows(1)
             bases = self._bases() if self._common is None else self._common[layer]
-            made.append(DocumentLayer(self._sketch(), self._states, *rows, *bases))
+            made.append(DocumentLayer(self._index(), self._states, *rows, *bases))
         return made
 
-    def _sketch(self) -> KeySketch:
-        heads, planes, device = self.shape.kv_heads, self.shape.planes, self._device
+    def _index(self) -> KeySketch | Landmarks:
+        heads, planes, device, chunk = self.shape.kv_heads, self.shape.planes, self._device, self.kind.chunk
+        if chunk:
+            size = (-(-self.tokens // chunk), heads, self.shape.dim)
+            return Landmarks(torch.randn(size, dtype=torch.bfloat16, device=device), chunk)
         half = self.shape.dim // 2
         order = torch.stack([torch.randperm(half, device=device)[:planes] for _ in range(heads)])
         codes = torch.randint(0, 256, (self.tokens, heads, planes), dtype=torch.uint8, device=device)

@@ -66,13 +66,18 @@ def documents(loaded: LoadedModel) -> list[tuple[Document, list[int]]]:
     return [(one, Renderer(loaded.tokenizer).prefix(one.text)) for one in made]
 
 
-@pytest.fixture(scope="module", params=["int8", "calibrated"])
+@pytest.fixture(scope="module", params=["int8", "landmark", "calibrated"])
 def prefixes(
     request: pytest.FixtureRequest, loaded: LoadedModel, documents: list[tuple[Document, list[int]]]
 ) -> list[PrefixFactors]:
-    """int8 factors over bases of their own, or mixed bits over the bundled calibration's, layers reusing."""
+    """int8 factors over bases of their own, with sketches or landmarks, or mixed bits over the bundled
+    calibration's, layers reusing.
+    """
+    calibration = None
     if request.param == "int8":
-        spec, calibration = CompressionSpec(ratio=6.0, factor_dtype="int8"), None
+        spec = CompressionSpec(ratio=6.0, factor_dtype="int8")
+    elif request.param == "landmark":
+        spec = CompressionSpec(ratio=6.0, factor_dtype="int8", index="landmark")
     else:
         calibration = read_calibration_file(demo_calibration_path())
         spec = calibrated_spec(8.0, calibration)

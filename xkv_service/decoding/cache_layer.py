@@ -30,7 +30,7 @@ class PrefixLayer(GrowingLayer):
 
     Attributes:
         keys, values: the tail [batch, kv_heads, n, D], or None.
-        rebuilt: prefix tokens rebuilt at the last call of attention.
+        rebuilt: prefix tokens rebuilt at the last call of attention; by landmarks and kernels at most.
         leader: during a call, the layer of the same cache whose choice this one takes.
         owner: during a call, the cache whose kernels may attend; None: PyTorch does.
     """
@@ -82,7 +82,7 @@ class PrefixLayer(GrowingLayer):
         return (-1, -1) if self.leader is None else (self.leader.index, self.leader.tail_tokens)
 
     def ran_by_kernels(self, rebuilt: int) -> None:
-        """Note that kernels attended, and how many tokens of the prefix they rebuilt for each session."""
+        """Note that kernels attended, and how many tokens of the prefix they rebuilt at most a session."""
         self.rebuilt, self.leader, self._chosen = rebuilt, None, None
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
-from xkv_service.decoding.scoring import Scoring, SketchScorer
+from xkv_service.decoding.scoring import LandmarkScorer, Scoring, SketchScorer
 from xkv_service.kernels.probe import no_memory, passes, try_attention
 
 if TYPE_CHECKING:
@@ -94,10 +94,11 @@ def _why_not_layer(layer: Any) -> str | None:
     if not selection.reuses:
         if selection.dense:
             return "all its tokens are attended to"
-        if not isinstance(selection.scorer, SketchScorer):
-            return "its tokens are not chosen by a key sketch"
-        if selection.scorer.planes.shape[1] % 2:
+        scorer = selection.scorer
+        if isinstance(scorer, SketchScorer) and scorer.planes.shape[1] % 2:
             return "its key sketch has an odd number of planes"
+        if not isinstance(scorer, SketchScorer | LandmarkScorer):
+            return "its tokens are chosen neither by a key sketch nor by landmarks"
     if prefix.dtype not in _DTYPES:
         return f"products are of {prefix.dtype}"
     for size in (prefix.head_dim, prefix.value_bases.shape[2]):

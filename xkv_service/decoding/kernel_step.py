@@ -152,7 +152,7 @@ class DecodeLaunch:
 
     def _shape(self, index: int) -> tuple[object, ...]:
         table = self.tables[index]
-        shape = (table.kv_heads, table.value_dim, table.sketch_planes, table.dim)
+        shape = (table.kv_heads, table.value_dim, table.index_layout, table.dim)
         return (*shape, _turning(self._turns[index]))
 
 
@@ -188,7 +188,9 @@ def _leader(cache: XKVCache, index: int) -> int:
 
 
 def rebuilt_tokens(selection: Selection) -> int:
-    """Tokens that kernels rebuild for one session: they choose as many as the budget has."""
+    """Tokens that kernels rebuild for one session: they choose as many as the budget has. By landmarks it may
+    be fewer: chunks in which some tokens are exact or rebuilt always are paid for whole.
+    """
     return selection.budget + len(selection.always)
 
 

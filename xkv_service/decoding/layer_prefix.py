@@ -12,6 +12,7 @@ from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.modeling.rotary import RotaryTable, rotate_planes
 from xkv_service.packed_factors import PackedFactors
+from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -222,5 +223,5 @@ def _scorer(factors: PrefixFactors, layer: int, device: torch.device) -> Scorer 
             KeySketch(sketch.planes.to(device), sketch.codes.to(device), sketch.scales.to(device))
         )
     if layer in factors.landmarks:
-        return LandmarkScorer(factors.landmarks[layer].to(device), factors.spec.landmark_chunk)
+        return LandmarkScorer(Landmarks(factors.landmarks[layer].to(device), factors.spec.landmark_chunk))
     return None

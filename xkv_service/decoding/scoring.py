@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch
 
 
@@ -103,26 +104,25 @@ class JoinedSketches:
         return torch.cat([scorer(queries) for scorer in self.scorers], -1)
 
 
-def _by_head(codes: torch.Tensor) -> torch.Tensor:
-    """[T, kv_heads, P] -> a view [kv_heads, P, T]."""
-    return codes.permute(1, 2, 0)
+def _by_head(index: torch.Tensor) -> torch.Tensor:
+    """[units, kv_heads, D] -> a view [kv_heads, D, units]."""
+    return index.permute(1, 2, 0)
 
 
 class LandmarkScorer:
     """Scores whole chunks by the mean of their keys (paper, section 3.3).
 
     Args:
-        landmarks: [chunks, kv_heads, D], means of rotated keys.
-        chunk: tokens of a chunk.
+        landmarks: on the device of the queries.
     """
 
-    def __init__(self, landmarks: torch.Tensor, chunk: int) -> None:
-        self.unit = chunk
-        self._means = landmarks.permute(1, 2, 0)
+    def __init__(self, landmarks: Landmarks) -> None:
+        self.landmarks, self.unit = landmarks, landmarks.chunk
 
     def first(self, tokens: int) -> LandmarkScorer:
         """The same of the first tokens, views; the last mean is that of its whole chunk."""
-        return LandmarkScorer(self._means[..., : -(-tokens // self.unit)].permute(2, 0, 1), self.unit)
+        means = self.landmarks.means[: -(-tokens // self.unit)]
+        return LandmarkScorer(Landmarks(means, self.unit))
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
-        return queries.float() @ self._means.float()
+        return queries.float() @ _by_head(self.landmarks.means).float()

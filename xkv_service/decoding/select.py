@@ -58,7 +58,9 @@ class Selection:
 
     Attributes:
         scorer: the index that chooses, or None. dense: whether every token is attended to.
-        budget: tokens to choose. choosable: tokens to choose from.
+        unit: tokens that are chosen together, those of a landmark.
+        budget: tokens to choose, of whole units: one is paid for whole, whatever of it is exact or rebuilt
+            always. choosable: tokens to choose from.
         always: int64, positions that are rebuilt for every query besides.
     """
 
@@ -66,11 +68,13 @@ class Selection:
         self.prefix, self.spec = prefix, spec
         self.reuses = reuses
         self.scorer = self._choose_scorer()
+        self.unit = self.scorer.unit if self.scorer else 1
         self._ends = self._ends_of_prefix()
         self.always = self._ends.positions
-        self.budget = spec.tokens(prefix.tokens)
+        asked = spec.tokens(prefix.tokens)
+        self.budget = max(1, asked // self.unit) * self.unit
         self.choosable = len(prefix.positions) - len(self.always)
-        self.dense = self.scorer is None or self.budget >= self.choosable
+        self.dense = self.scorer is None or asked >= self.choosable
 
     def __call__(self, queries: torch.Tensor, others: torch.Tensor, scoring: Scoring) -> Selected:
         """Choose for rotated queries.
@@ -100,25 +104,24 @@ class Selection:
 
     def _best(self, shares: torch.Tensor) -> Selected:
         """The best tokens of `shares` [batch, 1 or kv_heads, t, units]."""
-        unit = self.scorer.unit if self.scorer else 1
-        if unit == 1:
+        if self.unit == 1:
             shares.masked_fill_(self._ends.closed, -torch.inf)
-        best = shares.topk(min(max(1, self.budget // unit), shares.shape[-1]), dim=-1).indices
+        best = shares.topk(min(self.budget // self.unit, shares.shape[-1]), dim=-1).indices
         if shares.shape[:3].numel() == 1:
-            return Selected(self._with_always(self._tokens_of(best.flatten(), unit)))
+            return Selected(self._with_always(self._tokens_of(best.flatten())))
         member = torch.zeros(shares.shape, dtype=torch.bool, device=shares.device).scatter_(-1, best, True)
-        if unit > 1:
-            member = member.repeat_interleave(unit, -1)[..., : self.prefix.tokens]
+        if self.unit > 1:
+            member = member.repeat_interleave(self.unit, -1)[..., : self.prefix.tokens]
         member.masked_fill_(self._ends.closed, False)
         member[..., self.always] = True
         positions = member.flatten(0, 2).any(0).nonzero()[:, 0]
         return Selected(positions, member[..., positions])
 
-    def _tokens_of(self, best: torch.Tensor, unit: int) -> torch.Tensor:
+    def _tokens_of(self, best: torch.Tensor) -> torch.Tensor:
         """Tokens of the units `best` that may be chosen."""
-        if unit == 1:
+        if self.unit == 1:
             return best
-        tokens = (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
+        tokens = (best[:, None] * self.unit + torch.arange(self.unit, device=best.device)).flatten()
         tokens = tokens[tokens < self.prefix.tokens]
         return tokens[~self._ends.closed[tokens]]
 
@@ -147,8 +150,7 @@ class Selection:
     def _ends_of_prefix(self) -> _Ends:
         """The spec's own, and behind them what no whole unit speaks for."""
         tokens, known = self.prefix.tokens, _ENDS.setdefault(self.prefix, {})
-        unit = self.scorer.unit if self.scorer else 1
-        name = self.spec.sink, min(tokens - self.spec.recent, tokens // unit * unit)
+        name = self.spec.sink, min(tokens - self.spec.recent, tokens // self.unit * self.unit)
         if name not in known:
             known[name] = _Ends(self.prefix, *name)
         return known[name]

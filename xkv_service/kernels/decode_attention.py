@@ -13,10 +13,11 @@ import torch
 
 from xkv_service.kernels.choose_tokens import ChooseTokens
 from xkv_service.kernels.document_table import DocumentTable
-from xkv_service.kernels.index_scores import IndexScores
+from xkv_service.kernels.landmark_scores import LandmarkScores
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.sketch_scores import SketchScores
 from xkv_service.kernels.tail_attention import tail_attention
 from xkv_service.kernels.tail_table import TailTable
 
@@ -60,10 +61,15 @@ class DecodeAttention:
         sessions, device = table.lengths.numel(), table.states.device
         self.tiles, self._turns = tiles or Tiles(), turns
         self._scaling, self._interleaved = scaling, interleaved
-        group, planes = query_heads // table.kv_heads, table.sketch_planes
-        self.index = IndexScores(
-            sessions, capacity, table.kv_heads, group, dim, planes, scaling, device, **self.tiles.index
-        )
+        heads, index = table.kv_heads, table.index_layout
+        sizes = (sessions, capacity, heads, query_heads // heads, dim)
+        self.index: SketchScores | LandmarkScores
+        if index.landmarks is None:
+            self.index = SketchScores(*sizes, index.planes, scaling, device, **self.tiles.index)
+        else:
+            self.index = LandmarkScores(
+                *sizes, index.unit, index.landmarks, scaling, device, **self.tiles.index
+            )
         self.chosen = chosen or ChooseTokens(sessions, capacity, most, device, **self.tiles.choose)
         self.values = LatentValues(
             sessions, query_heads, rank or table.value_rank, device, splits=self.tiles.splits

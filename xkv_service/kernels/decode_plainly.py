@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer
+from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, CLOSED, DocumentLayer
 from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.kernels.share_bins import share_bins
 from xkv_service.packed_factors import unpack
-from xkv_service.selection.sketch import scores
+from xkv_service.selection.landmarks import Landmarks
+from xkv_service.selection.sketch import KeySketch, scores
 
 
 def tail_attention_plainly(
@@ -33,26 +34,44 @@ def tail_attention_plainly(
 def index_shares_plainly(
     query: torch.Tensor, others: torch.Tensor, document: DocumentLayer, scaling: float
 ) -> torch.Tensor:
-    """The logarithm of the largest share any head would give each token: float32 [T].
+    """The logarithm of the largest share any head would give each token, or each landmark's chunk: float32
+    [units].
 
     Args:
         others: [query_heads], log-sums of what the session sees besides.
     """
-    found = scores(query[None], document.sketch)[0] * scaling
+    found = _index_scores(query, document.index) * scaling
     total = torch.logaddexp(found.logsumexp(-1), others)
     return (found - total[..., None]).amax(0)
 
 
-def choose_plainly(shares: torch.Tensor, states: torch.Tensor, budget: int, bins: int) -> torch.Tensor:
+def _index_scores(query: torch.Tensor, index: KeySketch | Landmarks) -> torch.Tensor:
+    """Products [query_heads, units]."""
+    if isinstance(index, KeySketch):
+        return scores(query[None], index)[0]
+    means = index.means.float()
+    grouped = query.float().reshape(means.shape[1], -1, means.shape[2])
+    return torch.einsum("hgd,uhd->hgu", grouped, means).flatten(0, 1)
+
+
+def choose_plainly(
+    shares: torch.Tensor, states: torch.Tensor, budget: int, bins: int, unit: int = 1
+) -> torch.Tensor:
     """Ascending positions, int32 [u], of a session's tokens.
 
     Args:
-        shares: [T]. states: uint8 [T].
+        shares: [units]. states: uint8 [T]. budget: of whole units. unit: tokens that have one share. Of more
+            than one the budget pays for whole units, and of those in one bin first for what may be chosen.
     """
-    candidates = (states == CHOOSABLE).nonzero()[:, 0]
-    best = share_bins(shares, bins)[candidates].sort(descending=True, stable=True).indices[:budget]
-    always = (states == ALWAYS).nonzero()[:, 0]
-    return torch.cat((candidates[best], always)).sort().values.int()
+    size = len(shares) * unit
+    padded = torch.nn.functional.pad(states, (0, size - len(states)), value=CLOSED)
+    open_ = padded == CHOOSABLE
+    levels = 2 * share_bins(shares, bins).repeat_interleave(unit) + open_
+    paid = (open_ if unit == 1 else torch.ones_like(open_)).nonzero()[:, 0]
+    best = paid[levels[paid].sort(descending=True, stable=True).indices[:budget]]
+    chosen = padded == ALWAYS
+    chosen[best] |= open_[best]
+    return chosen.nonzero()[:, 0].int()
 
 
 def factors_of(rows: FactorRows, positions: torch.Tensor) -> torch.Tensor:
@@ -74,7 +93,7 @@ def rebuilt_scores_plainly(
     turns: tuple[torch.Tensor, torch.Tensor], scaling: float, *, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Scores [query_heads, u] of a session's chosen tokens."""
-    dim, heads = query.shape[1], document.sketch.planes.shape[0]
+    dim, heads = query.shape[1], document.value_bases.shape[0]
     factors = factors_of(document.key_rows, positions)
     if document.key_scales is not None:
         factors = factors * document.key_scales.float()
@@ -121,7 +140,7 @@ def decode_attention_plainly(
     parts = []
     for session, (document, budget) in enumerate(zip(documents, budgets, strict=True)):
         shares = index_shares_plainly(query[session], rest_log[session], document, scaling)
-        chosen = choose_plainly(shares, document.states, budget, bins)
+        chosen = choose_plainly(shares, document.states, budget, bins, document.index_layout.unit)
         found = rebuilt_scores_plainly(
             query[session], document, chosen, turns, scaling, interleaved=interleaved
         )

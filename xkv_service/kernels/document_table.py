@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
-from xkv_service.decoding.scoring import Scorer, SketchScorer
+from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
 from xkv_service.kernels.addresses import addresses, table, upload
 from xkv_service.kernels.factor_rows import SHAPE, FactorRows
+from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch
 
 CLOSED, CHOOSABLE, ALWAYS = 0, 1, 2
@@ -19,11 +20,25 @@ CLOSED, CHOOSABLE, ALWAYS = 0, 1, 2
 
 
 @dataclass(frozen=True)
+class IndexLayout:
+    """What indexes of one launch have in common.
+
+    Args:
+        planes: that sketches keep of a head. landmarks: dtype of landmarks, or None: they are sketches.
+        unit: tokens that have one share, those of a landmark.
+    """
+
+    planes: int = 0
+    landmarks: torch.dtype | None = None
+    unit: int = 1
+
+
+@dataclass(frozen=True)
 class DocumentLayer:
     """One layer of one document on the device.
 
     Args:
-        sketch: of T tokens, contiguous. states: uint8 [T], one of the states above.
+        index: of T tokens, contiguous. states: uint8 [T], one of the states above.
         key_rows, value_rows: token factors of T tokens, the same tensors for all layers of a group.
         key_bases: [r_k, kv_heads D], rows contiguous. value_bases: [kv_heads, r_v, Dv], the last dimension
             contiguous. Both in the dtype of products.
@@ -31,7 +46,7 @@ class DocumentLayer:
             multiplied with, or None.
     """
 
-    sketch: KeySketch
+    index: KeySketch | Landmarks
     states: torch.Tensor
     key_rows: FactorRows
     value_rows: FactorRows
@@ -52,19 +67,13 @@ class DocumentLayer:
                 rebuilt for every query. index: of the layer whose choice this one takes; by default its own.
 
         Raises:
-            ValueError: its index is no key sketch.
+            ValueError: it has neither a key sketch nor landmarks.
         """
-        index = index or layer.index
-        if not isinstance(index, SketchScorer):
-            raise ValueError(f"layer {layer.layer} has no key sketch to choose tokens by")
         states = torch.zeros(layer.tokens, dtype=torch.uint8, device=layer.positions.device)
         states[layer.positions] = CHOOSABLE
         states[always] = ALWAYS
-        sketch = KeySketch(
-            *(one.contiguous() for one in (index.planes, index.sketch.codes, index.sketch.scales))
-        )
         return cls(
-            sketch, states, key_rows, value_rows, _rowwise(layer.key_bases),
+            _contiguous(index or layer.index), states, key_rows, value_rows, _rowwise(layer.key_bases),
             _rowwise(layer.value_bases), layer.key_scales, layer.value_scales,
         )  # fmt: skip
 
@@ -80,8 +89,15 @@ class DocumentLayer:
         return (
             self.key_rows.layout.widths, self.value_rows.layout.widths, keys.shape[1], values.shape[::2],
             keys.stride(0), values.stride(1), keys.dtype, values.dtype, self.key_scales is None,
-            self.value_scales is None, tuple(self.sketch.planes.shape),
+            self.value_scales is None, self.index_layout,
         )  # fmt: skip
+
+    @property
+    def index_layout(self) -> IndexLayout:
+        """What scores of its index are compiled for."""
+        if isinstance(self.index, Landmarks):
+            return IndexLayout(landmarks=self.index.means.dtype, unit=self.index.chunk)
+        return IndexLayout(planes=self.index.planes.shape[1])
 
     @cached_property
     def shape(self) -> list[int]:
@@ -96,7 +112,7 @@ class DocumentLayer:
         Raises:
             ValueError: strided tensors.
         """
-        contiguous = (self.sketch.codes, self.sketch.scales, self.sketch.planes, self.states)
+        contiguous = (*read_by_scores(self.index), self.states)
         bases = (self.key_bases, self.value_bases)
         if not all(t.is_contiguous() for t in contiguous) or any(t.stride(-1) != 1 for t in bases):
             raise ValueError("kernels read contiguous indexes, and bases whose rows are contiguous")
@@ -114,19 +130,20 @@ class DocumentTable:
     Args:
         documents: of one layout, in the order of the sessions; each has ranks of its own. Sessions on one
             document list it each.
-        budgets: tokens to choose for each session.
+        budgets: tokens to choose for each session, of whole units.
 
     Attributes:
         documents: kept alive for the kernels, until `forget`.
-        codes, scales, planes, states, key_rows, value_rows, key_bases, value_bases, key_scales, value_scales:
-            int64 [sessions], addresses.
+        index: int64 [3 or 1, sessions], addresses of the codes, scales and planes of sketches, or of means.
+        states, key_rows, value_rows, key_bases, value_bases, key_scales, value_scales: int64 [sessions],
+            addresses.
         lengths, budgets: int32 [sessions].
         key_shapes: int32 [sessions, SHAPE], columns of A_k of each width, and nothing; then what begins
             `value_shapes`: columns of A_v of each width, and numbers from one head of the value bases to the
             next.
         key_widths, value_widths: `RowLayout.arguments` of all rows. dtype: of matrix products.
         key_stride, value_stride: numbers from one row of the key bases to the next, and of a head's values.
-        kv_heads, dim, value_dim, sketch_planes: of the layer. value_rank: the largest.
+        kv_heads, dim, value_dim, index_layout: of the layer. value_rank: the largest.
 
     Raises:
         ValueError: documents of different layouts, or strided tensors.
@@ -141,7 +158,8 @@ class DocumentTable:
         self.key_stride, self.value_stride = first.key_bases.stride(0), first.value_bases.stride(1)
         self.dtype = first.key_bases.dtype
         self.kv_heads, _, self.value_dim = first.value_bases.shape
-        self.dim, self.sketch_planes = first.key_bases.shape[1] // self.kv_heads, first.sketch.planes.shape[1]
+        self.dim = first.key_bases.shape[1] // self.kv_heads
+        self.index_layout = first.index_layout
         self.key_scaled, self.value_scaled = first.key_scales is not None, first.value_scales is not None
         self.value_rank = max(one.value_rows.layout.rank for one in documents)
         self.documents: tuple[DocumentLayer, ...] = ()
@@ -149,10 +167,11 @@ class DocumentTable:
         self._addresses, self._sizes = upload(places, device), upload(sizes, device)
         count, width = len(documents), places.shape[1]
         rows = self._addresses[:, :count]
+        self.index = rows[:-7]
         (
-            self.codes, self.scales, self.planes, self.states, self.key_rows, self.value_rows,
-            self.key_bases, self.value_bases, self.key_scales, self.value_scales,
-        ) = rows  # fmt: skip
+            self.states, self.key_rows, self.value_rows, self.key_bases, self.value_bases, self.key_scales,
+            self.value_scales,
+        ) = rows[-7:]  # fmt: skip
         self.lengths, self.budgets = self._sizes[:count], self._sizes[width : width + count]
         self.key_shapes = self._sizes[2 * width :].view(count, SHAPE.value)
         self.value_shapes = self.key_shapes[:, 4:]
@@ -177,7 +196,7 @@ class DocumentTable:
         self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if any(one.layout != self._layout for one in documents):
-            raise ValueError("documents of one launch have the same bits, heads and dtype")
+            raise ValueError("documents of one launch have the same bits, heads, dtype and kind of index")
         self.documents = tuple(documents)
         places = table([one.addresses for one in documents], torch.int64)
         sizes = zip(lengths or [one.tokens for one in documents], budgets, strict=True)
@@ -185,6 +204,21 @@ class DocumentTable:
         return places, torch.cat(
             (table([list(one) for one in sizes], torch.int32).flatten(), shapes.flatten())
         )
+
+
+def _contiguous(index: Scorer | None) -> KeySketch | Landmarks:
+    """What a scorer reads, for kernels."""
+    if isinstance(index, LandmarkScorer):
+        return Landmarks(index.landmarks.means.contiguous(), index.unit)
+    if not isinstance(index, SketchScorer):
+        raise ValueError("tokens are chosen neither by a key sketch nor by landmarks")
+    sketch = index.sketch
+    return KeySketch(sketch.planes.contiguous(), sketch.codes.contiguous(), sketch.scales.contiguous())
+
+
+def read_by_scores(index: KeySketch | Landmarks) -> tuple[torch.Tensor, ...]:
+    """In the order of `DocumentTable.index`."""
+    return (index.means,) if isinstance(index, Landmarks) else (index.codes, index.scales, index.planes)
 
 
 def _rowwise(bases: torch.Tensor) -> torch.Tensor:

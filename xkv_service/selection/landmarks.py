@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """One layer's landmarks.
+
+    Args:
+        means: [chunks, kv_heads, D], mean rotated keys. chunk: tokens of each; the last may have fewer.
+    """
+
+    means: torch.Tensor
+    chunk: int
 
 
 def landmarks(keys: torch.Tensor, chunk: int) -> torch.Tensor:

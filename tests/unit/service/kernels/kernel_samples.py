@@ -9,6 +9,7 @@ import torch
 from xkv_service.kernels.document_table import ALWAYS, CHOOSABLE, DocumentLayer
 from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.packed_factors import PackedFactors, Runs, pack
+from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch, encode
 
 POSITIONS = 1024
@@ -58,9 +59,13 @@ def factors(tokens: int, rank: int, kind: str, dtype: torch.dtype) -> torch.Tens
 
 def document(
     tokens: int, kind: str, dtype: torch.dtype, device: torch.device, shapes: Shapes = SMALL, seed: int = 0,
-    scaled: bool = False,
+    scaled: bool = False, chunk: int = 0,
 ) -> DocumentLayer:  # fmt: skip
-    """One layer of a document of random numbers; the first 4 tokens are exact, the last 3 always rebuilt."""
+    """One layer of a document of random numbers; the first 4 tokens are exact, the last 3 always rebuilt.
+
+    Its index is a key sketch, or with a `chunk` landmarks of `dtype`; of a last shorter chunk all tokens are
+    rebuilt always, as in decoding.
+    """
     torch.manual_seed(seed)
     heads, dim = shapes.kv_heads, shapes.dim
     order = torch.stack([torch.randperm(dim // 2)[: shapes.planes] for _ in range(heads)])
@@ -68,6 +73,10 @@ def document(
     codes, scales = encode(torch.randn(tokens, heads, dim), planes)
     states = torch.full((tokens,), CHOOSABLE, dtype=torch.uint8)
     states[:4], states[-3:] = 0, ALWAYS
+    index: KeySketch | Landmarks = KeySketch(planes.to(device), codes.to(device), scales.to(device))
+    if chunk:
+        states[tokens // chunk * chunk :] = ALWAYS
+        index = Landmarks(torch.randn(-(-tokens // chunk), heads, dim).to(device, dtype), chunk)
     rows = [FactorRows.of(factors(tokens, rank, kind, dtype)) for rank in (shapes.rank_k, shapes.rank_v)]
     size = 1.0 if kind == "float" else 0.05
     key_bases = size * torch.randn(shapes.rank_k, heads * dim) / shapes.rank_k**0.5
@@ -78,9 +87,8 @@ def document(
         return FactorRows(row.layout, row.data.to(device))
 
     return DocumentLayer(
-        KeySketch(planes.to(device), codes.to(device), scales.to(device)), states.to(device), moved(rows[0]),
-        moved(rows[1]), key_bases.to(device, dtype), value_bases.to(device, dtype),
-        scale[0] if scaled else None, scale[1] if scaled else None,
+        index, states.to(device), moved(rows[0]), moved(rows[1]), key_bases.to(device, dtype),
+        value_bases.to(device, dtype), scale[0] if scaled else None, scale[1] if scaled else None,
     )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import kernel_samples as samples
 import pytest
 import torch
@@ -29,20 +32,39 @@ TILES = Tiles(
 )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-def test_attention_over_an_artifact_is_decodings(dtype: str, device: torch.device) -> None:
+SKETCH = {"index": "sketch"}
+LANDMARKS = [
+    {"index": "landmark", "landmark_chunk": 4, "outlier_chunks": 2},
+    {"index": "landmark", "landmark_chunk": 8},
+    {"index": "landmark", "landmark_chunk": 16},
+]
+"""Outlier chunks are exact: chosen, they are paid for. Of 120 tokens the last 8 are no whole chunk of 16."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "index", "tokens"),
+    [
+        ("int8", SKETCH, 120),
+        ("bfloat16", SKETCH, 120),
+        *(("int8", one, 120) for one in LANDMARKS),
+        *(("bfloat16", one, 93) for one in LANDMARKS),  # of the last chunk only the first tokens
+    ],
+)
+def test_attention_over_an_artifact_is_decodings(
+    dtype: str, index: dict[str, Any], tokens: int, device: torch.device
+) -> None:
     model = tiny_model("llama", head_dim=32).to(device)
-    factors = compress(model, random_ids(120), CompressionSpec(ratio=2.0, group_size=3, factor_dtype=dtype))
-    layer = Prefix.of(model, factors).layers[LAYER]
+    spec = CompressionSpec(ratio=2.0, group_size=3, factor_dtype=dtype, **index)
+    factors = compress(model, random_ids(120), spec)
+    layer = Prefix.of(model, factors, tokens).layers[LAYER]
     assert isinstance(layer, LayerPrefix)
-    selection = Selection(layer, SelectionSpec("sketch", BUDGET, recent=8))
-    group, _ = factors.locate(LAYER)
-    assert group.values is not None
-    rows = [FactorRows.of(pair.factors.to(device)) for pair in (group.keys, group.values)]
+    selection = Selection(layer, SelectionSpec(index["index"], BUDGET, recent=8))
+    rows = [FactorRows.of(one) for one in layer.token_factors]
     document = DocumentLayer.of(layer, rows[0], rows[1], selection.always)
-    table = DocumentTable([document], [BUDGET])
+    table = DocumentTable([document], [selection.budget])
     turns = layer.turns.cos.contiguous(), layer.turns.sin.contiguous()
-    kernels = DecodeAttention(table, 4, 32, 32, 120, 120, turns, SCALING, tiles=TILES)
+    tiles = replace(TILES, index={"tile": 64 if index == SKETCH else 16})
+    kernels = DecodeAttention(table, 4, 32, 32, tokens, tokens, turns, SCALING, tiles=tiles)
 
     torch.manual_seed(0)
     query = 3 * torch.randn(1, 4, 1, 32, device=device)
@@ -53,5 +75,5 @@ def test_attention_over_an_artifact_is_decodings(dtype: str, device: torch.devic
     out = torch.full((1, 4, 32), torch.nan, device=device)
     kernels(query[:, :, 0].contiguous(), tails, lengths, table, out)
     assert int(kernels.chosen.counts) == rebuilt
-    # float32 throughout; one token of equal share may be exchanged for another.
+    # float32 throughout; of a sketch one token of equal share may be exchanged for another.
     assert samples.relative(out, expected[:, 0]) < 1e-3

@@ -107,19 +107,29 @@ def test_each_stage_is_its_reference(
 
 
 @pytest.mark.parametrize(
-    ("interleaved", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.float16)]
+    ("interleaved", "dtype", "chunk"),
+    [
+        (False, torch.float32, 0),
+        (True, torch.float32, 0),
+        (False, torch.float16, 0),
+        (False, torch.float32, 4),
+        (True, torch.float16, 8),
+    ],
 )
-def test_a_layer_is_its_reference(interleaved: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_a_layer_is_its_reference(
+    interleaved: bool, dtype: torch.dtype, chunk: int, device: torch.device
+) -> None:
     """Documents of different lengths, one with several sessions; budgets above and below a document."""
-    budgets = [16, 24, 24, 9, 500]
-    made = [samples.document(size, "int8", dtype, device, seed=size) for size in (150, 99, 40)]
+    budgets = [16, 24, 24, 8, 504]
+    made = [samples.document(size, "int8", dtype, device, seed=size, chunk=chunk) for size in (150, 99, 40)]
     documents = [made[number] for number in (0, 1, 1, 1, 2)]
     table = DocumentTable(documents, budgets)
     # Powers of 2 are not rounded in half precision: the choice is the same.
     query = (2.0 ** torch.randint(-1, 2, (5, 8, 32), device=device)).to(dtype)
     turns = samples.turns(dtype, device)
     keys, values, lengths = samples.tails([5, 1, 40, 8, 64], dtype, device)
-    layer = DecodeAttention(table, 8, 32, 32, 150, 150, turns, 0.2, interleaved=interleaved, tiles=TILES)
+    tiles = replace(TILES, index={"tile": 16}) if chunk else TILES
+    layer = DecodeAttention(table, 8, 32, 32, 150, 150, turns, 0.2, interleaved=interleaved, tiles=tiles)
     out = torch.full((5, 8, 32), torch.nan, device=device)
     rooms = TailTable.of_rooms(keys, values)
     layer(query, rooms, lengths, table, out)
@@ -143,9 +153,12 @@ def test_shapes_that_kernels_do_not_take_are_refused(device: torch.device) -> No
         DecodeAttention(table, 8, 48, 32, 40, 40, turns, 0.2)
     with pytest.raises(ValueError, match="half as many"):
         DecodeAttention(table, 8, 64, 32, 40, 40, turns, 0.2)
-    other = samples.document(40, "int8", torch.float32, device)
-    with pytest.raises(ValueError, match="the same bits"):
-        DocumentTable([document, other], [8, 8])
+    for other in (
+        samples.document(40, "int8", torch.float32, device),
+        samples.document(40, "float", torch.float32, device, chunk=8),
+    ):
+        with pytest.raises(ValueError, match="the same bits"):
+            DocumentTable([document, other], [8, 8])
 
 
 def test_tiles_that_would_compute_wrongly_are_refused(device: torch.device) -> None:

@@ -8,9 +8,14 @@ import kernel_samples as samples
 import torch
 
 from xkv_service.kernels.choose_tokens import ChooseTokens
-from xkv_service.kernels.decode_plainly import latent_values_plainly, rebuilt_scores_plainly
+from xkv_service.kernels.decode_plainly import (
+    index_shares_plainly,
+    latent_values_plainly,
+    rebuilt_scores_plainly,
+)
 from xkv_service.kernels.document_table import DocumentTable
 from xkv_service.kernels.factor_rows import FactorRows, RowLayout
+from xkv_service.kernels.landmark_scores import LandmarkScores
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
 
@@ -40,3 +45,18 @@ def test_rows_behind_2_31_elements_are_read(device: torch.device) -> None:
     values(scores, chosen, table, slots=32, columns=256)
     latents, _ = latent_values_plainly(scores[0], document, chosen.positions[0])
     assert samples.relative(values.latents[0, 0] / values.sums[0, 0, :, None], latents) < 1e-5
+
+
+def test_scores_of_chunks_behind_2_31_elements_are_read(device: torch.device) -> None:
+    """Of the last of 9 sessions, in a buffer for documents so long; these are short."""
+    shapes, sessions, units = samples.Shapes(kv_heads=1, group=16), 9, 2**24 + 64
+    document = samples.document(50, "float", torch.float32, device, shapes, chunk=4)
+    scores = LandmarkScores(
+        sessions, 4 * units, 1, shapes.group, shapes.dim, 4, torch.float32, 0.3, device, tile=2**15
+    )
+    assert (sessions - 1) * shapes.group * units > 2**31
+    query = samples.queries(sessions, torch.float32, device, shapes)
+    others = torch.zeros(sessions, shapes.group, device=device)
+    scores(query, others, DocumentTable([document] * sessions, [8] * sessions))
+    expected = index_shares_plainly(query[-1], others[-1], document, 0.3)
+    assert (scores.shares[-1, : len(expected)] - expected).abs().max() < 1e-4

@@ -66,7 +66,7 @@ def contexts(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> dict[str,
     """Three sequences over two prefixes, and one without any."""
     found = {"exact": empty_context(model)}
     for name, number in (("a", 0), ("b", 1), ("c", 0)):
-        cache = XKVCache.from_factors(model, prefixes[number], SelectionSpec("sketch", 60, recent=8))
+        cache = XKVCache.from_factors(model, prefixes[number], SelectionSpec(budget=60, recent=8))
         found[name] = Context(model, cache, prefixes[number].token_ids.tolist())
     return found
 
@@ -338,6 +338,23 @@ def test_a_layer_of_a_graph_takes_the_choice_of_the_one_before(
     for token in (3, 4):
         runner.run([(ours["a"], [token])])
     assert torch.equal(*watched.chosen[-2:]) and not runner._broken
+
+
+def test_prefixes_with_landmarks_ride(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], watched: Watched
+) -> None:
+    """In a graph of their own: one slot of it is empty, and the last chunk of one prefix short."""
+    spec = replace(prefixes[0].spec, index="landmark", landmark_chunk=4)
+    marked = [compress(model, random_ids(size, seed=size), spec) for size in (120, 102)]
+    runner = GraphRunner(model)
+    ours, theirs = contexts(model, marked), contexts(model, marked)
+    ours["sketch"], theirs["sketch"] = (contexts(model, prefixes)["a"] for _ in range(2))
+    names = ("a", "b", "c", "sketch")
+    for ids in ([3, 4, 5], [6], [7]):
+        found = runner.run([(ours[name], ids) for name in names])
+        assert samples.relative(found, plainly([(theirs[name], ids) for name in names])) < TOLERANCE
+    assert not runner._broken and [graph.slots for graph in runner._graphs.values()] == [4, 1]
+    assert len(watched.chosen) == 2 * 2 * len(names) or model.device.type == "cuda"
 
 
 def test_a_context_that_a_forward_left_half_done_is_mended_first(

@@ -9,8 +9,8 @@ import torch
 from xkv_service.kernels.choose_tokens import ChooseTokens
 from xkv_service.kernels.decode_plainly import choose_plainly, index_shares_plainly
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
-from xkv_service.kernels.index_scores import IndexScores
 from xkv_service.kernels.share_bins import LOWEST, RANGE
+from xkv_service.kernels.sketch_scores import SketchScores
 
 # Queries are rounded to half precision: 2^-11 of each product, a few of which add up. Shares here reach -30.
 TOLERANCE = 0.02
@@ -20,9 +20,9 @@ BINS = 128
 def scored(
     documents: list[DocumentLayer], budgets: list[int], query: torch.Tensor, others: torch.Tensor,
     shapes: samples.Shapes = samples.SMALL, together: int = 4, tile: int = 32, tiles: int = 2,
-) -> tuple[IndexScores, DocumentTable]:  # fmt: skip
+) -> tuple[SketchScores, DocumentTable]:  # fmt: skip
     table = DocumentTable(documents, budgets)
-    index = IndexScores(
+    index = SketchScores(
         query.shape[0], max(one.tokens for one in documents), shapes.kv_heads, shapes.group, shapes.dim,
         shapes.planes, 0.3, query.device, tile=tile, tiles=tiles, together=together,
     )  # fmt: skip
@@ -62,8 +62,8 @@ def test_sums_over_many_blocks_are_those_of_all_tokens(device: torch.device) -> 
     """
     first = 64 * 16
     document = samples.document(first + 277, "float", torch.float32, device)
-    document.sketch.scales[first:, 0] /= 2
-    document.sketch.scales[:first, 1] /= 2
+    document.index.scales[first:, 0] /= 2
+    document.index.scales[:first, 1] /= 2
     short = samples.document(70, "float", torch.float32, device, seed=1)
     query = samples.queries(2, torch.float32, device)
     others = torch.randn(2, samples.SMALL.query_heads, device=device)
@@ -79,7 +79,7 @@ def test_queries_of_any_size_keep_their_shares(size: float, device: torch.device
     number first. Where they are large, the sketch is small, so that shares are not extreme.
     """
     document = samples.document(100, "float", torch.float32, device)
-    document.sketch.scales.copy_(document.sketch.scales.float() / size)
+    document.index.scales.copy_(document.index.scales.float() / size)
     query = size * samples.queries(1, torch.float32, device)
     query[:, 1] = 0
     others = torch.zeros(1, samples.SMALL.query_heads, device=device)

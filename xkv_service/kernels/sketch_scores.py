@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from xkv_service.kernels.product import INTERPRETED
+from xkv_service.kernels.share_totals import share_totals
 
 _PARTS = 4
 """Four numbers of 4 bits in 16: low and high half of the first and of the second byte."""
@@ -182,28 +183,6 @@ def _block_sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _totals(  # type: ignore[no-untyped-def]
-    peaks, sums, others, lengths, totals, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    session = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + session)
-    row = tl.arange(0, PADDED)
-    best = tl.load(others + session * ROWS + row, mask=row < ROWS, other=0.0) * 1.4426950408889634
-    total = tl.full((PADDED,), 1.0, tl.float32)
-    for start in range(0, (length + BLOCK - 1) // BLOCK, SIZE):
-        block = start + tl.arange(0, SIZE)[:, None]
-        there = (block * BLOCK < length) & (row[None, :] < ROWS)
-        place = (session * blocks + block) * ROWS + row[None, :]
-        peak = tl.load(peaks + place, mask=there, other=-float("inf"))
-        part = tl.load(sums + place, mask=there, other=0.0)
-        higher = tl.maximum(best, tl.max(peak, axis=0))
-        total = total * tl.exp2(best - higher) + tl.sum(part * tl.exp2(peak - higher[None, :]), axis=0)
-        best = higher
-    tl.store(totals + session * ROWS + row, best + tl.log2(total), mask=row < ROWS)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _block_shares(  # type: ignore[no-untyped-def]
     codes_at, scales_at, lengths, matrices, gains, offsets, totals, shares, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, TOGETHER: tl.constexpr,
@@ -232,7 +211,7 @@ def _block_shares(  # type: ignore[no-untyped-def]
         tl.store(shares + session * capacity + tokens, share * 0.6931471805599453, mask=inside)
 
 
-class IndexScores:
+class SketchScores:
     """Scores of one batch of sessions, in memory that is taken once.
 
     Args:
@@ -287,15 +266,16 @@ class IndexScores:
             table: the layer's `DocumentTable`.
         """
         read = (self._matrices, self._gains, self._offsets)
-        document = (table.codes, table.scales, table.lengths)
+        codes, scales, planes = table.index
+        document = (codes, scales, table.lengths)
         options = {**self._sizes, **self._launch, **self._shape}
         _picked_queries[self.sessions, self.chunks](
-            query, table.planes, *read, self.scaling, DIM=self._dim, **self._shape
+            query, planes, *read, self.scaling, DIM=self._dim, **self._shape
         )
         _block_sums[self._blocks * self.chunks, self.sessions](
             *document, *read, self._peaks, self._sums, self._blocks, **options
         )
-        _totals[(self.sessions,)](
+        share_totals[(self.sessions,)](
             self._peaks, self._sums, others, table.lengths, self.totals, self._blocks,
             ROWS=self.rows, PADDED=triton.next_power_of_2(self.rows), SIZE=64,
             BLOCK=self._sizes["TILE"] * self._sizes["TILES"],
