@@ -336,6 +336,8 @@ def _join(model: LlamaForCausalLM) -> None:
             joined = Joined([getattr(module, f"{name}_proj") for name in names])
             for place, name in enumerate(names):
                 setattr(module, f"{name}_proj", Part(joined, place) if place else joined)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the separate weights, so that it counts as free
     modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb)
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "rotary_fn"):

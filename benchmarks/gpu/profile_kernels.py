@@ -6,7 +6,7 @@ One layer of `decode_kernels.py`'s case (8x, 32 sessions of 128k on documents of
 `ncu` (--ncu says where it is), and beside it plain products: of a large square, and of what rebuilding
 multiplies, with its operands as they would be if nothing had to be gathered or unpacked. A row is a kernel:
 its time, how busy memory, caches, tensor cores and instruction issue were, what its warps waited for, and
-what stopped more of them from being there. `samples` in the file are each kernel's by instruction.
+what stopped more of them from being there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ _METRICS = {
 """Column of the table: counter, and what it is multiplied with."""
 _SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy",
-    "LaunchStats", "SchedulerStats", "SourceCounters",
+    "LaunchStats", "SchedulerStats",
 )  # fmt: skip
 _PIPE = re.compile(
     r"sm__(?:inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_sustained_active"
@@ -69,12 +68,9 @@ def main() -> None:
         rows = list(_kernels(_page(arguments.ncu, result, "raw")))
         if arguments.raw:
             arguments.raw.write_text(_page(arguments.ncu, result, "raw"))
-        samples = {}
-        for number, row in enumerate(rows):
-            samples[f"{number} {row['kernel']}"] = _by_instruction(arguments.ncu, result, number)
     for row in rows:
         report.add(**row)
-    report.write(arguments.out, samples=samples, metrics={name: one for name, (one, _) in _METRICS.items()})
+    report.write(arguments.out, metrics={name: one for name, (one, _) in _METRICS.items()})
 
 
 def _arguments() -> argparse.Namespace:
@@ -183,29 +179,6 @@ def _number(text: str) -> float:
         return float(text.replace(",", ""))
     except ValueError:
         return float("nan")
-
-
-def _by_instruction(ncu: str, result: Path, number: int) -> dict[str, float]:
-    """Percent of a kernel's samples by instruction: the twelve that most of them fell on."""
-    one = ("--launch-skip", str(number), "--launch-count", "1", "--print-source", "sass")
-    lines = list(csv.DictReader(io.StringIO(_page(ncu, result, "source", *one))))
-    if not lines:
-        return {}
-    column = next(
-        (name for name in lines[0] if name and name.startswith(("# Samples", "Warp Stall Sampling (All"))),
-        None,
-    )
-    if column is None or "Source" not in lines[0]:
-        print(f"no samples among {list(lines[0])}", flush=True)
-        return {}
-    counts: Counter[str] = Counter()
-    for line in lines:
-        words = [word for word in line["Source"].split() if not word.startswith("@")]
-        samples = _number(line[column])
-        if words and samples == samples:
-            counts[words[0]] += int(samples)
-    total = max(1, sum(counts.values()))
-    return {name: round(100 * count / total, 1) for name, count in counts.most_common(12)}
 
 
 if __name__ == "__main__":
