@@ -330,7 +330,7 @@ def _compile(model: LlamaForCausalLM) -> None:
 
 
 def _join(model: LlamaForCausalLM) -> None:
-    """Products of one input become one, whose weights the modules keep as views; RoPE is compiled."""
+    """Products of one input become one, over a copy of the modules' weights; RoPE is compiled."""
     for layer in model.model.layers:
         for module, names in ((layer.self_attn, "qkv"), (layer.mlp, ("gate", "up"))):
             joined = Joined([getattr(module, f"{name}_proj") for name in names])
