@@ -88,11 +88,8 @@ def main() -> None:
     lengths = (
         [512, 1024] if arguments.tiny else [int(length) * 1024 for length in arguments.lengths.split(",")]
     )
-    short, ratio, ways = (
-        256 if arguments.tiny else 8192,
-        2.0 if arguments.tiny else 8.0,
-        arguments.ways.split(","),
-    )
+    short, ratio = (256, 2.0) if arguments.tiny else (8192, 8.0)
+    ways = arguments.ways.split(",")
     calibration = _calibration(model, short) if ways != ["own"] else None
     for tokens in (short, *lengths):
         for way in ways:

@@ -54,14 +54,19 @@ def _project(features: Features, calibration: Calibration, span: slice) -> tuple
 def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:
     """|X - AB| / |X| over the tokens of `span`, B in the dtype that features are read in."""
     right = bases.to(features.read_dtype)
+    summed = (
+        torch.float64 if bases.device.type == "cpu" else torch.float32
+    )  # in a tree there, one by one here
     lost = torch.zeros((), dtype=torch.float64, device=bases.device)
     total = torch.zeros_like(lost)
     with precise_products():
         for start, stop, rows in features.chunks():
             counted = slice(max(span.start - start, 0), max(min(span.stop, stop) - start, 0))
             exact = rows[counted]
+            if not len(exact):
+                continue
             missed = wide_product(integers[start:stop][counted].to(right.dtype), right)
             missed -= exact
-            lost += torch.linalg.vector_norm(missed).double().square()
-            total += torch.linalg.vector_norm(exact, dtype=torch.float32).double().square()
+            lost += torch.linalg.vector_norm(missed, dtype=summed).double().square()
+            total += torch.linalg.vector_norm(exact, dtype=summed).double().square()
     return float((lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

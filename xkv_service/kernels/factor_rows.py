@@ -199,12 +199,9 @@ def whole_columns(  # type: ignore[no-untyped-def]
     source = tl.multiple_of(source, [16, 16])
     if FULL:
         found = tl.load(source)
-    else:
+    else:  # the row's own padding is zeros, and read 16 bytes at once
         each: tl.constexpr = 16 // WHOLE_BYTES
-        there = (
-            (columns + each - 1) // each * each
-        )  # the row's own padding is zeros, and read 16 bytes at once
-        found = tl.load(source, mask=column < there, other=0)
+        found = tl.load(source, mask=column < (columns + each - 1) // each * each, other=0)
     return _converted(found, DTYPE) if WHOLE != DTYPE else found
 
 

@@ -197,9 +197,14 @@ def rebuilt_scores(
         scores: float32 [sessions, query_heads, most]: written up to the count of each session, rounded up
             to `slots`, minus infinity behind it.
         interleaved: planes are dimensions 2 i and 2 i + 1, not i and i + D / 2.
-        slots, step, together: tokens, ranks and KV heads of a tile. warps, stages: warps;
-            loads in flight.
+        slots, step, together: tokens, ranks and KV heads of a tile; of packed columns a tile has 64. warps,
+            stages: warps; loads in flight.
+
+    Raises:
+        ValueError: a step below 32, of which a product would have fewer than 16.
     """
+    if step < 32:
+        raise ValueError(f"step={step}: two columns are read at once, and a product takes 16 of each")
     sessions, query_heads, dim = query.shape
     heads = table.kv_heads
     group = query_heads // heads
