@@ -23,7 +23,7 @@ TARGET = 8
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("autoscaling")
     options = ("--replicas", "1-2", "--max-running", "1", "--target-requests", TARGET, "--stop-grace", "2s")
-    delays = ("--upscale-delay", "0s", "--downscale-delay", "5s")  # users come and go
+    delays = ("--upscale-delay", "0s", "--downscale-delay", "15s")  # users come and go
     often = {"RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}  # requests are counted
     started = Server(folder, "--store", folder / "store", *options, *delays, environment=often)
     yield started
