@@ -16,6 +16,7 @@ from xkv_service.decoding.kept_launches import KeptLaunches
 from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.engine.packed_cache import PackedCache, Segment
 from xkv_service.modeling.inspect import inspect_loaded
+from xkv_service.modeling.joined_products import join_products
 from xkv_service.modeling.rotary_source import frequency_change
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
@@ -96,11 +97,16 @@ class PackedRunner:
 
 
 def make_runner(model: PreTrainedModel) -> Runner:
-    """The fastest runner that is right for the model. Call it inside `enable_xkv`."""
+    """The fastest runner that is right for the model. Call it inside `enable_xkv`, before others run it.
+
+    Where kernels run, the model's products are joined: its weights are on a GPU, and no file's any more.
+    """
     reason = _why_separate(model)
     if reason is None and kernels_run(model.device):
         from xkv_service.engine.graph_runner import GraphRunner
 
+        if join_products(model):
+            _log.info("products of one input are joined")
         return GraphRunner(model)
     if reason is None:
         return PackedRunner(model)
