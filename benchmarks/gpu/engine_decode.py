@@ -35,6 +35,7 @@ from xkv_service.decoding import kernel_choice
 from xkv_service.engine.graph_runner import GraphRunner
 from xkv_service.engine.runners import PackedRunner, Runner
 from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.joined_products import join_products
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.sampling import Sampler, choose
 from xkv_service.sessions.settings import GenerationSettings
@@ -58,13 +59,17 @@ def main() -> None:
     batches = [1, 2] if arguments.tiny else [int(one) for one in arguments.batches.split(",")]
     started = time.monotonic()
     with torch.no_grad(), enable_xkv(model):
-        for batch in batches:
+        todo = [(variant, batch) for variant in arguments.variants.split(",") for batch in batches]
+        for variant, batch in todo:
+            if variant == "joined":  # from now on: plain ones come first
+                join_products(model)
             for side in arguments.sides.split(","):
                 if time.monotonic() - started > arguments.seconds:
                     break
                 given = [documents[number % len(documents)] for number in range(batch)]
                 if row := _measured(model, side, given, selection, arguments):
-                    report.add(tokens=sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes)), **row)
+                    tokens = sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes))
+                    report.add(tokens=tokens, variant=variant, **row)
     _compare(report)
     report.write(arguments.out, budget=selection.budget, ratio=arguments.ratio, question=_QUESTION)
 
@@ -79,6 +84,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batches", default="1,8,32", help="sessions, comma-separated")
     parser.add_argument("--sides", default="graph,drawn,kernels,pytorch", help="of these")
+    parser.add_argument(
+        "--variants",
+        default="plain",
+        help="plain, joined: products as they are, then those of one input joined",
+    )
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
     parser.add_argument("--ratio", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
@@ -162,10 +172,16 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
 
 
 def _compare(report: Report) -> None:
-    plain = {row["batch"]: row["tokens/s"] for row in report.rows if row["side"] == "kernels"}
+    """Throughput over kernels without a graph of the same variant, and over the plain variant."""
+    plain = {
+        (row["variant"], row["batch"]): row["tokens/s"] for row in report.rows if row["side"] == "kernels"
+    }
+    first = {(row["side"], row["batch"]): row["tokens/s"] for row in report.rows if row["variant"] == "plain"}
     for row in report.rows:
-        if row["batch"] in plain:
-            row["ratio"] = row["tokens/s"] / plain[row["batch"]]
+        if (row["side"], row["batch"]) in first:
+            row["times_plain"] = row["tokens/s"] / first[row["side"], row["batch"]]
+        if (row["variant"], row["batch"]) in plain:
+            row["ratio"] = row["tokens/s"] / plain[row["variant"], row["batch"]]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from xkv_service.demo.documents import Document, make_document
 from xkv_service.engine.runners import PackedRunner, Runner, make_runner
 from xkv_service.evaluation.rendering import Renderer
 from xkv_service.factors import PrefixFactors
+from xkv_service.modeling.joined_products import join_products
 from xkv_service.modeling.models import LoadedModel, load_model
 from xkv_service.sessions.context import Context
 
@@ -172,6 +173,25 @@ def test_answers_are_those_of_pytorch(
     )
     assert same >= len(found) - 1
     assert right(found) >= right(expected) - 1
+
+
+def test_answers_with_joined_products_are_those_without(
+    documents: list[tuple[Document, list[int]]],
+) -> None:
+    """Graphs in float32, on two models of the same weights."""
+    from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
+
+    found = []
+    for join in (False, True):
+        here = load_model(demo_model_path(), dtype="float32", device="cuda")
+        spec = CompressionSpec(ratio=6.0, factor_dtype="int8")
+        prefixes = [compress(here.model, torch.tensor(ids), spec) for _, ids in documents]
+        with torch.no_grad(), enable_xkv(here.model):
+            assert not join or join_products(here.model) > 0
+            runner = GraphRunner(here.model)
+            found.append(batched(here, sequences(here, documents, prefixes), runner))
+        assert not runner._broken and runner._graphs
+    assert sum(map(list.__eq__, *found)) >= len(found[0]) - 1
 
 
 def test_a_step_keeps_its_tables_and_buffers(
