@@ -44,7 +44,7 @@ def project_groups(
 
 def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, float]:
     stored = calibration.group_of(features.layout.layers).basis(features.kind)
-    basis = stored.to(features.exact.device)
+    basis = stored.on(features.exact.device)
     factors = features.project(basis.projection(features.rank))
     packed, scales = quantize_runs(factors, features.runs, span)
     pair = LowRank(packed, basis.bases[: features.rank], features.widths, scales, stored)
