@@ -52,7 +52,7 @@ from xkv_service.evaluation.rendering import Renderer
 from xkv_service.evaluation.tasks.base import Room
 from xkv_service.evaluation.tasks.registry import find_tasks
 from xkv_service.factorization import group_factors, projected_factors
-from xkv_service.factorization.quantize import _best_scales, _round_odd, quantize_columns
+from xkv_service.factorization.quantize import best_scales, quantize_columns, round_odd_plainly
 from xkv_service.factorization.ranks import size_of
 from xkv_service.factors import LowRank, PrefixFactors
 from xkv_service.fidelity import compare_distributions
@@ -119,11 +119,11 @@ def _quantized(*, turned: bool, by_token: bool, block: int | None) -> Quantize:
             turn = _turn(stop - start) if turned else torch.eye(stop - start)
             even = columns / size @ turn
             if by_token:
-                scales = _best_scales(even.T, bits)[:, None]
-                integers = _round_odd(even.T, scales.T, bits).T
+                scales = best_scales(even.T, bits)[:, None]
+                integers = round_odd_plainly(even.T, scales.T, bits).T
             else:
-                scales = _best_scales(even[counted], bits)
-                integers = _round_odd(even, scales, bits)
+                scales = best_scales(even[counted], bits)
+                integers = round_odd_plainly(even, scales, bits)
             rounded[:, start:stop] = integers * scales @ turn.T * size
         return rounded, torch.ones(factors.shape[1])
 
@@ -177,8 +177,8 @@ def _integer_rows(bits_of: Callable[[int], int]) -> Callable[[torch.Tensor, Runs
             if bits_of(bits) == 8:
                 integers, scales = quantize_columns(part, slice(None))
             else:
-                scales = _best_scales(part, bits_of(bits))
-                integers = _round_odd(part, scales, bits_of(bits))
+                scales = best_scales(part, bits_of(bits))
+                integers = round_odd_plainly(part, scales, bits_of(bits))
             yield integers * scales
 
     return rounded

@@ -115,7 +115,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=440, help="after so many nothing is begun")
     parser.add_argument("--no-raw", action="store_true", help="leave out raw caches")
-    parser.add_argument("--many", action="store_true", help="documents an hour of two at a time, too")
+    parser.add_argument(
+        "--many", type=int, default=0, metavar="N", help="documents an hour of N, two at a time, too"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="print where a load's own thread spends its time"
     )
@@ -208,7 +210,8 @@ class _Run:
                 memory = artifact.memory() if (way, source) == ("load", "page cache") else {}
                 yield {"tokens": tokens, "way": f"{name}, {way}, {source}", **row, **ratio_to_base, **memory}
         if self._arguments.many and ratio == self.ratios[0] and not self.over():
-            yield {"tokens": tokens, "way": f"precompute, {ratio:g}x, many", **artifact.precompute_many(3)}
+            many = artifact.precompute_many(self._arguments.many)
+            yield {"tokens": tokens, "way": f"precompute, {ratio:g}x, many", **many}
         artifact.path.unlink()
 
     def _raw_rows(self, ids: torch.Tensor, base: float) -> Iterator[dict[str, Any]]:

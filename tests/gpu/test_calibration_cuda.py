@@ -93,6 +93,15 @@ def test_runs_are_rounded_and_unpacked_as_on_a_cpu() -> None:
     assert torch.equal(found[rows.cuda()].cpu(), again[rows])
 
 
+def test_documents_share_a_calibrations_bases_on_the_gpu(calibration: Calibration) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).cuda()
+    spec = calibrated_spec(2.0, calibration, basis="calibrated")
+    one, other = (compress(model, IDS[first:], spec, calibration) for first in (0, 1))
+    for mine, theirs in zip(one.groups, other.groups, strict=True):
+        assert mine.keys.directions.is_cuda
+        assert mine.keys.directions.data_ptr() == theirs.keys.directions.data_ptr()
+
+
 @pytest.mark.parametrize("basis", ["calibrated", "document"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prefix_compressed_on_a_gpu_is_the_cpus(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from xkv_workers.place import open_place
 from xkv_workers.plan import reason_of
 
 if TYPE_CHECKING:
+    import torch
+
     from xkv_service.calibration.calibration import Calibration
     from xkv_service.factors import PrefixFactors
     from xkv_service.modeling.models import LoadedModel
@@ -75,10 +78,12 @@ class PrefixWorker:
         with self._turn:
             model, store = self._ready()
             made = list(self._compress(model, jobs))
-        return tuple(
-            factors if isinstance(factors, Failed) else self._publish(model, store, job, factors)
-            for job, factors in made
-        )
+            stream = _beside(model.model.device)
+        with stream:
+            return tuple(
+                factors if isinstance(factors, Failed) else self._publish(model, store, job, factors)
+                for job, factors in made
+            )
 
     def _ready(self) -> tuple[LoadedModel, ArtifactStore]:
         if self._loaded is None or self._store is None:
@@ -92,7 +97,7 @@ class PrefixWorker:
     def _compress(
         self, loaded: LoadedModel, jobs: Sequence[PrefixJob]
     ) -> Iterator[tuple[PrefixJob, Made | Failed]]:
-        """Factors of each job on the CPU, and their exact caches let go of."""
+        """Factors of each job on the model's device, and their exact caches let go of."""
         import torch
 
         from xkv_service.compression import compress_prefill
@@ -192,6 +197,17 @@ class PrefixWorker:
             created=datetime.now(timezone.utc),
             **made.factors.manifest_fields(),
         )
+
+
+def _beside(device: torch.device) -> AbstractContextManager[object]:
+    """A stream of its own from here on: copies there do not wait for what the next batch computes."""
+    import torch
+
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
 
 
 def _measured(factors: PrefixFactors) -> Fidelity:

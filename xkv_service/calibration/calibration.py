@@ -37,6 +37,7 @@ class SharedBasis:
     metric: tuple[torch.Tensor, ...]
     energies: torch.Tensor
     _placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+    _on: dict[torch.device, SharedBasis] = field(default_factory=dict, repr=False)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """`bases` on a device in a dtype: one copy for all prefixes that decode from them there."""
@@ -53,6 +54,17 @@ class SharedBasis:
     def leading(self, rank: int) -> SharedBasis:
         """The basis with its first directions only; the energies of all stay known."""
         return SharedBasis(self.bases[:rank].clone(), self.metric, self.energies)
+
+    def on(self, device: torch.device) -> SharedBasis:
+        """The same basis on a device that documents are compressed on: copied there once, and kept as long as
+        this one lives.
+
+        That takes 4 R W bytes and the metric. A whole calibration of Llama-3.1-8B in groups of four, of three
+        eighths of all directions, takes 0.41 GiB, which compressing a document over it takes anyway.
+        """
+        if device not in self._on:
+            self._on[device] = self.to(device)
+        return self._on[device]
 
     def to(self, device: torch.device) -> SharedBasis:
         """The same basis on another device."""

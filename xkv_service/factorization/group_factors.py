@@ -150,8 +150,8 @@ class _Work:
         """One weight per layer, or None when none is asked for or a layer has no output projection."""
         layers = [self.layers[index] for index in part.layout.layers]
         if self.calibration is not None:
-            metric = self.calibration.group_of(part.layout.layers).basis(part.kind).metric
-            return [metric_weights(one.to(self.device)) for one in metric]
+            basis = self.calibration.group_of(part.layout.layers).basis(part.kind)
+            return [metric_weights(one) for one in basis.on(self.device).metric]
         if part.layout.latent:  # queries do not meet latents, but what these expand to
             return None
         if part.kind == "key" and self.spec.key_weights == "query":
@@ -169,7 +169,7 @@ class _Work:
         if self.calibration is None:
             return []
         groups = [self.calibration.group_of(part.layout.layers).basis(part.kind) for part in batch]
-        return [basis.bases.to(self.device) for basis in groups]
+        return [basis.on(self.device).bases for basis in groups]
 
     def _query_weights(self, layer: LayerLayout) -> FeatureWeights:
         energy = self.exact.query_energy(layer.index)

@@ -36,23 +36,24 @@ def project_groups(
             GroupFactors(*one)
             for one in zip(layouts, [k for k, _ in keys], [v for v, _ in values], strict=True)
         ),
-        tuple(error for _, error in keys),
-        tuple(error for _, error in values),
+        # Numbers are waited for here, when a device has the work of all groups.
+        tuple(float(error) for _, error in keys),
+        tuple(float(error) for _, error in values),
         {},
     )
 
 
-def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, float]:
+def _project(features: Features, calibration: Calibration, span: slice) -> tuple[LowRank, torch.Tensor]:
     stored = calibration.group_of(features.layout.layers).basis(features.kind)
-    basis = stored.to(features.exact.device)
+    basis = stored.on(features.exact.device)
     factors = features.project(basis.projection(features.rank))
     packed, scales = quantize_runs(factors, features.runs, span)
     pair = LowRank(packed, basis.bases[: features.rank], features.widths, scales, stored)
     return pair, _error(features, packed[:], pair.bases, span)
 
 
-def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> float:
-    """|X - AB| / |X| over the tokens of `span`, B in the dtype that features are read in."""
+def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span: slice) -> torch.Tensor:
+    """|X - AB| / |X| over the tokens of `span`, B in the dtype that features are read in: float64 []."""
     right = bases.to(features.read_dtype)
     summed = (
         torch.float64 if bases.device.type == "cpu" else torch.float32
@@ -69,4 +70,4 @@ def _error(features: Features, integers: torch.Tensor, bases: torch.Tensor, span
             missed -= exact
             lost += torch.linalg.vector_norm(missed, dtype=summed).double().square()
             total += torch.linalg.vector_norm(exact, dtype=summed).double().square()
-    return float((lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+    return (lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()

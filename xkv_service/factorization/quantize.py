@@ -7,6 +7,8 @@ twice the rank.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from xkv_service.kernels.probe import has_kernels
@@ -32,7 +34,7 @@ def quantize_columns(factors: torch.Tensor, counted: slice) -> tuple[torch.Tenso
     """
     peak = torch.linalg.vector_norm(factors[counted], torch.inf, dim=0).float()
     scales = (peak / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    if factors.dtype == torch.float32 and has_kernels(factors.device):
+    if _on_kernels(factors):
         from xkv_service.kernels.round_columns import round_columns
 
         return round_columns(factors, scales, LEVELS), scales
@@ -71,28 +73,65 @@ def quantize_runs(factors: torch.Tensor, runs: Runs, counted: slice) -> tuple[Pa
     for bits, count in runs:
         columns = factors[:, start : start + count]
         if bits == 8:
-            integers, scale = quantize_columns(columns, counted)
+            piece, scale = quantize_columns(columns, counted)
         else:
-            scale = _best_scales(columns[counted], bits)
-            integers = _round_odd(columns, scale, bits)
-        pieces.append(pack(integers, bits))
+            scale = best_scales(columns[counted], bits)
+            piece = _packed(columns, scale, bits)
+        pieces.append(piece)
         scales.append(scale)
         start += count
     return PackedFactors(runs, tuple(pieces)), torch.cat(scales)
 
 
-def _round_odd(columns: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The odd integers of at most 2^bits - 1 nearest to columns / scales: half a step apart from zero."""
+def best_scales(columns: torch.Tensor, bits: int) -> torch.Tensor:
+    """Half the step of each column with the least squared error among the multiples: float32 [n].
+
+    Args:
+        columns: float32 [T, n]. bits: 2 or 4.
+    """
+    usual = _STEP[bits] / 2 * _root_mean_square(columns)
+    tried = torch.stack([(usual * one).clamp_min(torch.finfo(torch.float32).tiny) for one in _MULTIPLES])
+    if _on_kernels(columns):
+        from xkv_service.kernels.round_odd import squared_errors
+
+        errors = squared_errors(columns, tried, bits)
+    else:
+        errors = squared_errors_plainly(columns, tried, bits)
+    return tried.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def squared_errors_plainly(columns: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """[k, n]: the squared error of columns [T, n] rounded with each of scales [k, n], in PyTorch."""
+    return torch.stack(
+        [(round_odd_plainly(columns, one, bits) * one - columns).square().sum(0) for one in scales]
+    )
+
+
+def round_odd_plainly(columns: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The odd integers of at most 2^bits - 1 nearest to columns / scales: half a step apart from zero.
+
+    int8 [T, n], in PyTorch: packed the reference of the kernel.
+    """
     half = 2 ** (bits - 1)
     steps = (columns / (2 * scales)).floor_().clamp_(-half, half - 1)
     return (2 * steps + 1).to(torch.int8)
 
 
-def _best_scales(columns: torch.Tensor, bits: int) -> torch.Tensor:
-    """Half the step, of each column, with the least squared error among the multiples."""
-    usual = _STEP[bits] / 2 * columns.square().mean(0).sqrt()
-    tried = [(usual * one).clamp_min(torch.finfo(torch.float32).tiny) for one in _MULTIPLES]
-    errors = torch.stack(
-        [(_round_odd(columns, scales, bits) * scales - columns).square().sum(0) for scales in tried]
-    )
-    return torch.stack(tried).gather(0, errors.argmin(0, keepdim=True))[0]
+def _packed(columns: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    if _on_kernels(columns):
+        from xkv_service.kernels.round_odd import pack_odd
+
+        return pack_odd(columns, scales, bits)
+    return pack(round_odd_plainly(columns, scales, bits), bits)
+
+
+def _root_mean_square(columns: torch.Tensor) -> torch.Tensor:
+    """Of each column, in one pass on a GPU; a CPU's norm sums one by one, which is less exact."""
+    if not columns.is_cuda:
+        return columns.square().mean(0).sqrt()
+    norms: torch.Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return norms / math.sqrt(len(columns))
+
+
+def _on_kernels(columns: torch.Tensor) -> bool:
+    return columns.dtype == torch.float32 and has_kernels(columns.device)

@@ -23,7 +23,9 @@ _KNOWN: dict[tuple[Trial, torch.device], bool] = {}
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether `rotate`, `encode_sketch` and `round_columns` run on a device; elsewhere PyTorch does it."""
+    """Whether `rotate`, `encode_sketch`, `round_columns` and `round_odd` run on a device; elsewhere PyTorch
+    does it.
+    """
     return device.type in DEVICES and passes(try_rounding, device)
 
 

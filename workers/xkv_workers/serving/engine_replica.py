@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from xkv_service.api.remaker import Remaker
-from xkv_service.engine.free_memory import FreeMemory
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
 from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
@@ -59,7 +58,6 @@ class EngineReplica:
             self._stored = StoredTails(self._loaded, self._store.tails, self._pool, settings.engine)
         self._engine = Engine(self._loaded, settings.engine, self._pool, self._stored)
         self._backend = EngineBackend(self._engine)
-        self._free_memory = FreeMemory()
         self._board, self._name = board, _replica_name()
         self._callers = Callers(board.presence_of.remote)
         self._reporting: asyncio.Task[None] | None = None
@@ -101,7 +99,6 @@ class EngineReplica:
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up
             self._engine.close()
-            self._free_memory.close()
             if self._stored is not None:
                 self._stored.close()
             self._say_goodbye()

@@ -37,8 +37,10 @@ _RAY_SETTINGS = {
     "RAY_worker_niceness": "0",
     # After Ray's 0.1 s the requests of a busy replica go to another one, which has to load their prefix.
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
-    # Threads that take turns in glibc's two arenas leave fewer gaps between tensors than 8 a core would.
-    "MALLOC_ARENA_MAX": "2",
+    # Workers have the jemalloc that comes with Ray; what was free for a second it gives back. glibc keeps the
+    # gaps between tensors that come and go.
+    "RAY_LD_PRELOAD_ON_WORKERS": "1",
+    "MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
     VARIABLE: CALLBACK,
 }
 """For a Ray that is started here. What the user has set stays."""

@@ -101,3 +101,15 @@ def test_leading_directions_keep_the_energies_of_all() -> None:
     assert torch.equal(few.bases, basis.bases[:3])
     assert torch.equal(few.energies, basis.energies)
     assert torch.equal(few.projection(3), basis.projection(3))
+
+
+def test_a_device_has_one_copy_for_all_documents() -> None:
+    x = keys(0.0)
+    basis = shared_basis(x.T @ x / len(x), random_metric(1))
+    elsewhere = torch.device("meta")
+    assert basis.on(elsewhere) is basis.on(elsewhere)
+    copied = [basis.on(elsewhere).bases, *basis.on(elsewhere).metric, basis.on(elsewhere).energies]
+    own = [basis.bases, *basis.metric, basis.energies]
+    assert [one.shape for one in copied] == [one.shape for one in own]
+    assert {one.device for one in copied} == {elsewhere}
+    assert basis.on(basis.bases.device).bases is basis.bases

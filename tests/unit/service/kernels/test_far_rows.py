@@ -7,6 +7,7 @@ from dataclasses import replace
 import kernel_samples as samples
 import torch
 
+from xkv_service.factorization.quantize import round_odd_plainly, squared_errors_plainly
 from xkv_service.kernels.choose_tokens import ChooseTokens
 from xkv_service.kernels.decode_plainly import (
     index_shares_plainly,
@@ -18,6 +19,8 @@ from xkv_service.kernels.factor_rows import FactorRows, RowLayout
 from xkv_service.kernels.landmark_scores import LandmarkScores
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.round_odd import pack_odd, squared_errors
+from xkv_service.packed_factors import pack
 
 TOKENS, RANK, COUNT = 2**22 + 64, 1024, 20
 SHAPES = samples.Shapes(kv_heads=1, group=2, rank_k=RANK, rank_v=RANK)
@@ -60,3 +63,13 @@ def test_scores_of_chunks_behind_2_31_elements_are_read(device: torch.device) ->
     scores(query, others, DocumentTable([document] * sessions, [8] * sessions))
     expected = index_shares_plainly(query[-1], others[-1], document, 0.3)
     assert (scores.shares[-1, : len(expected)] - expected).abs().max() < 1e-4
+
+
+def test_columns_behind_2_31_elements_are_rounded(device: torch.device) -> None:
+    """Rows so far apart that the last begins there; they are read, and not the elements between them."""
+    columns = torch.empty(2**31 + 2**20, device=device).as_strided((5, 70), (2**29, 1))
+    columns.copy_(torch.randn(5, 70))
+    scales = torch.rand(2, 70, device=device) + 0.1
+    expected = squared_errors_plainly(columns, scales, 4)
+    torch.testing.assert_close(squared_errors(columns, scales, 4), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(pack_odd(columns, scales[0], 4), pack(round_odd_plainly(columns, scales[0], 4), 4))
