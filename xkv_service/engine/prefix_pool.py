@@ -326,7 +326,7 @@ class PrefixPool:
     def _finish(self, load: Load, bound: BoundPrefix | None, failure: LoadFailure | None) -> None:
         answers: list[tuple[Waiter, Answer]] = []
         with self._lock:
-            self._loads.pop(load.artifact_id, None)
+            self._forget(load)
             if failure is not None:
                 self._residents.cancel(load.artifact_id)
                 self._count_failure(failure, max(1, len(load.waiters)))
@@ -343,6 +343,11 @@ class PrefixPool:
         self._tell(answers)
         if failure is not None and failure.lost:
             self._tell_lost(load.artifact_id, failure)
+
+    def _forget(self, load: Load) -> None:
+        """A load has ended. Its job refers to it, and a cycle would stay until a full garbage collection."""
+        self._loads.pop(load.artifact_id, None)
+        load.job = None
 
     def _tell_lost(self, artifact_id: str, failure: LoadFailure) -> None:
         """Once, whether anybody waits for the artifact or not."""
@@ -395,7 +400,7 @@ class PrefixPool:
                 failure = self._no_room(load)
                 if not load.waiters:
                     self._parked.remove(load)
-                    del self._loads[load.artifact_id]
+                    self._forget(load)
             elif load.began is not None and load.job is not None:
                 load.overdue = True
                 self._threads.give_up(load.job)

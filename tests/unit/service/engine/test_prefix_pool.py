@@ -28,6 +28,7 @@ from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine import catalog_upkeep
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.pool_loads import Load
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.storages import held_bytes
 from xkv_service.modeling.models import find_model
@@ -198,6 +199,21 @@ def test_under_a_tight_budget_everybody_is_served_and_it_holds(make_pool: MakePo
     assert not above and told.empty() and not state.holds and state.parked == state.loading == 0
     assert state.counters["evictions"] >= len(ids) - 2
     assert state.nbytes == sum(sizes[one] for one in state.prefixes) <= budget
+
+
+def test_loads_that_ended_leave_without_a_garbage_collection(make_pool: MakePool, ids: list[str]) -> None:
+    """Idle threads, two of each pool, may still refer to their last ones."""
+    pool = make_pool(int(1.1 * _size(make_pool, ids[-1])))
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(3 * len(ids)):
+            pool.prefetch(ids[turn % len(ids)])
+            until(lambda: not pool.state().loading)
+        assert pool.state().counters["loads"] > 2 * len(ids)
+        assert sum(isinstance(one, Load) for one in gc.get_objects()) <= 4
+    finally:
+        gc.enable()
 
 
 def test_held_prefixes_stay(make_pool: MakePool, ids: list[str]) -> None:
