@@ -61,7 +61,8 @@ def main() -> None:
     with torch.no_grad(), enable_xkv(model):
         todo = [(variant, batch) for variant in arguments.variants.split(",") for batch in batches]
         for variant, batch in todo:
-            if variant == "joined":  # from now on: plain ones come first
+            kernel_choice.COMPILES = variant == "compiled"
+            if variant != "plain":  # from now on: plain ones come first
                 join_products(model)
             for side in arguments.sides.split(","):
                 if time.monotonic() - started > arguments.seconds:
@@ -87,7 +88,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         default="plain",
-        help="plain, joined: products as they are, then those of one input joined",
+        help="plain, joined, compiled: products as they are, then those of one input joined, then norms and "
+        "rotary embedding compiled, too",
     )
     parser.add_argument("--budget", type=int, default=2048, help="tokens that a session chooses in a layer")
     parser.add_argument("--ratio", type=float, default=8.0)

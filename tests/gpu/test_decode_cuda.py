@@ -175,14 +175,15 @@ def test_answers_are_those_of_pytorch(
     assert right(found) >= right(expected) - 1
 
 
-def test_answers_with_joined_products_are_those_without(
-    documents: list[tuple[Document, list[int]]],
+def test_answers_with_joined_products_and_compiled_parts_are_those_without(
+    documents: list[tuple[Document, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs in float32, on two models of the same weights."""
+    """Graphs in float32, on models of the same weights."""
     from xkv_service.engine.graph_runner import GraphRunner  # needs Triton
 
     found = []
-    for join in (False, True):
+    for join, compiled in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(kernel_choice, "COMPILES", compiled)
         here = load_model(demo_model_path(), dtype="float32", device="cuda")
         spec = CompressionSpec(ratio=6.0, factor_dtype="int8")
         prefixes = [compress(here.model, torch.tensor(ids), spec) for _, ids in documents]
@@ -190,8 +191,9 @@ def test_answers_with_joined_products_are_those_without(
             assert not join or join_products(here.model) > 0
             runner = GraphRunner(here.model)
             found.append(batched(here, sequences(here, documents, prefixes), runner))
-        assert not runner._broken and runner._graphs
-    assert sum(map(list.__eq__, *found)) >= len(found[0]) - 1
+        assert not runner._broken and runner._graphs and runner._compiled.on is compiled
+    for other in found[1:]:
+        assert sum(map(list.__eq__, found[0], other)) >= len(other) - 1
 
 
 def test_a_step_keeps_its_tables_and_buffers(

@@ -21,6 +21,10 @@ VARIABLE = "XKV_DECODE_KERNELS"
 """Environment variable that turns the kernels off, with the value "off"."""
 DEVICES: tuple[str, ...] = () if os.environ.get(VARIABLE) == "off" else ("cuda",)
 """Kinds of device that kernels run on; tests add the CPU, where Triton interprets them."""
+COMPILE_VARIABLE = "XKV_DECODE_COMPILE"
+"""Environment variable that has parts of a step's CUDA graph compiled, with the value "on"."""
+COMPILES = os.environ.get(COMPILE_VARIABLE) == "on"
+"""Off unless asked for: it makes starting longer, and what it gains was not measured."""
 MOST_TOKENS = 128
 """New tokens of a question that kernels take at once, each as a session: buffers grow with them."""
 _CAPABILITY = (8, 0)

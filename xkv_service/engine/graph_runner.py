@@ -13,11 +13,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from transformers import PreTrainedModel
 
+from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
+from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.runners import PackedRunner, Work
 from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph
 from xkv_service.kernels.probe import no_memory
@@ -42,13 +44,15 @@ class GraphRunner:
     What graphs wrote for a context its cache does not show before `settle`: settle contexts that leave.
 
     Args:
-        model: one that `can_pack` allows, inside `enable_xkv`, on a device where kernels run.
+        model: one that `can_pack` allows, inside `enable_xkv`, on a device where kernels run. Nobody else
+            runs it until the runner is made.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         inspected = inspect_loaded(model)
         self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
         self._packed = PackedRunner(model)
+        self._compiled = CompiledStep(model, on=kernel_choice.COMPILES)
         self._riders: dict[int, Rider] = {}
         self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
@@ -210,8 +214,9 @@ class GraphRunner:
             while len(self._graphs) >= _KEPT:
                 self._graphs.popitem(last=False)
             graph = StepGraph(
-                self._model, self._modules, riders, _slots(len(riders)), sizes, self._stream, self._pool
-            )
+                self._model, self._modules, riders, _slots(len(riders)), sizes, self._stream, self._pool,
+                self._compiled,
+            )  # fmt: skip
         self._graphs[name] = graph
         return graph
 

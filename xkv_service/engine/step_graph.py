@@ -16,6 +16,7 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.kernel_step import DecodeLaunch, Sizes, document_of, rebuilt_tokens, sizes_of
 from xkv_service.decoding.scoring import Scoring
+from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
@@ -107,7 +108,7 @@ class StepGraph:
         model: inside `enable_xkv`. modules: attention modules by layer index.
         riders: of one layout, whose next step it runs first. slots: room for so many.
         sizes: of buffers, as `sizes_of`. stream, pool: where graphs are captured, and the memory that they
-            share; None on a CPU.
+            share; None on a CPU. compiled: what stands in the place of the model's own code.
 
     Raises:
         OtherScores: from `run`, the first time.
@@ -115,7 +116,7 @@ class StepGraph:
 
     def __init__(
         self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
-        sizes: Sizes, stream: torch.cuda.Stream | None, pool: Any,
+        sizes: Sizes, stream: torch.cuda.Stream | None, pool: Any, compiled: CompiledStep,
     ) -> None:  # fmt: skip
         self.slots, self._model, self._modules = slots, model, modules
         device, padded = model.device, _padded(riders, slots)
@@ -128,7 +129,7 @@ class StepGraph:
         self._riders: list[Rider] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        self._stream, self._pool = stream, pool
+        self._stream, self._pool, self._compiled = stream, pool, compiled
 
     def holds(self, rider: Rider) -> bool:
         """Whether the tables have its addresses."""
@@ -208,13 +209,14 @@ class StepGraph:
             _GraphLayer(index, self._launch, tails, counts, lengths, repeat=self._repeats[index])
             for index, tails in self._tails.items()
         ]
-        out: Any = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # nobody reads it
-            past_key_values=RowCache(layers, self._modules),
-            use_cache=True,
-        )
+        with self._compiled.in_place():
+            out: Any = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # nobody reads it
+                past_key_values=RowCache(layers, self._modules),
+                use_cache=True,
+            )
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 

@@ -150,7 +150,7 @@ def _probe(model: PreTrainedModel) -> tuple[torch.Tensor, list[list[nn.Linear]]]
         for one in parents
     ]
     try:
-        logits = _logits(model)
+        logits = few_logits(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -228,21 +228,31 @@ def _part(group: list[nn.Linear]) -> None:
 def _comes_out_as(model: PreTrainedModel, before: torch.Tensor) -> bool:
     """Whether the model still makes these logits: its code might need parts that lie together."""
     try:
-        after = _logits(model)
+        after = few_logits(model)
     except RuntimeError as error:
         _log.warning("products stay separate: the model does not run with joined ones (%s)", error)
         return False
-    worst = float((after - before).abs().amax() / before.abs().amax().clamp_min(1e-6))
-    if worst > _TOLERANCE.get(model.dtype, 1e-3):
+    worst = difference(before, after)
+    if worst > tolerance(model.dtype):
         _log.warning("products stay separate: joined ones come out differently (by %.3g)", worst)
         return False
     return True
 
 
-def _logits(model: PreTrainedModel) -> torch.Tensor:
-    """Of a few tokens: float32 [1, tokens, vocabulary]."""
+def few_logits(model: PreTrainedModel, tokens: int = _PROBE) -> torch.Tensor:
+    """Logits of a forward without a cache over a few tokens: float32 [1, tokens, vocabulary]."""
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-    ids = torch.arange(1, 1 + _PROBE, device=model.device)[None] % vocabulary
+    ids = torch.arange(1, 1 + tokens, device=model.device)[None] % vocabulary
     out: Any = model(input_ids=ids, use_cache=False)
     logits: torch.Tensor = out.logits.float()
     return logits
+
+
+def difference(before: torch.Tensor, after: torch.Tensor) -> float:
+    """The largest between two tensors of logits, as a part of the largest logit before."""
+    return float((after - before).abs().amax() / before.abs().amax().clamp_min(1e-6))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The `difference` that rounding may make in a model of this dtype."""
+    return _TOLERANCE.get(dtype, 1e-3)

@@ -200,6 +200,23 @@ def test_layouts_are_compared_when_a_cache_is_new(
     assert not compared and len(runner._graphs) == 1
 
 
+@pytest.mark.slow
+def test_a_step_runs_what_was_compiled(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms and rotary embedding, compiled when the runner is made: no step compiles anything."""
+    found = []
+    for on in (False, True):
+        monkeypatch.setattr(kernel_choice, "COMPILES", on)
+        runner, ours = GraphRunner(model), contexts(model, prefixes)
+        runner.run([(ours["a"], [3]), (ours["b"], [4])])
+        with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+            steps = [runner.run([(ours[name], [5]) for name in names]) for names in ("a", "ab")]
+        assert runner._compiled.on is on and len(runner._graphs) == 2
+        found.append(torch.cat(steps))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
 def fill(rider: step_graph.Rider) -> None:
     """As if so many steps had run that its room is full."""
     torch.manual_seed(0)
