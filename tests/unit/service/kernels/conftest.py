@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from xkv_service.decoding import kernel_choice
+
 pytest.register_assert_rewrite("launch_checks")
 MISSING = importlib.util.find_spec("triton") is None
 HERE = Path(__file__).parent
@@ -34,3 +36,9 @@ if not MISSING and not torch.cuda.is_available():
 def device() -> torch.device:
     """Where kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes 8 s and changes no result; the tests of it turn it on."""
+    monkeypatch.setattr(kernel_choice, "COMPILES", False)
