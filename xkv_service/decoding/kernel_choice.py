@@ -24,7 +24,7 @@ DEVICES: tuple[str, ...] = () if os.environ.get(VARIABLE) == "off" else ("cuda",
 COMPILE_VARIABLE = "XKV_DECODE_COMPILE"
 """Environment variable that leaves a step's CUDA graph uncompiled, with the value "off"."""
 COMPILES = os.environ.get(COMPILE_VARIABLE) != "off"
-"""Whether norms and rotary embedding of a step's graph are compiled: 2 ms a step less, 8.5 s more to start."""
+"""Whether norms and rotary embedding of a step's graph are compiled: 2 ms a step less, 8.5 s to start."""
 MOST_TOKENS = 128
 """New tokens of a question that kernels take at once, each as a session: buffers grow with them."""
 _CAPABILITY = (8, 0)
