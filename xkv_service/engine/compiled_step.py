@@ -64,7 +64,8 @@ class CompiledStep:
         self._sites: list[_Site] = []
         if on:
             try:
-                self._sites = [*_rotary(model), *_norms(model)]
+                with _LOCK:  # nothing of another model stands in the place of what is found
+                    self._sites = [*_rotary(model), *_norms(model)]
                 self._try(model)
             except Exception as error:  # noqa: BLE001 - whatever a compiler may raise
                 self._turn_off(error)

@@ -66,6 +66,11 @@ class Joint:
     def __post_init__(self) -> None:
         self._places = [one.data_ptr() for one in self.parameters]
 
+    @property
+    def biases(self) -> tuple[torch.Tensor, ...]:
+        """Of the modules, or none."""
+        return self.parameters[len(self.sizes) :]
+
     def whole(self) -> bool:
         """Whether the modules' parameters still are views of the joint tensor: `to` moves them apart."""
         return [one.data_ptr() for one in self.parameters] == self._places
@@ -105,10 +110,9 @@ class JoinedLinear(nn.Linear):
 
     def _is_joined(self) -> bool:
         """Whether nobody gave it other parameters."""
-        parameters, bias = self.joint.parameters, self.bias
-        return parameters[self.place] is self.weight and (
-            bias is None or parameters[len(self.joint.sizes) + self.place] is bias
-        )
+        joint, biases = self.joint, self.joint.biases
+        bias = biases[self.place] if biases else None
+        return joint.parameters[self.place] is self.weight and bias is self.bias
 
 
 def join_products(model: PreTrainedModel) -> int:
@@ -118,21 +122,30 @@ def join_products(model: PreTrainedModel) -> int:
     do not run in the probe (most experts). Weights are copied, a group at a time: do not join where they are
     mapped from a file that many processes share.
 
+    Whatever fails, memory for a group's weights or the model's code, is logged once; all products that this
+    call joined are separate then.
+
     Args:
         model: that nobody else runs meanwhile. What was joined before stays so.
 
     Returns:
         Groups that were joined.
     """
+    joined: list[list[nn.Linear]] = []
     with switching(model), torch.no_grad():
-        before, groups = _probe(model)
-        for group in groups:
-            _join(group)
-        if groups and not _comes_out_as(model, before):
+        try:
+            before, groups = _probe(model)
             for group in groups:
+                _join(group)
+                joined.append(group)
+            if groups:
+                _compare(model, before)
+        except Exception as error:  # noqa: BLE001 - of the model's code, or no memory for a group's weights
+            _log.warning("products stay separate: %s", str(error).strip().split("\n")[0])
+            for group in joined:
                 _part(group)
             return 0
-    return len(groups)
+    return len(joined)
 
 
 def _probe(model: PreTrainedModel) -> tuple[torch.Tensor, list[list[nn.Linear]]]:
@@ -225,18 +238,11 @@ def _part(group: list[nn.Linear]) -> None:
         one.__class__ = nn.Linear
 
 
-def _comes_out_as(model: PreTrainedModel, before: torch.Tensor) -> bool:
-    """Whether the model still makes these logits: its code might need parts that lie together."""
-    try:
-        after = few_logits(model)
-    except RuntimeError as error:
-        _log.warning("products stay separate: the model does not run with joined ones (%s)", error)
-        return False
-    worst = difference(before, after)
-    if worst > tolerance(model.dtype):
-        _log.warning("products stay separate: joined ones come out differently (by %.3g)", worst)
-        return False
-    return True
+def _compare(model: PreTrainedModel, before: torch.Tensor) -> None:
+    """The model must still make these logits: its code might need parts that lie together."""
+    worst = difference(before, few_logits(model))
+    if not worst <= tolerance(model.dtype):  # nor nan
+        raise ArithmeticError(f"logits differ by {worst:.3g} with joined ones")
 
 
 def few_logits(model: PreTrainedModel, tokens: int = _PROBE) -> torch.Tensor:

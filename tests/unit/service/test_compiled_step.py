@@ -111,6 +111,23 @@ def test_other_threads_run_the_models_own_meanwhile(calls: list[tuple[str, int]]
     torch.testing.assert_close(other[0], expected)
 
 
+def test_one_that_is_made_meanwhile_has_the_models_own(calls: list[tuple[str, int]]) -> None:
+    """Models of one class share the rotary embedding."""
+    model, other = tiny_model("llama"), tiny_model("llama")
+    own, found = rotary(model), CompiledStep(model, on=True)
+    functions: list[Any] = []
+
+    def make() -> None:
+        functions.extend(site.own for site in CompiledStep(other, on=True)._sites)
+
+    with found.in_place():
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join(0.5)
+    thread.join()
+    assert own in functions and rotary(model) is own
+
+
 def test_off_nothing_is_compiled(calls: list[tuple[str, int]]) -> None:
     model = tiny_model("llama")
     found = CompiledStep(model, on=False)

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,15 @@ def test_what_is_changed_between_the_parts_counts(
     torch.testing.assert_close(every[1](states), plain(every[1], states))
 
 
+@torch.no_grad()
+def test_a_bias_that_is_removed_is_not_added(model: PreTrainedModel) -> None:
+    second, states = parts(model)[1], torch.randn(1, 4, 64)
+    second.bias.fill_(1)
+    parts(model)[0](states)
+    second.bias = None
+    torch.testing.assert_close(second(states), plain(second, states))
+
+
 def test_another_dtype_is_computed_plainly(model: PreTrainedModel, products: list[int]) -> None:
     expected = logits(model)
     products.clear()
@@ -274,21 +284,63 @@ def test_what_others_hold_on_to_is_left_alone() -> None:
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
 
+def flat(queries: torch.Tensor, *_: torch.Tensor) -> None:
+    queries.transpose(1, 2).view(-1)
+
+
+def checked(queries: torch.Tensor, *_: torch.Tensor) -> None:
+    assert queries.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("needed", [flat, checked])
 def test_a_model_that_needs_parts_in_one_piece_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    needed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = modeling_llama.apply_rotary_pos_emb
 
-    def flat(queries: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        queries.transpose(1, 2).view(-1)
-        found: tuple[torch.Tensor, torch.Tensor] = real(queries, *args)
+    def needing(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        needed(*args)
+        found: tuple[torch.Tensor, torch.Tensor] = real(*args)
         return found
 
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", flat)
-    model = tiny_model("llama")
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", needing)
+    is_left_alone(tiny_model("llama"), caplog)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.0])
+def test_products_that_come_out_wrong_are_separate_again(
+    wrong: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = joined_products.linear
+
+    def spoiled(*args: torch.Tensor | None) -> torch.Tensor:
+        return real(*args) * wrong
+
+    monkeypatch.setattr(joined_products, "linear", spoiled)
+    is_left_alone(tiny_model("llama"), caplog)
+
+
+def test_where_memory_is_full_all_are_separate_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Groups that had room, too: nobody compared them."""
+    real, made = joined_products._laid_together, []
+
+    def full(*args: Any) -> torch.Tensor:
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(joined_products, "_laid_together", full)
+    is_left_alone(tiny_model("llama"), caplog)
+    assert len(made) == 3
+
+
+def is_left_alone(model: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     expected = logits(model)
     assert join_products(model) == 0 and not joined(model)
-    assert "stay separate" in caplog.text
+    assert caplog.text.count("stay separate") == 1
     assert torch.equal(logits(model), expected)
 
 
