@@ -8,8 +8,9 @@ TRITON_INTERPRET=1 python benchmarks/gpu/decode_step.py --smoke --out smoke.json
 Transformers' own modules with random weights, embedding to sampling, the new token's keys and values
 appended, in one CUDA graph; attention is all that differs. Full: the faster of cuDNN's and FlashAttention's
 decode over a contiguous cache. Factors ("8x" and "20x" as `compress` makes them): the decode kernels. Every
-sequence has a document of its own unless `--documents one`; of several lengths, as many of each, the whole
-caches of each length are attended to by a call of their own. Tails grow with every step that is timed.
+sequence has a document of its own unless `--documents one`, which "cascade" and "rebuilt" read once for all;
+of several lengths, as many of each, the whole caches of each length are attended to by a call of their own.
+Tails grow with every step that is timed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ import synthetic
 from compression import LLAMA_8B
 from report import Report, command
 
+from xkv_service.decoding.rebuilt_prefix import States
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.document_table import DocumentTable
+from xkv_service.kernels.shared_attention import Shape, SharedAttention, SharedGroups
 from xkv_service.kernels.tail_attention import tail_attention
 from xkv_service.kernels.tail_table import TailTable
 
@@ -154,6 +157,34 @@ class Cascade:
         return (share * found + (1 - share) * self._rest).to(query.dtype)[:, None]
 
 
+class Rebuilt:
+    """As `Cascade`, by the kernel that the engine runs where a prefix's keys and values are kept rebuilt."""
+
+    def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
+        document, self._tails = Tails(shape, 1, tokens, device), Tails(shape, batch, _CAPACITY, device)
+        self._rooms, self._scaling = self._tails.tables(), shape.dim**-0.5
+        self._rest = torch.empty(batch, shape.query_heads, shape.dim, device=device)
+        self._rest_log = torch.empty(batch, shape.query_heads, device=device)
+        layers = zip(document.keys, document.values, strict=True)
+        states = {layer: States(keys[0], values[0]) for layer, (keys, values) in enumerate(layers)}
+        groups = Shape.of([batch])
+        self._groups = SharedGroups(groups, device)
+        self._groups.overwrite([(states, tokens, range(batch))])
+        heads = shape.kv_heads, shape.query_heads // shape.kv_heads, shape.dim, shape.dim
+        self._attention = SharedAttention(groups, *heads, torch.bfloat16, device)
+        self.nbytes = document.nbytes + self._tails.nbytes
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Side`."""
+        self._tails.append(layer, key, value, lengths)
+        asked = query[:, :, 0].contiguous()
+        tail_attention(asked, self._rooms[layer], lengths + 1, self._rest, self._rest_log, self._scaling)
+        self._attention(asked, self._groups, layer, self._rest, self._rest_log, self._scaling)
+        return self._rest.to(query.dtype)[:, None]
+
+
 class Factors:
     """Factors and the exact tail, by the decode kernels.
 
@@ -261,6 +292,7 @@ def main() -> None:
         _compile(model)
     report = Report("decode_step", command(), "the same step over the whole cache, at its largest batch")
     sizes = [160, 96] if arguments.smoke else [1024 * int(one) for one in arguments.tokens.split(",")]
+    sizes = sizes[:1] if arguments.documents == "one" else sizes
     started, profiles = time.monotonic(), dict[str, dict[str, float]]()
     for name in arguments.sides.split(","):
         for batch in _batches(arguments, name, shape, sizes, device):
@@ -290,7 +322,9 @@ def _arguments() -> argparse.Namespace:
         "--tokens", default="128", help="thousands of tokens of a document; several: as many of each"
     )
     parser.add_argument(
-        "--sides", default="full,bf16,8x,20x,mixed20", help="full, cascade, bf16, 8x, 20x, mixed20, nothing"
+        "--sides",
+        default="full,bf16,8x,20x,mixed20",
+        help="full, cascade, rebuilt, bf16, 8x, 20x, mixed20, nothing",
     )
     parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
     parser.add_argument(
@@ -411,7 +445,7 @@ def _measure(
     tokens = sorted(sizes[number % len(sizes)] for number in range(batch))
     row: dict[str, Any] = {"side": name, "tokens": sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes))}
     row |= {"batch": batch, "documents": arguments.documents}
-    if name not in ("full", "cascade", "nothing"):
+    if name not in ("full", "cascade", "rebuilt", "nothing"):
         row |= {"repeats": arguments.repeats}
     side: Any = None
     step: Any = None
@@ -450,6 +484,8 @@ def _side(
         return Full(shape, tokens, device)
     if name == "cascade":
         return Cascade(shape, len(tokens), tokens[0], device)
+    if name == "rebuilt":
+        return Rebuilt(shape, len(tokens), tokens[0], device)
     return Factors(
         shape, name, tokens, 24 if arguments.smoke else arguments.budget, device,
         one=arguments.documents == "one", repeats=arguments.repeats, tiles=Tiles(),

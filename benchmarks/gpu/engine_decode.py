@@ -5,10 +5,11 @@ python benchmarks/gpu/engine_decode.py --tokens 8,16,32,64 --batches 4,32 --out 
 TRITON_INTERPRET=1 python benchmarks/gpu/engine_decode.py --tiny --out tiny.json       # small, on a CPU
 
 Random weights, documents of random tokens compressed by `compress`; every session has a copy of its factors
-of its own, of several lengths as many of each. Timed on the clock: a step of all sessions with everything
-that the engine does for it, the choice of tokens included (greedy, or drawn with top_p 0.9). By CUDA graphs,
-by kernels without a graph, and in PyTorch. What joins and leaves costs is timed too. `decode_step.py` has
-the fastest whole cache.
+of its own, of several lengths as many of each, or all are on one document (`--documents one`; side "rebuilt":
+its keys and values are rebuilt, a layer a step, and kept). Timed on the clock: a step of all sessions with
+everything that the engine does for it, the choice of tokens included (greedy, or drawn with top_p 0.9). By
+CUDA graphs, by kernels without a graph, and in PyTorch. What joins and leaves costs is timed too.
+`decode_step.py` has the fastest whole cache.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from report import Report, command
 
 from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
 from xkv_service.decoding import kernel_choice
+from xkv_service.engine import rebuilt_prefixes
 from xkv_service.engine.graph_runner import GraphRunner
 from xkv_service.engine.runners import PackedRunner, Runner
 from xkv_service.factors import PrefixFactors
@@ -51,6 +54,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = _model(TINY | {"head_dim": 32} if arguments.tiny else LLAMA_8B, device)
     sizes = [320, 280] if arguments.tiny else [1024 * int(one) for one in arguments.tokens.split(",")]
+    sizes = sizes[:1] if arguments.documents == "one" else sizes
     report = Report("engine_decode", command(), "the same steps by kernels without a graph")
     spec = CompressionSpec(ratio=2.0 if arguments.tiny else arguments.ratio, factor_dtype="int8")
     documents = [compress(model, torch.randint(3, model.config.vocab_size, (size,)), spec) for size in sizes]
@@ -84,7 +88,10 @@ def _arguments() -> argparse.Namespace:
         "--tokens", default="128", help="thousands of tokens of a document; several: as many of each"
     )
     parser.add_argument("--batches", default="1,8,32", help="sessions, comma-separated")
-    parser.add_argument("--sides", default="graph,drawn,kernels,pytorch", help="of these")
+    parser.add_argument("--sides", default="graph,drawn,kernels,pytorch", help="of these, and rebuilt")
+    parser.add_argument(
+        "--documents", choices=("own", "one"), default="own", help="one: all share a document"
+    )
     parser.add_argument(
         "--variants",
         default="plain",
@@ -113,6 +120,10 @@ def _measured(
     before = kernel_choice.DEVICES
     kernel_choice.DEVICES = () if side == "pytorch" else ("cuda", "cpu")
     try:
+        if arguments.documents == "own":
+            factors = [copy.deepcopy(one) for one in factors]
+        if side == "rebuilt" and len(factors) < rebuilt_prefixes.MANY:
+            return None
         return _timed(model, side, factors, selection, 3 if arguments.tiny else arguments.steps)
     except torch.OutOfMemoryError:
         print(f"out of memory: {side}, {len(factors)} sessions", flush=True)
@@ -128,9 +139,11 @@ def _measured(
 def _timed(
     model: PreTrainedModel, side: str, factors: list[PrefixFactors], selection: SelectionSpec, steps: int
 ) -> dict[str, Any]:
-    runner: Runner = GraphRunner(model) if side in ("graph", "drawn") else PackedRunner(model)
+    runner: Runner = PackedRunner(model)
+    if side in ("graph", "drawn", "rebuilt"):
+        runner = GraphRunner(model, 2**35 if side == "rebuilt" else 0)
     contexts = [
-        Context(model, XKVCache.from_factors(model, copy.deepcopy(one), selection), one.token_ids.tolist())
+        Context(model, XKVCache.from_factors(model, one, selection), one.token_ids.tolist())
         for one in factors
     ]
     if model.device.type == "cuda":
@@ -144,12 +157,18 @@ def _timed(
         logits = runner.run(list(zip(contexts, todo, strict=True)))
         todo[:] = [[token] for token in choose(samplers, logits)]
 
-    took = [_seconds(step, model.device) for _ in range(steps + 4)]
+    begun = [_seconds(step, model.device)]
+    while side == "rebuilt" and len(begun) < 100 and not _all_share(runner):
+        begun.append(_seconds(step, model.device))
+    took = [begun[0], *(_seconds(step, model.device) for _ in range(steps + 3))]
     row = {
         "side": side, "batch": len(factors), "ms": 1000 * sorted(took[3:])[len(took[3:]) // 2],
         "first_step_ms": 1000 * took[1],
         "GiB_on_device": torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else 0.0,
     }  # fmt: skip
+    if len(begun) > 1:
+        row |= {"rebuilding_steps": len(begun) - 1, "rebuilding_step_ms": 1000 * median(begun[1:])}
+        row |= {"longest_step_ms": 1000 * max(begun[3:])}
     if side == "graph" and len(contexts) > 2:  # one leaves, then comes back: another graph, or another table
         leaving, rest = contexts.pop(), todo.pop()
         runner.settle(leaving)
@@ -161,6 +180,12 @@ def _timed(
     for context in contexts:
         runner.settle(context)
     return row
+
+
+def _all_share(runner: Runner) -> bool:
+    """Whether the sequences attended to all of their prefix in the last step."""
+    assert isinstance(runner, GraphRunner)
+    return bool(runner._riders) and all(one.rebuilt is not None for one in runner._riders.values())
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

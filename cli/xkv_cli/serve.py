@@ -113,6 +113,15 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     help="Memory of each replica for compressed prefixes.",
 )
 @click.option(
+    "--rebuilt-memory",
+    "rebuilt_bytes",
+    type=SizeType(),
+    default="0",
+    show_default=True,
+    help="GPU memory of each replica for all keys and values of prefixes that 8 or more requests decode from "
+    "at once; 0: each chooses tokens.",
+)
+@click.option(
     "--tail-memory",
     "tail_bytes",
     type=SizeType(),
@@ -204,7 +213,7 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_workers.serving.server import ServeRequest, serving
 
     budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
-    limits = ("max_running", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
+    limits = ("max_running", "rebuilt_bytes", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {

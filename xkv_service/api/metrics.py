@@ -85,6 +85,7 @@ class Metrics:
         ):
             self.sessions.labels(name).set(sum(values))
         self.resident_bytes.labels("prefixes").set(sum(state.prefix_bytes for state in states))
+        self.resident_bytes.labels("rebuilt").set(sum(state.rebuilt_bytes for state in states))
         self.resident_bytes.labels("tails").set(sum(state.tail_bytes for state in states))
         self.stored_tail_bytes.set(max((state.stored_tail_bytes for state in states), default=0))
         self.resident_prefixes.set(len({name for state in states for name in state.prefixes}))

@@ -66,9 +66,10 @@ def tail_states(layer: PrefixLayer) -> list[States]:
     return [(_compact(keys, dtype), _compact(values, dtype)) for keys, values in rows]
 
 
-def tail_row(layer: PrefixLayer, tail: States) -> TailRow:
-    """A row over a tail, behind the tokens that the layer's prefix keeps exact."""
-    return TailRow((layer.selection.prefix.exact_keys, layer.selection.prefix.exact_values), tail)
+def tail_row(layer: PrefixLayer, tail: States, *, alone: bool = False) -> TailRow:
+    """A row over a tail, behind the tokens that the layer's prefix keeps exact, or `alone`."""
+    exact = layer.selection.prefix.exact_keys, layer.selection.prefix.exact_values
+    return TailRow((exact[0][:0], exact[1][:0]) if alone else exact, tail)
 
 
 def _stays(layer: PrefixLayer) -> bool:

@@ -14,7 +14,7 @@ from xkv_service.decoding.kernel_choice import is_interleaved
 from xkv_service.decoding.layer_prefix import LayerPrefix, Turns
 from xkv_service.decoding.select import Selection
 from xkv_service.errors import CacheMisuse
-from xkv_service.kernels.decode_attention import DecodeAttention
+from xkv_service.kernels.decode_attention import DecodeAttention, Shared
 from xkv_service.kernels.document_table import DocumentLayer, DocumentTable
 from xkv_service.kernels.factor_rows import FactorRows
 from xkv_service.kernels.tail_table import TailTable
@@ -108,12 +108,13 @@ class DecodeLaunch:
 
     def run(
         self, index: int, query: torch.Tensor, tails: TailTable, lengths: torch.Tensor, scaling: float, *,
-        repeat: bool,
+        repeat: bool, shared: Shared | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The kernels of one layer: nothing waits for the device.
 
         Args:
-            query: as `attend`. tails, lengths: as `DecodeAttention`. repeat: attend to what was chosen last.
+            query: as `attend`. tails, lengths, shared: as `DecodeAttention`. repeat: attend to what was
+                chosen last.
 
         Returns:
             As `attend`.
@@ -121,7 +122,8 @@ class DecodeLaunch:
         table, query = self.tables[index], query.contiguous()
         out = query.new_empty(*query.shape[:2], table.value_dim)
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call] # Triton launches on the current one
-            return self._kernels_of(index, query, scaling)(query, tails, lengths, table, out, repeat=repeat)
+            kernels = self._kernels_of(index, query, scaling)
+            return kernels(query, tails, lengths, table, out, repeat=repeat, shared=shared)
 
     def _tails_of(self, index: int, layers: Sequence[PrefixLayer]) -> BatchTails:
         kept = self._tails.get(index)

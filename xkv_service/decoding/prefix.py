@@ -43,6 +43,7 @@ class Prefix:
         windows: by layer index, keys (rotated) and values [1, kv_heads, w, D] of sliding layers.
         states: by layer index, of linear-attention layers.
         reuse: layers that attend to what the compressed layer before them chose.
+        longer: the whole prefix of which it is the beginning, or None.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,12 @@ class Prefix:
     windows: dict[int, tuple[torch.Tensor, torch.Tensor]]
     states: Mapping[int, LayerState]
     reuse: frozenset[int] = frozenset()
+    longer: Prefix | None = None
+
+    @property
+    def whole(self) -> Prefix:
+        """The whole prefix: itself, where it is no other one's beginning."""
+        return self.longer or self
 
     @cached_property
     def leaders(self) -> dict[int, int]:
@@ -98,7 +105,7 @@ class Prefix:
         """
         _check_tokens(tokens, self.tokens, self.windows, self.states)
         layers = {index: layer.first(tokens) for index, layer in self.layers.items()}
-        return replace(self, token_ids=self.token_ids[:tokens], layers=layers)
+        return replace(self, token_ids=self.token_ids[:tokens], layers=layers, longer=self.whole)
 
 
 def _check_tokens(

@@ -136,6 +136,7 @@ class Engine:
             kept_tails=len(self._tails),
             prefix_bytes=pool.nbytes if pool is not None else 0,
             tail_bytes=self._tails.nbytes,
+            rebuilt_bytes=self._runner.shared_bytes,
             stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
             counters=counters,
@@ -157,7 +158,7 @@ class Engine:
     def _live(self) -> None:
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
-                runner = self._runner = make_runner(self.loaded.model)
+                runner = self._runner = make_runner(self.loaded.model, self.settings.rebuilt_bytes)
                 if isinstance(runner, PackedRunner):  # by kernels a question is quicker than its load
                     self._head_starts = HeadStarts(self.loaded.model, self.settings.selection)
                 while self._receive():

@@ -20,8 +20,9 @@ from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
 from xkv_service.decoding.kernel_step import Sizes, layout_of
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.compiled_step import CompiledStep
+from xkv_service.engine.rebuilt_prefixes import RebuiltPrefixes
 from xkv_service.engine.runners import PackedRunner, Work
-from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph
+from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph, shared_of
 from xkv_service.kernels.probe import no_memory
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
@@ -46,26 +47,35 @@ class GraphRunner:
     Args:
         model: one that `can_pack` allows, inside `enable_xkv`, on a device where kernels run. Nobody else
             runs it until the runner is made.
+        rebuilt_bytes: on the device, for prefixes whose keys and values are kept rebuilt.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rebuilt_bytes: int = 0) -> None:
         inspected = inspect_loaded(model)
         self._model, self._modules = model, {**inspected.modules, **inspected.windowed}
         self._packed = PackedRunner(model)
         self._compiled = CompiledStep(model, on=kernel_choice.COMPILES)
+        self._rebuilt = RebuiltPrefixes(rebuilt_bytes)
         self._riders: dict[int, Rider] = {}
         self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
-        self._graphs: OrderedDict[tuple[_Layout | int, ...], StepGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], StepGraph] = OrderedDict()
         self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
         self._broken, self._pause = False, 0
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
+
+    @property
+    def shared_bytes(self) -> int:
+        """As `Runner.shared_bytes`."""
+        return self._rebuilt.nbytes
 
     @torch.no_grad()
     def run(self, work: Work) -> torch.Tensor:
         """As `Runner.run`."""
         logits: dict[int, torch.Tensor] = {}
-        for layout, places in self._by_layout(work).items():
+        by_layout = self._by_layout(work)
+        self._rebuilt.heed([work[place][0].cache.prefix for places in by_layout.values() for place in places])
+        for layout, places in by_layout.items():
             found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
             if found is None:
                 break
@@ -180,6 +190,7 @@ class GraphRunner:
         for rider in riders:
             if rider.make_room():
                 self._release(rider)
+        self._share(riders)
         graph = self._graph(layout, riders)
         if not graph.carries(riders):
             graph.bind(riders)
@@ -200,6 +211,14 @@ class GraphRunner:
             rider = self._riders[id(context)] = Rider(context)
         return rider
 
+    def _share(self, riders: list[Rider]) -> None:
+        """Let those attend to all of their prefix whose keys and values are rebuilt."""
+        for rider in riders:
+            rebuilt = self._rebuilt.of(rider.cache.prefix)
+            if rebuilt is not rider.rebuilt:
+                self._release(rider)
+                rider.attend_to(rebuilt)
+
     def _release(self, rider: Rider) -> None:
         """No graph may run by the addresses that it had."""
         for graph in self._graphs.values():
@@ -208,14 +227,15 @@ class GraphRunner:
 
     def _graph(self, layout: _Layout, riders: list[Rider]) -> StepGraph:
         sizes = Sizes(*(_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)))
-        name = (layout, _slots(len(riders)), *sizes)
+        shared = shared_of(riders)
+        name = (layout, _slots(len(riders)), *sizes, shared)
         graph = self._graphs.pop(name, None)
         if graph is None:
             while len(self._graphs) >= _KEPT:
                 self._graphs.popitem(last=False)
             graph = StepGraph(
-                self._model, self._modules, riders, _slots(len(riders)), sizes, self._stream, self._pool,
-                self._compiled,
+                self._model, self._modules, riders, _slots(len(riders)), sizes, shared, self._stream,
+                self._pool, self._compiled,
             )  # fmt: skip
         self._graphs[name] = graph
         return graph
@@ -226,6 +246,7 @@ class GraphRunner:
         for rider in self._riders.values():
             rider.settle()
         self._riders.clear()
+        self._rebuilt.clear()
         self._pool = _new_pool(self._model.device)  # one that no graph has any more cannot be taken again
 
 

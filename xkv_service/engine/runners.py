@@ -29,7 +29,16 @@ Work = Sequence[tuple[Context, list[int]]]
 
 
 class Runner(Protocol):
-    """Runs new tokens of several contexts of one model, inside `enable_xkv`."""
+    """Runs new tokens of several contexts of one model, inside `enable_xkv`.
+
+    Attributes:
+        shared_bytes: on the device, of keys and values that it keeps for sequences on one prefix. May be read
+            from any thread.
+    """
+
+    @property
+    def shared_bytes(self) -> int:
+        """See above."""
 
     def run(self, work: Work) -> torch.Tensor:
         """Run each context over its new ids (at least one).
@@ -45,6 +54,8 @@ class Runner(Protocol):
 class SeparateRunner:
     """A forward for each context: right for every model."""
 
+    shared_bytes = 0
+
     def run(self, work: Work) -> torch.Tensor:
         """As `Runner.run`."""
         return torch.stack([context.advance(ids) for context, ids in work])
@@ -59,6 +70,8 @@ class PackedRunner:
     Args:
         model: one that `can_pack` allows.
     """
+
+    shared_bytes = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         inspected = inspect_loaded(model)
@@ -96,10 +109,14 @@ class PackedRunner:
         """Nothing is lacking."""
 
 
-def make_runner(model: PreTrainedModel) -> Runner:
+def make_runner(model: PreTrainedModel, rebuilt_bytes: int = 0) -> Runner:
     """The fastest runner that is right for the model. Call it inside `enable_xkv`, before others run it.
 
     Where kernels run, the model's products are joined: its weights are on a GPU, and no file's any more.
+
+    Args:
+        rebuilt_bytes: on the device, for keys and values of prefixes that many sequences decode from; where
+            no kernels run nothing is rebuilt.
     """
     reason = _why_separate(model)
     if reason is None and kernels_run(model.device):
@@ -107,7 +124,9 @@ def make_runner(model: PreTrainedModel) -> Runner:
 
         if join_products(model):
             _log.info("products of one input are joined")
-        return GraphRunner(model)
+        return GraphRunner(model, rebuilt_bytes)
+    if rebuilt_bytes:
+        _log.warning("no prefix is kept rebuilt: that takes a GPU, and a model that kernels decode")
     if reason is None:
         return PackedRunner(model)
     _log.info("sequences run one after the other: %s", reason)

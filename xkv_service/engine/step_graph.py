@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from xkv_service.decoding.batch_tails import tail_row
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.kernel_choice import takes
 from xkv_service.decoding.kernel_step import DecodeLaunch, Sizes, document_of, rebuilt_tokens, sizes_of
+from xkv_service.decoding.rebuilt_prefix import RebuiltPrefix
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.packed_cache import RowCache
+from xkv_service.kernels.decode_attention import Shared
+from xkv_service.kernels.document_table import CLOSED, DocumentLayer
+from xkv_service.kernels.shared_attention import Shape, SharedGroups
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
 from xkv_service.sessions.context import Context
@@ -50,6 +55,7 @@ class Rider:
         count: tokens of its tail, those written since included.
         rows: of tables of tails, by layer index. documents: of tables of documents, likewise.
         sizes: that it needs, as `sizes_of`.
+        rebuilt: keys and values of its prefix, where it attends to all of them, and chooses nothing.
 
     Raises:
         ValueError: a tail of another dtype than the products: kernels could read no more than a copy of it.
@@ -62,12 +68,19 @@ class Rider:
         self._end = 0
         self.rows: dict[int, TailRow] = {}
         self.sizes = sizes_of([self.cache])
-        self.documents = {index: document_of(self.cache, index) for index in self.cache.prefix.compressed}
+        self.rebuilt: RebuiltPrefix | None = None
+        self.documents = self._documents()
         self._reserve()
 
     def budget(self, index: int) -> int:
         """Tokens that a layer chooses."""
-        return int(self.cache.layers[index].selection.budget)
+        return 0 if self.rebuilt is not None else int(self.cache.layers[index].selection.budget)
+
+    def attend_to(self, rebuilt: RebuiltPrefix | None) -> None:
+        """From the next step on attend to all of the prefix, or to what is chosen (None): bind it anew."""
+        self.rebuilt = rebuilt
+        self.documents = self._documents()
+        self.rows = {index: self._row(index) for index in self.rows}
 
     def make_room(self) -> bool:
         """Before a step: whether what it holds had to move, so that it would have room for a token more."""
@@ -87,7 +100,7 @@ class Rider:
             layer: Any = self.cache.layers[index]
             layer.extend(new)
             if new:
-                layer.ran_by_kernels(rebuilt_tokens(layer.selection))
+                layer.ran_by_kernels(0 if self.rebuilt is not None else rebuilt_tokens(layer.selection))
         self._held, self.rows = self.count, {}
 
     def _reserve(self) -> None:
@@ -95,8 +108,18 @@ class Rider:
         for index in self.cache.prefix.compressed:
             layer: Any = self.cache.layers[index]
             free.append(layer.reserve())
-            self.rows[index] = tail_row(layer, (layer.keys[0], layer.values[0]))
+            self.rows[index] = self._row(index)
         self._end = self._held + min(free)
+
+    def _row(self, index: int) -> TailRow:
+        layer: Any = self.cache.layers[index]
+        return tail_row(layer, (layer.keys[0], layer.values[0]), alone=self.rebuilt is not None)
+
+    def _documents(self) -> dict[int, DocumentLayer]:
+        found = {index: document_of(self.cache, index) for index in self.cache.prefix.compressed}
+        return (
+            found if self.rebuilt is None else {index: _without_tokens(one) for index, one in found.items()}
+        )
 
 
 class StepGraph:
@@ -107,6 +130,7 @@ class StepGraph:
     Args:
         model: inside `enable_xkv`. modules: attention modules by layer index.
         riders: of one layout, whose next step it runs first. slots: room for so many.
+        shared: what is shared of rebuilt prefixes, as `shared_of`.
         sizes: of buffers, as `sizes_of`. stream, pool: where graphs are captured, and the memory that they
             share; None on a CPU. compiled: what stands in the place of the model's own code.
 
@@ -116,7 +140,8 @@ class StepGraph:
 
     def __init__(
         self, model: PreTrainedModel, modules: dict[int, nn.Module], riders: Sequence[Rider], slots: int,
-        sizes: Sizes, stream: torch.cuda.Stream | None, pool: Any, compiled: CompiledStep,
+        sizes: Sizes, shared: tuple[Shape, bool] | None, stream: torch.cuda.Stream | None, pool: Any,
+        compiled: CompiledStep,
     ) -> None:  # fmt: skip
         self.slots, self._model, self._modules = slots, model, modules
         device, padded = model.device, _padded(riders, slots)
@@ -125,6 +150,8 @@ class StepGraph:
             index: TailTable([one.rows[index] for one in padded], device) for index in riders[0].rows
         }
         self._repeats = {index: bool(riders[0].cache.layers[index].selection.reuses) for index in self._tails}
+        self._groups = None if shared is None else SharedGroups(shared[0], device)
+        self._all_shared = shared is not None and shared[1]
         self._read = torch.zeros(3, slots, dtype=torch.int64, device=device)
         self._riders: list[Rider] = []
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -148,6 +175,13 @@ class StepGraph:
             lengths = [one.documents[index].tokens for one in riders] + [1] * none  # next to no work
             table.overwrite(documents, budgets, lengths)
             self._tails[index].overwrite([one.rows[index] for one in padded])
+        if self._groups is not None:
+            self._groups.overwrite(
+                [
+                    (rebuilt.layers, riders[places[0]].cache.prefix.tokens, places)
+                    for rebuilt, places in _sharing(riders)
+                ]
+            )
         self._riders = list(riders)
 
     def release(self) -> None:
@@ -155,6 +189,8 @@ class StepGraph:
         self._riders = []
         for table in self._launch.tables.values():
             table.forget()
+        if self._groups is not None:
+            self._groups.forget()
 
     def run(self, ids: Sequence[int]) -> torch.Tensor:
         """A step of the riders that are bound, each with its next id; `Rider.count` stays.
@@ -206,7 +242,15 @@ class StepGraph:
         counts = counts.int()
         lengths = counts + 1
         layers = [
-            _GraphLayer(index, self._launch, tails, counts, lengths, repeat=self._repeats[index])
+            _GraphLayer(
+                index,
+                self._launch,
+                tails,
+                counts,
+                lengths,
+                repeat=self._repeats[index],
+                shared=None if self._groups is None else Shared(self._groups, index, self._all_shared),
+            )
             for index, tails in self._tails.items()
         ]
         with self._compiled.in_place():
@@ -226,10 +270,10 @@ class _GraphLayer:
 
     def __init__(
         self, index: int, launch: DecodeLaunch, tails: TailTable, counts: torch.Tensor, lengths: torch.Tensor,
-        *, repeat: bool,
+        *, repeat: bool, shared: Shared | None,
     ) -> None:  # fmt: skip
         self.index, self._launch, self._tails, self._repeat = index, launch, tails, repeat
-        self._counts, self._lengths = counts, lengths
+        self._counts, self._lengths, self._shared = counts, lengths, shared
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """As `RowLayer.append`."""
@@ -241,8 +285,29 @@ class _GraphLayer:
             raise OtherScores(call.scoring)
         query = call.query[0].transpose(0, 1)
         return self._launch.run(
-            self.index, query, self._tails, self._lengths, call.scoring.scaling, repeat=self._repeat
-        )[None]
+            self.index, query, self._tails, self._lengths, call.scoring.scaling, repeat=self._repeat,
+            shared=self._shared,
+        )[None]  # fmt: skip
+
+
+def shared_of(riders: Sequence[Rider]) -> tuple[Shape, bool] | None:
+    """The shape of groups that attend to all of a prefix, and whether all riders do; None: nobody does."""
+    counts = [len(places) for _, places in _sharing(riders)]
+    return (Shape.of(counts), sum(counts) == len(riders)) if counts else None
+
+
+def _sharing(riders: Sequence[Rider]) -> list[tuple[RebuiltPrefix, list[int]]]:
+    """Rebuilt prefixes, and the places of riders that attend to as much of them."""
+    found: dict[object, tuple[RebuiltPrefix, list[int]]] = {}
+    for place, rider in enumerate(riders):
+        if rider.rebuilt is not None:
+            found.setdefault(rider.cache.prefix, (rider.rebuilt, []))[1].append(place)
+    return list(found.values())
+
+
+def _without_tokens(document: DocumentLayer) -> DocumentLayer:
+    """The same tensors, and one token that nobody may choose."""
+    return replace(document, states=document.states.new_full((1,), CLOSED))
 
 
 def _padded(riders: Sequence[Rider], slots: int) -> list[Rider]:

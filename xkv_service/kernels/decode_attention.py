@@ -17,6 +17,7 @@ from xkv_service.kernels.landmark_scores import LandmarkScores
 from xkv_service.kernels.latent_values import LatentValues
 from xkv_service.kernels.projected_output import projected_output
 from xkv_service.kernels.rebuilt_scores import rebuilt_scores
+from xkv_service.kernels.shared_attention import SharedAttention, SharedGroups
 from xkv_service.kernels.sketch_scores import SketchScores
 from xkv_service.kernels.tail_attention import tail_attention
 from xkv_service.kernels.tail_table import TailTable
@@ -35,6 +36,19 @@ class Tiles:
     values: dict[str, int] = field(default_factory=dict)
     splits: int = 4
     output: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The sessions of a launch that attend to all of a document, and choose nothing.
+
+    Args:
+        groups: they. layer: index of the layer. all_sessions: whether no other session is in the launch.
+    """
+
+    groups: SharedGroups
+    layer: int
+    all_sessions: bool
 
 
 class DecodeAttention:
@@ -77,10 +91,12 @@ class DecodeAttention:
         self.scores = torch.empty(sessions, query_heads, most, device=device)
         self._rest = torch.empty(sessions, query_heads, value_dim, device=device)
         self._rest_log = torch.empty(sessions, query_heads, device=device)
+        self._heads = heads, query_heads // heads, dim, value_dim, table.dtype
+        self._shared: SharedAttention | None = None
 
     def __call__(
         self, query: torch.Tensor, tails: TailTable, lengths: torch.Tensor, table: DocumentTable,
-        out: torch.Tensor, *, repeat: bool = False,
+        out: torch.Tensor, *, repeat: bool = False, shared: Shared | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Attend.
 
@@ -88,16 +104,26 @@ class DecodeAttention:
             query: [sessions, query_heads, D], rotated, contiguous. tails, lengths: as `tail_attention`.
             table: the layer's. out: [sessions, query_heads, Dv], contiguous.
             repeat: attend to what the layer before chose: this one has no index.
+            shared: the sessions that attend to all of a document.
 
         Returns:
             `out`.
         """
         tail_attention(query, tails, lengths, self._rest, self._rest_log, self._scaling)
+        if shared is not None:
+            self._share(query, shared)
+            if shared.all_sessions:
+                return out.copy_(self._rest)
         if not repeat:
             self.index(query, self._rest_log, table)
             self.chosen(self.index.shares, table)
         self.attend(query, table, out)
         return out
+
+    def _share(self, query: torch.Tensor, shared: Shared) -> None:
+        if self._shared is None or self._shared.shape != shared.groups.shape:
+            self._shared = SharedAttention(shared.groups.shape, *self._heads, query.device)
+        self._shared(query, shared.groups, shared.layer, self._rest, self._rest_log, self._scaling)
 
     def attend(self, query: torch.Tensor, table: DocumentTable, out: torch.Tensor) -> None:
         """The stages behind the choice."""

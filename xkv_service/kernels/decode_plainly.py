@@ -31,6 +31,20 @@ def tail_attention_plainly(
     return out.flatten(1, 2), found.logsumexp(-1).flatten(1)
 
 
+def shared_attention_plainly(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rest: torch.Tensor,
+    rest_log: torch.Tensor, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attention [query_heads, Dv] of one session over a document's keys [kv_heads, T, D] and values, and over
+    what it has attended to; and the log-sum of both.
+    """
+    grouped = query.float().reshape(keys.shape[0], -1, query.shape[1])
+    found = grouped @ keys.float().transpose(1, 2) * scaling
+    own, log = (found.softmax(-1) @ values.float()).flatten(0, 1), found.logsumexp(-1).flatten()
+    share = torch.sigmoid(log - rest_log)[:, None]
+    return own * share + rest * (1 - share), torch.logaddexp(log, rest_log)
+
+
 def index_shares_plainly(
     query: torch.Tensor, others: torch.Tensor, document: DocumentLayer, scaling: float
 ) -> torch.Tensor:

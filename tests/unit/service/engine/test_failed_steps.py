@@ -89,7 +89,7 @@ def test_what_cannot_be_settled_is_lost_and_nothing_else(
         def settle(self, context: Context) -> None:
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr("xkv_service.engine.engine.make_runner", lambda model: Lost())
+    monkeypatch.setattr("xkv_service.engine.engine.make_runner", lambda model, rebuilt_bytes: Lost())
     expected = generated(talker, PROMPT)
     with Engine(talker.loaded, SETTINGS) as engine:
         for _ in range(2):

@@ -1,0 +1,240 @@
+"""Many sequences on one prefix attend to all of it, whose keys and values are kept rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import kernel_samples as samples
+import pytest
+import torch
+from compressed import random_ids
+from families import tiny_model
+from transformers import PreTrainedModel
+
+from xkv_service import CompressionSpec, SelectionSpec, XKVCache, compress, enable_xkv
+from xkv_service.decoding import kernel_choice
+from xkv_service.decoding.prefix import Prefix
+from xkv_service.decoding.rebuilt_prefix import RebuiltPrefix, rebuilt_bytes
+from xkv_service.decoding.select import Selection
+from xkv_service.engine import graph_runner, rebuilt_prefixes
+from xkv_service.engine.graph_runner import GraphRunner
+from xkv_service.engine.rebuilt_prefixes import RebuiltPrefixes
+from xkv_service.factors import PrefixFactors
+from xkv_service.sessions.context import Context
+
+EXACT = 1e-4
+"""Relative error of logits of two layers in float32."""
+CHOOSING = SelectionSpec(budget=40, recent=8)
+DENSE = SelectionSpec(selector="dense")
+PLENTY = 2**30
+
+
+@pytest.fixture(scope="module")
+def model(device: torch.device) -> PreTrainedModel:
+    return tiny_model("llama", head_dim=32, num_hidden_layers=2).to(device)
+
+
+@pytest.fixture(scope="module")
+def prefixes(model: PreTrainedModel) -> list[PrefixFactors]:
+    """Two of one layout."""
+    return [
+        compress(
+            model,
+            random_ids(size, seed=size),
+            CompressionSpec(rank_k=24, rank_v=40, group_size=2, factor_dtype="int8"),
+        )
+        for size in (120, 100)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def kernels(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kernel_choice, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(rebuilt_prefixes, "MANY", 3)
+    monkeypatch.setattr(rebuilt_prefixes, "_FEW", 2)
+    with torch.no_grad(), enable_xkv(model):
+        yield
+
+
+def context(model: PreTrainedModel, factors: PrefixFactors, tokens: int) -> Context:
+    cache = XKVCache.from_factors(model, factors, CHOOSING, tokens=tokens)
+    return Context(model, cache, factors.token_ids[:tokens].tolist())
+
+
+class Sequences:
+    """Sequences by the runner, each step held against PyTorch behind the very same tail.
+
+    Args:
+        owners: number of the prefix, and tokens of it, of each sequence.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, factors: list[PrefixFactors], owners: list[tuple[int, int]]
+    ) -> None:
+        self.runner, self._step = GraphRunner(model, PLENTY), 0
+        self.contexts = [context(model, factors[number], tokens) for number, tokens in owners]
+        self.step(range(len(owners)), count=3)
+
+    def step(self, places: Iterable[int], count: int = 1) -> list[str]:
+        """What each sequence attended to: "all" tokens, "chosen" ones, or "neither"."""
+        self._step += 1
+        work = [
+            (self.contexts[place], random_ids(count, seed=100 * self._step + place).tolist())
+            for place in places
+        ]
+        for one, _ in work[self._step % 2 :: 2]:  # the others go on as they are
+            self.runner.settle(one)
+        references = [self._references(one, ids) for one, ids in work]
+        found = self.runner.run(work)
+        return [self._nearest(mine, *both) for mine, both in zip(found, references, strict=True)]
+
+    def _references(self, one: Context, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rider = self.runner._riders.get(id(one))
+        both = []
+        for spec in (DENSE, CHOOSING):
+            other = one.fork()
+            other.ids = list(one.ids)
+            for layer in other.cache.layers:
+                if rider is not None:
+                    room = one.cache.layers[layer.index]._room
+                    layer.keys, layer.values = (
+                        states[:, :, : rider.count].clone() for states in (room.keys, room.values)
+                    )
+                layer.selection = Selection(layer.selection.prefix, spec)
+            both.append(plainly(other, ids))
+        return both[0], both[1]
+
+    @staticmethod
+    def _nearest(found: torch.Tensor, dense: torch.Tensor, choosing: torch.Tensor) -> str:
+        if samples.relative(found, dense) < EXACT:
+            return "all"
+        return "chosen" if samples.relative(found, choosing) < 0.1 else "neither"
+
+
+def plainly(one: Context, ids: list[int]) -> torch.Tensor:
+    before, kernel_choice.DEVICES = kernel_choice.DEVICES, ()
+    try:
+        return one.advance(ids)
+    finally:
+        kernel_choice.DEVICES = before
+
+
+def test_a_rebuilt_prefix_has_the_keys_and_values_of_its_factors(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xkv_service.decoding.rebuilt_prefix._CHUNK", 50)
+    prefix = Prefix.of(model, prefixes[0])
+    made = RebuiltPrefix(prefix)
+    while not made.complete:
+        made.rebuild_next(prefix)
+    every = torch.arange(prefix.tokens, device=model.device)
+    for index, states in made.layers.items():
+        layer = prefix.layers[index]
+        keys, values = layer.keys(every), layer.value_factors(every) @ layer.value_bases
+        assert len(layer.exact_positions)
+        keys[layer.exact_positions], values[:, layer.exact_positions] = (
+            layer.exact_keys,
+            layer.exact_values.transpose(0, 1),
+        )
+        assert samples.relative(states.keys.transpose(0, 1), keys) < 1e-6
+        assert samples.relative(states.values, values) < 1e-6
+    assert rebuilt_bytes(prefix) == sum(
+        states.keys.nbytes + states.values.nbytes for states in made.layers.values()
+    )
+
+
+def test_many_sequences_attend_to_all_of_their_prefix(
+    model: PreTrainedModel, prefixes: list[PrefixFactors]
+) -> None:
+    """Beside one that chooses, and on beginnings of different lengths; with few of them tokens are chosen."""
+    sequences = Sequences(model, prefixes, [(0, 120), (0, 120), (1, 100), (0, 111), (0, 111)])
+    rebuilt, mixed = sequences.runner._rebuilt, ["all", "all", "chosen", "all", "all"]
+    for _ in range(2):  # there are many, and the first of two layers
+        assert sequences.step(range(5)) == ["chosen"] * 5
+    for _ in range(3):
+        assert sequences.step(range(5)) == mixed
+    first = sequences.contexts[0].cache
+    assert len(rebuilt._kept) == 1 and sequences.runner.shared_bytes == rebuilt_bytes(first.prefix.whole)
+    assert sequences.step([0, 1, 3]) == ["all"] * 3
+    assert sequences.step([0, 3]) == ["all"] * 2
+    assert sequences.step([3, 4, 0, 2, 1]) == ["all", "all", "all", "chosen", "all"]
+    sequences.runner.settle(sequences.contexts[0])
+    assert first.rebuilt_tokens == 0
+    assert sequences.step([0, 2]) == ["chosen"] * 2
+    assert sequences.step([0, 1]) == ["chosen"] * 2
+    assert sequences.step([0, 1, 3]) == ["all"] * 3
+
+
+def test_the_budget_is_kept(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
+    """A prefix that nobody decodes from makes room; one that somebody does from stays."""
+    one, other = (Prefix.of(model, factors) for factors in prefixes)
+    kept = RebuiltPrefixes(rebuilt_bytes(one))
+    for _ in range(4):
+        kept.heed([one] * 3 + [other] * 2)
+    assert kept.of(one) is not None and kept.nbytes == rebuilt_bytes(one)
+    for _ in range(4):
+        kept.heed([one] + [other] * 3)
+    assert kept.of(other) is None and kept.of(one) is None and kept.nbytes == rebuilt_bytes(one)
+    for _ in range(4):
+        kept.heed([other] * 3)
+    assert kept.of(other) is not None and kept.nbytes == rebuilt_bytes(other)
+    small = RebuiltPrefixes(rebuilt_bytes(one) - 1)
+    for _ in range(4):
+        small.heed([one] * 3)
+    assert small.of(one) is None and not small.nbytes
+
+
+def test_nothing_is_rebuilt_without_a_budget(model: PreTrainedModel, prefixes: list[PrefixFactors]) -> None:
+    prefix, kept = Prefix.of(model, prefixes[0]), RebuiltPrefixes(0)
+    for _ in range(4):
+        kept.heed([prefix] * 9)
+    assert kept.of(prefix) is None and not kept.nbytes
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_without_memory_tokens_are_chosen(
+    error: type[Exception], model: PreTrainedModel, prefixes: list[PrefixFactors],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise error("CUDA error: out of memory")
+
+    monkeypatch.setattr(rebuilt_prefixes, "_PAUSE", 3)
+    prefix, kept = Prefix.of(model, prefixes[0]), RebuiltPrefixes(PLENTY)
+    with monkeypatch.context() as patched:
+        patched.setattr(RebuiltPrefix, "rebuild_next", full)
+        for _ in range(3):
+            kept.heed([prefix] * 3)
+    assert not kept.nbytes and "no memory" in caplog.text
+    for _ in range(8):
+        kept.heed([prefix] * 3)
+    assert kept.of(prefix) is not None
+
+
+def test_graphs_that_have_no_memory_take_rebuilt_prefixes_with_them(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = Sequences(model, prefixes, [(0, 120)] * 3)
+    for attended in ("chosen", "chosen", "all"):
+        assert sequences.step(range(3)) == [attended] * 3
+    assert sequences.runner.shared_bytes
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph_runner.StepGraph, "run", full)
+        assert sequences.step(range(3)) == ["chosen"] * 3
+    assert not sequences.runner.shared_bytes
+    assert sequences.step(range(3)) == ["chosen"] * 3
+
+
+def test_a_prefix_that_cannot_be_rebuilt_ends_no_sequence(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(RebuiltPrefix, "rebuild_next", lambda *_: 1 / 0)
+    sequences = Sequences(model, prefixes, [(0, 120)] * 3)
+    for _ in range(4):
+        assert sequences.step(range(3)) == ["chosen"] * 3
+    assert "none is from now on" in caplog.text and not sequences.runner.shared_bytes
