@@ -119,7 +119,7 @@ def _landed(
         extents = extents_of(_wanted(manifest, header, list(names)), landing.place, CHUNK_BYTES)
         return [partial(read, one) for one in jobs_of(extents, CHUNK_BYTES)]
 
-    with closing(read_ahead(map(jobs, parts), landing.threads)) as found:
+    with closing(read_ahead(map(jobs, parts), landing.threads, together=landing.together)) as found:
         for part in found:
             tensors = dict(chain.from_iterable(part))
             if TOKENS in tensors:

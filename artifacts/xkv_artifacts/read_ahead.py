@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ class Landing(Protocol):
 
     Attributes:
         threads: that read and check at a time. `buffer` and `placed` are called on them.
+        together: whether no part is handed over before all are read.
     """
 
     threads: int
+    together: bool
 
     def place(self, name: str) -> str:
         """Where a tensor goes to. Neighbours in the file that go to the same place share a buffer."""
@@ -38,18 +40,25 @@ class Landing(Protocol):
         """The memory that is handed over in place of a buffer whose tensors were read and checked."""
 
 
-def read_ahead(parts: Iterable[Sequence[Job[Result]]], threads: int) -> Generator[list[Result], None, None]:
+def read_ahead(
+    parts: Iterable[Sequence[Job[Result]]], threads: int, *, together: bool = False
+) -> Generator[list[Result], None, None]:
     """The results of each part's jobs, in order. While a part is used, the jobs of the next `AHEAD` run.
 
     Closing it waits for jobs that have begun. An error of a job is raised in its part's place.
+
+    Args:
+        together: run all jobs before the first part is used.
     """
     crew: _Crew[Result] = _Crew(threads)
     begun: deque[list[Future[Result]]] = deque()
     try:
         for part in parts:
             begun.append([crew.submit(job) for job in part])
-            if len(begun) > AHEAD:
+            if len(begun) > AHEAD and not together:
                 yield [future.result() for future in begun.popleft()]
+        if together:
+            wait([future for part in begun for future in part])
         while begun:
             yield [future.result() for future in begun.popleft()]
     finally:

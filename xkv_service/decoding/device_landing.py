@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from xkv_service.decoding.kernel_choice import kernels_run
 from xkv_service.decoding.placing import Copies
 
 MOST_THREADS = 16
@@ -25,10 +26,12 @@ class DeviceLanding:
 
     Args:
         device: a CUDA device.
+        together: whether no part is handed over before all are read: who uses it meanwhile shares Python's
+            lock with the threads that read, and takes eight times as long.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    def __init__(self, device: torch.device, *, together: bool = False) -> None:
+        self.threads, self.together = min(MOST_THREADS, len(os.sched_getaffinity(0))), together
         self._copies = Copies(device)
 
     def place(self, name: str) -> str:
@@ -58,5 +61,8 @@ def place_of(name: str) -> str:
 
 
 def landing_for(device: torch.device) -> DeviceLanding | None:
-    """Where a prefix for `device` is read to; None: to the CPU's memory, part by part."""
-    return DeviceLanding(device) if device.type == "cuda" else None
+    """Where a prefix for `device` is read to; None: to the CPU's memory, part by part.
+
+    Where kernels run nobody begins a forward beside a load, so its parts may come together.
+    """
+    return DeviceLanding(device, together=kernels_run(device)) if device.type == "cuda" else None

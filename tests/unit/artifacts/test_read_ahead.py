@@ -27,6 +27,7 @@ class Kept:
     """A landing that notes what came to it."""
 
     threads = 3
+    together = False
 
     def __init__(self) -> None:
         self.buffers: dict[str, list[torch.Tensor]] = {}
@@ -127,3 +128,21 @@ def _within(tensor: torch.Tensor, buffer: torch.Tensor) -> bool:
 
 def _readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("blob-reader")]
+
+
+def test_parts_that_come_together_are_all_read_before_the_first() -> None:
+    """An error still comes in its part's place."""
+    done: list[int] = []
+
+    def fail() -> int:
+        raise ValueError("damaged")
+
+    def job(number: int) -> Callable[[], int]:
+        return lambda: done.append(number) or number
+
+    jobs: list[list[Callable[[], int]]] = [[job(number)] for number in range(10)]
+    parts = read_ahead([*jobs, [fail], [job(10)]], threads=2, together=True)
+    assert next(parts) == [0] and sorted(done) == list(range(11))
+    assert [next(parts) for _ in range(9)] == [[number] for number in range(1, 10)]
+    with pytest.raises(ValueError, match="damaged"):
+        next(parts)
