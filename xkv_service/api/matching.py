@@ -258,7 +258,7 @@ class PrefixFinder:
     def _facts_of_own(self, prefix_id: str, namespace: str, prompt: array[int]) -> _Facts | Miss:
         """Facts of an artifact that this namespace may use. Of others no more is asked than of none at all:
         neither the answer nor the time it takes tells them apart."""
-        gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: it was removed, or is not ready yet")
+        gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: removed, not ready, or never there")
         allowed = (namespace, self._settings.public_namespace)
         if not self._store.catalog.namespaces.holds(allowed, prefix_id):
             return gone

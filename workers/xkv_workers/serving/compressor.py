@@ -59,12 +59,22 @@ class Compressor:
             self._maker.close()
             self._store.close()
 
+    def _list_lost(self) -> None:
+        try:
+            listed = self._store.list_if_lost()
+        except XKVError as error:
+            _log.warning("the store could not be listed: %s", error.message)
+        else:
+            if listed is not None:
+                _log.warning("the catalog did not know this store: %d prefixes are listed", listed.artifacts)
+
     def _collect(self) -> None:
+        self._list_lost()  # a Redis that never knew this store would have no prefix to offer for a minute
         for number in itertools.count(1):
             if self._ending.wait(COLLECT_S):
                 return
+            self._list_lost()
             try:
-                listed = self._store.list_if_lost()
                 returned = self._store.list_returned()
                 self._records.remove_left()
                 found = self._store.collect()
@@ -73,10 +83,6 @@ class Compressor:
             except XKVError as error:
                 _log.warning("nothing was collected: %s", error.message)
             else:
-                if listed is not None:
-                    _log.warning(
-                        "the catalog did not know this store: %d prefixes are listed", listed.artifacts
-                    )
                 if returned:
                     _log.warning("%d prefixes whose files were missing are there again", returned)
                 if found.removed:
