@@ -167,7 +167,7 @@ class Rebuilt:
         self._rest_log = torch.empty(batch, shape.query_heads, device=device)
         layers = zip(document.keys, document.values, strict=True)
         states = {layer: States(keys[0], values[0]) for layer, (keys, values) in enumerate(layers)}
-        groups = Shape.of([batch])
+        groups = Shape.of([batch], shape.query_heads // shape.kv_heads)
         self._groups = SharedGroups(groups, device)
         self._groups.overwrite([(states, tokens, range(batch))])
         heads = shape.kv_heads, shape.query_heads // shape.kv_heads, shape.dim, shape.dim

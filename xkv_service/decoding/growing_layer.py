@@ -99,22 +99,31 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         mine = self._room is not None and self.keys.data_ptr() == self._room.keys.data_ptr()
         return Held(self._room if mine else None, int(DynamicLayer.get_seq_length(self)))
 
-    def reserve(self) -> int:
+    def reserve(self, tokens: int = 1) -> int:
         """Claim room behind the tokens held, for somebody who writes there by address, then tells `extend`.
 
         Until then nothing else may be appended.
 
+        Args:
+            tokens: to be written next.
+
         Returns:
-            Tokens that may be written: at least `_LEAST_ROOM`.
+            Tokens that may be written: at least as many, and at least `_LEAST_ROOM`.
         """
-        held = int(DynamicLayer.get_seq_length(self))
+        held, least = int(DynamicLayer.get_seq_length(self)), max(_LEAST_ROOM, tokens)
         free = 0 if self._room is None else self._room.keys.shape[-2] - held
-        if self._room is None or free < _LEAST_ROOM or not self._room.claim(self.keys, free):
-            self._room = _Room(self.keys, self.values, held + _LEAST_ROOM)
+        if self._room is None or free < least or not self._room.claim(self.keys, free):
+            self._room = _Room(self.keys, self.values, held + least)
             free = self._room.keys.shape[-2] - held
             self.keys, self.values = (one[..., :held, :] for one in (self._room.keys, self._room.values))
             self._room.claim(self.keys, free)
         return free
+
+    @property
+    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [rows, kv_heads, capacity, D] of the reserved room, the tokens held before it."""
+        assert self._room is not None
+        return self._room.keys, self._room.values
 
     def extend(self, tokens: int) -> None:
         """The first `tokens` tokens of the reserved room have been written; the rest is free again."""

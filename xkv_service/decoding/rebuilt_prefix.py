@@ -29,20 +29,21 @@ class RebuiltPrefix:
     """The keys and values of a prefix, layer by layer. It does not keep the prefix alive.
 
     Args:
-        prefix: whole, of layers that kernels take.
+        prefix: whole, of layers that kernels take; memory for all of them is taken at once.
 
     Attributes:
-        layers: by layer index, those that are rebuilt.
+        layers: by layer index.
+        complete: whether all are rebuilt: others hold nothing yet.
     """
 
     def __init__(self, prefix: Prefix) -> None:
-        self.layers: dict[int, States] = {}
-        self._all = len(prefix.compressed)
+        self.layers = {index: _room(_layer(prefix, index)) for index in prefix.compressed}
+        self._left = list(self.layers)
 
     @property
     def complete(self) -> bool:
-        """Whether all layers are rebuilt."""
-        return len(self.layers) == self._all
+        """See above."""
+        return not self._left
 
     def rebuild_next(self, prefix: Prefix) -> None:
         """Rebuild one layer more.
@@ -50,31 +51,35 @@ class RebuiltPrefix:
         Args:
             prefix: the one that it was made for.
         """
-        index = prefix.compressed[len(self.layers)]
-        layer = prefix.layers[index]
-        assert isinstance(layer, LayerPrefix)
-        self.layers[index] = rebuilt_states(layer)
+        _rebuild(_layer(prefix, self._left[0]), self.layers[self._left[0]])
+        del self._left[0]
 
 
-def rebuilt_states(layer: LayerPrefix) -> States:
+def _layer(prefix: Prefix, index: int) -> LayerPrefix:
+    layer = prefix.layers[index]
+    assert isinstance(layer, LayerPrefix)
+    return layer
+
+
+def _room(layer: LayerPrefix) -> States:
+    size = layer.kv_heads, layer.tokens
+    return States(
+        layer.exact_keys.new_empty(*size, layer.head_dim, dtype=layer.dtype),
+        layer.exact_values.new_empty(*size, layer.value_bases.shape[2], dtype=layer.dtype),
+    )
+
+
+def _rebuild(layer: LayerPrefix, states: States) -> None:
     """All keys, rotated, and values of one layer: exact tokens as they are, the others from their factors."""
-    heads, dtype = layer.kv_heads, layer.dtype
-    keys = layer.exact_keys.new_empty(heads, layer.tokens, layer.head_dim, dtype=dtype)
-    values = layer.exact_values.new_empty(heads, layer.tokens, layer.value_bases.shape[2], dtype=dtype)
     for positions in torch.split(layer.positions, _CHUNK):
-        keys[:, positions] = layer.keys(positions).transpose(0, 1)
-        values[:, positions] = layer.value_factors(positions) @ layer.value_bases
-    keys[:, layer.exact_positions] = layer.exact_keys.transpose(0, 1)
-    values[:, layer.exact_positions] = layer.exact_values.transpose(0, 1)
-    return States(keys, values)
+        states.keys[:, positions] = layer.keys(positions).transpose(0, 1)
+        states.values[:, positions] = layer.value_factors(positions) @ layer.value_bases
+    states.keys[:, layer.exact_positions] = layer.exact_keys.transpose(0, 1)
+    states.values[:, layer.exact_positions] = layer.exact_values.transpose(0, 1)
 
 
 def rebuilt_bytes(prefix: Prefix) -> int:
     """Bytes of all keys and values of a prefix of layers that kernels take."""
-    total = 0
-    for index in prefix.compressed:
-        layer = prefix.layers[index]
-        assert isinstance(layer, LayerPrefix)
-        width = layer.kv_heads * (layer.head_dim + layer.value_bases.shape[2])
-        total += prefix.tokens * width * layer.dtype.itemsize
-    return total
+    layers = [_layer(prefix, index) for index in prefix.compressed]
+    widths = [one.kv_heads * (one.head_dim + one.value_bases.shape[2]) * one.dtype.itemsize for one in layers]
+    return prefix.tokens * sum(widths)

@@ -1,11 +1,12 @@
-"""`GraphRunner`: sequences that decode by kernels run by CUDA graphs, all others in one ordinary forward."""
+"""`GraphRunner`: sequences that kernels take run by CUDA graphs, all others in one ordinary forward."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -17,7 +18,8 @@ from xkv_service.decoding import kernel_choice
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.cache_layer import PrefixLayer
 from xkv_service.decoding.kernel_choice import MOST_TOKENS, turned_off, why_not
-from xkv_service.decoding.kernel_step import Sizes, layout_of
+from xkv_service.decoding.kernel_step import Sizes, layout_of, sizes_of
+from xkv_service.decoding.prefix import product_dtype
 from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.rebuilt_prefixes import RebuiltPrefixes
@@ -28,8 +30,14 @@ from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 
 _log = logging.getLogger(__name__)
-_KEPT = 6
+_KEPT = 12
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
+
+_ASKED = 2
+"""From which question of a size on a graph runs them: to capture one takes as long as a few questions."""
+
+_SIZES = 256
+"""Sizes of questions that are counted at most."""
 
 _PAUSE = 256
 """Steps without graphs where there was no memory for one: they take longer than trying does."""
@@ -60,8 +68,11 @@ class GraphRunner:
         self._layouts: WeakKeyDictionary[XKVCache, _Layout | None] = WeakKeyDictionary()
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
         self._graphs: OrderedDict[tuple[object, ...], StepGraph] = OrderedDict()
+        self._asked: Counter[tuple[object, ...]] = Counter()
         self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
         self._broken, self._pause = False, 0
+        self._heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
+        self._begins_tails = product_dtype(model) == model.dtype  # what kernels append is what they read
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
     @property
@@ -76,7 +87,7 @@ class GraphRunner:
         by_layout = self._by_layout(work)
         self._rebuilt.heed([work[place][0].cache.prefix for places in by_layout.values() for place in places])
         for layout, places in by_layout.items():
-            found = self._step(layout, [(work[place][0], work[place][1][0]) for place in places])
+            found = self._step(layout, [work[place] for place in places])
             if found is None:
                 break
             logits |= dict(zip(places, found, strict=True))
@@ -96,17 +107,40 @@ class GraphRunner:
             rider.settle()
 
     def _by_layout(self, work: Work) -> dict[_Layout, list[int]]:
-        """Places of sequences that graphs run for, by what those of one graph have in common."""
+        """Places of sequences that graphs run for, by what those of one graph have in common.
+
+        Questions come behind all that decode, as far as there is room.
+        """
         found: dict[_Layout, list[int]] = {}
+        questions: list[tuple[_Layout, int]] = []
         ride = not self._broken and not self._pause
         self._pause = max(0, self._pause - 1)
         for place, (context, ids) in enumerate(work):
             context.rewind(len(context.ids))  # mends what a forward that failed has left of it
-            steps = ride and len(ids) == 1 and isinstance(context.cache, XKVCache)
-            layout = self._layout(context) if steps and context.cache.tail_tokens else None
-            if layout is not None:
+            layout = self._layout(context) if ride and len(ids) <= MOST_TOKENS else None
+            if layout is None:
+                continue
+            has_tail = len(context.ids) > context.cache.prefix.tokens
+            if len(ids) == 1 and has_tail:
                 found.setdefault(layout, []).append(place)
+            elif has_tail or self._begins_tails:
+                questions.append((layout, place))
+        for layout, place in questions:
+            together = [*found.get(layout, []), place]
+            if self._asked_again(layout, [work[one] for one in together]):
+                found[layout] = together
         return found
+
+    def _asked_again(self, layout: _Layout, work: Work) -> bool:
+        """Whether a graph shall run a question and what goes with it: it is not the first of its size."""
+        count = sum(len(ids) for _, ids in work)
+        if count > MOST_TOKENS:
+            return False
+        size = (layout, _power(count), *_powers([sizes_of([context.cache]) for context, _ in work]))
+        if len(self._asked) > _SIZES:
+            self._asked.clear()
+        self._asked[size] += 1
+        return self._asked[size] >= _ASKED
 
     def _layout(self, context: Context) -> _Layout | None:
         """None: kernels do not run for the context, or only for some layers of the model."""
@@ -120,7 +154,7 @@ class GraphRunner:
         return self._layouts[cache]
 
     def _forwards(self, work: Work, places: list[int]) -> list[dict[int, list[int]]]:
-        """Forwards over the new tokens of these places: in each, ids by place.
+        """Ordinary forwards over the new tokens of these places: in each, ids by place.
 
         Questions share `MOST_TOKENS` of a forward, which its kernels take if they come first; all else is in
         the first one.
@@ -138,14 +172,22 @@ class GraphRunner:
         return forwards if places else []
 
     def _ask(self, work: Work) -> torch.Tensor:
-        """An ordinary forward; where a kernel does not run, once more without kernels."""
+        """An ordinary forward; once more without kernels where one does not run, or without what is rebuilt
+        where memory is full.
+        """
         try:
             return self._packed.run(work)
         except Exception as error:
-            if not turned_off(error):
+            full = no_memory(error) and self._rebuilt.nbytes > 0
+            if not full and not turned_off(error):
                 raise
-        self._packed, self._broken = PackedRunner(self._model), True
-        self._layouts.clear()
+        if full:
+            _log.warning("no memory for a forward: once more without what is rebuilt")
+            self._drop()
+            torch.cuda.empty_cache()
+        else:
+            self._packed, self._broken = PackedRunner(self._model), True
+            self._layouts.clear()
         for context, _ in work:
             ids = list(context.ids)
             context.rewind(len(ids))
@@ -153,16 +195,21 @@ class GraphRunner:
                 context.advance(ids[len(context.ids) :])
         return self._packed.run(work)
 
-    def _step(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor | None:
+    def _step(self, layout: _Layout, given: Work) -> torch.Tensor | None:
         """Logits of a step, or None: there was none, and no graphs run next time."""
         for again in (True, False):
             try:
                 return self._ride(layout, given)
             except Exception as error:  # noqa: BLE001 - whatever it was, ordinary forwards go on
-                full = self._note(error)
+                full, shared = self._note(error), self._rebuilt.nbytes > 0
             self._drop()  # here nothing holds what failed any more
-            if not full:
+            if not full and not (again and shared and self._broken):
                 return None
+            if not full:  # it may have been what is rebuilt
+                _log.error("once more without: no prefix is rebuilt from now on")
+                self._rebuilt.turn_off()
+                self._broken = False
+                continue
             torch.cuda.empty_cache()
             if again:
                 _log.warning("no memory for a decode step as a CUDA graph: once more without other graphs")
@@ -185,30 +232,34 @@ class GraphRunner:
             self._broken = True
         return False
 
-    def _ride(self, layout: _Layout, given: list[tuple[Context, int]]) -> torch.Tensor:
-        riders = [self._rider(context) for context, _ in given]
-        for rider in riders:
-            if rider.make_room():
+    def _ride(self, layout: _Layout, given: Work) -> torch.Tensor:
+        riders = [self._rider(context, len(ids)) for context, ids in given]
+        counts = [len(ids) for _, ids in given]
+        for rider, count in zip(riders, counts, strict=True):
+            if rider.make_room(count):
                 self._release(rider)
         self._share(riders)
-        graph = self._graph(layout, riders)
-        if not graph.carries(riders):
-            graph.bind(riders)
+        slots = [rider for rider, count in zip(riders, counts, strict=True) for _ in range(count)]
+        graph = self._graph(layout, slots, _slots(len(slots)) if max(counts) == 1 else _power(len(slots)))
+        if not graph.carries(slots):
+            graph.bind(slots)
         with ExitStack() as stack:
-            for context, token in given:
-                stack.enter_context(context.extending([token]))
-            logits = graph.run([token for _, token in given]).clone()
-        for rider in riders:
-            rider.count += 1
+            for context, ids in given:
+                stack.enter_context(context.extending(ids))
+            logits = graph.run([token for _, ids in given for token in ids])
+            last = [end - 1 for end in accumulate(counts)]
+            logits = logits.clone() if len(last) == len(logits) else logits[last]
+        for rider, count in zip(riders, counts, strict=True):
+            rider.count += count
         return logits
 
-    def _rider(self, context: Context) -> Rider:
+    def _rider(self, context: Context, tokens: int) -> Rider:
         rider = self._riders.get(id(context))
         if rider is not None and rider.cache is not context.cache:
             self._release(self._riders.pop(id(context)))
             rider = None
         if rider is None:
-            rider = self._riders[id(context)] = Rider(context)
+            rider = self._riders[id(context)] = Rider(context, tokens)
         return rider
 
     def _share(self, riders: list[Rider]) -> None:
@@ -225,17 +276,17 @@ class GraphRunner:
             if graph.holds(rider):
                 graph.release()
 
-    def _graph(self, layout: _Layout, riders: list[Rider]) -> StepGraph:
-        sizes = Sizes(*(_power(max(every)) for every in zip(*(one.sizes for one in riders), strict=True)))
-        shared = shared_of(riders)
-        name = (layout, _slots(len(riders)), *sizes, shared)
+    def _graph(self, layout: _Layout, riders: list[Rider], slots: int) -> StepGraph:
+        sizes, shared = _powers([one.sizes for one in riders]), shared_of(riders, self._heads)
+        name = (layout, slots, *sizes, shared)
         graph = self._graphs.pop(name, None)
         if graph is None:
             while len(self._graphs) >= _KEPT:
-                self._graphs.popitem(last=False)
+                gone, _ = self._graphs.popitem(last=False)
+                self._asked.pop(gone[:-1], None)
             graph = StepGraph(
-                self._model, self._modules, riders, _slots(len(riders)), sizes, shared, self._stream,
-                self._pool, self._compiled,
+                self._model, self._modules, riders, slots, sizes, shared, self._stream, self._pool,
+                self._compiled,
             )  # fmt: skip
         self._graphs[name] = graph
         return graph
@@ -267,6 +318,11 @@ def _slots(count: int) -> int:
     Slots without a sequence take part in products alone, which read the weights once for all.
     """
     return _power(count) if count <= 16 else -(-count // 16) * 16
+
+
+def _powers(sizes: Sequence[Sizes]) -> Sizes:
+    """What buffers for all of them are for, so that graphs are of few sizes."""
+    return Sizes(*(_power(max(every)) for every in zip(*sizes, strict=True)))
 
 
 def _power(size: int) -> int:

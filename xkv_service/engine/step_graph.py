@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from xkv_service.decoding.scoring import Scoring
 from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.decode_attention import Shared
-from xkv_service.kernels.document_table import CLOSED, DocumentLayer
+from xkv_service.kernels.document_table import DocumentLayer
 from xkv_service.kernels.shared_attention import Shape, SharedGroups
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
@@ -49,7 +49,7 @@ class Rider:
     Its cache does not know of these tokens before `settle`. Nobody else may use it until then.
 
     Args:
-        context: over an `XKVCache` that kernels take, with a tail of at least a token.
+        context: over an `XKVCache` that kernels take. tokens: to be written next.
 
     Attributes:
         count: tokens of its tail, those written since included.
@@ -61,7 +61,7 @@ class Rider:
         ValueError: a tail of another dtype than the products: kernels could read no more than a copy of it.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, tokens: int) -> None:
         self.context = context
         self.cache: XKVCache = context.cache
         self.count = self._held = self.cache.tail_tokens
@@ -70,7 +70,7 @@ class Rider:
         self.sizes = sizes_of([self.cache])
         self.rebuilt: RebuiltPrefix | None = None
         self.documents = self._documents()
-        self._reserve()
+        self._reserve(tokens)
 
     def budget(self, index: int) -> int:
         """Tokens that a layer chooses."""
@@ -82,12 +82,12 @@ class Rider:
         self.documents = self._documents()
         self.rows = {index: self._row(index) for index in self.rows}
 
-    def make_room(self) -> bool:
-        """Before a step: whether what it holds had to move, so that it would have room for a token more."""
-        if self.count < self._end:
+    def make_room(self, tokens: int) -> bool:
+        """Before a step: whether what it holds had to move, so that it would have room for as many more."""
+        if self.count + tokens <= self._end:
             return False
         self.settle()
-        self._reserve()
+        self._reserve(tokens)
         return True
 
     def settle(self) -> None:
@@ -103,33 +103,36 @@ class Rider:
                 layer.ran_by_kernels(0 if self.rebuilt is not None else rebuilt_tokens(layer.selection))
         self._held, self.rows = self.count, {}
 
-    def _reserve(self) -> None:
+    def _reserve(self, tokens: int) -> None:
         free = []
         for index in self.cache.prefix.compressed:
             layer: Any = self.cache.layers[index]
-            free.append(layer.reserve())
+            layer.begin_tail()
+            free.append(layer.reserve(tokens))
             self.rows[index] = self._row(index)
         self._end = self._held + min(free)
 
     def _row(self, index: int) -> TailRow:
         layer: Any = self.cache.layers[index]
-        return tail_row(layer, (layer.keys[0], layer.values[0]), alone=self.rebuilt is not None)
+        keys, values = layer.room
+        return tail_row(layer, (keys[0], values[0]), alone=self.rebuilt is not None)
 
     def _documents(self) -> dict[int, DocumentLayer]:
         found = {index: document_of(self.cache, index) for index in self.cache.prefix.compressed}
-        return (
-            found if self.rebuilt is None else {index: _without_tokens(one) for index, one in found.items()}
-        )
+        return found if self.rebuilt is None else {index: one.without_tokens for index, one in found.items()}
 
 
 class StepGraph:
-    """The forward of a model over one new token of up to `slots` sequences, captured once.
+    """The forward of a model over up to `slots` new tokens of sequences, captured once.
+
+    Every new token has a slot, in which its sequence rides: a sequence with several rides in as many, one
+    behind the other. Its tokens are written before any of them attends, each to what is before it.
 
     On a CPU, where kernels are interpreted, it runs the same forward uncaptured.
 
     Args:
         model: inside `enable_xkv`. modules: attention modules by layer index.
-        riders: of one layout, whose next step it runs first. slots: room for so many.
+        riders: of one layout, slot by slot, whose next step it runs first. slots: room for so many.
         shared: what is shared of rebuilt prefixes, as `shared_of`.
         sizes: of buffers, as `sizes_of`. stream, pool: where graphs are captured, and the memory that they
             share; None on a CPU. compiled: what stands in the place of the model's own code.
@@ -167,7 +170,7 @@ class StepGraph:
         return self._riders == list(riders)
 
     def bind(self, riders: Sequence[Rider]) -> None:
-        """Run for these riders from now on: at most `slots`, of the layout and within the sizes."""
+        """Run for these riders from now on, slot by slot: of the layout, within the sizes."""
         padded, none = _padded(riders, self.slots), self.slots - len(riders)
         for index, table in self._launch.tables.items():
             documents = [one.documents[index] for one in padded]
@@ -193,14 +196,15 @@ class StepGraph:
             self._groups.forget()
 
     def run(self, ids: Sequence[int]) -> torch.Tensor:
-        """A step of the riders that are bound, each with its next id; `Rider.count` stays.
+        """A step of the riders that are bound, each slot with its next id; `Rider.count` stays.
 
         Returns:
-            Logits, float32 [riders, vocabulary], that the next step overwrites.
+            Logits, float32 [ids, vocabulary], that the next step overwrites.
         """
         none = [0] * (self.slots - len(ids))
-        positions = [len(one.context.ids) for one in self._riders]
-        counts = [one.count for one in self._riders] + [-1] * len(none)
+        before = _slots_before(self._riders)
+        positions = [len(one.context.ids) + new for one, new in zip(self._riders, before, strict=True)]
+        counts = [one.count + new for one, new in zip(self._riders, before, strict=True)] + [-1] * len(none)
         self._read.copy_(torch.tensor([[*ids, *none], [*positions, *none], counts]), non_blocking=True)
         if self._model.device.type != "cuda":
             return self._forward()[: len(ids)]
@@ -290,10 +294,28 @@ class _GraphLayer:
         )[None]  # fmt: skip
 
 
-def shared_of(riders: Sequence[Rider]) -> tuple[Shape, bool] | None:
-    """The shape of groups that attend to all of a prefix, and whether all riders do; None: nobody does."""
-    counts = [len(places) for _, places in _sharing(riders)]
-    return (Shape.of(counts), sum(counts) == len(riders)) if counts else None
+def shared_of(riders: Sequence[Rider], heads: int) -> tuple[Shape, bool] | None:
+    """The shape of groups that attend to all of a prefix, and whether all riders do; None: nobody does.
+
+    Args:
+        heads: of queries.
+    """
+    sharing = _sharing(riders)
+    if not sharing:
+        return None
+    counts = [len(places) for _, places in sharing]
+    least = min(len(states.keys) for rebuilt, _ in sharing for states in rebuilt.layers.values())
+    return Shape.of(counts, -(-heads // least)), sum(counts) == len(riders)
+
+
+def _slots_before(riders: Sequence[Rider]) -> list[int]:
+    """Of each slot, how many before it have the same rider."""
+    seen: Counter[int] = Counter()
+    found = []
+    for one in riders:
+        found.append(seen[id(one)])
+        seen[id(one)] += 1
+    return found
 
 
 def _sharing(riders: Sequence[Rider]) -> list[tuple[RebuiltPrefix, list[int]]]:
@@ -303,11 +325,6 @@ def _sharing(riders: Sequence[Rider]) -> list[tuple[RebuiltPrefix, list[int]]]:
         if rider.rebuilt is not None:
             found.setdefault(rider.cache.prefix, (rider.rebuilt, []))[1].append(place)
     return list(found.values())
-
-
-def _without_tokens(document: DocumentLayer) -> DocumentLayer:
-    """The same tensors, and one token that nobody may choose."""
-    return replace(document, states=document.states.new_full((1,), CLOSED))
 
 
 def _padded(riders: Sequence[Rider], slots: int) -> list[Rider]:

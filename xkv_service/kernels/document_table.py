@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from xkv_service.decoding.layer_prefix import LayerPrefix
 from xkv_service.decoding.scoring import LandmarkScorer, Scorer, SketchScorer
-from xkv_service.kernels.addresses import addresses, table, upload
+from xkv_service.kernels.addresses import addresses, numbers, table, upload
 from xkv_service.kernels.factor_rows import SHAPE, FactorRows
 from xkv_service.selection.landmarks import Landmarks
 from xkv_service.selection.sketch import KeySketch
@@ -98,6 +98,11 @@ class DocumentLayer:
         if isinstance(self.index, Landmarks):
             return IndexLayout(landmarks=self.index.means.dtype, unit=self.index.chunk)
         return IndexLayout(planes=self.index.planes.shape[1])
+
+    @cached_property
+    def without_tokens(self) -> DocumentLayer:
+        """The same tensors, and one token that nobody may choose."""
+        return replace(self, states=self.states.new_full((1,), CLOSED))
 
     @cached_property
     def shape(self) -> list[int]:
@@ -195,12 +200,12 @@ class DocumentTable:
     def _read(
         self, documents: Sequence[DocumentLayer], budgets: Sequence[int], lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if any(one.layout != self._layout for one in documents):
+        if any(one.layout != self._layout for one in {id(one): one for one in documents}.values()):
             raise ValueError("documents of one launch have the same bits, heads, dtype and kind of index")
         self.documents = tuple(documents)
         places = table([one.addresses for one in documents], torch.int64)
         sizes = zip(lengths or [one.tokens for one in documents], budgets, strict=True)
-        shapes = torch.tensor([one.shape for one in documents], dtype=torch.int32)
+        shapes = numbers([one.shape for one in documents], torch.int32)
         return places, torch.cat(
             (table([list(one) for one in sizes], torch.int32).flatten(), shapes.flatten())
         )

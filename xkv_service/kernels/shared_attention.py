@@ -20,8 +20,8 @@ from xkv_service.kernels.addresses import addresses, table, upload
 from xkv_service.kernels.factor_rows import KERNEL_TYPES
 from xkv_service.kernels.product import product
 
-SIZES = (4, 16, 32)
-"""Sessions of a group: queries of four heads of each fill 16, 64 or 128 rows of a product."""
+_ROWS = (16, 64, 128)
+"""Of a product, which the query heads of a group's sessions fill: more do not fit into shared memory."""
 _PROGRAMS = 264
 """That a launch shall have, two for each multiprocessor of an H100: tokens are split accordingly."""
 _MOST_SPLITS = 64
@@ -132,16 +132,17 @@ class Shape:
     """What a launch is compiled for, and its buffers are for.
 
     Args:
-        groups: most groups. size: most sessions of a group, one of `SIZES`.
+        groups: most groups. size: most sessions of a group.
     """
 
     groups: int
     size: int
 
     @classmethod
-    def of(cls, counts: Sequence[int]) -> Shape:
-        """For documents of so many sessions each."""
-        size = next((one for one in SIZES if max(counts) <= one), SIZES[-1])
+    def of(cls, counts: Sequence[int], group: int) -> Shape:
+        """For documents of so many sessions each, of `group` query heads for each head of keys."""
+        sizes = [max(1, rows // group) for rows in _ROWS]
+        size = next((one for one in sizes if max(counts) <= one), sizes[-1])
         groups = sum(-(-count // size) for count in counts)
         return cls(1 << (groups - 1).bit_length(), size)
 
@@ -245,7 +246,7 @@ class SharedAttention:
         )  # fmt: skip
         _merged[shape.size, self._heads * self._group, shape.groups](
             groups.sizes, groups.members, self._parts, self._logs, rest, rest_log, **common,
-            WIDE=triton.next_power_of_2(self._splits), num_warps=1,
+            WIDE=triton.next_power_of_2(self._splits), num_warps=4,
         )  # fmt: skip
 
 

@@ -53,6 +53,12 @@ def prefixes(model: PreTrainedModel) -> list[PrefixFactors]:
 
 
 @pytest.fixture(autouse=True)
+def no_question_rides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in the tests of them."""
+    monkeypatch.setattr(graph_runner, "_ASKED", 99)
+
+
+@pytest.fixture(autouse=True)
 def kernels(model: PreTrainedModel) -> Iterator[None]:
     before, kernel_choice.DEVICES = kernel_choice.DEVICES, ("cpu", "cuda")
     try:
@@ -116,11 +122,11 @@ class Watched:
             if out.is_cuda and torch.cuda.is_current_stream_capturing():
                 return out
             chosen = next(iter(layer._launch._kernels.values())).chosen
-            for number, rider in enumerate(self._riders):
+            for number, (rider, new) in enumerate(
+                zip(self._riders, step_graph._slots_before(self._riders), strict=True)
+            ):
                 own = rider.cache.layers[layer.index]
-                keys, values = (
-                    states[:, :, : rider.count + 1] for states in (own._room.keys, own._room.values)
-                )
+                keys, values = (states[:, :, : rider.count + new + 1] for states in own.room)
                 query, scaling = call.query[0, :, number], call.scoring.scaling
                 try:
                     check(own.selection, (keys, values), query, scaling, chosen, number, out[0, number])
@@ -145,9 +151,13 @@ PLAN = [
 """New tokens of each sequence, step by step: they come, go, change places, and go on with several at once."""
 
 
+@pytest.mark.parametrize("questions", [False, True])
 def test_steps_are_those_of_each_sequence_alone(
-    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch, watched: Watched
-) -> None:
+    questions: bool, model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch,
+    watched: Watched,
+) -> None:  # fmt: skip
+    """Single tokens, and questions from the first of a size on or never: tails begin in graphs then."""
+    monkeypatch.setattr(graph_runner, "_ASKED", 1 if questions else 99)
     runs = []
     real = step_graph.StepGraph.run
     monkeypatch.setattr(step_graph.StepGraph, "run", lambda graph, ids: runs.append(ids) or real(graph, ids))
@@ -160,7 +170,8 @@ def test_steps_are_those_of_each_sequence_alone(
         found = runner.run([(ours[name], one) for name, one in ids.items()])
         expected = plainly([(theirs[name], one) for name, one in ids.items()])
         assert samples.relative(found, expected) < TOLERANCE
-        graphed = sum(count == 1 for name, count in lengths.items() if name != "exact")
+        riding = [count for name, count in lengths.items() if name != "exact" and (count == 1 or questions)]
+        graphed = sum(riding)
         assert list(map(len, runs[before:])) == [graphed] * (graphed > 0)
         assert len(watched.chosen) - attended == 2 * graphed or model.device.type == "cuda"
     for name, context in ours.items():
@@ -471,3 +482,48 @@ def test_a_model_of_other_scores_is_no_failure(
     assert forwards == [[2, 2], [1, 1], [1, 1, 2], [1]]
     assert not runner._broken and kernel_choice.DEVICES
     assert not [record for record in caplog.records if record.name.startswith("xkv")]
+
+
+def test_a_question_rides_from_the_second_of_its_size_on(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], forwards: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Alone, or behind those that decode; of no size that kernels do not take at once."""
+    monkeypatch.setattr(graph_runner, "_ASKED", 2)
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    steps = [
+        ({"a": 5}, [[5]]),
+        ({"b": 7}, []),
+        ({"a": 1, "b": 1}, []),
+        ({"a": 1, "c": 6}, []),
+        ({"a": 2, "b": 130}, [[2, 126], [4]]),
+        ({"a": 3, "b": 3, "c": 9}, [[3, 9]]),
+        ({"a": 3, "b": 3, "c": 9}, []),
+    ]
+    for number, (lengths, expected) in enumerate(steps):
+        forwards.clear()
+        ids = {name: random_ids(count, seed=10 * number + count).tolist() for name, count in lengths.items()}
+        found = runner.run([(ours[name], one) for name, one in ids.items()])
+        assert [sorted(one) for one in forwards] == expected, number
+        plain = plainly([(theirs[name], one) for name, one in ids.items()])
+        assert samples.relative(found, plain) < TOLERANCE
+    assert not runner._broken and all(context.ids == theirs[name].ids for name, context in ours.items())
+
+
+def test_a_question_that_fails_in_a_graph_begins_again(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tail has not begun: nothing of it is left in the cache."""
+    monkeypatch.setattr(graph_runner, "_ASKED", 1)
+    runner, ours, theirs = GraphRunner(model), contexts(model, prefixes), contexts(model, prefixes)
+    real = step_graph.StepGraph.run
+
+    def run_and_fail(graph: step_graph.StepGraph, ids: list[int]) -> torch.Tensor:
+        real(graph, ids)
+        raise RuntimeError
+
+    monkeypatch.setattr(step_graph.StepGraph, "run", run_and_fail)
+    for ids in ([3, 4, 5], [6], [7, 8]):
+        found = runner.run([(ours["a"], ids)])
+        assert samples.relative(found, plainly([(theirs["a"], ids)])) < TOLERANCE
+    assert runner._broken and ours["a"].cache.tail_tokens == 6

@@ -79,8 +79,10 @@ def test_groups_are_overwritten(device: torch.device) -> None:
 
 
 def test_shapes_have_room_for_every_session() -> None:
-    assert Shape.of([1]) == Shape(1, 4) and Shape.of([3, 4, 2]) == Shape(4, 4)
-    assert Shape.of([5]) == Shape(1, 16) and Shape.of([128, 3]) == Shape(8, 32)
+    """And no more rows than shared memory takes, however many query heads there are."""
+    assert Shape.of([1], 4) == Shape(1, 4) and Shape.of([3, 4, 2], 4) == Shape(4, 4)
+    assert Shape.of([5], 4) == Shape(1, 16) and Shape.of([128, 3], 4) == Shape(8, 32)
+    assert Shape.of([128], 16) == Shape(16, 8) and Shape.of([3], 200) == Shape(4, 1)
 
 
 def test_what_kernels_cannot_read_is_refused(device: torch.device) -> None:
