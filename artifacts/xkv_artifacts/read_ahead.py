@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_ahead(
             if len(begun) > AHEAD and not together:
                 yield [future.result() for future in begun.popleft()]
         if together:
-            wait([future for part in begun for future in part])
+            wait([future for part in begun for future in part], return_when=FIRST_EXCEPTION)
         while begun:
             yield [future.result() for future in begun.popleft()]
     finally:

@@ -60,9 +60,17 @@ def place_of(name: str) -> str:
     return DEVICE if name.startswith("group.") else HOST
 
 
-def landing_for(device: torch.device) -> DeviceLanding | None:
+def landing_for(device: torch.device, nbytes: int = 0) -> DeviceLanding | None:
     """Where a prefix for `device` is read to; None: to the CPU's memory, part by part.
 
-    Where kernels run nobody begins a forward beside a load, so its parts may come together.
+    Where kernels run nobody begins a forward beside a load, so its parts may come together, if there is room
+    for all of them besides the prefix that is made of them.
+
+    Args:
+        nbytes: of the parts.
     """
-    return DeviceLanding(device, together=kernels_run(device)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return DeviceLanding(
+        device, together=kernels_run(device) and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
+    )

@@ -30,7 +30,9 @@ class _Room:
 
     def claim(self, held: torch.Tensor, new: int) -> bool:
         """Whether `new` tokens may be written behind `held`, a view of the room."""
-        mine = held.data_ptr() == self.keys.data_ptr() and held.shape[0] == self.keys.shape[0]
+        begins = held.shape[-2] == 0 and held.dtype == self.keys.dtype  # a view of nothing has no address
+        mine = begins or held.data_ptr() == self.keys.data_ptr()
+        mine = mine and held.shape[0] == self.keys.shape[0]
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
         with self._lock:
             free = held.shape[-2] == self._filled and self._filled + new <= self.keys.shape[-2]

@@ -30,15 +30,22 @@ from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 
 _log = logging.getLogger(__name__)
-_KEPT = 12
+_KEPT = 8
 """Graphs that are kept: each has buffers of its own, and batches grow and shrink through a few sizes."""
+
+_KEPT_QUESTIONS = 3
+"""Graphs of questions that are kept besides: of 128 slots and 128k tokens each has 0.3 GB of buffers."""
 
 _ASKED = 2
 """From which question of a size on a graph runs them: to capture one takes as long as a few questions."""
 
+_EARN = 6
+"""How many more it takes where the graph of a size had to leave."""
+
 _SIZES = 256
 """Sizes of questions that are counted at most."""
 
+_NEVER = 1 << 62
 _PAUSE = 256
 """Steps without graphs where there was no memory for one: they take longer than trying does."""
 
@@ -71,6 +78,7 @@ class GraphRunner:
         self._asked: Counter[tuple[object, ...]] = Counter()
         self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
         self._broken, self._pause = False, 0
+        self._no_questions = 0  # steps without questions in graphs
         self._heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
         self._begins_tails = product_dtype(model) == model.dtype  # what kernels append is what they read
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
@@ -85,12 +93,18 @@ class GraphRunner:
         """As `Runner.run`."""
         logits: dict[int, torch.Tensor] = {}
         by_layout = self._by_layout(work)
-        self._rebuilt.heed([work[place][0].cache.prefix for places in by_layout.values() for place in places])
-        for layout, places in by_layout.items():
-            found = self._step(layout, [work[place] for place in places])
+        riding = [place for both in by_layout.values() for places in both for place in places]
+        self._rebuilt.heed([work[place][0].cache.prefix for place in riding])
+        for layout, (steps, questions) in by_layout.items():
+            together, found = [*steps, *questions], None
+            if questions:
+                found = self._question(layout, [work[place] for place in together])
+            if found is None:
+                together = steps
+                found = self._step(layout, [work[place] for place in steps]) if steps else torch.empty(0)
             if found is None:
                 break
-            logits |= dict(zip(places, found, strict=True))
+            logits |= dict(zip(together, found, strict=True))
         left = [place for place in range(len(work)) if place not in logits]
         for place in left:
             self.settle(work[place][0])
@@ -106,41 +120,61 @@ class GraphRunner:
             self._release(rider)
             rider.settle()
 
-    def _by_layout(self, work: Work) -> dict[_Layout, list[int]]:
-        """Places of sequences that graphs run for, by what those of one graph have in common.
-
-        Questions come behind all that decode, as far as there is room.
+    def _by_layout(self, work: Work) -> dict[_Layout, tuple[list[int], list[int]]]:
+        """Places of sequences that graphs run for, by what those of one graph have in common: of those that
+        decode, and of questions, as far as there is room.
         """
-        found: dict[_Layout, list[int]] = {}
-        questions: list[tuple[_Layout, int]] = []
+        found: dict[_Layout, tuple[list[int], list[int]]] = {}
         ride = not self._broken and not self._pause
-        self._pause = max(0, self._pause - 1)
+        self._pause, self._no_questions = max(0, self._pause - 1), max(0, self._no_questions - 1)
         for place, (context, ids) in enumerate(work):
             context.rewind(len(context.ids))  # mends what a forward that failed has left of it
             layout = self._layout(context) if ride and len(ids) <= MOST_TOKENS else None
             if layout is None:
                 continue
             has_tail = len(context.ids) > context.cache.prefix.tokens
+            steps, questions = found.setdefault(layout, ([], []))
             if len(ids) == 1 and has_tail:
-                found.setdefault(layout, []).append(place)
-            elif has_tail or self._begins_tails:
-                questions.append((layout, place))
-        for layout, place in questions:
-            together = [*found.get(layout, []), place]
-            if self._asked_again(layout, [work[one] for one in together]):
-                found[layout] = together
+                steps.append(place)
+            elif (has_tail or self._begins_tails) and not self._no_questions:
+                questions.append(place)
+        for layout, (steps, questions) in found.items():
+            room = MOST_TOKENS - len(steps)
+            fit = [end <= room for end in accumulate(len(work[place][1]) for place in questions)]
+            questions[:] = [place for place, fits in zip(questions, fit, strict=True) if fits]
+            if questions and not self._asked_again(layout, [work[one] for one in (*steps, *questions)]):
+                questions.clear()
         return found
 
     def _asked_again(self, layout: _Layout, work: Work) -> bool:
-        """Whether a graph shall run a question and what goes with it: it is not the first of its size."""
-        count = sum(len(ids) for _, ids in work)
-        if count > MOST_TOKENS:
-            return False
-        size = (layout, _power(count), *_powers([sizes_of([context.cache]) for context, _ in work]))
+        """Whether a graph shall run questions and what goes with them: not the first of their size."""
+        riders = [self._riders.get(id(context)) for context, _ in work]
+        sizes = [
+            sizes_of([context.cache]) if rider is None else rider.sizes
+            for rider, (context, _) in zip(riders, work, strict=True)
+        ]
+        size = (layout, _power(sum(len(ids) for _, ids in work)), *_powers(sizes))
         if len(self._asked) > _SIZES:
             self._asked.clear()
         self._asked[size] += 1
         return self._asked[size] >= _ASKED
+
+    def _question(self, layout: _Layout, given: Work) -> torch.Tensor | None:
+        """Logits of a step with questions, or None: there was none. Without them it may run yet."""
+        try:
+            return self._ride(layout, given)
+        except Exception as error:  # noqa: BLE001 - whatever it was, ordinary forwards go on
+            full = no_memory(error)
+            if isinstance(error, OtherScores):
+                self._note(error)
+            else:
+                _log.warning("questions run without graphs for a while", exc_info=None if full else error)
+        self._drop()
+        self._asked.clear()
+        self._no_questions = _PAUSE if full else _NEVER
+        if full:
+            torch.cuda.empty_cache()
+        return None
 
     def _layout(self, context: Context) -> _Layout | None:
         """None: kernels do not run for the context, or only for some layers of the model."""
@@ -172,17 +206,17 @@ class GraphRunner:
         return forwards if places else []
 
     def _ask(self, work: Work) -> torch.Tensor:
-        """An ordinary forward; once more without kernels where one does not run, or without what is rebuilt
-        where memory is full.
+        """An ordinary forward; once more without kernels where one does not run, and without graphs and what
+        is rebuilt where memory is full.
         """
         try:
             return self._packed.run(work)
         except Exception as error:
-            full = no_memory(error) and self._rebuilt.nbytes > 0
+            full = no_memory(error) and bool(self._rebuilt.nbytes or self._graphs)
             if not full and not turned_off(error):
                 raise
         if full:
-            _log.warning("no memory for a forward: once more without what is rebuilt")
+            _log.warning("no memory for a forward: once more without graphs and what is rebuilt")
             self._drop()
             torch.cuda.empty_cache()
         else:
@@ -240,7 +274,7 @@ class GraphRunner:
                 self._release(rider)
         self._share(riders)
         slots = [rider for rider, count in zip(riders, counts, strict=True) for _ in range(count)]
-        graph = self._graph(layout, slots, _slots(len(slots)) if max(counts) == 1 else _power(len(slots)))
+        graph = self._graph(layout, slots, asked=max(counts) > 1)
         if not graph.carries(slots):
             graph.bind(slots)
         with ExitStack() as stack:
@@ -276,14 +310,17 @@ class GraphRunner:
             if graph.holds(rider):
                 graph.release()
 
-    def _graph(self, layout: _Layout, riders: list[Rider], slots: int) -> StepGraph:
+    def _graph(self, layout: _Layout, riders: list[Rider], *, asked: bool) -> StepGraph:
         sizes, shared = _powers([one.sizes for one in riders]), shared_of(riders, self._heads)
-        name = (layout, slots, *sizes, shared)
+        slots = _power(len(riders)) if asked else _slots(len(riders))
+        name = (layout, slots, *sizes, shared, asked)
         graph = self._graphs.pop(name, None)
         if graph is None:
-            while len(self._graphs) >= _KEPT:
-                gone, _ = self._graphs.popitem(last=False)
-                self._asked.pop(gone[:-1], None)
+            alike = [one for one in self._graphs if one[-1] is asked]
+            for gone in alike[: max(0, len(alike) + 1 - (_KEPT_QUESTIONS if asked else _KEPT))]:
+                del self._graphs[gone]
+                if asked:
+                    self._asked[gone[:-2]] = _ASKED - _EARN
             graph = StepGraph(
                 self._model, self._modules, riders, slots, sizes, shared, self._stream, self._pool,
                 self._compiled,

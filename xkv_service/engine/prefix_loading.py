@@ -118,8 +118,8 @@ class PrefixLoading:
     ) -> Prefix:
         """Read an artifact, every byte checked, and make the prefix ready on the model's device.
 
-        While it runs, the host holds the blob's bytes once or twice more; for a CUDA device what is being
-        read and copied.
+        While it runs, the host holds the blob's bytes once or twice more; a CUDA device holds them once more
+        where there is room for that, else what is being read and copied.
 
         Args:
             announced: what `announce` said of it. calibration: whose bases it shares, or None.
@@ -129,11 +129,11 @@ class PrefixLoading:
             as `announce`; InvalidSpec: it has no index of the kind that the selection names.
         """
         device = self._model.device
-        manifest = announced.manifest
+        manifest, landing = announced.manifest, landing_for(device, announced.stored_bytes)
         check_shapes(self._model, manifest.groups)
         with (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-            closing(load_parts(self._store, manifest, calibration, landing_for(device))) as parts,
+            closing(load_parts(self._store, manifest, calibration, landing)) as parts,
         ):
             head = next(parts)
             binding = Binding(self._model, head, manifest.groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import ref
 
 from xkv_service.decoding.prefix import Prefix
@@ -25,8 +25,8 @@ _PAUSE = 1024
 class _Kept:
     """A rebuilt prefix, which does not keep the prefix itself alive."""
 
-    def __init__(self, whole: Prefix, step: int) -> None:
-        self.whole, self.nbytes, self.used = ref(whole), rebuilt_bytes(whole), step
+    def __init__(self, whole: Prefix, step: int, forget: Callable[[ref[Prefix]], None]) -> None:
+        self.whole, self.nbytes, self.used = ref(whole, forget), rebuilt_bytes(whole), step
         self.rebuilt = RebuiltPrefix(whole)
 
 
@@ -101,7 +101,7 @@ class RebuiltPrefixes:
                 return
         for prefix, kept in found:
             if kept is None and not self._pause and self._make_room(prefix.whole):
-                self._kept.append(_Kept(prefix.whole, self._step))
+                self._kept = [*self._kept, _Kept(prefix.whole, self._step, self._forget)]
                 return
 
     def _find(self, prefix: Prefix) -> _Kept | None:
@@ -118,8 +118,13 @@ class RebuiltPrefixes:
         if self._held() - sum(one.nbytes for one in idle) + nbytes > self._budget:
             return False
         while self._held() + nbytes > self._budget:
-            self._kept.remove(idle.pop(0))
+            longest = idle.pop(0)
+            self._kept = [one for one in self._kept if one is not longest]
         return True
+
+    def _forget(self, gone: ref[Prefix]) -> None:
+        """A prefix is no more, on whatever thread."""
+        self._kept = [one for one in self._kept if one.whole is not gone]
 
     def _held(self) -> int:
         return sum(one.nbytes for one in self._kept)

@@ -94,3 +94,26 @@ def test_what_kernels_cannot_read_is_refused(device: torch.device) -> None:
         groups.overwrite([(strided, 8, [0])])
     with pytest.raises(ValueError, match="24 and 32"):
         SharedAttention(Shape(1, 4), 2, 4, 24, 32, torch.float32, device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_shapes_of_a_large_model(device: torch.device) -> None:
+    """As the engine runs it: whole tiles, eight warps, two groups of 32 sessions."""
+    torch.manual_seed(2)
+    heads, group, dim, tokens, sessions = 8, 4, 128, 9001, 40
+    keys, values = torch.randn(2, heads, tokens, dim, device=device).bfloat16()
+    shape = Shape.of([sessions], group)
+    groups = SharedGroups(shape, device)
+    kernel = SharedAttention(shape, heads, group, dim, dim, torch.bfloat16, device)
+    groups.overwrite([({0: States(keys, values)}, tokens, range(sessions))])
+    query = torch.randn(sessions, heads * group, dim, device=device).bfloat16()
+    rest = torch.randn(sessions, heads * group, dim, device=device)
+    log = torch.randn(sessions, heads * group, device=device)
+    found, found_log = rest.clone(), log.clone()
+    kernel(query, groups, 0, found, found_log, dim**-0.5)
+    for place in (0, 31, 32, 39):
+        expected, logs = shared_attention_plainly(
+            query[place], keys, values, rest[place], log[place], dim**-0.5
+        )
+        assert samples.relative(found[place], expected) < TOLERANCE[torch.bfloat16]
+        assert (found_log[place] - logs).abs().max() < 1e-3
