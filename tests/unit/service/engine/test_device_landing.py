@@ -35,13 +35,15 @@ class Copied:
         pass
 
 
-@pytest.fixture(autouse=True)
-def as_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[False, True], ids=["one by one", "together"])
+def as_for_a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_landing, "Copies", Copied)
     monkeypatch.setattr(
         DeviceLanding, "buffer", lambda self, place, nbytes: torch.empty(nbytes, dtype=torch.uint8)
     )
-    monkeypatch.setattr(prefix_loading, "landing_for", DeviceLanding)
+    monkeypatch.setattr(
+        prefix_loading, "landing_for", lambda device, _: DeviceLanding(device, together=request.param)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
