@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -235,14 +235,11 @@ class GraphRunner:
             try:
                 return self._ride(layout, given)
             except Exception as error:  # noqa: BLE001 - whatever it was, ordinary forwards go on
-                full, shared = self._note(error), self._rebuilt.nbytes > 0
+                outcome = self._note(error)
             self._drop()  # here nothing holds what failed any more
-            if not full and not (again and shared and self._broken):
+            if outcome == "over":
                 return None
-            if not full:  # it may have been what is rebuilt
-                _log.error("once more without: no prefix is rebuilt from now on")
-                self._rebuilt.turn_off()
-                self._broken = False
+            if outcome == "without rebuilt":
                 continue
             torch.cuda.empty_cache()
             if again:
@@ -251,20 +248,24 @@ class GraphRunner:
         self._pause = _PAUSE
         return None
 
-    def _note(self, error: Exception) -> bool:
-        """What comes of a failed step for the next ones, unless memory was full: then True."""
+    def _note(self, error: Exception) -> Literal["full", "without rebuilt", "over"]:
+        """What comes of a failed step: memory was full, once more without what is rebuilt, or no graphs."""
         if no_memory(error):
-            return True
+            return "full"
         if isinstance(error, OtherScores):
             _log.info("steps run without graphs: kernels do not make scores as the model does")
             self._scoring = error.scoring
             self._layouts.clear()
+        elif any(rider.rebuilt is not None for rider in self._riders.values()):
+            _log.error("a decode step failed; no prefix is rebuilt from now on", exc_info=error)
+            self._rebuilt.turn_off()
+            return "without rebuilt"
         else:
             _log.error(
                 "a decode step as a CUDA graph failed; steps run without graphs from now on", exc_info=error
             )
             self._broken = True
-        return False
+        return "over"
 
     def _ride(self, layout: _Layout, given: Work) -> torch.Tensor:
         riders = [self._rider(context, len(ids)) for context, ids in given]

@@ -47,7 +47,7 @@ class RebuiltPrefixes:
         self._budget, self._step, self._pause = budget, 0, 0
         self._kept: list[_Kept] = []
         self._used: frozenset[int] = frozenset()
-        self._refused: set[int] = set()
+        self._told_too_large = False
         self.nbytes = 0
 
     def of(self, prefix: Prefix) -> RebuiltPrefix | None:
@@ -110,9 +110,9 @@ class RebuiltPrefixes:
     def _make_room(self, whole: Prefix) -> bool:
         """Let those go that have not been used for longest, if that is enough."""
         nbytes = rebuilt_bytes(whole)
-        if nbytes > self._budget and id(whole) not in self._refused:
-            self._refused.add(id(whole))
-            _log.info("a prefix of %d tokens is not rebuilt: that takes %d bytes", whole.tokens, nbytes)
+        if nbytes > self._budget and not self._told_too_large:
+            self._told_too_large = True
+            _log.info("prefixes of %d tokens are not rebuilt: that takes %d bytes", whole.tokens, nbytes)
         unused = (one for one in self._kept if self._step - one.used > _IDLE)
         idle = sorted(unused, key=lambda one: one.used)
         if self._held() - sum(one.nbytes for one in idle) + nbytes > self._budget:
