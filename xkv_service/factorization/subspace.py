@@ -23,7 +23,9 @@ WARM_STEPS = 3
 """From a calibration's directions: what 4 steps reach from random ones (benchmarks/warm_start.py)."""
 ORDER_STEPS = 3
 _SHIFT = 1e-12
-_LEAF = 512
+_LEAF = 256
+
+_Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def leading_eigenvectors(
@@ -65,7 +67,9 @@ def subspace_iteration(
 
     The second stage, on H = QᵀGQ, turns the basis towards single eigenvectors in descending order, so that
     the `rank` columns kept are the best ones. It costs products of [rank, rank] only, where an eigensolver
-    on a GPU takes 10 ms a matrix. Products with G run in `grams.dtype` (`_product`), all else in float64.
+    on a GPU takes 10 ms a matrix. Products with G run in `grams.dtype` (`_products`), all else in float64.
+    `mend` is one Newton step to the basis's nearest orthonormal one, which is all that a last pass of
+    CholeskyQR leaves to do.
 
     Args:
         start: [n, W, m] in the place of random columns; used where m is at least rank + `OVERSAMPLING`.
@@ -76,47 +80,55 @@ def subspace_iteration(
     """
     batch, width, _ = grams.shape
     size = min(width, rank + OVERSAMPLING)
-    product = _product(grams)
+    product, precisely = _products(grams)
     if start is None or start.shape[-1] < size:
         basis, usual = orthonormal(product(_random(batch, width, size, grams))), FILTER_STEPS
     else:
         basis, usual = orthonormal(start[..., :size]), WARM_STEPS
-    basis = orthonormal(_filtered(product, basis.to(grams.dtype), usual if steps is None else steps))
-    small = basis.mT @ (grams @ basis.to(grams.dtype)).double()
+    basis = _filtered(product, basis, grams.dtype, usual if steps is None else steps)
     eye = torch.eye(size, dtype=torch.float64, device=grams.device).expand(batch, size, size)
-    turn = orthonormal(_filtered(lambda columns: small @ columns, eye, order_steps))
+    mend = 1.5 * eye - basis.mT @ basis / 2
+    small = mend @ (basis.mT @ precisely(basis.to(grams.dtype)).double()) @ mend
+    turn = _filtered(lambda columns: small @ columns, eye, eye.dtype, order_steps)
     energies = (turn * (small @ turn)).sum(-2)
     energies, order = energies.sort(dim=-1, descending=True, stable=True)
     turn = turn.gather(-1, order[..., None, :rank].expand(batch, size, rank))
-    return basis @ turn, energies[..., :rank].clamp_min(0)
+    return basis @ (mend @ turn), energies[..., :rank].clamp_min(0)
 
 
-def _filtered(
-    product: Callable[[torch.Tensor], torch.Tensor], basis: torch.Tensor, steps: int
-) -> torch.Tensor:
-    """Orthonormal columns that span p(G) basis: p is small on [0, b] and grows fast above b.
+def _filtered(product: _Product, basis: torch.Tensor, dtype: torch.dtype, steps: int) -> torch.Tensor:
+    """Orthonormal float64 columns that span p(G) basis: p is small on [0, b] and grows fast above b.
 
     p is the Chebyshev polynomial of degree `steps` on [0, b], one factor (G - root b) a step. b is the least
     Rayleigh quotient of the basis, an estimate of the eigenvalue its last direction ends at: too low a one
     filters less and does no harm.
 
     Args:
-        product: multiplies [n, W, m] by G from the left. basis: [n, W, m], orthonormal.
+        product: multiplies [n, W, m] of `dtype` by G from the left. basis: [n, W, m], orthonormal.
     """
     for step in range(steps):
         root = (1 - math.cos(math.pi * (step + 0.5) / steps)) / 2
-        image = product(basis)
-        bound = (basis * image).sum(-2).amin(-1)[:, None, None]
-        basis = orthonormal(image - root * bound * basis).to(basis.dtype)
+        columns = basis.to(dtype)
+        image = product(columns)
+        bound = (columns * image).sum(-2).amin(-1)[:, None, None]
+        basis = orthonormal(image - root * bound * columns)
     return basis
 
 
-def _product(grams: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What multiplies a basis by G. Rounding a basis to bf16 only moves where the next step starts."""
+def _products(grams: torch.Tensor) -> tuple[_Product, _Product]:
+    """What multiplies a basis by G, quickly and precisely.
+
+    Quickly may round the basis to bf16, which only moves where the next step starts. Precisely it is
+    multiplied as two bf16 numbers, an error of 2^-17.
+    """
     if not can_split(grams):
-        return lambda basis: grams @ basis
+        return (lambda basis: grams @ basis,) * 2
     parts = split(grams)
-    return lambda basis: split_product(parts, basis)
+
+    def quickly(basis: torch.Tensor) -> torch.Tensor:
+        return split_product(parts, basis)
+
+    return quickly, lambda basis: quickly(basis) + quickly(basis - basis.bfloat16())
 
 
 @contextmanager
