@@ -178,7 +178,7 @@ def main() -> None:
     wrong = [row for row in checked if not row["error"] < _TOLERANCE]
     for row in checked:
         print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-    extra: dict[str, Any] = {"checks": checked, "ceilings": _ceilings(device), "tolerance": _TOLERANCE}
+    extra: dict[str, Any] = {"checks": checked, "ceilings": ceilings(device), "tolerance": _TOLERANCE}
     if not wrong or arguments.anyway:
         for row in _sweep(arguments, device) if arguments.sweep else _rows(arguments, device):
             report.add(**row)
@@ -315,7 +315,7 @@ def _full_attention(case: Case) -> float:
     return min(times)
 
 
-def _ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device) -> dict[str, float]:
     """TB/s of a copy (read and written) and TFLOP/s of a bfloat16 product."""
     size = 2**31 if device.type == "cuda" else 2**22
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)

@@ -34,6 +34,7 @@ from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+import cascade
 import synthetic
 from compression import LLAMA_8B
 from report import Report, command
@@ -126,12 +127,14 @@ class Full:
 class Cascade:
     """One document's whole cache, read once for all sequences, and a tail of each, merged by their log-sums.
 
-    Queries of all sequences are rows of one attention over the document (FlashAttention).
+    Queries of all sequences are rows of one attention over the document, by FlashAttention or by cuDNN.
     """
 
-    def __init__(self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: synthetic.Shape, batch: int, tokens: int, device: torch.device, parts: int = 0
+    ) -> None:
         self._document, self._tails = Tails(shape, 1, tokens, device), Tails(shape, batch, _CAPACITY, device)
-        self._rooms, self._scaling = self._tails.tables(), shape.dim**-0.5
+        self._rooms, self._scaling, self._parts = self._tails.tables(), shape.dim**-0.5, parts
         self._rest = torch.empty(batch, shape.query_heads, shape.dim, device=device)
         self._rest_log = torch.empty(batch, shape.query_heads, device=device)
         self.nbytes = self._document.nbytes + self._tails.nbytes
@@ -144,17 +147,8 @@ class Cascade:
         keys, values = self._document.keys[layer], self._document.values[layer]
         asked = query[:, :, 0].contiguous()
         tail_attention(asked, self._rooms[layer], lengths + 1, self._rest, self._rest_log, self._scaling)
-        batch, heads, dim = asked.shape
-        rows = asked.view(batch, keys.shape[1], -1, dim).transpose(0, 1).reshape(1, keys.shape[1], -1, dim)
-        found, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values)
-        found, log = (
-            one.reshape(keys.shape[1], batch, heads // keys.shape[1], -1)
-            .transpose(0, 1)
-            .reshape(batch, heads, -1)
-            for one in (found, log)
-        )
-        share = torch.sigmoid(log - self._rest_log[..., None])
-        return (share * found + (1 - share) * self._rest).to(query.dtype)[:, None]
+        found, log = cascade.over_document(cascade.rows_of(asked, keys.shape[1]), keys, values, self._parts)
+        return cascade.merged(found, log, self._rest, self._rest_log).to(query.dtype)[:, None]
 
 
 class Rebuilt:
@@ -324,7 +318,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sides",
         default="full,bf16,8x,20x,mixed20",
-        help="full, cascade, rebuilt, bf16, 8x, 20x, mixed20, nothing",
+        help="full, cascade, cascade-cudnn, rebuilt, bf16, 8x, 20x, mixed20, nothing",
     )
     parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
     parser.add_argument(
@@ -358,6 +352,8 @@ def _bytes_read(model: LlamaForCausalLM) -> int:
 
 
 def _compile(model: LlamaForCausalLM) -> None:
+    torch._dynamo.config.recompile_limit = 64  # each batch size is compiled for itself
+    cascade.merged = torch.compile(cascade.merged, dynamic=False)
     for layer in model.model.layers:
         for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, torch.compile(getattr(layer, name)))
@@ -445,7 +441,7 @@ def _measure(
     tokens = sorted(sizes[number % len(sizes)] for number in range(batch))
     row: dict[str, Any] = {"side": name, "tokens": sizes[0] if len(sizes) == 1 else "/".join(map(str, sizes))}
     row |= {"batch": batch, "documents": arguments.documents}
-    if name not in ("full", "cascade", "rebuilt", "nothing"):
+    if name not in ("full", *cascade.PARTS, "rebuilt", "nothing"):
         row |= {"repeats": arguments.repeats}
     side: Any = None
     step: Any = None
@@ -460,7 +456,9 @@ def _measure(
             "ms": 1000 * took, "tokens/s": batch / took, "outside_attention_ms": 1000 * rest,
             "attention_us_a_layer": 1e6 * (took - rest) / shape.layers,
             "GiB_held": side.nbytes / 2**30, "rebuilt": side.rebuilt if isinstance(side, Factors) else 0,
-            "backend": {"full": backend.name, "cascade": "FLASH_ATTENTION"}.get(name, "kernels"),
+            "backend": {"full": backend.name, "cascade": "FLASH_ATTENTION"}.get(
+                name, "CUDNN_ATTENTION" if name in cascade.PARTS else "kernels"
+            ),
         }  # fmt: skip
         if arguments.profile:
             row["kernels_us"] = _profiled(step, device)
@@ -482,8 +480,8 @@ def _side(
         return Nothing()
     if name == "full":
         return Full(shape, tokens, device)
-    if name == "cascade":
-        return Cascade(shape, len(tokens), tokens[0], device)
+    if name in cascade.PARTS:
+        return Cascade(shape, len(tokens), tokens[0], device, cascade.PARTS[name])
     if name == "rebuilt":
         return Rebuilt(shape, len(tokens), tokens[0], device)
     return Factors(
@@ -553,9 +551,12 @@ def _calls(profile: Any, name: str) -> int:
 
 
 def _compare(report: Report) -> None:
-    """Throughput of every row over the full cache's best; of one document over as many sequences'."""
+    """Throughput of every row over the full cache's best; of one document over the best cascade."""
     best = max((row["tokens/s"] for row in report.rows if row["side"] == "full"), default=None)
-    cascades = {row["batch"]: row["tokens/s"] for row in report.rows if row["side"] == "cascade"}
+    cascades = dict[int, float]()
+    for row in report.rows:
+        if row["side"] in cascade.PARTS:
+            cascades[row["batch"]] = max(row["tokens/s"], cascades.get(row["batch"], 0.0))
     for row in report.rows:
         against = cascades.get(row["batch"], best)
         if against is not None:
