@@ -122,7 +122,7 @@ async def measure_lookups(report: Report, rounds: int, tokens: int) -> None:
     prompt = (*ids, *ids[:200])
     with tempfile.TemporaryDirectory() as folder, ArtifactStore.open(folder, patience_s=0) as store:
         store.publish(manifest, factors.to_tensors())
-        finder = PrefixFinder(store, fingerprint, APISettings())
+        finder = PrefixFinder(store, loaded.identity, APISettings())
 
         async def found() -> None:
             assert (await finder.find(prompt, "default"))[0] is not None

@@ -19,7 +19,14 @@ from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.lease import Lease
 from xkv_artifacts.limits import UNLIMITED, Quota
 from xkv_artifacts.listing import STORE_KEYS, Listing
-from xkv_artifacts.namespace_index import INDEXED_KEY, NAMESPACE_KEY, PAGE, SUMS_KEY, NamespaceIndex
+from xkv_artifacts.namespace_index import (
+    INDEXED_KEY,
+    MODELS_KEY,
+    NAMESPACE_KEY,
+    PAGE,
+    SUMS_KEY,
+    NamespaceIndex,
+)
 from xkv_artifacts.prefix_index import member
 from xkv_artifacts.prefix_search import BLOCK_BYTES, LONGEST_KEY, PREFIXES_KEY, PrefixSearch
 from xkv_artifacts.redis_link import RedisLink
@@ -79,7 +86,8 @@ class Catalog:
         calibrations = self._key(CALIBRATION_KEY, id=""), self._key(CALIBRATIONS_KEY)
         self.namespaces = NamespaceIndex(link, store_id, self._listing.entry_key(""), self._key(RECENCY_KEY))
         self.calibrations = Listing(link, CalibrationEntry, *calibrations)
-        self.prefixes = PrefixSearch(link, store_id, self._listing.entry_key(""), self._key(EXPIRY_KEY))
+        places = self._listing.entry_key(""), self._key(EXPIRY_KEY)
+        self.prefixes = PrefixSearch(link, store_id, *places, models_pattern=MODELS_KEY)
         self.candidates = self.prefixes.candidates
         self.whole_candidates = self.prefixes.whole_candidates
 
@@ -97,7 +105,7 @@ class Catalog:
         place = member(entry.fingerprint, entry.namespace, tokens, entry.id)
         texts: list[str | bytes] = [
             *(place, str(len(tokens) // BLOCK_BYTES), repr(entry.last_used), entry.namespace),
-            *(str(entry.bytes), _text(entry.expires), str(entry.pinned)),
+            *(entry.fingerprint, str(entry.bytes), _text(entry.expires), str(entry.pinned)),
             *(_text(quota.bytes), _text(quota.artifacts)),
             *(text for pair in entry.to_hash().items() for text in pair),
         ]

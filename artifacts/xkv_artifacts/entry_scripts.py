@@ -1,7 +1,8 @@
 """The steps that change an entry together with all that is counted and ordered beside it: one script each.
 
 An artifact stands in its namespace's sorted set exactly while its bytes are in that namespace's sum and in
-the sum of all, so each script that adds or takes away keeps both right, and doing it twice changes nothing.
+the sum of all, and it is counted for its model there, so each script that adds or takes away keeps them
+right, and doing it twice changes nothing. Of a catalog that did not count models, some are unknown.
 
 KEYS of each: the entry's hash, recency, expiry, sums, the lease on the id, readers of the id, that it was
 deleted.
@@ -33,14 +34,19 @@ local function entry(...)
   return found.err and {} or found
 end
 
-local function count(namespace, bytes)
+local function count(namespace, bytes, fingerprint, artifacts)
   redis.call('HINCRBY', SUMS, namespace, bytes)
   redis.call('HINCRBY', SUMS, '*', bytes)
+  local models = namespaces .. namespace .. ':models'
+  if fingerprint then redis.pcall('ZINCRBY', models, artifacts, fingerprint) end
+  redis.pcall('ZREMRANGEBYSCORE', models, '-inf', 0)
 end
 
 local function leave()
-  local old = entry('namespace', 'bytes')
-  if old[1] and redis.call('ZREM', namespaces .. old[1], id) == 1 then count(old[1], 0 - number(old[2])) end
+  local old = entry('namespace', 'bytes', 'fingerprint')
+  if old[1] and redis.call('ZREM', namespaces .. old[1], id) == 1 then
+    count(old[1], 0 - number(old[2]), old[3], -1)
+  end
 end
 
 local function expire(ends, pinned)
@@ -65,15 +71,16 @@ local function touch(now)
 end
 """
 
-# KEYS go on: prefixes, longest, indexed. ARGV: member, its full blocks, last used, namespace, bytes, expires
-# or '', pinned, the quota's bytes and artifacts or '', then the entry's fields and values. Answers 1, or 0
-# where the quota does not allow it. Where an index is there and `longest` is not, nobody knows it, and it
-# stays missing.
+# KEYS go on: prefixes, longest, indexed. ARGV: member, its full blocks, last used, namespace, fingerprint,
+# bytes, expires or '', pinned, the quota's bytes and artifacts or '', then the entry's fields and values.
+# Answers 1, or 0 where the quota does not allow it. Where an index is there and `longest` is not, nobody
+# knows it, and it stays missing.
 PUBLISH: Final = (
     _PRELUDE
     + """
 local PREFIXES, LONGEST, INDEXED = unpack(KEYS, 8, 10)
-local member, blocks, used, namespace, bytes, ends, pinned, most_bytes, most = unpack(ARGV, 3, 11)
+local member, blocks, used, namespace, fingerprint, bytes, ends, pinned = unpack(ARGV, 3, 10)
+local most_bytes, most = unpack(ARGV, 11, 12)
 local own = namespaces .. namespace
 
 if most_bytes ~= '' or most ~= '' then
@@ -89,11 +96,11 @@ local last = redis.call('ZSCORE', RECENCY, id)
 local longest = tonumber(redis.call('GET', LONGEST) or redis.call('EXISTS', PREFIXES) == 0 and -1)
 leave()
 redis.call('DEL', ENTRY)
-redis.call('HSET', ENTRY, unpack(ARGV, 12))
+redis.call('HSET', ENTRY, unpack(ARGV, 13))
 used = math.max(tonumber(used), tonumber(last or 0))
 redis.call('ZADD', RECENCY, used, id)
 redis.call('ZADD', own, used, id)
-count(namespace, tonumber(bytes))
+count(namespace, tonumber(bytes), fingerprint, 1)
 expire(ends, pinned)
 if longest and longest < tonumber(blocks) then redis.call('SET', LONGEST, blocks) end
 redis.call('ZADD', PREFIXES, 0, member)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import redis
 
 NAMESPACE_KEY: Final = STORE_KEYS + "namespace:{namespace}"  # sorted set: its artifacts, by last use
+MODELS_KEY: Final = (
+    NAMESPACE_KEY + ":models"
+)  # sorted set: fingerprints, by how many artifacts it has of each
 SUMS_KEY: Final = STORE_KEYS + "bytes"  # hash: namespace -> bytes of its artifacts; "*": of all
 INDEXED_KEY: Final = STORE_KEYS + "indexed"  # string: set once every entry stands in its namespace's set
 PAGE: Final = 500

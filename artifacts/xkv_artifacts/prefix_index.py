@@ -17,6 +17,9 @@ blocks that one has, or more. Where it is missing or no number, nothing is known
 
 Artifacts of the same tokens, compressed differently, stand side by side: up to MOST_SPECS of them come back.
 What comes back are candidates: the blob's own tokens decide.
+
+Digests are made with the model's fingerprint, so what other models have of a prompt stands in their indexes
+under other digests. A prompt that shares no block is told which models those are, the ones of most artifacts.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ FIRST_BLOCKS = 128
 """Blocks of a prompt that are hashed before the first answer has said how long artifacts are."""
 MOST_SPECS = 8
 """Artifacts of the same tokens that one lookup tells apart."""
+MOST_MODELS = 8
+"""Other models of one namespace in whose indexes a prompt is looked for (a guess: revisions, data types)."""
+MODEL_BLOCKS = 32
+"""Blocks of a prompt that are hashed for each of them: 2,048 tokens."""
 
 _FUNCTIONS = f"""
 local function id_of(member)
@@ -64,13 +71,15 @@ local function common_blocks(member)
 end
 """
 
-# KEYS: the sorted set, the most blocks of any artifact, when artifacts end. ARGV: digests, tokens (4 bytes
-# each, most significant first), the block that the tokens begin at, prefix of entry keys. Answers how many
-# blocks the nearest artifact shares, the most blocks that any has (nothing, where that is unknown), and ids.
-# Members whose artifact has no entry any more, or whose time is over, are removed on the way, so they never
-# hide another.
+# KEYS: the sorted set, the most blocks of any artifact, when artifacts end, and the namespace's models where
+# they are asked for. ARGV: digests, tokens (4 bytes each, most significant first), the block that the tokens
+# begin at, prefix of entry keys, how many artifacts of the same tokens. Answers how many blocks the nearest
+# artifact shares, the most blocks that any has (nothing, where that is unknown), ids, and, where no block is
+# shared, the models of most artifacts. Members whose artifact has no entry any more, or whose time is over,
+# are removed on the way, so they never hide another.
 LOOKUP = f"""
 local key, digests, tokens, sent, entry = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local specs = tonumber(ARGV[5])
 local longest = redis.call('GET', KEYS[2]) or redis.call('EXISTS', key) == 0 and '0'
 local found, seen = {{}}, {{}}
 
@@ -80,7 +89,7 @@ end
 {_FUNCTIONS}
 local function live(command, from, to)
   local nearest, count = nil, 0
-  while count < {MOST_SPECS} do
+  while count < specs do
     local member = redis.call(command, key, from, to, 'LIMIT', count, 1)[1]
     if not member or (nearest and place(member) ~= place(nearest)) then break end
     local id = id_of(member)
@@ -110,7 +119,8 @@ end
 local all = #digests / {DIGEST_BYTES}
 local deepest = ask(all)
 if sent <= deepest and deepest < all then ask(deepest) end
-return {{deepest, longest, found}}
+local models = deepest == 0 and KEYS[4] and redis.pcall('ZREVRANGE', KEYS[4], 0, {MOST_MODELS}) or {{}}
+return {{deepest, longest, found, models.err and {{}} or models}}
 """
 
 # KEYS as above. ARGV: digests, all tokens, prefix of entry keys. Answers the ids of the longest artifacts

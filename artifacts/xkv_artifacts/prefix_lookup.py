@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -66,6 +66,22 @@ class PrefixLookup:
                 break
         found = [match for match in matches if match.tokens > 0]
         return max(found, key=lambda match: match.rank, default=None)
+
+    def find_of_other_models(
+        self, fingerprint: str, namespaces: Sequence[str], token_ids: TokenIds
+    ) -> Match | None:
+        """See `ArtifactStore.lookup_other_models`."""
+        prompt, matches = token_bytes(token_ids), list[Match]()
+        names = [check_namespace(name) for name in namespaces]
+        found = self._catalog.prefixes.candidates_of_other_models(fingerprint, names, prompt)
+        if found is None:
+            return None
+        owner, candidates = found
+        for artifact_id in candidates:
+            with suppress(ArtifactNotFound, CorruptArtifact):
+                matches.append(self._match(artifact_id, owner, prompt, whole=False))
+        best = max(matches, key=lambda match: match.rank, default=None)
+        return best if best is not None and best.tokens > 0 else None
 
     def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes, *, whole: bool) -> Match:
         """How far a candidate really agrees with the prompt. Raises ArtifactNotFound, CorruptArtifact."""

@@ -86,12 +86,33 @@ class RedisLink:
         patience_s: float | None = None,
     ) -> Any:
         """Run a Lua script (sent once, then by its hash). Raises as `call`."""
-        if text not in self._scripts:
-            self._scripts[text] = self._client.register_script(text)
-        script = self._scripts[text]
+        script = self._registered(text)
         return self.call(
             lambda client: script(keys=keys, args=arguments, client=client), patience_s=patience_s
         )
+
+    def script_each(
+        self, text: str, calls: Sequence[tuple[Sequence[str], Sequence[str | bytes]]]
+    ) -> list[Any]:
+        """Run a Lua script that Redis knows once for each keys and arguments, in one round trip; tried once.
+
+        Returns:
+            The answers, with the error in place of one that failed (each, where Redis does not know it).
+        """
+        digest = self._registered(text).sha
+
+        def command(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for keys, arguments in calls:
+                pipeline.evalsha(digest, len(keys), *keys, *arguments)
+            return pipeline.execute(raise_on_error=False)
+
+        return self.call(command, patience_s=0)
+
+    def _registered(self, text: str) -> Any:
+        if text not in self._scripts:
+            self._scripts[text] = self._client.register_script(text)
+        return self._scripts[text]
 
     def check(self) -> None:
         """Ask whether Redis is there: once, unless it is an embedded server that can be brought back.

@@ -325,6 +325,21 @@ class ArtifactStore:
         """
         return self._lookup.find(fingerprint, namespace, token_ids, whole=whole, on_lost=on_lost)
 
+    def lookup_other_models(
+        self, fingerprint: str, namespaces: Sequence[str], token_ids: TokenIds
+    ) -> Match | None:
+        """After `lookup` found nothing in these namespaces: an artifact that other models have in them of the
+        same tokens. It serves no prompt of this model, but says why there is none.
+
+        Of up to 8 models of each namespace, those of most artifacts, the one counts that shares most with the
+        prompt's first 2,048 tokens, and at least 64. The match is compared token by token, as far as it goes.
+        One round trip, and none where this process's last such `lookup` was told of no other model.
+
+        Raises:
+            InvalidNamespace, InvalidKey, CatalogUnavailable, CatalogError, StoreError
+        """
+        return self._lookup.find_of_other_models(fingerprint, namespaces, token_ids)
+
     def verify(self, ids: Iterable[str] | None = None) -> Iterator[Verification]:
         """Re-read every byte of artifacts and calibrations (all there are, or `ids`); nothing is changed. An
         artifact that shares the bases of a calibration which is gone or damaged is at fault as well.

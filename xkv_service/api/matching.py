@@ -8,7 +8,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from xkv_artifacts.damage_board import Note
@@ -24,12 +23,14 @@ from xkv_artifacts.errors import (
 )
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.keys import token_bytes
-from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.manifest import ModelIdentity
 from xkv_artifacts.origin import Origin
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.prefix_lookup import OnLost
 from xkv_artifacts.reports import Match
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.api import misses
+from xkv_service.api.artifact_facts import ArtifactFacts
 from xkv_service.api.damage_notes import DamageNotes
 from xkv_service.api.errors import APIError
 from xkv_service.api.remaker import Remaker
@@ -45,26 +46,6 @@ _THREADS = 8
 _MOST_FACTS = 65_536
 _AWAY = (CatalogUnavailable, CatalogError, StoreError, OSError)
 _BROKEN = (ArtifactNotFound, CorruptArtifact, UnsupportedFormat)
-_UNAVAILABLE = Miss("unavailable", "the store of prefixes does not answer")
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What decides whether an artifact may be used: it never changes under one id."""
-
-    fingerprint: str
-    origin: Origin
-    whole_only: bool
-    fidelity: float
-
-    @classmethod
-    def of(cls, manifest: PrefixManifest) -> _Facts:
-        return cls(
-            manifest.model.fingerprint,
-            Origin.of_manifest(manifest),
-            bool(manifest.windows or manifest.states),
-            manifest.fidelity.top1_agreement,
-        )
 
 
 class PrefixFinder:
@@ -72,22 +53,22 @@ class PrefixFinder:
 
     Args:
         store: best opened with `patience_s=0`: a prompt that cannot be looked up is computed, not waited for.
-        fingerprint: of the served model. settings: what may be used.
+        model: the served one. settings: what may be used.
         remaker: asked to make again what is found damaged or missing; None: nobody is.
     """
 
     def __init__(
         self,
         store: ArtifactStore,
-        fingerprint: str,
+        model: ModelIdentity,
         settings: APISettings,
         remaker: Remaker | None = None,
     ) -> None:
-        self._store, self._fingerprint, self._settings = store, fingerprint, settings
+        self._store, self._model, self._settings = store, model, settings
         self._remaker = remaker
         self._threads = ThreadPoolExecutor(_THREADS, "xkv-lookup")
         self._breaker = Breaker(settings.lookup_pause_s)
-        self._facts: OrderedDict[str, _Facts] = OrderedDict()
+        self._facts: OrderedDict[str, ArtifactFacts] = OrderedDict()
         self._notes = DamageNotes(store)
 
     @property
@@ -107,7 +88,7 @@ class PrefixFinder:
             artifact is used.
         """
         ids = array("i", prompt)
-        return await self._asked(lambda: self._find(ids, namespace)) or (None, _UNAVAILABLE)
+        return await self._asked(lambda: self._find(ids, namespace)) or (None, misses.UNAVAILABLE)
 
     async def named(self, prefix_id: str, prompt: Sequence[int], namespace: str) -> Found:
         """As `find`, but the prefix of that id, if the prompt begins with it.
@@ -116,7 +97,7 @@ class PrefixFinder:
             APIError: 400, it does not.
         """
         ids = array("i", prompt)
-        return await self._asked(lambda: self._named(prefix_id, ids, namespace)) or (None, _UNAVAILABLE)
+        return await self._asked(lambda: self._named(prefix_id, ids, namespace)) or (None, misses.UNAVAILABLE)
 
     async def _asked(self, ask: Callable[[], Result]) -> Result | None:
         """What the store answers; None when it does not, or has not lately."""
@@ -146,10 +127,12 @@ class PrefixFinder:
         lost: dict[str, Miss] = {}
 
         def note(name: str, error: XKVError) -> None:
-            lost[name] = _lost(name, error)
+            lost[name] = misses.lost(name, error)
             self._notes.look_again()  # who asks next may hold all of it
 
         usable, miss = self._best(prompt, namespace, note)
+        if usable is None and not lost and miss is not None and miss.reason == "no_artifact":
+            miss = self._of_another_model(prompt, namespace) or miss
         for name, one in lost.items():
             if one.reason != "evicted":
                 self._tell_lost(name, prompt, one)
@@ -161,13 +144,13 @@ class PrefixFinder:
         """Have what was found lost without a prompt made again, where this prompt holds all of it."""
         if self._remaker is None:
             return {}
-        allowed, found = (namespace, self._settings.public_namespace), dict[str, Miss]()
+        allowed, found = self._readable(namespace), dict[str, Miss]()
         for name, note in self._notes.all().items():
             origin = self._origin(name, note)
             if origin is None or origin.namespace not in allowed or origin.tokens > len(prompt):
                 continue
             if self._remaker.begins(name, origin, prompt) and self._notes.take(name):
-                found[name] = _missing(name) if note.missing else _damaged(name)
+                found[name] = misses.missing(name) if note.missing else misses.damaged(name)
                 fault = f"{found[name].detail}, found without a prompt"
                 self._remaker.ask(name, origin, prompt, fault, missing=note.missing)
         return found
@@ -186,7 +169,7 @@ class PrefixFinder:
     def _best(self, prompt: array[int], namespace: str, on_lost: OnLost) -> Found:
         found = self._longest(prompt, namespace, on_lost)
         if not found:
-            return None, Miss("no_artifact", "no stored prefix begins like this prompt")
+            return None, misses.NO_ARTIFACT
         miss: Miss | None = None
         for match in found:
             usable, miss = self._usable(match, prompt)
@@ -205,13 +188,31 @@ class PrefixFinder:
         self, prompt: array[int], namespace: str, on_lost: OnLost, *, whole: bool = False
     ) -> list[Match]:
         """The longest match of each namespace that may be used, the best first."""
-        owners = dict.fromkeys((namespace, self._settings.public_namespace))
         matches = [
-            self._store.lookup(self._fingerprint, owner, prompt, whole=whole, on_lost=on_lost)
-            for owner in owners
+            self._store.lookup(self._model.fingerprint, owner, prompt, whole=whole, on_lost=on_lost)
+            for owner in self._readable(namespace)
         ]
         found = [match for match in matches if match is not None]
         return sorted(found, key=lambda match: match.rank, reverse=True)
+
+    def _of_another_model(self, prompt: array[int], namespace: str) -> Miss | None:
+        """Where this very prompt would be served if another model had not made what is stored."""
+        readable = self._readable(namespace)
+        match = self._store.lookup_other_models(self._model.fingerprint, readable, prompt)
+        if match is None or self._usable(match, prompt)[0] is None:
+            return None
+        facts = self._facts_of(match.artifact_id, prompt)
+        if isinstance(facts, Miss) or facts.other_model is None:
+            return None
+        return misses.other_model(
+            f"artifact {match.artifact_id[:12]} shares {match.tokens} of its {facts.origin.tokens} tokens "
+            "with the prompt, but",
+            facts.other_model,
+        )
+
+    def _readable(self, namespace: str) -> list[str]:
+        """A namespace and the public one."""
+        return list(dict.fromkeys((namespace, self._settings.public_namespace)))
 
     def _usable(self, match: Match, prompt: array[int]) -> Found:
         """How much of a match can serve, and why not all of it."""
@@ -243,8 +244,8 @@ class PrefixFinder:
         facts = self._facts_of_own(prefix_id, namespace, prompt)
         if isinstance(facts, Miss):
             return None, self._take_noted(prompt, namespace).get(prefix_id, facts)
-        if facts.fingerprint != self._fingerprint:
-            return None, Miss("other_model", f"prefix {name} was made with another model")
+        if facts.other_model is not None:
+            return None, misses.other_model(f"prefix {name}", facts.other_model)
         try:
             stored = self._store.load(prefix_id, (TOKENS,))[1][TOKENS]
         except _BROKEN as error:
@@ -255,22 +256,21 @@ class PrefixFinder:
             raise APIError(400, message, param="prefix_id", code="prefix_mismatch")
         return self._usable(Match(prefix_id, tokens), prompt)
 
-    def _facts_of_own(self, prefix_id: str, namespace: str, prompt: array[int]) -> _Facts | Miss:
+    def _facts_of_own(self, prefix_id: str, namespace: str, prompt: array[int]) -> ArtifactFacts | Miss:
         """Facts of an artifact that this namespace may use. Of others no more is asked than of none at all:
         neither the answer nor the time it takes tells them apart."""
-        gone = Miss("evicted", f"prefix {prefix_id[:12]} is not stored: removed, not ready, or never there")
-        allowed = (namespace, self._settings.public_namespace)
+        gone, allowed = misses.not_stored(prefix_id), self._readable(namespace)
         if not self._store.catalog.namespaces.holds(allowed, prefix_id):
             return gone
         facts = self._facts_of(prefix_id, prompt)
-        return gone if isinstance(facts, _Facts) and facts.origin.namespace not in allowed else facts
+        return gone if isinstance(facts, ArtifactFacts) and facts.origin.namespace not in allowed else facts
 
-    def _facts_of(self, artifact_id: str, prompt: array[int]) -> _Facts | Miss:
+    def _facts_of(self, artifact_id: str, prompt: array[int]) -> ArtifactFacts | Miss:
         facts = self._facts.get(artifact_id)
         if facts is not None:
             return facts
         try:
-            facts = _Facts.of(self._store.manifest(artifact_id))
+            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model)
         except _BROKEN as error:
             return self._broken(error, artifact_id, prompt)
         self._facts[artifact_id] = facts
@@ -279,24 +279,8 @@ class PrefixFinder:
         return facts
 
     def _broken(self, error: XKVError, artifact_id: str, prompt: array[int]) -> Miss:
-        miss = _lost(artifact_id, error)
+        miss = misses.lost(artifact_id, error)
         if isinstance(error, MissingBlob | CorruptArtifact):
             self._notes.look_again()
             self._tell_lost(artifact_id, prompt, miss)
         return miss
-
-
-def _lost(artifact_id: str, error: XKVError) -> Miss:
-    if isinstance(error, MissingBlob):
-        return _missing(artifact_id)
-    if isinstance(error, ArtifactNotFound):
-        return Miss("evicted", f"artifact {artifact_id[:12]} is gone from the store")
-    return _damaged(artifact_id)
-
-
-def _missing(artifact_id: str) -> Miss:
-    return Miss("missing", f"the file of artifact {artifact_id[:12]} is gone from the store")
-
-
-def _damaged(artifact_id: str) -> Miss:
-    return Miss("corrupt", f"artifact {artifact_id[:12]} is damaged")

@@ -12,7 +12,7 @@ from xkv_service.sessions.settings import GenerationSettings
 MissReason = Literal[
     "no_artifact",  # nothing is stored that shares enough tokens with the prompt
     "diverges",  # the best artifact and the prompt part at a token: another template, system prompt or text
-    "other_model",  # the prefix that was named belongs to another model
+    "other_model",  # the prefix that was named, or one that begins like the prompt, is another model's
     "low_fidelity",  # there is one, less faithful than this server accepts
     "evicted",  # the prefix that was named, or one that was found, was deleted or has ended
     "corrupt",  # its blob is damaged, and in quarantine

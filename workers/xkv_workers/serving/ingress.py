@@ -63,7 +63,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     return create_app(
         ServedModel.of(files, settings.aliases),
         backend,
-        finder=PrefixFinder(store, place.fingerprint, settings.api, remaker),
+        finder=PrefixFinder(store, files.identity, settings.api, remaker),
         prefixes=StoredPrefixes(store, RemoteMaker(compressor)),
         keys=settings.keys,
         settings=settings.api,

@@ -10,7 +10,7 @@ from engines import PacedBackend, paced_backend
 from rivers import DOCUMENT, SETTINGS, publish
 from serving import Served, serve
 
-from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
@@ -30,6 +30,19 @@ def served_model(loaded: LoadedModel) -> ServedModel:
     return ServedModel.of(loaded, ("gpt-4o",))
 
 
+@pytest.fixture(scope="session")
+def other_revision(loaded: LoadedModel) -> ModelIdentity:
+    """The model with other weights and in another dtype, as its files would say."""
+    parts = loaded.identity.parts
+    assert parts is not None
+    update = {
+        "fingerprint": "e" * 64,
+        "dtype": "bfloat16",
+        "parts": parts.model_copy(update={"weights": "e" * 64}),
+    }
+    return loaded.identity.model_copy(update=update)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactStore]:
     with ArtifactStore.open(str(tmp_path_factory.mktemp("store")), patience_s=0) as opened:
@@ -44,7 +57,7 @@ def stored(store: ArtifactStore, loaded: LoadedModel) -> PrefixManifest:
 
 @pytest.fixture(scope="module")
 def finder(store: ArtifactStore, loaded: LoadedModel) -> PrefixFinder:
-    return PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+    return PrefixFinder(store, loaded.identity, SETTINGS)
 
 
 @pytest.fixture(scope="module")

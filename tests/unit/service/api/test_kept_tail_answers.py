@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Iterator[ArtifactStore]:
 
 @pytest.fixture
 def asking(store: ArtifactStore, loaded: LoadedModel, served_model: ServedModel) -> Iterator[Asking]:
-    finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+    finder = PrefixFinder(store, loaded.identity, SETTINGS)
     with paced_backend(loaded, store) as backend:
         app = create_app(served_model, backend, finder=finder, settings=SETTINGS)
         with serve(app) as running, running.http() as client:

@@ -24,7 +24,7 @@ from xkv_service import CompressionSpec, compress
 from xkv_service.api.errors import APIError
 from xkv_service.api.matching import Found, PrefixFinder
 from xkv_service.engine.breaker import Breaker
-from xkv_service.engine.messages import PrefixMatch
+from xkv_service.engine.messages import Miss, PrefixMatch
 from xkv_service.modeling.models import LoadedModel
 
 
@@ -86,7 +86,7 @@ def test_a_prefix_less_faithful_than_is_accepted(
 ) -> None:
     least = stored.fidelity.top1_agreement
     for asked, found in ((least, None), (min(1.0, least + 0.01), "low_fidelity")):
-        strict = PrefixFinder(store, loaded.identity.fingerprint, replace(SETTINGS, min_fidelity=asked))
+        strict = PrefixFinder(store, loaded.identity, replace(SETTINGS, min_fidelity=asked))
         match, miss = find(strict, [*ids, 70])
         assert (match is None) == (found is not None)
         assert (miss and miss.reason) == found
@@ -94,7 +94,7 @@ def test_a_prefix_less_faithful_than_is_accepted(
 
 def test_namespaces_see_their_own_and_the_public_one(tmp_path: Path, loaded: LoadedModel) -> None:
     with ArtifactStore.open(str(tmp_path)) as store:
-        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, SETTINGS)
         theirs = publish(store, loaded, DOCUMENT, "theirs")
         prompt = [*store.load(theirs.id, ("tokens",))[1]["tokens"].tolist(), 70]
         assert reason(find(finder, prompt, "mine")) == "no_artifact"
@@ -123,11 +123,14 @@ def test_a_named_prefix_that_the_prompt_does_not_begin_with(
 
 
 def test_a_named_prefix_of_another_model(
-    store: ArtifactStore, stored: PrefixManifest, ids: list[int]
+    store: ArtifactStore, stored: PrefixManifest, ids: list[int], other_revision: ModelIdentity
 ) -> None:
-    other = PrefixFinder(store, "e" * 64, SETTINGS)
-    assert reason(named(other, stored.id, [*ids, 70])) == "other_model"
-    assert reason(find(other, [*ids, 70])) == "no_artifact"
+    match, miss = named(PrefixFinder(store, other_revision, SETTINGS), stored.id, [*ids, 70])
+    made_with = "was made with another model (tiny: another dtype (float32, not bfloat16), other weights)"
+    assert (match, miss) == (None, Miss("other_model", f"prefix {stored.id[:12]} {made_with}"))
+    old = other_revision.model_copy(update={"parts": None, "dtype": "float32"})
+    match, miss = named(PrefixFinder(store, old, SETTINGS), stored.id, [*ids, 70])
+    assert miss is not None and miss.detail.endswith("was made with another model (tiny)")
 
 
 def test_a_damaged_prefix(tmp_path: Path, loaded: LoadedModel) -> None:
@@ -138,7 +141,7 @@ def test_a_damaged_prefix(tmp_path: Path, loaded: LoadedModel) -> None:
         content = bytearray(blob.read_bytes())
         content[100] ^= 1  # in the header
         blob.write_bytes(content)
-        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, SETTINGS)
         assert reason(named(finder, manifest.id, prompt)) == "corrupt"
         assert reason(find(finder, prompt)) == "no_artifact"  # it was dropped
 
@@ -151,7 +154,7 @@ def test_damage_that_the_lookup_finds_is_told(tmp_path: Path, loaded: LoadedMode
         content = bytearray(blob.read_bytes())
         content[100] ^= 1
         blob.write_bytes(content)
-        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, SETTINGS)
         match, miss = find(finder, prompt)
         assert match is not None and match.artifact_id == short.id
         assert miss is not None and (miss.reason, long.id[:12] in miss.detail) == ("corrupt", True)
@@ -168,6 +171,9 @@ def test_what_makes_a_prefix_again_comes_with_a_prompt_that_holds_all_of_it(
         assert match is not None and match.origin == expected
 
 
+GEMMA = ModelIdentity(fingerprint="a" * 64, name="tiny", architecture="Gemma3", dtype="float32")
+
+
 @pytest.fixture(scope="module")
 def gemma() -> PreTrainedModel:
     """A model whose prefixes serve whole or not at all: it has sliding windows."""
@@ -179,8 +185,8 @@ def publish_whole(store: ArtifactStore, model: PreTrainedModel, tokens: list[int
     assert factors.whole_only
     fields = factors.manifest_fields()
     manifest = PrefixManifest(
-        id=artifact_id("a" * 64, "default", tokens, fields["spec"]),
-        model=ModelIdentity(fingerprint="a" * 64, name="tiny", architecture="Gemma3", dtype="float32"),
+        id=artifact_id(GEMMA.fingerprint, "default", tokens, fields["spec"]),
+        model=GEMMA,
         namespace="default",
         document=DocumentRef(uri="a", sha256="0" * 64),
         created=datetime.now(timezone.utc),
@@ -193,7 +199,7 @@ def test_a_prefix_that_can_be_used_whole_only(tmp_path: Path, gemma: PreTrainedM
     with ArtifactStore.open(str(tmp_path)) as store:
         tokens = torch.randint(3, 250, (150,), generator=torch.Generator().manual_seed(0)).tolist()
         name = publish_whole(store, gemma, tokens)
-        finder = PrefixFinder(store, "a" * 64, SETTINGS)
+        finder = PrefixFinder(store, GEMMA, SETTINGS)
         assert find(finder, [*tokens, 5]) == (PrefixMatch(name, 150), None)
         for prompt in ([*tokens[:100], 251, 251], tokens, tokens[:120]):
             assert reason(find(finder, prompt)) == "diverges"
@@ -207,7 +213,7 @@ def test_a_shorter_prefix_that_fits_whole_is_found_behind_a_longer_one_that_does
         system = publish_whole(store, gemma, tokens[:80])
         for other in (1, 2, 255):  # share 170 tokens with the prompt, and stand around it in the index
             publish_whole(store, gemma, [*tokens[:170], *[other] * 30])
-        finder = PrefixFinder(store, "a" * 64, replace(SETTINGS, min_fidelity=0.0))
+        finder = PrefixFinder(store, GEMMA, replace(SETTINGS, min_fidelity=0.0))
         match, miss = find(finder, tokens)
         assert match == PrefixMatch(system, 80)
         assert miss is not None and miss.reason == "diverges"
@@ -233,8 +239,8 @@ def test_a_redis_that_is_down_costs_one_request_its_patience(
         manifest = publish(store, loaded, DOCUMENT)
         prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
         found = (PrefixMatch(manifest.id, manifest.tokens), None)
-        patient = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
-        finder = PrefixFinder(store, loaded.identity.fingerprint, settings)
+        patient = PrefixFinder(store, loaded.identity, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, settings)
 
         async def scenario() -> None:
             assert await patient.find(prompt, "default") == found
@@ -292,7 +298,7 @@ def test_a_redis_that_stalls_is_asked_again_once_it_has_answered(
     with ArtifactStore.open(str(tmp_path / "store"), redis.url, patience_s=0.0) as store:
         manifest = publish(store, loaded, DOCUMENT)
         prompt = [*store.load(manifest.id, ("tokens",))[1]["tokens"].tolist(), 70]
-        finder = PrefixFinder(store, loaded.identity.fingerprint, settings)
+        finder = PrefixFinder(store, loaded.identity, settings)
 
         async def scenario() -> None:
             redis.freeze()

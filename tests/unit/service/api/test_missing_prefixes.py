@@ -54,7 +54,7 @@ class Process:
         self.told: list[NewPrefix] = []
         fingerprint, self.store = loaded.identity.fingerprint, store
         self.finder = PrefixFinder(
-            store, fingerprint, SETTINGS, Remaker(store, fingerprint, self.told.append)
+            store, loaded.identity, SETTINGS, Remaker(store, fingerprint, self.told.append)
         )
         assert prompt is None or self.ask(prompt) is None
 

@@ -39,7 +39,7 @@ def keeping(
     folder = str(tmp_path_factory.mktemp("kept"))
     with ArtifactStore.open(folder, patience_s=0) as store:
         maker = PrefixMaker(store, loaded, ratio=2.0, most_waiting=12)
-        finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, SETTINGS)
         try:
             with paced_backend(loaded, store) as backend:
                 prefixes = StoredPrefixes(store, maker)

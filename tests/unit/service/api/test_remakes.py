@@ -79,7 +79,7 @@ def test_damage_that_a_prefetch_finds_is_mended(tmp_path: Path, loaded: LoadedMo
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = publish(store, loaded, DOCUMENT, SETTINGS.public_namespace)
         prompt = tokens_of(store, made)  # the prompt may be the prefix, no more
-        match = found(PrefixFinder(store, loaded.identity.fingerprint, SETTINGS), prompt, "asker")
+        match = found(PrefixFinder(store, loaded.identity, SETTINGS), prompt, "asker")
         damage(store, made.id, -100) if fault == "damaged" else lose(store, made.id)
         maker = PrefixMaker(store, loaded, ratio=3.0)
         remaker = Remaker(store, loaded.identity.fingerprint, lambda new: asyncio.run(maker.create(new)))
@@ -155,8 +155,8 @@ def test_damage_that_a_lookup_finds_is_mended(
         made = publish(store, loaded, DOCUMENT)
         prompt = [*tokens_of(store, made), 70]
         fingerprint = loaded.identity.fingerprint
-        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
-        fresh = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        finder = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
+        fresh = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
         assert found(finder, prompt).artifact_id == made.id
         store._lookup._tokens = TokenCache()  # as where there are too many artifacts to keep
         damage(store, made.id, 100) if fault == "corrupt" else lose(store, made.id)
@@ -195,8 +195,8 @@ def test_a_loss_that_another_finds_during_a_lookup_is_mended_by_who_holds_the_to
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = publish(store, loaded, DOCUMENT)
         ids, fingerprint = tokens_of(store, made), loaded.identity.fingerprint
-        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
-        other = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        finder = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
+        other = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
         found(finder, [*ids, 70])  # what it knows of the notes is new
         store._lookup._tokens = TokenCache()
         lose(store, made.id)
@@ -227,7 +227,7 @@ def test_damage_that_is_found_without_a_prompt_is_mended_with_the_next_one(
         made = publish(store, loaded, DOCUMENT)
         ids = tokens_of(store, made)
         prompt, fingerprint = [*ids, 70], loaded.identity.fingerprint
-        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        finder = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
         if known == "by who read it before":
             found(finder, prompt)
         with store.blobs.open(made.id) as file:
@@ -272,7 +272,7 @@ def test_what_was_deleted_after_its_damage_is_not_made_again(
     with ArtifactStore.open(str(tmp_path / "store")) as store:
         made = publish(store, loaded, DOCUMENT)
         prompt, fingerprint = [*tokens_of(store, made), 70], loaded.identity.fingerprint
-        finder = PrefixFinder(store, fingerprint, SETTINGS, Remaker(store, fingerprint, told.append))
+        finder = PrefixFinder(store, loaded.identity, SETTINGS, Remaker(store, fingerprint, told.append))
         found(finder, prompt)
         damage(store, made.id, 100)
         store.rebuild()
@@ -384,7 +384,7 @@ def test_a_prefix_whose_calibration_is_damaged_is_made_over_other_bases(
             rates=LoadingRates(10.0),  # seconds a token: whatever can be loaded is
             on_lost=remakes.lost,
         )
-        finder = PrefixFinder(store, fingerprint, SETTINGS)
+        finder = PrefixFinder(store, loaded.identity, SETTINGS)
         prompt = [*new.token_ids, 70]
         with Engine(loaded, EngineSettings(tail_bytes=0), pool) as engine:
             request = asking(prompt, found(finder, prompt))

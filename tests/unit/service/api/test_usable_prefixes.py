@@ -34,7 +34,7 @@ class Kept:
     def asked(self, model: ServedModel, **settings: Any) -> tuple[dict[str, Any], str | None]:
         """The artifact as a server with these settings tells of it, and why its chats miss it."""
         chosen = replace(SETTINGS, **settings)
-        finder = PrefixFinder(self.store, model.identity.fingerprint, chosen)
+        finder = PrefixFinder(self.store, model.identity, chosen)
         app = create_app(model, self.backend, finder=finder, prefixes=self.prefixes, settings=chosen)
         with serve(app) as served, served.http() as http:
             one = http.get(f"/v1/prefixes/{self.rough.id}").json()

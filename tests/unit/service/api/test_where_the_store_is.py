@@ -59,7 +59,7 @@ def http(
     store: ArtifactStore, stored: PrefixManifest, loaded: LoadedModel, served_model: ServedModel
 ) -> Iterator[httpx.Client]:
     """A server whose engine has loaded nothing yet."""
-    finder = PrefixFinder(store, loaded.identity.fingerprint, SETTINGS)
+    finder = PrefixFinder(store, loaded.identity, SETTINGS)
     maker = PrefixMaker(store, loaded, ratio=2.0)
     try:
         with paced_backend(loaded, store) as backend:
