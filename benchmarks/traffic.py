@@ -28,10 +28,16 @@ More than a server can do, with a limit on how long requests wait to be begun:
     python benchmarks/traffic.py --seconds 60 --rate 6 --prefix-memory 6MiB --tail-memory 8MiB \\
         --queue-timeout 20s --unchecked --out benchmarks/results/traffic_overload.json
 
-Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full:
+Memory of the server's processes is sampled every 5 s. Whether it stays flat shows once all budgets are full;
+"budgets" says when that was, and "memory" the medians of the thirds of the time from then on:
 
     python benchmarks/traffic.py --seconds 2400 --rate 0.4 --longest 1200 --prefix-memory 6MiB \\
         --tail-memory 8MiB --stored-tails 16MiB --unchecked --out benchmarks/results/traffic_memory.json
+
+The same with every answer checked, and budgets that are full within the first minute:
+
+    python benchmarks/traffic.py --seconds 600 --rate 0.8 --longest 1200 --prefix-memory 6MiB \\
+        --tail-memory 8MiB --stored-tails 16MiB --out benchmarks/results/traffic_flat.json
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ from statistics import median
 from typing import Any
 
 from report import Report, command, table
+from traffic_budgets import BUDGETS, BudgetWatch, filled
 from traffic_check import check
 from traffic_client import use
 from traffic_damage import Damage, counted, met
@@ -80,11 +87,13 @@ def main() -> None:
         if arguments.fault == "redis-away":
             redis = OwnRedis(folder / "redis")
             stack.callback(redis.kill)
-        row, held, struck = _measure(folder, disk, redis, arguments)
+        row, held, budgets, struck = _measure(folder, disk, redis, arguments)
     report.add(**row)
-    grown = growth(held)
-    print("\n" + table(grown))
-    report.write(arguments.out, struck=struck, memory=grown, unique_mib=by_minute(held))
+    full_s = max((one["full_s"] for one in budgets if one["full_s"] is not None), default=0.0)
+    grown = growth(held, full_s)
+    for rows in (budgets, grown):
+        print("\n" + table(rows))
+    report.write(arguments.out, struck=struck, budgets=budgets, memory=grown, unique_mib=by_minute(held))
 
 
 def _arguments() -> argparse.Namespace:
@@ -112,7 +121,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(
     folder: Path, disk: SlowLink | None, redis: OwnRedis | None, arguments: argparse.Namespace
-) -> tuple[dict[str, Any], Samples, dict[str, Any]]:
+) -> tuple[dict[str, Any], Samples, list[dict[str, Any]], dict[str, Any]]:
     from served import Server
 
     documents = _documents(folder, arguments)
@@ -121,12 +130,12 @@ def _measure(
     command = [sys.executable, "-m", "xkv_cli", "precompute", "--docs", folder / "corpus", "--ratio", "8"]
     subprocess.run([*command, *place], check=True)
     (folder / "plan.json").write_text(json.dumps(documents))
-    sizes = ["--prefix-memory", arguments.prefix_memory, "--tail-memory", arguments.tail_memory]
+    budgets = {name: getattr(arguments, name) for name in BUDGETS}
+    sizes = [text for name, size in budgets.items() for text in (f"--{name.replace('_', '-')}", size)]
     damage, counts = Damage(folder / "store"), dict[str, float]()
-    sizes += ["--stored-tails", arguments.stored_tails]
     server = Server(folder, *place, *sizes, "--queue-timeout", arguments.queue_timeout)
     try:
-        memory = MemoryWatch(server.process.pid)
+        memory, budget_watch = MemoryWatch(server.process.pid), BudgetWatch(server.url)
         strike = Strike(
             arguments.fault,
             server=server.process.pid,
@@ -145,7 +154,7 @@ def _measure(
         finally:
             fault.cancel()
             fault.join()
-        held = memory.end()
+        held, full = memory.end(), filled(budget_watch.end(), budgets)
         struck = strike.proof()
         if damage.ids:
             counts = {**damage.mended(), **counted(server.url)}
@@ -161,7 +170,7 @@ def _measure(
     if damage.ids:
         checked |= {**met(answers), **counts}
     row = {"fault": arguments.fault, **_summary(answers), **early_and_late(held["engine"]), **checked}
-    return row, held, struck
+    return row, held, full, struck
 
 
 def _documents(folder: Path, arguments: argparse.Namespace) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +81,9 @@ def met(answers: Sequence[Any]) -> dict[str, int]:
 
 def counted(url: str) -> dict[str, float]:
     """What the server counted: blobs that it found lost, and prefixes that it asked to be made again."""
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    asked = sum(float(values.get(name, 0)) for name in _ASKED)
-    found = sum(float(values.get(name, 0)) for name in _FOUND)
+    from traffic_budgets import metrics
+
+    values = metrics(url)
+    asked = sum(values.get(name, 0.0) for name in _ASKED)
+    found = sum(values.get(name, 0.0) for name in _FOUND)
     return {"counted_damage": found, "remakes_asked": asked}

@@ -72,17 +72,21 @@ def early_and_late(samples: Sequence[Sample]) -> dict[str, float]:
     return {"mib_early": median(one[1] for one in early), "mib_late": median(one[1] for one in late)}
 
 
-def growth(samples: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
+def growth(samples: Mapping[str, Sequence[Sample]], full_s: float = 0.0) -> list[dict[str, Any]]:
     """Per part: a straight line through the unique MiB of the second half of the time.
 
+    Args:
+        full_s: the second at which what the server may hold was full.
+
     Returns:
-        MiB a minute, its standard error (samples taken as independent), and what it held in the middle and
-        at the end of the time.
+        MiB a minute, its standard error (samples taken as independent), what it held in the middle and at the
+        end of the time, and the median of each third of what came after `full_s`.
     """
     rows = []
     for part, all_of_them in samples.items():
         half = all_of_them[len(all_of_them) // 2 :]
-        if len(half) < 3:
+        full = [one for one in all_of_them if one[0] >= full_s]
+        if len(half) < 3 or len(full) < 3:
             continue
         minutes, held = [one[0] / 60 for one in half], [one[2] for one in half]
         slope, start = linear_regression(minutes, held)
@@ -94,11 +98,22 @@ def growth(samples: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
                 "mib_middle": held[0],
                 "mib_end": held[-1],
                 "mib_most": max(one[2] for one in all_of_them),
+                **_thirds(full),
                 "mib_a_minute": slope,
                 "error": stdev(left) / spread,
             }
         )
     return rows
+
+
+def _thirds(samples: Sequence[Sample]) -> dict[str, float]:
+    """Unique MiB, the median of each third of the samples: where nothing leaks, the last is as the first."""
+    ends = [len(samples) * third // 3 for third in range(4)]
+    names = ("mib_first_third", "mib_second_third", "mib_last_third")
+    return {
+        name: median(one[2] for one in samples[start:end])
+        for name, start, end in zip(names, ends[:-1], ends[1:], strict=True)
+    }
 
 
 def by_minute(samples: Samples) -> dict[str, list[int]]:

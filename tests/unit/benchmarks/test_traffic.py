@@ -7,7 +7,10 @@ import asyncio
 import logging
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import pytest
 from artifact_samples import sample
 from openai import AsyncOpenAI
 
-from benchmarks import traffic_client
+from benchmarks import traffic_budgets, traffic_client
+from benchmarks.traffic_budgets import BudgetWatch, filled
 from benchmarks.traffic_check import check, margin_where_they_part
 from benchmarks.traffic_client import _request
 from benchmarks.traffic_damage import Damage, met
@@ -25,6 +29,8 @@ from benchmarks.traffic_memory import by_minute, early_and_late, growth
 from benchmarks.traffic_redis import OwnRedis
 from xkv_artifacts.errors import CorruptArtifact, MissingBlob
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.api.metrics import Metrics
+from xkv_service.engine.messages import EngineState
 
 
 def test_growth_is_that_of_the_second_half() -> None:
@@ -33,12 +39,65 @@ def test_growth_is_that_of_the_second_half() -> None:
     filling = [min(100.0 + second, 400.0) for second in seconds]  # full after 300 of 600 s
     flat = [(at, held + 50, held + dice.uniform(-2, 2)) for at, held in zip(seconds, filling, strict=True)]
     leaking = [(at, held, held + 6 * at / 60) for at, held, _ in flat]
-    one, other = growth({"engine": flat, "ingress": leaking, "too short": flat[:3]})
+    one, other = growth({"engine": flat, "ingress": leaking, "too short": flat[:3]}, full_s=300.0)
     assert one["part"] == "engine" and abs(one["mib_a_minute"]) < 4 * one["error"] < 0.5
     assert other["mib_a_minute"] == pytest.approx(6.0, abs=0.1)
     assert early_and_late(flat) == {"mib_early": pytest.approx(372.5, abs=3), "mib_late": 450.0}
+    for row, gained in (
+        (one, 0.0),
+        (other, 20.0),
+    ):  # of 6 a minute, from the middle of 100 s to that of others
+        assert row["mib_last_third"] - row["mib_first_third"] == pytest.approx(gained, abs=2)
+        assert row["mib_last_third"] - row["mib_second_third"] == pytest.approx(gained / 2, abs=2)
+    from_the_start = growth({"engine": flat})[0]
+    assert from_the_start["mib_last_third"] - from_the_start["mib_first_third"] > 150  # it was filling
     minutes = by_minute({"engine": flat})["engine"]
     assert len(minutes) == 10 and minutes[-1] == pytest.approx(400, abs=1)
+
+
+def test_when_a_budget_was_full() -> None:
+    held = {
+        "prefix_memory": [(5.0, 0.0), (10.0, 5e6), (15.0, 5.9e6), (20.0, 5.6e6)],
+        "tail_memory": [(5.0, 1e6), (10.0, 2e6), (15.0, 3e6), (20.0, 4e6)],  # it never was
+        "stored_tails": [(5.0, 0.0)],
+    }
+    full = filled(held, {"prefix_memory": "6MiB", "tail_memory": "1GiB", "stored_tails": "0"})
+    assert [(row["of"], row["most_bytes"], row["full_s"]) for row in full] == [
+        ("6MiB", 5.9e6, 15.0),
+        ("1GiB", 4e6, 20.0),
+        ("0", 0.0, None),
+    ]
+
+
+def test_what_a_server_holds_is_read_from_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic_budgets, "EVERY_S", 0.05)
+    page = Metrics()
+    state = EngineState(1, 0, 0, prefix_bytes=6000, tail_bytes=700, prefixes=("a",), stored_tail_bytes=80)
+
+    class Handler(BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self) -> None:
+            type(self).asked += 1
+            self.send_response(200 if self.asked > 1 else 500)
+            self.end_headers()
+            self.wfile.write(page.exposition([state]))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        watch = BudgetWatch(f"http://127.0.0.1:{server.server_port}")
+        while Handler.asked < 3:
+            time.sleep(0.01)
+        held = watch.end()
+        server.shutdown()
+    assert {budget: {size for _, size in seen} for budget, seen in held.items()} == {
+        "prefix_memory": {6000.0},
+        "tail_memory": {700.0},
+        "stored_tails": {80.0},
+    }
 
 
 def test_damage_is_followed_until_it_is_mended(tmp_path: Path) -> None:
