@@ -248,6 +248,14 @@ def test_the_index_proposes_and_the_blob_decides(store: ArtifactStore) -> None:
     assert asked(store, PROMPT) is None
 
 
+def test_a_redis_that_forgot_the_script_meanwhile_says_nothing(store: ArtifactStore) -> None:
+    publish(store, PROMPT)
+    assert store.lookup(FINGERPRINT, "n", PROMPT) is None
+    store.catalog.link.call(lambda client: client.script_flush())
+    assert store.lookup_other_models(FINGERPRINT, ["n"], PROMPT) is None
+    assert asked(store, PROMPT) is not None
+
+
 def test_however_many_models_there_are_few_are_asked(catalog: Catalog) -> None:
     key = MODELS_KEY.format(store=catalog.store_id, namespace="n")
     names = {f"{number:064x}": number for number in range(1, 50)}
