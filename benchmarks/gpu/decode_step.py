@@ -42,7 +42,7 @@ from report import Report, command
 from xkv_service.decoding.rebuilt_prefix import States
 from xkv_service.kernels.decode_attention import DecodeAttention, Tiles
 from xkv_service.kernels.document_table import DocumentTable
-from xkv_service.kernels.shared_attention import Shape, SharedAttention, SharedGroups
+from xkv_service.kernels.shared_attention import Document, Shape, SharedAttention, SharedGroups
 from xkv_service.kernels.tail_attention import tail_attention
 from xkv_service.kernels.tail_table import TailTable
 
@@ -161,9 +161,10 @@ class Rebuilt:
         self._rest_log = torch.empty(batch, shape.query_heads, device=device)
         layers = zip(document.keys, document.values, strict=True)
         states = {layer: States(keys[0], values[0]) for layer, (keys, values) in enumerate(layers)}
-        groups = Shape.of([batch], shape.query_heads // shape.kv_heads)
+        whole = Document(0, states, tokens)
+        groups = Shape.of([(whole, batch)], shape.query_heads // shape.kv_heads)
         self._groups = SharedGroups(groups, device)
-        self._groups.overwrite([(states, tokens, range(batch))])
+        self._groups.overwrite([(whole, range(batch))])
         heads = shape.kv_heads, shape.query_heads // shape.kv_heads, shape.dim, shape.dim
         self._attention = SharedAttention(groups, *heads, torch.bfloat16, device)
         self.nbytes = document.nbytes + self._tails.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
@@ -11,6 +12,7 @@ from xkv_service.decoding.prefix import Prefix
 
 _CHUNK = 16384
 """Tokens that are rebuilt at once: 32 MiB of keys of 1,024 features in 16 bits."""
+_NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class RebuiltPrefix:
         prefix: whole, of layers that kernels take; memory for all of them is taken at once.
 
     Attributes:
-        layers: by layer index.
+        layers: by layer index. number: no other of this process has it.
         complete: whether all are rebuilt: others hold nothing yet.
     """
 
     def __init__(self, prefix: Prefix) -> None:
         self.layers = {index: _room(_layer(prefix, index)) for index in prefix.compressed}
-        self._left = list(self.layers)
+        self.number, self._left = next(_NUMBERS), list(self.layers)
 
     @property
     def complete(self) -> bool:

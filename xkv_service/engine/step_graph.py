@@ -22,7 +22,7 @@ from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.packed_cache import RowCache
 from xkv_service.kernels.decode_attention import Shared
 from xkv_service.kernels.document_table import DocumentLayer
-from xkv_service.kernels.shared_attention import Shape, SharedGroups
+from xkv_service.kernels.shared_attention import Document, Shape, SharedGroups
 from xkv_service.kernels.tail_attention import append_token
 from xkv_service.kernels.tail_table import TailRow, TailTable
 from xkv_service.sessions.context import Context
@@ -179,12 +179,7 @@ class StepGraph:
             table.overwrite(documents, budgets, lengths)
             self._tails[index].overwrite([one.rows[index] for one in padded])
         if self._groups is not None:
-            self._groups.overwrite(
-                [
-                    (rebuilt.layers, riders[places[0]].cache.prefix.tokens, places)
-                    for rebuilt, places in _sharing(riders)
-                ]
-            )
+            self._groups.overwrite(_sharing(riders))
         self._riders = list(riders)
 
     def release(self) -> None:
@@ -300,12 +295,12 @@ def shared_of(riders: Sequence[Rider], heads: int) -> tuple[Shape, bool] | None:
     Args:
         heads: of queries.
     """
-    sharing = _sharing(riders)
+    sharing = [(document, len(places)) for document, places in _sharing(riders)]
     if not sharing:
         return None
-    counts = [len(places) for _, places in sharing]
-    least = min(len(states.keys) for rebuilt, _ in sharing for states in rebuilt.layers.values())
-    return Shape.of(counts, -(-heads // least)), sum(counts) == len(riders)
+    layers = [states for document, _ in sharing for states in document.layers.values()]
+    least = min(len(states.keys) for states in layers)
+    return Shape.of(sharing, -(-heads // least)), sum(count for _, count in sharing) == len(riders)
 
 
 def _slots_before(riders: Sequence[Rider]) -> list[int]:
@@ -318,13 +313,16 @@ def _slots_before(riders: Sequence[Rider]) -> list[int]:
     return found
 
 
-def _sharing(riders: Sequence[Rider]) -> list[tuple[RebuiltPrefix, list[int]]]:
-    """Rebuilt prefixes, and the places of riders that attend to as much of them."""
-    found: dict[object, tuple[RebuiltPrefix, list[int]]] = {}
+def _sharing(riders: Sequence[Rider]) -> list[tuple[Document, list[int]]]:
+    """What riders attend to of rebuilt prefixes, and their places; in an order that is not theirs."""
+    found: dict[object, tuple[Document, list[int]]] = {}
     for place, rider in enumerate(riders):
-        if rider.rebuilt is not None:
-            found.setdefault(rider.cache.prefix, (rider.rebuilt, []))[1].append(place)
-    return list(found.values())
+        prefix, rebuilt = rider.cache.prefix, rider.rebuilt
+        if rebuilt is not None:
+            found.setdefault(prefix, (Document(rebuilt.number, rebuilt.layers, prefix.tokens), []))[1].append(
+                place
+            )
+    return sorted(found.values(), key=lambda one: (one[0].number, one[0].tokens))
 
 
 def _padded(riders: Sequence[Rider], slots: int) -> list[Rider]:

@@ -45,6 +45,19 @@ def shared_attention_plainly(
     return own * share + rest * (1 - share), torch.logaddexp(log, rest_log)
 
 
+def parts_plainly(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, parts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [parts, kv_heads, m, Dv] of rows [kv_heads, m, D] to each of equal parts of a document's keys
+    [kv_heads, T, D] and values; and the logs of sums of exponentials.
+    """
+    keys, values = (
+        one.float().reshape(len(one), parts, -1, one.shape[2]).transpose(0, 1) for one in (keys, values)
+    )
+    found = rows.float() @ keys.mT * scaling
+    return (found.softmax(-1) @ values).to(rows.dtype), found.logsumexp(-1)
+
+
 def index_shares_plainly(
     query: torch.Tensor, others: torch.Tensor, document: DocumentLayer, scaling: float
 ) -> torch.Tensor:

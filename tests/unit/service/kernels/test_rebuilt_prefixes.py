@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import kernel_samples as samples
@@ -25,6 +26,8 @@ from xkv_service.engine.graph_runner import GraphRunner
 from xkv_service.engine.rebuilt_prefixes import RebuiltPrefixes
 from xkv_service.engine.runners import PackedRunner, Work
 from xkv_service.factors import PrefixFactors
+from xkv_service.kernels import shared_attention
+from xkv_service.kernels.decode_plainly import parts_plainly
 from xkv_service.kernels.shared_attention import SharedAttention
 from xkv_service.sessions.context import Context
 
@@ -152,10 +155,17 @@ def test_a_rebuilt_prefix_has_the_keys_and_values_of_its_factors(
     )
 
 
+@pytest.mark.parametrize("library", [False, True])
 def test_many_sequences_attend_to_all_of_their_prefix(
-    model: PreTrainedModel, prefixes: list[PrefixFactors]
+    library: bool, model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside one that chooses, and on beginnings of different lengths; with few of them tokens are chosen."""
+    """Beside one that chooses, and on beginnings of different lengths; with few of them tokens are chosen.
+
+    By kernels alone, and with a library that reads most of each document.
+    """
+    if library:
+        monkeypatch.setattr(shared_attention, "attend_by_parts", partial(parts_plainly, parts=16))
+        monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens: tokens // 16 * 16)
     sequences = Sequences(model, prefixes, [(0, 120)] * 3 + [(1, 100)] + [(0, 111)] * 3)
     rebuilt, mixed = sequences.runner._rebuilt, ["all"] * 3 + ["chosen"] + ["all"] * 3
     for _ in range(2):  # there are many, and the first of two layers
@@ -172,6 +182,8 @@ def test_many_sequences_attend_to_all_of_their_prefix(
     assert sequences.step([0, 3]) == ["chosen"] * 2
     assert sequences.step([0, 1]) == ["chosen"] * 2
     assert sequences.step([0, 1, 2]) == ["all"] * 3
+    fixed = {one for name in sequences.runner._graphs if name[-2] for one in name[-2][0].fixed}
+    assert {(one.tokens, one.by_cudnn) for one in fixed} == ({(120, 112), (111, 96)} if library else set())
 
 
 def test_the_budget_is_kept(

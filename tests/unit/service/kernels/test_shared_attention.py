@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import kernel_samples as samples
 import pytest
 import torch
 
 from xkv_service.decoding.rebuilt_prefix import States
-from xkv_service.kernels.decode_plainly import shared_attention_plainly
-from xkv_service.kernels.shared_attention import Shape, SharedAttention, SharedGroups
+from xkv_service.kernels import cudnn_attention, shared_attention
+from xkv_service.kernels.decode_plainly import parts_plainly, shared_attention_plainly
+from xkv_service.kernels.shared_attention import Document, Shape, SharedAttention, SharedGroups
 
 # bfloat16 rounds the weights to 8 bits: 2^-9 of each.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -16,10 +19,13 @@ HEADS, GROUP, DIM = samples.SMALL.kv_heads, samples.SMALL.group, samples.SMALL.d
 SCALING = 0.2
 
 
-def states(tokens: int, dtype: torch.dtype, device: torch.device) -> dict[int, States]:
-    """Of two layers."""
-    made = torch.randn(2, 2, HEADS, tokens, DIM, device=device).to(dtype)
-    return {layer: States(made[layer, 0].contiguous(), made[layer, 1].contiguous()) for layer in range(2)}
+def document(
+    room: int, dtype: torch.dtype, device: torch.device, tokens: int | None = None, number: int = 0
+) -> Document:
+    """The first tokens of one with two layers."""
+    made = torch.randn(2, 2, HEADS, room, DIM, device=device).to(dtype)
+    layers = {layer: States(made[layer, 0].contiguous(), made[layer, 1].contiguous()) for layer in range(2)}
+    return Document(number, layers, room if tokens is None else tokens)
 
 
 def attention(shape: Shape, dtype: torch.dtype, device: torch.device, group: int = GROUP) -> SharedAttention:
@@ -32,11 +38,11 @@ def test_each_session_attends_to_its_document(dtype: torch.dtype, group: int, de
     """Documents of any length, sessions in any order, of one document in two groups; some have none."""
     torch.manual_seed(0)
     tokens, owners = [70, 1, 333], [0, 2, None, 1, 0, 0, 2, 0, 0, None]
-    documents = [states(size, dtype, device) for size in tokens]
+    documents = [document(size, dtype, device) for size in tokens]
     sessions = [[place for place, owner in enumerate(owners) if owner == one] for one in range(3)]
     shape = Shape(8, 4)
     groups, kernel = SharedGroups(shape, device), attention(shape, dtype, device, group)
-    groups.overwrite(list(zip(documents, tokens, sessions, strict=True)))
+    groups.overwrite(list(zip(documents, sessions, strict=True)))
     query = torch.randn(len(owners), HEADS * group, DIM, device=device).to(dtype)
     rest = torch.randn(len(owners), HEADS * group, DIM, device=device)
     log = torch.randn(len(owners), HEADS * group, device=device)
@@ -48,7 +54,7 @@ def test_each_session_attends_to_its_document(dtype: torch.dtype, group: int, de
             if owner is None:
                 assert torch.equal(found[place], rest[place]) and torch.equal(found_log[place], log[place])
                 continue
-            own = documents[owner][layer]
+            own = documents[owner].layers[layer]
             expected, logs = shared_attention_plainly(
                 query[place], own.keys, own.values, rest[place], log[place], SCALING
             )
@@ -61,9 +67,9 @@ def test_groups_are_overwritten(device: torch.device) -> None:
     torch.manual_seed(1)
     shape, dtype = Shape(4, 4), torch.float32
     groups, kernel = SharedGroups(shape, device), attention(shape, dtype, device)
-    one, other = states(50, dtype, device), states(90, dtype, device)
-    groups.overwrite([(one, 50, [0, 1]), (other, 90, [2])])
-    groups.overwrite([(other, 61, [1])])
+    one, other = document(50, dtype, device), document(90, dtype, device)
+    groups.overwrite([(one, [0, 1]), (other, [2])])
+    groups.overwrite([(replace(other, tokens=61), [1])])
     query = torch.randn(3, HEADS * GROUP, DIM, device=device)
     rest, log = (
         torch.zeros(3, HEADS * GROUP, DIM, device=device),
@@ -72,40 +78,117 @@ def test_groups_are_overwritten(device: torch.device) -> None:
     before = rest.clone(), log.clone()
     kernel(query, groups, 1, rest, log, SCALING)
     expected, logs = shared_attention_plainly(
-        query[1], other[1].keys[:, :61], other[1].values[:, :61], before[0][1], before[1][1], SCALING
+        query[1],
+        other.layers[1].keys[:, :61],
+        other.layers[1].values[:, :61],
+        before[0][1],
+        before[1][1],
+        SCALING,
     )
     assert samples.relative(rest[1], expected) < 1e-5 and (log[1] - logs).abs().max() < 1e-4
     assert torch.equal(rest[[0, 2]], before[0][[0, 2]]) and torch.equal(log[[0, 2]], before[1][[0, 2]])
 
 
-def test_shapes_have_room_for_every_session() -> None:
+def test_shapes_have_room_for_every_session(device: torch.device) -> None:
     """And no more rows than shared memory takes, however many query heads there are."""
-    assert Shape.of([1], 4) == Shape(1, 4) and Shape.of([3, 4, 2], 4) == Shape(4, 4)
-    assert Shape.of([5], 4) == Shape(1, 16) and Shape.of([128, 3], 4) == Shape(8, 32)
-    assert Shape.of([128], 16) == Shape(16, 8) and Shape.of([3], 200) == Shape(4, 1)
+    own = document(8, torch.float32, device)
+
+    def shape(counts: list[int], group: int) -> Shape:
+        return Shape.of([(own, count) for count in counts], group)
+
+    assert shape([1], 4) == Shape(1, 4) and shape([3, 4, 2], 4) == Shape(4, 4)
+    assert shape([5], 4) == Shape(1, 16) and shape([128, 3], 4) == Shape(8, 32)
+    assert shape([128], 16) == Shape(16, 8) and shape([3], 200) == Shape(4, 1)
 
 
 def test_what_kernels_cannot_read_is_refused(device: torch.device) -> None:
-    groups, own = SharedGroups(Shape(1, 4), device), states(8, torch.float32, device)
+    groups, own = SharedGroups(Shape(1, 4), device), document(8, torch.float32, device)
     with pytest.raises(ValueError, match="2 groups of 4 sessions, and room for 1"):
-        groups.overwrite([(own, 8, range(5))])
-    strided = {0: States(own[0].keys.transpose(1, 2), own[0].values)}
+        groups.overwrite([(own, range(5))])
+    strided = Document(0, {0: States(own.layers[0].keys.transpose(1, 2), own.layers[0].values)}, 8)
     with pytest.raises(ValueError, match="contiguous"):
-        groups.overwrite([(strided, 8, [0])])
+        groups.overwrite([(strided, [0])])
     with pytest.raises(ValueError, match="24 and 32"):
         SharedAttention(Shape(1, 4), 2, 4, 24, 32, torch.float32, device)
 
 
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """cuDNN's place taken by PyTorch, of any document; notes how many tokens it read."""
+    read: list[int] = []
+
+    def parts(
+        rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        read.append(keys.shape[1])
+        return parts_plainly(rows, keys, values, scaling, shared_attention.PARTS)
+
+    monkeypatch.setattr(shared_attention, "attend_by_parts", parts)
+    monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens: tokens // 64 * 64)
+    return read
+
+
+def test_a_library_reads_most_of_long_documents(library: list[int], device: torch.device) -> None:
+    """All of one, nothing of another, and of one in two groups what makes equal parts."""
+    torch.manual_seed(3)
+    tokens, sessions = [128, 50, 333], [[4, 1], [0], [6, 2, 7, 3, 5, 9]]
+    documents = [
+        document(size + 7, torch.float32, device, size, number) for number, size in enumerate(tokens)
+    ]
+    shape = Shape.of([(one, len(of)) for one, of in zip(documents, sessions, strict=True)], 16)
+    assert shape.size == 8 and [one.by_cudnn for one in shape.fixed] == [128, 320] and shape.kernel
+    shape = replace(shape, size=4, groups=4, fixed=(shape.fixed[0], replace(shape.fixed[1], groups=2)))
+    groups, kernel = SharedGroups(shape, device), attention(shape, torch.float32, device)
+    groups.overwrite(list(zip(documents, sessions, strict=True)))
+    query = torch.randn(10, HEADS * GROUP, DIM, device=device)
+    rest, log = torch.randn_like(query), torch.randn(10, HEADS * GROUP, device=device)
+    found, found_log = rest.clone(), log.clone()
+    kernel(query, groups, 1, found, found_log, SCALING)
+    assert library == [128, 320]
+    for own, size, of in zip(documents, tokens, sessions, strict=True):
+        keys, values = (one[:, :size] for one in (own.layers[1].keys, own.layers[1].values))
+        for place in of:
+            expected, logs = shared_attention_plainly(
+                query[place], keys, values, rest[place], log[place], SCALING
+            )
+            assert samples.relative(found[place], expected) < 1e-5
+            assert (found_log[place] - logs).abs().max() < 1e-4
+    assert torch.equal(found[8], rest[8]) and torch.equal(found_log[8], log[8])
+
+
+def test_a_graph_is_of_the_documents_that_a_library_reads(library: list[int], device: torch.device) -> None:
+    one, other = (document(64, torch.float32, device, number=number) for number in (1, 2))
+    shape = Shape.of([(one, 2)], GROUP)
+    assert not shape.kernel and shape != Shape.of([(other, 2)], GROUP)
+    groups = SharedGroups(shape, device)
+    groups.overwrite([(one, [0, 1])])
+    with pytest.raises(ValueError, match="other documents"):
+        groups.overwrite([(other, [0, 1])])
+
+
+def test_documents_that_cudnn_does_not_take(device: torch.device) -> None:
+    """Short ones, in float32, of wide heads: 0 tokens; and none where there is no such device."""
+    most = cudnn_attention.LEAST
+    for tokens, dtype, dim in ((most - 1, torch.bfloat16, 64), (most, torch.float32, 64)):
+        keys = torch.empty(1, most, dim, dtype=dtype, device=device)
+        assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens) == 0
+    wide = torch.empty(1, most, 256, dtype=torch.bfloat16, device=device)
+    assert cudnn_attention.cudnn_tokens(States(wide, wide), most) == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_shapes_of_a_large_model(device: torch.device) -> None:
-    """As the engine runs it: whole tiles, eight warps, two groups of 32 sessions."""
+@pytest.mark.parametrize("tokens", [9001, 40001])
+def test_the_shapes_of_a_large_model(tokens: int, device: torch.device) -> None:
+    """As the engine runs it: whole tiles, eight warps, two groups of 32 sessions; long documents by cuDNN."""
     torch.manual_seed(2)
-    heads, group, dim, tokens, sessions = 8, 4, 128, 9001, 40
+    heads, group, dim, sessions = 8, 4, 128, 40
     keys, values = torch.randn(2, heads, tokens, dim, device=device).bfloat16()
-    shape = Shape.of([sessions], group)
+    own = Document(0, {0: States(keys, values)}, tokens)
+    shape = Shape.of([(own, sessions)], group)
+    assert bool(shape.fixed) is (tokens >= cudnn_attention.LEAST)
     groups = SharedGroups(shape, device)
     kernel = SharedAttention(shape, heads, group, dim, dim, torch.bfloat16, device)
-    groups.overwrite([({0: States(keys, values)}, tokens, range(sessions))])
+    groups.overwrite([(own, range(sessions))])
     query = torch.randn(sessions, heads * group, dim, device=device).bfloat16()
     rest = torch.randn(sessions, heads * group, dim, device=device)
     log = torch.randn(sessions, heads * group, device=device)
