@@ -3,8 +3,8 @@
 
 Sessions on one document stand in one product: a program reads a tile of keys and values once for all of them
 (a cascade). The tokens are split over programs, whose parts are merged by their logarithms, together with
-what was attended to besides. Where cuDNN runs it reads most of a long document (`cudnn_attention.py`), and
-the kernel the rest.
+what was attended to besides. Of more sessions than a product takes, each group reads the document again:
+there cuDNN, where it runs, reads most of a long one once (`cudnn_attention.py`), and the kernel the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from xkv_service.decoding.rebuilt_prefix import States
 from xkv_service.kernels.addresses import addresses, table, upload
-from xkv_service.kernels.cudnn_attention import PARTS, attend_by_parts, cudnn_tokens
+from xkv_service.kernels.cudnn_attention import attend_by_parts, cudnn_parts, cudnn_tokens
 from xkv_service.kernels.factor_rows import KERNEL_TYPES
 from xkv_service.kernels.product import product
 
@@ -147,10 +147,10 @@ class Document:
     layers: dict[int, States]
     tokens: int
 
-    @property
-    def by_cudnn(self) -> int:
-        """How many of the tokens cuDNN reads."""
-        return min(cudnn_tokens(states, self.tokens) for states in self.layers.values())
+    def by_cudnn(self, rows: int) -> tuple[int, int]:
+        """How many of the tokens cuDNN reads for rows of each head of keys, and in how many parts."""
+        parts = cudnn_parts(max(len(states.keys) for states in self.layers.values()), rows)
+        return min(cudnn_tokens(states, self.tokens, parts) for states in self.layers.values()), parts
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,14 @@ class Fixed:
     """What cuDNN reads of one document, and for whom: a CUDA graph is of these addresses.
 
     Args:
-        document: its number. tokens: all that sessions attend to. by_cudnn: of them, the first ones.
-        first, groups: its groups of sessions.
+        document: its number. tokens: all that sessions attend to. by_cudnn: of them, the first ones, in
+            parts. first, groups: its groups of sessions.
     """
 
     document: int
     tokens: int
     by_cudnn: int
+    parts: int
     first: int
     groups: int
 
@@ -190,9 +191,10 @@ class Shape:
         size = next((one for one in sizes if max(counts) <= one), sizes[-1])
         fixed, first, kernel = list[Fixed](), 0, False
         for document, count in documents:
-            groups, by_cudnn = -(-count // size), document.by_cudnn
+            groups = -(-count // size)
+            by_cudnn, parts = document.by_cudnn(groups * size * group) if groups > 1 else (0, 0)
             if by_cudnn:
-                fixed.append(Fixed(document.number, document.tokens, by_cudnn, first, groups))
+                fixed.append(Fixed(document.number, document.tokens, by_cudnn, parts, first, groups))
             first, kernel = first + groups, kernel or by_cudnn < document.tokens
         return cls(1 << (first - 1).bit_length(), size, tuple(fixed), kernel)
 
@@ -334,11 +336,11 @@ class SharedAttention:
         rows = asked.view(count, self._heads, self._group, self._dim).transpose(0, 1)
         found, logs = attend_by_parts(
             rows.reshape(self._heads, -1, self._dim), states.keys[:, : fixed.by_cudnn],
-            states.values[:, : fixed.by_cudnn], scaling,
+            states.values[:, : fixed.by_cudnn], scaling, fixed.parts,
         )  # fmt: skip
         _merged[count, self._heads * self._group, 1](
             groups.members[own], found, logs, rest, rest_log, count, count * self._group, HEADS=self._heads,
-            GROUP=self._group, VALUE_DIM=self._value_dim, SPLITS=PARTS, WIDE=PARTS, NATURAL=True,
+            GROUP=self._group, VALUE_DIM=self._value_dim, SPLITS=fixed.parts, WIDE=fixed.parts, NATURAL=True,
             num_warps=4,
         )  # fmt: skip
 

@@ -113,38 +113,38 @@ def test_what_kernels_cannot_read_is_refused(device: torch.device) -> None:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """cuDNN's place taken by PyTorch, of any document; notes how many tokens it read."""
-    read: list[int] = []
+def library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """cuDNN's place taken by PyTorch, of any document; notes how many tokens it read, in how many parts."""
+    read: list[tuple[int, int]] = []
 
     def parts(
-        rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        read.append(keys.shape[1])
-        return parts_plainly(rows, keys, values, scaling, shared_attention.PARTS)
+        read.append((keys.shape[1], count))
+        return parts_plainly(rows, keys, values, scaling, count)
 
     monkeypatch.setattr(shared_attention, "attend_by_parts", parts)
-    monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens: tokens // 64 * 64)
+    monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens, count: tokens // count * count)
     return read
 
 
-def test_a_library_reads_most_of_long_documents(library: list[int], device: torch.device) -> None:
-    """All of one, nothing of another, and of one in two groups what makes equal parts."""
+def test_a_library_reads_most_of_long_documents(library: list[tuple[int, int]], device: torch.device) -> None:
+    """All of one, and of another what makes equal parts; nothing of one whose sessions are one group."""
     torch.manual_seed(3)
-    tokens, sessions = [128, 50, 333], [[4, 1], [0], [6, 2, 7, 3, 5, 9]]
+    tokens, count = [128, 50, 333], 2 + 80
+    sessions = [list(range(2, 42)), [1, 0], list(range(81, 43, -1))]
     documents = [
         document(size + 7, torch.float32, device, size, number) for number, size in enumerate(tokens)
     ]
-    shape = Shape.of([(one, len(of)) for one, of in zip(documents, sessions, strict=True)], 16)
-    assert shape.size == 8 and [one.by_cudnn for one in shape.fixed] == [128, 320] and shape.kernel
-    shape = replace(shape, size=4, groups=4, fixed=(shape.fixed[0], replace(shape.fixed[1], groups=2)))
+    shape = Shape.of([(one, len(of)) for one, of in zip(documents, sessions, strict=True)], GROUP)
+    assert shape.size == 32 and shape.kernel and [one.document for one in shape.fixed] == [0, 2]
     groups, kernel = SharedGroups(shape, device), attention(shape, torch.float32, device)
     groups.overwrite(list(zip(documents, sessions, strict=True)))
-    query = torch.randn(10, HEADS * GROUP, DIM, device=device)
-    rest, log = torch.randn_like(query), torch.randn(10, HEADS * GROUP, device=device)
+    query = torch.randn(count, HEADS * GROUP, DIM, device=device)
+    rest, log = torch.randn_like(query), torch.randn(count, HEADS * GROUP, device=device)
     found, found_log = rest.clone(), log.clone()
     kernel(query, groups, 1, found, found_log, SCALING)
-    assert library == [128, 320]
+    assert library == [(128, 32), (320, 32)]  # of two heads and 256 rows
     for own, size, of in zip(documents, tokens, sessions, strict=True):
         keys, values = (one[:, :size] for one in (own.layers[1].keys, own.layers[1].values))
         for place in of:
@@ -153,17 +153,25 @@ def test_a_library_reads_most_of_long_documents(library: list[int], device: torc
             )
             assert samples.relative(found[place], expected) < 1e-5
             assert (found_log[place] - logs).abs().max() < 1e-4
-    assert torch.equal(found[8], rest[8]) and torch.equal(found_log[8], log[8])
+    for place in (42, 43):
+        assert torch.equal(found[place], rest[place]) and torch.equal(found_log[place], log[place])
 
 
-def test_a_graph_is_of_the_documents_that_a_library_reads(library: list[int], device: torch.device) -> None:
+def test_a_graph_is_of_the_documents_that_a_library_reads(
+    library: list[tuple[int, int]], device: torch.device
+) -> None:
     one, other = (document(64, torch.float32, device, number=number) for number in (1, 2))
-    shape = Shape.of([(one, 2)], GROUP)
-    assert not shape.kernel and shape != Shape.of([(other, 2)], GROUP)
+    shape = Shape.of([(one, 33)], GROUP)
+    assert not shape.kernel and shape != Shape.of([(other, 33)], GROUP)
     groups = SharedGroups(shape, device)
-    groups.overwrite([(one, [0, 1])])
+    groups.overwrite([(one, range(33))])
     with pytest.raises(ValueError, match="other documents"):
-        groups.overwrite([(other, [0, 1])])
+        groups.overwrite([(other, range(33))])
+
+
+def test_parts_are_as_many_as_fill_a_device() -> None:
+    found = [cudnn_attention.cudnn_parts(*one) for one in ((8, 128), (8, 256), (8, 384), (8, 512), (64, 999))]
+    assert found == [16, 8, 4, 4, 1]
 
 
 def test_documents_that_cudnn_does_not_take(device: torch.device) -> None:
@@ -171,9 +179,9 @@ def test_documents_that_cudnn_does_not_take(device: torch.device) -> None:
     most = cudnn_attention.LEAST
     for tokens, dtype, dim in ((most - 1, torch.bfloat16, 64), (most, torch.float32, 64)):
         keys = torch.empty(1, most, dim, dtype=dtype, device=device)
-        assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens) == 0
+        assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens, 8) == 0
     wide = torch.empty(1, most, 256, dtype=torch.bfloat16, device=device)
-    assert cudnn_attention.cudnn_tokens(States(wide, wide), most) == 0
+    assert cudnn_attention.cudnn_tokens(States(wide, wide), most, 8) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
