@@ -312,7 +312,9 @@ class GraphRunner:
                 graph.release()
 
     def _graph(self, layout: _Layout, riders: list[Rider], *, asked: bool) -> StepGraph:
-        sizes, shared = _powers([one.sizes for one in riders]), shared_of(riders, self._heads)
+        sizes = _powers([one.sizes for one in riders])
+        # Questions come about other documents all the time: a new graph takes longer than one of them.
+        shared = shared_of(riders, self._heads, any_document=asked)
         slots = _power(len(riders)) if asked else _slots(len(riders))
         name = (layout, slots, *sizes, shared, asked)
         graph = self._graphs.pop(name, None)

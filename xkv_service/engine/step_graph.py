@@ -289,18 +289,21 @@ class _GraphLayer:
         )[None]  # fmt: skip
 
 
-def shared_of(riders: Sequence[Rider], heads: int) -> tuple[Shape, bool] | None:
+def shared_of(
+    riders: Sequence[Rider], heads: int, *, any_document: bool = False
+) -> tuple[Shape, bool] | None:
     """The shape of groups that attend to all of a prefix, and whether all riders do; None: nobody does.
 
     Args:
-        heads: of queries.
+        heads: of queries. any_document: as `Shape.of`.
     """
     sharing = [(document, len(places)) for document, places in _sharing(riders)]
     if not sharing:
         return None
     layers = [states for document, _ in sharing for states in document.layers.values()]
     least = min(len(states.keys) for states in layers)
-    return Shape.of(sharing, -(-heads // least)), sum(count for _, count in sharing) == len(riders)
+    shape = Shape.of(sharing, -(-heads // least), any_document=any_document)
+    return shape, sum(count for _, count in sharing) == len(riders)
 
 
 def _slots_before(riders: Sequence[Rider]) -> list[int]:

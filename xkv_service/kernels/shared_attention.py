@@ -185,14 +185,21 @@ class Shape:
     kernel: bool = True
 
     @classmethod
-    def of(cls, documents: Sequence[tuple[Document, int]], group: int) -> Shape:
-        """For documents of so many sessions each, of `group` query heads for each head of keys."""
+    def of(
+        cls, documents: Sequence[tuple[Document, int]], group: int, *, any_document: bool = False
+    ) -> Shape:
+        """For documents of so many sessions each, of `group` query heads for each head of keys.
+
+        Args:
+            any_document: nothing is fixed, so that a graph is of other documents too.
+        """
         sizes, counts = [max(1, rows // group) for rows in _ROWS], [count for _, count in documents]
         size = next((one for one in sizes if max(counts) <= one), sizes[-1])
         fixed, first, kernel = list[Fixed](), 0, False
         for document, count in documents:
             groups = -(-count // size)
-            by_cudnn, parts = document.by_cudnn(groups * size * group) if groups > 1 else (0, 0)
+            alone = any_document or groups == 1
+            by_cudnn, parts = (0, 0) if alone else document.by_cudnn(groups * size * group)
             if by_cudnn:
                 fixed.append(Fixed(document.number, document.tokens, by_cudnn, parts, first, groups))
             first, kernel = first + groups, kernel or by_cudnn < document.tokens

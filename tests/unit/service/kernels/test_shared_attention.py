@@ -163,6 +163,8 @@ def test_a_graph_is_of_the_documents_that_a_library_reads(
     one, other = (document(64, torch.float32, device, number=number) for number in (1, 2))
     shape = Shape.of([(one, 33)], GROUP)
     assert not shape.kernel and shape != Shape.of([(other, 33)], GROUP)
+    anyone = [Shape.of([(own, 33)], GROUP, any_document=True) for own in (one, other)]
+    assert anyone[0] == anyone[1] == Shape(2, 32)
     groups = SharedGroups(shape, device)
     groups.overwrite([(one, range(33))])
     with pytest.raises(ValueError, match="other documents"):
