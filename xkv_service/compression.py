@@ -7,13 +7,15 @@ factors = compress(model, input_ids, CompressionSpec(ratio=8))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.calibration.limits import fidelity_limit
 from xkv_service.errors import RatioUnreachable
@@ -22,6 +24,7 @@ from xkv_service.factorization.projected_factors import project_groups
 from xkv_service.factorization.ranks import RotaryUse, size_of
 from xkv_service.factors import LayerWindow, PrefixFactors
 from xkv_service.fidelity import certify, held_back
+from xkv_service.leading_part import SHARES, leading_part
 from xkv_service.modeling.rotary import RotaryTable
 from xkv_service.prefilling.prefill import TokenIds, prefill
 from xkv_service.prefilling.prefill_run import id_vector
@@ -62,15 +65,23 @@ def compress(
 
 
 def compress_prefill(
-    model: PreTrainedModel, exact: Prefill, spec: CompressionSpec, calibration: Calibration | None = None
+    model: PreTrainedModel,
+    exact: Prefill,
+    spec: CompressionSpec,
+    calibration: Calibration | None = None,
+    *,
+    parts: bool = False,
 ) -> PrefixFactors:
     """Compress a prefill made with `tail=held_back(T)`. Measuring fidelity uses the prefill up.
+
+    Args:
+        parts: measure parts of the factors too, see `leading_part`: as long again for each as for the whole.
 
     Raises:
         RatioUnreachable, InvalidSpec: the spec does not fit this model and length.
     """
     factors, errors = factorize_prefill(model, exact, spec, calibration)
-    return _certified(model, exact, factors, errors, calibration)
+    return _certified(model, exact, factors, errors, calibration, parts=parts)
 
 
 def compress_each(
@@ -78,11 +89,16 @@ def compress_each(
     input_ids: TokenIds,
     specs: Sequence[CompressionSpec],
     calibration: Calibration | None = None,
+    *,
+    parts: bool = False,
 ) -> list[PrefixFactors]:
     """`compress` with each spec whose ratio can be reached, by one prefill.
 
     All are factored before the first is measured, which uses up the exact cache; what the exact cache
     predicts is known from the prefill.
+
+    Args:
+        parts: as `compress_prefill`.
 
     Raises:
         UnsupportedModel, InvalidPrompt, InvalidSpec: as `compress`.
@@ -94,7 +110,9 @@ def compress_each(
         for spec in specs:
             with suppress(RatioUnreachable):
                 made.append(factorize_prefill(model, exact, spec, calibration))
-        return [_certified(model, exact, factors, errors, calibration) for factors, errors in made]
+        return [
+            _certified(model, exact, factors, errors, calibration, parts=parts) for factors, errors in made
+        ]
     finally:
         exact.free()
 
@@ -148,13 +166,34 @@ def _certified(
     factors: PrefixFactors,
     errors: ReconstructionErrors,
     calibration: Calibration | None,
+    *,
+    parts: bool,
 ) -> PrefixFactors:
     """The factors with their fidelity, and the limit that their calibration sets it."""
     fidelity = certify(model, exact, factors, errors.key_error, errors.value_error)
+    if parts and fidelity.positions:
+        fidelity = fidelity.model_copy(update={"parts": tuple(_parts(model, exact, factors))})
     if calibration is not None:
         limit = fidelity_limit(factors.spec.ratio, calibration.figures)
         fidelity = fidelity.model_copy(update={"kl_limit": limit})
     return factors.with_fidelity(fidelity)
+
+
+def _parts(model: PreTrainedModel, exact: Prefill, factors: PrefixFactors) -> Iterator[PartFidelity]:
+    """What is left of the fidelity in each part that leaves columns out, and other ones than the last."""
+    known = [_ranks(factors)]
+    for share in SHARES:
+        part = leading_part(factors, share)
+        if _ranks(part) in known:
+            continue
+        known.append(_ranks(part))
+        found = certify(model, exact, part, (), ())
+        if math.isfinite(found.kl):
+            yield PartFidelity(share=share, top1_agreement=found.top1_agreement, kl=found.kl)
+
+
+def _ranks(factors: PrefixFactors) -> list[tuple[int, int]]:
+    return [(group.layout.rank_k, group.layout.rank_v) for group in factors.groups]
 
 
 def rotary_tables(exact: Prefill) -> tuple[tuple[RotaryTable, ...], RotaryUse]:

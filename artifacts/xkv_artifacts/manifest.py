@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -159,6 +161,28 @@ class StateLayout(_Strict):
     recurrent: tuple[StateShape, ...]
 
 
+class PartFidelity(_Strict):
+    """What was measured of a part: the leading columns of every group's token factors, others left out.
+
+    Args:
+        share: the part holds at least that share of the columns, in the fewest leading blocks that do.
+        top1_agreement, kl: as those of all columns.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    top1_agreement: float = Field(ge=0, le=1)
+    kl: float = Field(ge=0)
+
+
+def _growing(parts: tuple[PartFidelity, ...]) -> tuple[PartFidelity, ...]:
+    if any(one.share >= other.share for one, other in pairwise(parts)):
+        raise ValueError("shares must grow from part to part")
+    return parts
+
+
+Parts = Annotated[tuple[PartFidelity, ...], Field(max_length=8), AfterValidator(_growing)]
+
+
 class Fidelity(_Extended):
     """What was measured against the exact cache when the artifact was made.
 
@@ -170,9 +194,10 @@ class Fidelity(_Extended):
             that of the latents, and 0.
         kl_limit: nats above which `kl` is low, as the calibration said that the artifact was made with; None
             without one, where its ratio was not asked for, and in files of before.
+        parts: the same of leading columns alone, smallest part first, where that was measured.
     """
 
-    later_fields = frozenset({"kl_limit"})
+    later_fields = frozenset({"kl_limit", "parts"})
 
     top1_agreement: float = Field(ge=0, le=1)
     kl: float = Field(ge=0)
@@ -180,6 +205,7 @@ class Fidelity(_Extended):
     key_error: tuple[float, ...]
     value_error: tuple[float, ...]
     kl_limit: float | None = Field(default=None, ge=0)
+    parts: Parts = ()
 
 
 class PrefixManifest(_Extended):

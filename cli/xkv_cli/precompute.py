@@ -94,6 +94,12 @@ class RankType(click.ParamType[int | str]):
     " already so long from now. Default: no end of their own.",
 )
 @click.option(
+    "--parts",
+    is_flag=True,
+    help="Measure the leading half and three quarters of each new artifact's columns too, so that a server"
+    " may answer from them where all take too long to load. Takes a few percent longer.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
 )
 @json_option

@@ -231,6 +231,7 @@ def description(found: Description) -> None:
                 f"{percent(fidelity.top1_agreement)} same next token, {fidelity.positions} positions",
             ),
             ("KL divergence", f"{fidelity.kl:.4f} nats"),
+            *_parts(manifest),
             ("verdict", _verdict(manifest, found.verdict)),
             *_compressed_again(manifest),
             ("selection index", _index(manifest)),
@@ -240,6 +241,17 @@ def description(found: Description) -> None:
         ],
     )
     _groups(manifest)
+
+
+def _parts(manifest: PrefixManifest) -> list[tuple[str, str]]:
+    """What the leading columns alone are worth, where that was measured."""
+    return [
+        (
+            f"first {percent(part.share)} of columns",
+            f"{percent(part.top1_agreement)} same next token, {part.kl:.2g} nats",
+        )
+        for part in manifest.fidelity.parts
+    ]
 
 
 def _verdict(manifest: PrefixManifest, verdict: Verdict) -> str:

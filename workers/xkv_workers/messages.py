@@ -44,6 +44,7 @@ class WorkerConfig:
         retries: what is tried for an artifact of low fidelity; nothing: it is not compressed again.
         refuse_low: artifacts of low fidelity are not published.
         pinned, ttl_s: as `ArtifactStore.publish` takes them.
+        parts: whether parts of each artifact are measured too, see `compress_prefill`.
     """
 
     place: ModelPlace
@@ -54,6 +55,7 @@ class WorkerConfig:
     refuse_low: bool = False
     pinned: bool = False
     ttl_s: float | None = None
+    parts: bool = False
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class Prepared:
             refuse_low=request.on_low_fidelity == "fail",
             pinned=request.pin,
             ttl_s=request.ttl_s,
+            parts=request.parts,
         )
 
     def place(self, threads: int) -> ModelPlace:

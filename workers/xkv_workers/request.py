@@ -26,6 +26,7 @@ class Request:
         on_low_fidelity: None is "retry" with a calibration, "keep" without.
         pin, ttl_s: of the run's artifacts, those that are stored already included; as `ArtifactStore.pin`
             and `set_ttl`, from the moment on when they are published. None: no end of their own.
+        parts: measure parts of what is computed, so that a server may answer from one.
     """
 
     paths: tuple[Path, ...]
@@ -44,6 +45,7 @@ class Request:
     on_low_fidelity: OnLow | None = None
     pin: bool = False
     ttl_s: float | None = None
+    parts: bool = False
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)

@@ -111,7 +111,8 @@ class PrefixWorker:
             prefills = prefill_batch(loaded.model, documents, tail=tails)
             for job, prefill in zip(jobs, prefills, strict=True):
                 try:
-                    made = compress_prefill(loaded.model, prefill, self._config.spec, self._calibration)
+                    spec, parts = self._config.spec, self._config.parts
+                    made = compress_prefill(loaded.model, prefill, spec, self._calibration, parts=parts)
                     prefill.free()
                     yield job, self._improved(loaded, job, made)
                 except XKVError as error:
@@ -135,7 +136,8 @@ class PrefixWorker:
         low = standard.is_low(before, first.spec.ratio)
         if not low or not self._config.retries:
             return Made(first, low)
-        tried = compress_each(loaded.model, list(job.token_ids), self._config.retries, self._calibration)
+        ids, specs, parts = list(job.token_ids), self._config.retries, self._config.parts
+        tried = compress_each(loaded.model, ids, specs, self._calibration, parts=parts)
         better = [
             one
             for one in tried
