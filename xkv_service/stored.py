@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from xkv_artifacts.manifest import GroupLayout, StateLayout, WindowLayout
+from xkv_artifacts.manifest import GroupLayout, PrefixManifest, StateLayout, WindowLayout
 from xkv_service.packed_factors import Runs, column_blocks, packed_width, rank_of
 from xkv_service.selection.exact import exact_count
 from xkv_service.spec import CompressionSpec
@@ -58,6 +58,12 @@ def stored_tensors(
     for state in states:
         table.update(_state(state))
     return table
+
+
+def artifact_bytes(manifest: PrefixManifest, spec: CompressionSpec) -> int:
+    """Bytes of all tensors in the blob, without header and rotary tables."""
+    table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
+    return sum(tensor.nbytes for tensor in table.values())
 
 
 def group_tensors(

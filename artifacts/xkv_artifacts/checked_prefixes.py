@@ -60,6 +60,10 @@ class CheckedPrefixes:
             of_id(artifact_id, manifest)
             yield from found
 
+    def read_in_ranges(self, artifact_id: str) -> bool:
+        """Whether `read_parts` reads what is asked for alone: a packed blob is decoded whole."""
+        return self._checked.read(artifact_id, lambda file: not isinstance(file, ZstdFile))
+
     def read_manifest(self, artifact_id: str) -> PrefixManifest:
         """The manifest alone."""
         return self._checked.read(

@@ -298,6 +298,10 @@ class ArtifactStore:
         """An artifact's manifest, from the blob's own header. Raises as `load`."""
         return self._checked.read_manifest(artifact_id)
 
+    def read_in_ranges(self, artifact_id: str) -> bool:
+        """Whether some tensors are read sooner than all: not from a packed blob. Raises as `load`."""
+        return self._checked.read_in_ranges(artifact_id)
+
     def lookup(
         self,
         fingerprint: str,

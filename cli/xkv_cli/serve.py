@@ -159,6 +159,15 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
     help="Artifacts that agree less with the exact cache are not used.",
 )
 @click.option(
+    "--part-kl",
+    type=click.FloatRange(0),
+    default=2.5e-4,
+    show_default=True,
+    metavar="NATS",
+    help="Where all of an artifact takes longer to load than to compute, a part of it that was measured"
+    " (xkv precompute --parts) and is at most so far from the exact cache answers; 0: none does.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["json", "text"]),
     default="json",
@@ -218,7 +227,7 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {
         name: options.pop(name)
-        for name in ("queue_timeout_s", "lookup_timeout_s", "min_fidelity", "open_network")
+        for name in ("queue_timeout_s", "lookup_timeout_s", "min_fidelity", "part_kl", "open_network")
     }
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)

@@ -23,12 +23,14 @@ class ServedFrom(BaseModel):
 
     Args:
         artifact: its id, or null. prefix_tokens: of the prompt that came from it.
+        part: the share of its columns that served, or null: all of them, where one did.
         cached_tokens: these, and those kept from an earlier turn.
     """
 
     artifact: str | None
     prefix_tokens: int
     cached_tokens: int
+    part: float | None
     miss: MissAnswer | None
 
     @classmethod
@@ -39,6 +41,7 @@ class ServedFrom(BaseModel):
             artifact=started.artifact_id,
             prefix_tokens=started.prefix_tokens,
             cached_tokens=started.cached_tokens,
+            part=started.part,
             miss=None if miss is None else MissAnswer(reason=miss.reason, detail=miss.detail),
         )
 

@@ -25,6 +25,7 @@ _RUNNING = {
     "head_starts": "Forwards that were begun while their prefix was read, and used",
     "head_start_tokens": "Tokens that they ran",
     "from_artifact": "Requests that went on from an artifact's factors",
+    "from_part": "Those of them that had a part of its columns",
     "without_artifact": "Requests that did not",
     **{f"miss_{reason}": f"Requests begun with the miss {reason}" for reason in _FAILURES},
     "ended_finished": "Requests whose answer is whole",
@@ -37,6 +38,7 @@ _RUNNING = {
 _PREFIXES = {
     "hits": "Times that a prefix was in memory",
     "loads": "Prefixes loaded",
+    "part_loads": "Parts of prefixes among them",
     "loaded_bytes": "Bytes read for them",
     "load_seconds": "Seconds that they took",
     "damaged": "Loads that found damage",

@@ -84,6 +84,7 @@ class Outcome:
             "prompt_tokens": started.prompt_tokens,
             "cached_tokens": started.cached_tokens,
             "artifact": started.artifact_id,
+            "part": started.part,
             "miss": started.miss and started.miss.reason,
             "queued_s": round(started.queued_seconds, 6),
             "load_s": round(started.load_seconds, 6),
@@ -225,6 +226,8 @@ class GenerationResponse(Response):
         told = dict(headers)
         if started.artifact_id is not None:
             told["x-xkv-artifact"] = started.artifact_id
+        if started.part is not None:
+            told["x-xkv-part"] = f"{started.part:g}"
         if started.miss is not None:
             told["x-xkv-miss"] = started.miss.reason
         self._begun = True

@@ -23,6 +23,7 @@ def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
         name: {"description": text, "schema": {"type": "string"}}
         for name, text in (
             ("x-xkv-artifact", "The stored prefix that served the prompt."),
+            ("x-xkv-part", "The share of its columns that did, where it was not all."),
             ("x-xkv-miss", "Why none did, or not as far as one goes."),
             ("x-request-id", "Names the request in the logs."),
         )

@@ -8,6 +8,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from xkv_artifacts.damage_board import Note
@@ -232,7 +233,7 @@ class PrefixFinder:
         whole = facts.origin.tokens
         usable = PrefixMatch(match.artifact_id, tokens, facts.origin if match.tokens == whole else None)
         if tokens == whole:
-            return usable, None
+            return replace(usable, parts=facts.parts), None  # they were measured behind its last tokens
         detail = f"artifact {name} and the prompt share {match.tokens} of its {whole} tokens"
         if facts.whole_only:
             return None, Miss("diverges", f"{detail}, and its model can use it whole only")
@@ -270,7 +271,7 @@ class PrefixFinder:
         if facts is not None:
             return facts
         try:
-            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model)
+            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model, self._settings)
         except _BROKEN as error:
             return self._broken(error, artifact_id, prompt)
         self._facts[artifact_id] = facts

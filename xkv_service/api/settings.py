@@ -21,6 +21,8 @@ class APISettings:
         max_answer_tokens: longest answer, and of a chat that asks for none in particular.
         min_match_tokens: stored prefixes that share fewer tokens with a prompt are not used.
         min_fidelity: top-1 agreement below which artifacts are not used; 0 uses all that were published.
+        part_kl: nats of divergence up to which a part of an artifact is used where all of it takes too long
+            to load; 0: none is.
         lookup_timeout_s: for the catalog to answer.
         lookup_pause_s: how long the catalog is left alone when it did not.
         public_namespace: whose prefixes every key may use.
@@ -37,6 +39,7 @@ class APISettings:
     max_answer_tokens: int = 4096
     min_match_tokens: int = 64
     min_fidelity: float = 0.9
+    part_kl: float = 2.5e-4
     lookup_timeout_s: float = 1.0
     lookup_pause_s: float = 5.0
     public_namespace: str = "public"
@@ -55,5 +58,7 @@ class APISettings:
                 f"queue_timeout_s={self.queue_timeout_s!r} is out of range",
                 hint="use seconds, or 0 for no limit",
             )
+        if not 0.0 <= self.part_kl < math.inf:
+            raise InvalidSpec(f"part_kl={self.part_kl!r} is out of range", hint="use nats, or 0 for no parts")
         if not 0.0 <= self.min_fidelity <= 1.0:
             raise InvalidSpec(f"min_fidelity={self.min_fidelity!r} is out of range", hint="use 0 to 1")

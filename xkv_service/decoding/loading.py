@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
-from xkv_artifacts.errors import ArtifactNotFound
+from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
 from xkv_artifacts.manifest import GroupLayout, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.artifact_parts import part_names
@@ -76,14 +77,18 @@ def load_parts(
     manifest: PrefixManifest,
     calibration: Calibration | None,
     landing: DeviceLanding | None = None,
+    *,
+    whole: PrefixManifest | None = None,
 ) -> Generator[PrefixFactors, None, None]:
     """The factors of an artifact in parts, every byte of a part checked: first what belongs to no group of
     layers, then group by group.
 
     Args:
-        manifest: of the artifact. calibration: whose bases it shares, or None.
+        manifest: of the artifact, or of a part of it, as `part_manifest` makes it. calibration: whose bases
+            it shares, or None.
         landing: takes what a CUDA device alone reads to it, and the next parts are read while one is used. By
             default each part is read to the CPU when it is asked for.
+        whole: the artifact's own manifest, where the other one is a part's.
 
     Raises:
         ArtifactNotFound, CorruptArtifact, MissingTensor: as `load_factors`, for the part that is asked for.
@@ -97,7 +102,25 @@ def load_parts(
                 head = head_from_tensors(manifest, tensors, calibration)
                 yield head
             else:
+                if whole is not None:
+                    tensors = _with_leading_scales(tensors, number - 1, manifest, whole)
                 yield group_from_tensors(head, manifest, number - 1, tensors, calibration)
+
+
+def _with_leading_scales(
+    tensors: dict[str, torch.Tensor], number: int, manifest: PrefixManifest, whole: PrefixManifest
+) -> dict[str, torch.Tensor]:
+    """The tensors of a group with the scales of a part's columns, which are stored together."""
+    part, group = manifest.groups[number], whole.groups[number]
+    found = dict(tensors)
+    for kind, rank, columns in (("key", part.rank_k, group.rank_k), ("value", part.rank_v, group.rank_v)):
+        name = f"group.{number}.{kind}.scales"
+        if name not in found:
+            continue
+        if tuple(found[name].shape) != (columns,):
+            raise CorruptArtifact(f"tensor {name} is {list(found[name].shape)}, not [{columns}]")
+        found[name] = found[name][:rank].clone()  # a view would keep what it is cut from in memory
+    return found
 
 
 def _check_files(model: PreTrainedModel, manifest: PrefixManifest) -> None:

@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import torch
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
@@ -26,6 +27,7 @@ from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, Tail
 from xkv_service.engine.kept_tails import KeptTail, KeptTails
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
+from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import PackedRunner, Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
@@ -196,7 +198,7 @@ class Engine:
             elif isinstance(message, TailLoaded):
                 self._take_tail(message.sequence, message.tail)
             else:
-                self._take_loaded(message.sequence, message.answer, message.ran)
+                self._take_loaded(message)
         except Exception as error:  # noqa: BLE001 - one bad request must not end the others
             self._fail(message.sequence, error)
 
@@ -236,10 +238,11 @@ class Engine:
             self._runner.settle(context)
         except Exception:  # noqa: BLE001 - its device may be gone; the others must hear of their end
             _log.exception("what a sequence held is lost")
-            self._release(sequence.artifact_id)
+            self._release(sequence.resident)
             return
-        if sequence.failed or sequence.artifact_id in self._gone():
-            self._release(sequence.artifact_id)
+        if sequence.failed or sequence.part is not None or sequence.artifact_id in self._gone():
+            # Behind a part: the next turn goes on from the whole, of which the part was not all.
+            self._release(sequence.resident)
         else:
             self._tails.keep(context, sequence.request.namespace, sequence.artifact_id)
 
@@ -289,38 +292,60 @@ class Engine:
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
         if prefix is not None:
             self._start(sequence, self._context(prefix, match.artifact_id), match.artifact_id)
-        elif self._prefixes.rates.decide(match.tokens) == "prefill":
-            sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")
-            self._prefixes.prefetch(match.artifact_id)
-            self._start_without(sequence)
-        else:
+        elif self._prefixes.rates.decide(match.tokens, match.nbytes) == "load":
             self._load(sequence, match, self._prefixes)
+        else:
+            self._begin_late(sequence, match, self._prefixes)
 
-    def _load(self, sequence: Sequence, match: PrefixMatch, prefixes: PrefixPool) -> None:
+    def _begin_late(self, sequence: Sequence, match: PrefixMatch, prefixes: PrefixPool) -> None:
+        """All of its artifact would come too late: go on from a part that is there, or that comes in time."""
+        for offer in reversed(match.parts):
+            prefix = prefixes.take(match.artifact_id, match.tokens, offer.measured)
+            if prefix is not None:
+                context = self._context(prefix, resident_key(match.artifact_id, offer.measured))
+                self._start(sequence, context, match.artifact_id, part=offer.measured)
+                return
+        for offer in reversed(match.parts):
+            if prefixes.rates.part_in_time(match.tokens, offer.nbytes, offer.whole_nbytes):
+                self._load(sequence, match, prefixes, offer.measured)
+                return
+        sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")
+        prefixes.prefetch(match.artifact_id)
+        self._start_without(sequence)
+
+    def _load(
+        self,
+        sequence: Sequence,
+        match: PrefixMatch,
+        prefixes: PrefixPool,
+        part: PartFidelity | None = None,
+    ) -> None:
         """Wait for a prefix; where nothing else runs, with a forward behind it that begins meanwhile."""
 
         def told(answer: Prefix | LoadFailure, ran: Ran | None = None) -> None:
-            self._inbox.put(Loaded(sequence, answer, ran))
+            self._inbox.put(Loaded(sequence, answer, ran, part))
 
         sequence.load_began = time.monotonic()
         self._loading[id(sequence)] = sequence
-        if self._head_starts is None or self._running:
-            prefixes.request(match.artifact_id, match.tokens, told)
+        if self._head_starts is None or self._running or part is not None:
+            prefixes.request(match.artifact_id, match.tokens, told, part=part)
         else:
             ids = sequence.request.token_ids[match.tokens :][: self.settings.prefill_tokens]
             sequence.head_start = self._head_starts.request(prefixes, match, ids, told)
 
-    def _take_loaded(self, sequence: Sequence, answer: Prefix | LoadFailure, ran: Ran | None) -> None:
+    def _take_loaded(self, loaded: Loaded) -> None:
+        sequence, answer, ran = loaded.sequence, loaded.answer, loaded.ran
         match = sequence.request.match
         assert match is not None
+        key = resident_key(match.artifact_id, loaded.part)
         if self._loading.pop(id(sequence), None) is None:  # it was cancelled, or took too long
             if isinstance(answer, Prefix):
-                self._release(match.artifact_id)
+                self._release(key)
             return
         sequence.head_start = None
         if isinstance(answer, Prefix):
-            context = self._context(answer, match.artifact_id) if ran is None else ran.context
-            self._start(sequence, context, match.artifact_id, ran)
+            context = self._context(answer, key) if ran is None else ran.context
+            self._start(sequence, context, match.artifact_id, ran, loaded.part)
             return
         sequence.miss = Miss(answer.reason, answer.detail)
         self._start_without(sequence)
@@ -336,10 +361,15 @@ class Engine:
         self._start(sequence, empty_context(self.loaded.model) if kept is None else kept.context, None)
 
     def _start(
-        self, sequence: Sequence, context: Context, artifact_id: str | None, ran: Ran | None = None
+        self,
+        sequence: Sequence,
+        context: Context,
+        artifact_id: str | None,
+        ran: Ran | None = None,
+        part: PartFidelity | None = None,
     ) -> None:
         """Go on from what is held, or from a stored tail that holds more."""
-        sequence.begin(context, artifact_id, ran.tokens if ran is not None else 0)
+        sequence.begin(context, artifact_id, ran.tokens if ran is not None else 0, part)
         request = sequence.request
         if ran is not None:
             self._count(head_starts=1, head_start_tokens=ran.tokens)
@@ -365,10 +395,11 @@ class Engine:
                 self._tails.keep(tail.context, tail.namespace, tail.artifact_id)
             return
         if tail is not None:
-            self._release(sequence.artifact_id)
+            self._release(sequence.resident)
             sequence.begin(tail.context, tail.artifact_id)
         else:
-            sequence.begin(_context_of(sequence), sequence.artifact_id, sequence.computed)
+            context, computed = _context_of(sequence), sequence.computed
+            sequence.begin(context, sequence.artifact_id, computed, sequence.part)
         self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
@@ -378,16 +409,18 @@ class Engine:
         prompt = len(sequence.request.token_ids)
         self._count(prompt_tokens=prompt, cached_tokens=held)
         self._counters["from_artifact" if sequence.artifact_id is not None else "without_artifact"] += 1
+        if sequence.part is not None:
+            self._count(from_part=1)
         if sequence.miss is not None:
             self._counters[f"miss_{sequence.miss.reason}"] += 1
 
-    def _context(self, prefix: Prefix, artifact_id: str) -> Context:
+    def _context(self, prefix: Prefix, key: str) -> Context:
         """Of a prefix that is held, and held no longer where this fails."""
         try:
             cache = XKVCache(prefix, self.settings.selection)
             return Context(self.loaded.model, cache, prefix.token_ids.tolist())
         except Exception:
-            self._release(artifact_id)
+            self._release(key)
             raise
 
     def _step(self, runner: Runner) -> None:
@@ -474,9 +507,9 @@ class Engine:
         for name, value in more.items():
             self._counters[name] += value
 
-    def _release(self, artifact_id: str | None) -> None:
-        if artifact_id is not None and self._prefixes is not None:
-            self._prefixes.release(artifact_id)
+    def _release(self, key: str | None) -> None:
+        if key is not None and self._prefixes is not None:
+            self._prefixes.release(key)
 
     def _abandon(self) -> None:
         """The end: nobody may wait for ever."""

@@ -21,12 +21,6 @@ _SMALL = 4096
 """A layer's planes and the like."""
 
 
-def artifact_bytes(manifest: PrefixManifest, spec: CompressionSpec) -> int:
-    """Bytes of all tensors in the blob, without header and rotary tables."""
-    table = stored_tensors(spec, manifest.tokens, manifest.groups, manifest.windows, manifest.states)
-    return sum(tensor.nbytes for tensor in table.values())
-
-
 def calibration_bytes(model: PreTrainedModel, calibration: Calibration) -> int:
     """Bytes on the model's device of a calibration that prefixes decode from: all of it on a CPU, elsewhere
     its bases as they are placed there.

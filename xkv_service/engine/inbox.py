@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.head_start import Ran
 from xkv_service.engine.kept_tails import KeptTail
@@ -27,11 +28,16 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Its prefix, held once for it, or why there is none, and what was run behind it meanwhile."""
+    """Its prefix, held once for it, or why there is none, and what was run behind it meanwhile.
+
+    Args:
+        part: of the artifact that was asked for, None: all of it.
+    """
 
     sequence: Sequence
     answer: Prefix | LoadFailure
-    ran: Ran | None
+    ran: Ran | None = None
+    part: PartFidelity | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ _START_FIXED_S = 0.02
 _START_BYTES_PER_S = 200e6
 """Before anything was loaded: hopeful, since a load that is waited for in vain costs no more than its
 deadline, and one that is never tried teaches nothing."""
+_ALIKE = 1.1
+"""Sizes that differ by less are one."""
 _WARM_UP_TOKENS = 128
 _LEAST_CHUNK = 32
 """Shorter chunks of a prefill say what a forward costs, not what a token costs."""
@@ -40,6 +42,7 @@ class LoadingRates:
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
         self._density: deque[float] = deque(maxlen=32)
+        self._sizes: deque[int] = deque(maxlen=32)
 
     @classmethod
     def measured(cls, model: PreTrainedModel) -> LoadingRates:
@@ -60,11 +63,16 @@ class LoadingRates:
             with self._lock:
                 self._prefill.observe(start + tokens / 2, seconds / tokens)
 
-    def loaded(self, nbytes: int, tokens: int, seconds: float) -> None:
-        """Note the load of an artifact of `tokens` tokens, `nbytes` of them read, that took `seconds`."""
+    def loaded(self, nbytes: int, tokens: int, seconds: float, *, whole_nbytes: int | None = None) -> None:
+        """Note the load of an artifact of `tokens` tokens, `nbytes` of them read, that took `seconds`.
+
+        Args:
+            whole_nbytes: of all of the artifact, where a part was loaded.
+        """
         with self._lock:
             self._load.observe(nbytes, seconds)
-            self._density.append(nbytes / tokens)
+            self._sizes.append(nbytes)
+            self._density.append((whole_nbytes or nbytes) / tokens)
 
     def prefill_s(self, tokens: int, start: int = 0) -> float:
         """Seconds that prefilling `tokens` tokens from position `start` on takes."""
@@ -93,6 +101,17 @@ class LoadingRates:
                     return "load"
                 nbytes = round(tokens * median(self._density))
         return "load" if self.load_s(nbytes) <= self.prefill_s(tokens) else "prefill"
+
+    def part_in_time(self, tokens: int, nbytes: int, whole_nbytes: int) -> bool:
+        """Whether `nbytes` of an artifact of `whole_nbytes` are loaded before its tokens are prefilled.
+
+        As long as all loads were of one size, nothing tells what less of it takes. It is hoped to be in
+        proportion then, as is right where bytes take the time: the first part's load tells.
+        """
+        with self._lock:
+            alike = not self._sizes or max(self._sizes) <= _ALIKE * min(self._sizes)
+            seconds = self._load(whole_nbytes) * nbytes / whole_nbytes if alike else self._load(nbytes)
+        return seconds <= self.deadline_s(tokens)
 
     def figures(self) -> dict[str, float]:
         """What both ways are believed to cost now, in seconds: a token of a prefill at position 0 and what

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from xkv_artifacts.keys import BLOCK_TOKENS
+from xkv_artifacts.manifest import PartFidelity
 from xkv_artifacts.origin import Origin
 from xkv_service.sessions.settings import GenerationSettings
 
@@ -27,17 +28,38 @@ FailureKind = Literal["invalid", "overloaded", "queue_timeout", "timeout", "inte
 
 
 @dataclass(frozen=True)
+class PartOffer:
+    """A part of an artifact that may serve where all of it takes too long to load.
+
+    Args:
+        measured: as the artifact's manifest has it.
+        nbytes: of its tensors. whole_nbytes: of all the artifact's.
+    """
+
+    measured: PartFidelity
+    nbytes: int
+    whole_nbytes: int
+
+
+@dataclass(frozen=True)
 class PrefixMatch:
     """A stored prefix of the prompt, as the catalog found it.
 
     Args:
         artifact_id: whose factors. tokens: how many of the prompt's first tokens it holds.
         origin: of the artifact, where the prompt holds all of it, so that it can be made again.
+        parts: of the artifact, those that may serve too, smallest first.
     """
 
     artifact_id: str
     tokens: int
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    parts: tuple[PartOffer, ...] = ()
+
+    @property
+    def nbytes(self) -> int | None:
+        """Of all the artifact's tensors, where that is known."""
+        return self.parts[0].whole_nbytes if self.parts else None
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ class Started:
         prefix_tokens: how many of those came from an artifact's factors. tail_tokens: the others, kept from
             an earlier turn.
         artifact_id: which artifact, or None. miss: why not, or why not further.
+        part: the share of its columns that serve, where it is not all.
         queued_seconds: until its prompt was begun. load_seconds: spent waiting for factors.
     """
 
@@ -127,6 +150,7 @@ class Started:
     tail_tokens: int = 0
     artifact_id: str | None = None
     miss: Miss | None = None
+    part: float | None = None
     queued_seconds: float = 0.0
     load_seconds: float = 0.0
 

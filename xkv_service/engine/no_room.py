@@ -26,9 +26,7 @@ def _holders(load: Load, residents: Residents) -> list[tuple[str, int]]:
     """Bytes of what does not leave for it; the rest of the budget is free, or would be made so."""
     here = residents.values
     in_use = {key for key in residents.holds if not key.startswith(CALIBRATION)}
-    pins = (
-        frozenset() if load.artifact_id in residents.pins else residents.pins
-    )  # a pinned one displaces others
+    pins = frozenset() if load.key in residents.pins else residents.pins  # a pinned one displaces others
     pinned = pins.intersection(here) - in_use
     calibrations = residents.needed_by(in_use | pinned)
     holders = [

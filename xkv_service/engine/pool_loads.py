@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_service.decoding.arriving import Arriving
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.loader_threads import Job
+from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefix_loading import Announced
 
 Answer = Prefix | LoadFailure
@@ -30,7 +32,7 @@ class Waiter:
 
 @dataclass(eq=False)
 class Load:
-    """One artifact on its way into memory.
+    """One artifact on its way into memory, or a part of it.
 
     Attributes:
         began: when its thread took it. shared_bytes: of a calibration that had to be read for it.
@@ -38,12 +40,18 @@ class Load:
     """
 
     artifact_id: str
+    part: PartFidelity | None = None
     waiters: list[Waiter] = field(default_factory=list)
     job: Job | None = None
     began: float | None = None
     announced: Announced | None = None
     shared_bytes: int = 0
     overdue: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it will be called among resident prefixes."""
+        return resident_key(self.artifact_id, self.part)
 
     @property
     def needed_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact
-from xkv_artifacts.manifest import PrefixManifest
+from xkv_artifacts.manifest import PartFidelity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
@@ -19,11 +19,17 @@ from xkv_service.decoding.loading import load_parts, needed_calibration
 from xkv_service.decoding.matching import FirstKeys, FirstTokens, check_shapes
 from xkv_service.decoding.prefix import Binding, Prefix
 from xkv_service.decoding.select import Selection
-from xkv_service.engine.footprint import artifact_bytes, prefix_bytes
+from xkv_service.engine.footprint import prefix_bytes
 from xkv_service.errors import ModelMismatch
+from xkv_service.leading_part import part_manifest
 from xkv_service.manifest_checks import checked_spec
 from xkv_service.selection.spec import SelectionSpec
 from xkv_service.spec import CompressionSpec
+from xkv_service.stored import artifact_bytes
+
+
+class NoPart(Exception):
+    """Why a part of an artifact cannot serve."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,17 @@ class Announced:
     """What an artifact's header promises.
 
     Args:
-        manifest: of the artifact. stored_bytes: to read. resident_bytes: that the bound prefix holds, besides
-            the calibration whose bases it shares.
+        manifest: of the artifact, or of the part of it that is to be loaded. stored_bytes: to read.
+        resident_bytes: that the bound prefix holds, besides the calibration whose bases it shares.
         spec: it was compressed with.
+        whole: the artifact's own manifest, where the other one is a part's.
     """
 
     manifest: PrefixManifest
     stored_bytes: int
     resident_bytes: int
     spec: CompressionSpec
+    whole: PrefixManifest | None = None
 
     @property
     def artifact_id(self) -> str:
@@ -55,6 +63,11 @@ class Announced:
     def calibration(self) -> str | None:
         """The id of the calibration whose bases the prefix shares, or None."""
         return self.spec.calibration if self.spec.basis == "calibrated" else None
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Of all the artifact's tensors."""
+        return artifact_bytes(self.whole or self.manifest, self.spec)
 
 
 class PrefixLoading:
@@ -77,12 +90,16 @@ class PrefixLoading:
         self._model, self._store, self._selection = model, store, selection
         self._fingerprint, self._first_keys = fingerprint, FirstKeys(model)
 
-    def announce(self, artifact_id: str) -> Announced:
+    def announce(self, artifact_id: str, part: PartFidelity | None = None) -> Announced:
         """Read an artifact's header.
+
+        Args:
+            part: what is to be loaded of it, by default all.
 
         Raises:
             ArtifactNotFound, CorruptArtifact, UnsupportedFormat, StoreError
             ModelMismatch: it was made with other files.
+            NoPart: the header does not say this of a part, or all has to be read for it.
         """
         manifest = self._store.manifest(artifact_id)
         if self._fingerprint not in (None, manifest.model.fingerprint):
@@ -91,9 +108,19 @@ class PrefixLoading:
                 hint="serve the model that it was precomputed with",
             )
         spec = checked_spec(manifest, len(manifest.tensors))
+        if part is None:
+            return self._promised(manifest, spec)
+        if part not in manifest.fidelity.parts:
+            raise NoPart(f"artifact {artifact_id[:12]} was made again without what was measured of its part")
+        if not self._store.read_in_ranges(artifact_id):
+            raise NoPart(f"artifact {artifact_id[:12]} is packed, and read whole or not at all")
+        return self._promised(part_manifest(manifest, spec, part.share), spec, manifest)
+
+    def _promised(
+        self, manifest: PrefixManifest, spec: CompressionSpec, whole: PrefixManifest | None = None
+    ) -> Announced:
         held = prefix_bytes(self._model, manifest, spec)
-        stored = artifact_bytes(manifest, spec)
-        return Announced(manifest, stored, held, spec)
+        return Announced(manifest, artifact_bytes(manifest, spec), held, spec, whole)
 
     def calibration(self, announced: Announced) -> Calibration:
         """Read the calibration whose bases an artifact shares.
@@ -133,7 +160,7 @@ class PrefixLoading:
         check_shapes(self._model, manifest.groups)
         with (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-            closing(load_parts(self._store, manifest, calibration, landing)) as parts,
+            closing(load_parts(self._store, manifest, calibration, landing, whole=announced.whole)) as parts,
         ):
             head = next(parts)
             binding = Binding(self._model, head, manifest.groups)

@@ -3,6 +3,9 @@
 What is pinned in the store stays in memory rather than what is not. What is gone from it is given to nobody
 any more, and leaves when its last user has released it.
 
+A part of an artifact is a prefix of its own here, never pinned. Whoever is given one has the whole loaded,
+for which nobody waits; once that is there, the part leaves when its last user has released it.
+
 A request never waits longer than it says, and always gets one answer: the prefix, held for it, or the reason
 why there is none. A load that nobody waits for any more goes on, and the next request finds its prefix.
 """
@@ -19,6 +22,7 @@ from typing import Final
 
 from transformers import PreTrainedModel
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_artifacts.store import ArtifactStore, Standing
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.decoding.arriving import Arriving
@@ -31,9 +35,10 @@ from xkv_service.engine.load_failure import LoadFailure, failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.no_room import no_room
+from xkv_service.engine.parts import artifact_of, is_part, resident_key
 from xkv_service.engine.pool_loads import CALIBRATION, Answer, Load, NoRoom, OnArriving, OnDone, Waiter
 from xkv_service.engine.pool_state import PoolState
-from xkv_service.engine.prefix_loading import Announced, PrefixLoading
+from xkv_service.engine.prefix_loading import Announced, NoPart, PrefixLoading
 from xkv_service.engine.residents import Residents
 from xkv_service.engine.storages import held_bytes
 from xkv_service.errors import InvalidSpec
@@ -91,10 +96,14 @@ class PrefixPool:
         self._alarm = Alarm("prefix-pool-deadlines")
         self._upkeep = CatalogUpkeep(store, self._asked, self._learn)
 
-    def take(self, artifact_id: str, tokens: int) -> Prefix | None:
-        """The prefix of an artifact's first `tokens` tokens if it is resident, held once more; else None."""
+    def take(self, artifact_id: str, tokens: int, part: PartFidelity | None = None) -> Prefix | None:
+        """The prefix of an artifact's first `tokens` tokens if it is resident, held once more; else None.
+
+        Args:
+            part: take that part of the artifact.
+        """
         with self._lock:
-            found = self._take(artifact_id, tokens)
+            found = self._take(artifact_id, tokens, part)
             return found if isinstance(found, Prefix) else None
 
     def request(
@@ -103,6 +112,7 @@ class PrefixPool:
         tokens: int,
         on_done: OnDone,
         *,
+        part: PartFidelity | None = None,
         deadline_s: float | None = None,
         on_arriving: OnArriving | None = None,
     ) -> None:
@@ -111,6 +121,7 @@ class PrefixPool:
         Args:
             on_done: called once, on a thread of the pool, with the prefix, held once for the caller, or with
                 what went wrong. It must be quick.
+            part: load that part of the artifact.
             deadline_s: when to be told "slow_load" (or "no_room") at the latest; by default after the time
                 that prefilling the tokens takes. The load goes on.
             on_arriving: called at most once, on another thread, when the whole prefix begins to be read for
@@ -119,9 +130,9 @@ class PrefixPool:
         waiter = Waiter(tokens, on_done, on_arriving)
         wait_s = self.rates.deadline_s(tokens) if deadline_s is None else deadline_s
         with self._lock:
-            answer = self._at_once(artifact_id, tokens)
+            answer = self._at_once(artifact_id, tokens, part)
             if answer is None:
-                load = self._loads.get(artifact_id) or self._begin(artifact_id)
+                load = self._loads.get(resident_key(artifact_id, part)) or self._begin(artifact_id, part)
                 load.waiters.append(waiter)
         if answer is None:
             self._alarm.after(wait_s, lambda: self._expire(load, waiter))
@@ -131,30 +142,32 @@ class PrefixPool:
     def prefetch(self, artifact_id: str) -> None:
         """Load an artifact that nobody waits for yet; nothing happens where there is no room."""
         with self._lock:
-            if not self._closed and artifact_id not in self._residents and artifact_id not in self._loads:
-                self._begin(artifact_id)
+            self._prefetch(artifact_id)
 
-    def hold(self, artifact_id: str) -> None:
+    def hold(self, key: str) -> None:
         """One more user of a resident prefix: it is not evicted before all have released it.
+
+        Args:
+            key: its artifact's id, or of a part `resident_key`.
 
         Raises:
             KeyError: it is not resident.
         """
         with self._lock:
-            self._residents.hold(artifact_id)
+            self._residents.hold(key)
 
-    def release(self, artifact_id: str) -> None:
-        """Undo one hold, those of `take` and `request` included.
+    def release(self, key: str) -> None:
+        """Undo one hold, those of `take` and `request` included. Arguments as `hold`.
 
         Raises:
             KeyError: nobody holds it.
         """
         with self._lock:
-            self._release(artifact_id)
+            self._release(key)
 
     @property
     def gone(self) -> frozenset[str]:
-        """Artifacts that are gone from the store, whose prefixes somebody still holds."""
+        """Artifacts that are gone from the store, and parts, whose prefixes somebody still holds."""
         return self._gone
 
     @property
@@ -169,7 +182,7 @@ class PrefixPool:
             residents = self._residents
             evictions = {"evictions": residents.evictions, "pinned_evictions": residents.pinned_evictions}
             pins = residents.pins
-            pinned_waits = any(load.artifact_id in pins for load in self._parked)
+            pinned_waits = any(load.key in pins for load in self._parked)
             return PoolState(
                 residents.nbytes,
                 residents.reserved,
@@ -177,7 +190,7 @@ class PrefixPool:
                 tuple(
                     key
                     for key in residents.values
-                    if not key.startswith(CALIBRATION) and key not in self._gone
+                    if not key.startswith(CALIBRATION) and not is_part(key) and key not in self._gone
                 ),
                 {key: count for key, count in residents.holds.items() if not key.startswith(CALIBRATION)},
                 pins,
@@ -201,33 +214,41 @@ class PrefixPool:
 
     # Below, methods without a lock of their own are called with it.
 
-    def _at_once(self, artifact_id: str, tokens: int) -> Answer | None:
+    def _at_once(self, artifact_id: str, tokens: int, part: PartFidelity | None) -> Answer | None:
         """The answer that is known already."""
         if self._closed:
             return LoadFailure("unavailable", "the server is stopping")
-        load = self._loads.get(artifact_id)
+        load = self._loads.get(resident_key(artifact_id, part))
         if load is not None and load.overdue:
             # Others have stopped waiting for it; whoever comes now would wait in vain as well.
             return LoadFailure("slow_load", f"artifact {artifact_id[:12]} is taking longer than a prefill")
-        return self._take(artifact_id, tokens)
+        return self._take(artifact_id, tokens, part)
 
-    def _take(self, artifact_id: str, tokens: int) -> Answer | None:
-        if artifact_id in self._gone:
+    def _take(self, artifact_id: str, tokens: int, part: PartFidelity | None) -> Answer | None:
+        key = resident_key(artifact_id, part)
+        if key in self._gone:
             return LoadFailure("evicted", f"artifact {artifact_id[:12]} is gone from the store")
-        bound = self._residents.get(artifact_id)
+        bound = self._residents.get(key)
         if bound is None:
             return None
         try:
             prefix: Prefix = bound.first(tokens)
         except InvalidSpec as error:
             return LoadFailure("diverges", error.message)
-        self._residents.hold(artifact_id)
+        self._residents.hold(key)
         self._upkeep.used(artifact_id)
         self._count(hits=1)
+        if part is not None:
+            self._prefetch(artifact_id)
         return prefix
 
-    def _begin(self, artifact_id: str) -> Load:
-        load = self._loads[artifact_id] = Load(artifact_id)
+    def _prefetch(self, artifact_id: str) -> None:
+        if not self._closed and artifact_id not in self._residents and artifact_id not in self._loads:
+            self._begin(artifact_id)
+
+    def _begin(self, artifact_id: str, part: PartFidelity | None = None) -> Load:
+        load = Load(artifact_id, part)
+        self._loads[load.key] = load
         self._submit(load)
         return load
 
@@ -248,6 +269,8 @@ class PrefixPool:
             if self._park(load):
                 return
             failure = self._no_room(load)
+        except NoPart as error:
+            failure = LoadFailure("slow_load", "prefilling is faster than loading all of it", str(error))
         except Exception as error:  # noqa: BLE001 - whatever went wrong, those who wait must hear of it
             failure = failure_of(error, load.artifact_id)
             _log.warning("artifact %s could not be loaded: %s", load.artifact_id[:12], failure.fault)
@@ -255,13 +278,13 @@ class PrefixPool:
 
     def _loaded(self, load: Load) -> BoundPrefix:
         """Read and bind, within the room reserved for it."""
-        load.announced = announced = self._loading.announce(load.artifact_id)
+        load.announced = announced = self._loading.announce(load.artifact_id, load.part)
         self._upkeep.ask([load.artifact_id])
         with ExitStack() as stack:
             # Before room is made, which must not cost the calibration that the prefix needs.
             shared = self._resident_calibration(announced, stack)
             with self._lock:
-                if not self._residents.reserve(load.artifact_id, announced.resident_bytes):
+                if not self._residents.reserve(load.key, announced.resident_bytes):
                     raise NoRoom
             if shared is None and announced.calibration is not None:
                 shared = self._read_calibration(load, stack)
@@ -280,14 +303,17 @@ class PrefixPool:
         begin = time.perf_counter()
         bound = BoundPrefix(self._loading.bind(announced, shared, on_arriving))
         seconds = time.perf_counter() - begin
-        self.rates.loaded(announced.stored_bytes, announced.tokens, seconds)
+        stored, whole = announced.stored_bytes, announced.artifact_bytes
+        self.rates.loaded(stored, announced.tokens, seconds, whole_nbytes=whole)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)
         needs = None if announced.calibration is None else CALIBRATION + announced.calibration
         with self._lock:
-            if not self._residents.put(announced.artifact_id, bound, held, needs):
+            if not self._residents.put(load.key, bound, held, needs):
                 raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
-            self._residents.hold(announced.artifact_id)  # until those who wait have it
-            self._count(loads=1, load_seconds=seconds, loaded_bytes=announced.stored_bytes)
+            self._residents.hold(load.key)  # until those who wait have it
+            self._count(loads=1, load_seconds=seconds, loaded_bytes=stored)
+            if load.part is not None:
+                self._count(part_loads=1)
         return bound
 
     def _resident_calibration(self, announced: Announced, stack: ExitStack) -> Calibration | None:
@@ -308,7 +334,7 @@ class PrefixPool:
         with self._lock:
             if name in self._residents:
                 found = self._residents.get(name)  # another load was faster
-            elif not self._residents.put(name, found, load.shared_bytes, owner=load.artifact_id):
+            elif not self._residents.put(name, found, load.shared_bytes, owner=load.key):
                 raise NoRoom
             self._hold_for(stack, name)
         return found
@@ -328,17 +354,20 @@ class PrefixPool:
         with self._lock:
             self._forget(load)
             if failure is not None:
-                self._residents.cancel(load.artifact_id)
+                self._residents.cancel(load.key)
                 self._count_failure(failure, max(1, len(load.waiters)))
                 if failure.lost:
                     self._count(**{_LOST[failure.reason]: 1})
+                    self._spoil_parts(load.artifact_id)
             for waiter in load.waiters:
-                answer = failure or self._take(load.artifact_id, waiter.tokens)
+                answer = failure or self._take(load.artifact_id, waiter.tokens, load.part)
                 assert answer is not None, "a prefix that is held is there"
                 answers.append((waiter, answer))
             load.waiters = []
+            if load.part is not None and (failure is None or failure.reason == "slow_load"):
+                self._prefetch(load.artifact_id)
             if bound is not None:
-                self._release(load.artifact_id)
+                self._release(load.key)
             self._unpark()
         self._tell(answers)
         if failure is not None and failure.lost:
@@ -346,8 +375,14 @@ class PrefixPool:
 
     def _forget(self, load: Load) -> None:
         """A load has ended. Its job refers to it, and a cycle would stay until a full garbage collection."""
-        self._loads.pop(load.artifact_id, None)
+        self._loads.pop(load.key, None)
         load.job = None
+
+    def _spoil_parts(self, artifact_id: str) -> None:
+        """The rest of their file is damaged or missing: they are given to nobody any more."""
+        here = self._residents.values
+        self._gone |= {key for key in here if is_part(key) and artifact_of(key) == artifact_id}
+        self._let_go()
 
     def _tell_lost(self, artifact_id: str, failure: LoadFailure) -> None:
         """Once, whether anybody waits for the artifact or not."""
@@ -361,8 +396,8 @@ class PrefixPool:
     def _park(self, load: Load) -> bool:
         """Let a load wait for room; False where it could never have it, or nobody waits for it."""
         with self._lock:
-            self._residents.cancel(load.artifact_id)
-            if not load.waiters or load.needed_bytes > self._residents.attainable(load.artifact_id):
+            self._residents.cancel(load.key)
+            if not load.waiters or load.needed_bytes > self._residents.attainable(load.key):
                 return False
             self._parked.append(load)
             return True
@@ -373,11 +408,14 @@ class PrefixPool:
         self._unpark()
 
     def _let_go(self) -> None:
-        """What is gone from the store, and held no longer, leaves."""
-        for artifact_id in self._gone.difference(self._residents.holds):
-            self._residents.drop(artifact_id)
-            self._gone -= {artifact_id}
-            _log.info("artifact %s is gone from the store, and from memory", artifact_id[:12])
+        """What is gone from the store, and held no longer, leaves; and so do parts whose whole is there."""
+        for key in self._gone.difference(self._residents.holds):
+            self._residents.drop(key)
+            self._gone -= {key}
+            _log.info("artifact %s is gone from the store, and from memory", key[:12])
+        for key in self._residents.values.keys() - self._residents.holds.keys():
+            if is_part(key) and artifact_of(key) in self._residents:
+                self._residents.drop(key)
 
     def _unpark(self) -> None:
         """Start the loads that have room now."""
@@ -385,7 +423,7 @@ class PrefixPool:
             shared = load.announced.calibration if load.announced else None
             there = shared is not None and CALIBRATION + shared in self._residents
             needed = load.needed_bytes - (load.shared_bytes if there else 0)
-            if self._residents.reserve(load.artifact_id, needed):
+            if self._residents.reserve(load.key, needed):
                 self._parked.remove(load)
                 self._submit(load)
 
@@ -433,19 +471,18 @@ class PrefixPool:
     def _asked(self) -> list[str]:
         """What may be pinned, or gone; what has left is asked about when it comes again."""
         with self._lock:
-            here = [key for key in self._residents.values if not key.startswith(CALIBRATION)]
-            here += self._loads
+            keys = [key for key in self._residents.values if not key.startswith(CALIBRATION)]
+            here = dict.fromkeys(map(artifact_of, [*keys, *self._loads]))
             for gone in self._residents.pins.difference(here):
                 self._residents.unpin(gone)
-            return here
+            return list(here)
 
     def _learn(self, standings: Mapping[str, Standing]) -> None:
         with self._lock:
             for artifact_id, standing in standings.items():
                 (self._residents.pin if standing == "pinned" else self._residents.unpin)(artifact_id)
-            gone = {
-                key for key, standing in standings.items() if standing == "gone" and key in self._residents
-            }
-            self._gone = self._gone.difference(standings) | gone  # what was made again is not gone any more
+            gone = {key for key in self._residents.values if standings.get(artifact_of(key)) == "gone"}
+            # What was made again is not gone any more. A part may be of the file that was there before.
+            self._gone = frozenset(gone) | {key for key in self._gone if is_part(key) or key not in standings}
             self._let_go()
             self._unpark()

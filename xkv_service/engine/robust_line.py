@@ -41,7 +41,7 @@ class RobustLine:
         return intercept + slope * min(x, 2 * max(seen for seen, _ in self._seen))
 
     def _fitted(self) -> tuple[float, float]:
-        far = _DISTINCT * max(abs(x) for x, _ in self._seen)
+        far = _DISTINCT * median(abs(x) for x, _ in self._seen)  # one far away must not make others alike
         slopes = [(d - b) / (c - a) for (a, b), (c, d) in combinations(self._seen, 2) if abs(c - a) > far]
         slope = max(0.0, median(slopes)) if slopes else 0.0
         intercept = median(y - slope * x for x, y in self._seen)

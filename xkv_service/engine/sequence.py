@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from xkv_artifacts.manifest import PartFidelity
 from xkv_service.engine.head_start import HeadStart
 from xkv_service.engine.messages import (
     Delta,
@@ -20,6 +21,7 @@ from xkv_service.engine.messages import (
     TokenLogprob,
     waited_too_long,
 )
+from xkv_service.engine.parts import resident_key
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.sampling import Sampler, check_chosen
 from xkv_service.sessions.text_stream import TextStream
@@ -37,6 +39,7 @@ class Sequence:
 
     Attributes:
         context: what is held of it, once it has begun. artifact_id: whose factors its prefix is, or None.
+        part: which part of them, None: all.
         todo: ids to run next: the prompt's rest, then each token chosen.
         miss: why it is not, or not further, served from factors.
         head_start: while it waits for a prefix, the forward that has begun, or may begin.
@@ -58,6 +61,7 @@ class Sequence:
         self.request, self.miss = request, request.miss
         self.context: Context | None = None
         self.artifact_id: str | None = None
+        self.part: PartFidelity | None = None
         self.todo: list[int] = []
         self.done = self.failed = False
         self.arrived = time.monotonic()
@@ -99,14 +103,22 @@ class Sequence:
         """Its prompt, and the tokens chosen since."""
         return [*self.request.token_ids, *self._chosen]
 
-    def begin(self, context: Context, artifact_id: str | None, computed: int = 0) -> None:
+    @property
+    def resident(self) -> str | None:
+        """What the prefix that it goes on from is called in the pool, where it has one."""
+        return None if self.artifact_id is None else resident_key(self.artifact_id, self.part)
+
+    def begin(
+        self, context: Context, artifact_id: str | None, computed: int = 0, part: PartFidelity | None = None
+    ) -> None:
         """Go on from a context that holds the beginning of the prompt.
 
         Args:
             computed: tokens at its end that were computed for this very request; only with some may nothing
                 be left to do.
+            part: of the artifact, which the context's prefix is.
         """
-        self.context, self.artifact_id, self.computed = context, artifact_id, computed
+        self.context, self.artifact_id, self.computed, self.part = context, artifact_id, computed, part
         self._cached = len(context.ids) - computed
         self._prefix_tokens = context.prefix_tokens if artifact_id is not None else 0
         self.miss = self._why(artifact_id)
@@ -183,6 +195,7 @@ class Sequence:
             tail_tokens=self._cached - self._prefix_tokens,
             artifact_id=self.artifact_id,
             miss=self.miss,
+            part=None if self.part is None else self.part.share,
             queued_seconds=self._begun - self.arrived - self._loaded,
             load_seconds=self._loaded,
         )

@@ -73,3 +73,15 @@ def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
     assert result.exit_code == 2 and not requests
     assert "--lookup-timeout=0.0 is out of range: use more than 0" in result.output
+
+
+@pytest.mark.parametrize(("arguments", "kl"), [([], 2.5e-4), (["--part-kl", "0"], 0.0)])
+def test_how_far_a_part_may_be(monkeypatch: pytest.MonkeyPatch, arguments: list[str], kl: float) -> None:
+    _, (request,) = _run(monkeypatch, *arguments)
+    assert request.api.part_kl == kl
+
+
+@pytest.mark.parametrize("kl", ["-1", "inf", "nan", "much"])
+def test_a_part_that_may_be_anywhere_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, kl: str) -> None:
+    result, requests = _run(monkeypatch, "--part-kl", kl)
+    assert result.exit_code == 2 and not requests and "part" in result.output

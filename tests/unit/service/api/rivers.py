@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from xkv_artifacts.keys import artifact_id
-from xkv_artifacts.manifest import DocumentRef, PrefixManifest
+from xkv_artifacts.manifest import DocumentRef, PartFidelity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, compress
 from xkv_service.api.keys import Key, hash_key
@@ -20,12 +20,18 @@ SETTINGS = APISettings(min_fidelity=0.0, lookup_timeout_s=120.0)
 
 
 def publish(
-    store: ArtifactStore, loaded: LoadedModel, document: str, namespace: str = "default", rank: int = 24
+    store: ArtifactStore,
+    loaded: LoadedModel,
+    document: str,
+    namespace: str = "default",
+    rank: int = 24,
+    parts: tuple[PartFidelity, ...] = (),
 ) -> PrefixManifest:
-    """Compress a document as `xkv precompute` would, and publish it."""
+    """Compress a document as `xkv precompute` would, and publish it, with what is said of its parts."""
     ids = render_prefix(loaded.tokenizer, document)
     factors = compress(loaded.model, ids, CompressionSpec(rank_k=rank, rank_v=rank))
     fields = factors.manifest_fields()
+    fields["fidelity"] = fields["fidelity"].model_copy(update={"parts": parts})
     manifest = PrefixManifest(
         id=artifact_id(loaded.identity.fingerprint, namespace, ids, fields["spec"]),
         model=loaded.identity,

@@ -48,7 +48,8 @@ def test_a_chat_is_answered_from_its_stored_prefix(client: OpenAI, stored: Prefi
     answer = raw.parse()
     cached = answer.usage.prompt_tokens_details.cached_tokens
     assert answer.xkv == {
-        "artifact": stored.id, "prefix_tokens": stored.tokens, "cached_tokens": cached, "miss": None,
+        "artifact": stored.id, "prefix_tokens": stored.tokens, "cached_tokens": cached,
+        "part": None, "miss": None,
     }  # fmt: skip
     assert stored.tokens <= cached < answer.usage.prompt_tokens
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from xkv_service import CompressionSpec, compress
 from xkv_service.decoding.prefix import Prefix
-from xkv_service.engine.footprint import artifact_bytes, calibration_bytes, prefix_bytes
+from xkv_service.engine.footprint import calibration_bytes, prefix_bytes
 from xkv_service.engine.storages import held_bytes
 from xkv_service.factors import PrefixFactors
+from xkv_service.stored import artifact_bytes
 
 TOKENS = 120
 CPU = torch.device("cpu")

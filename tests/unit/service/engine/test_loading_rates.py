@@ -28,6 +28,14 @@ def test_a_line_says_little_far_from_what_was_seen_and_nothing_below_zero() -> N
     assert steep.fit[0] == 0 and steep.fit[1] > 0
 
 
+def test_one_far_away_does_not_make_the_others_alike() -> None:
+    line = RobustLine([(0.0, 0.02), (64e6, 0.34)])
+    for _ in range(4):
+        line.observe(7e6, 0.84)
+        line.observe(10e6, 1.2)
+    assert line(9e6) == pytest.approx(1.08, rel=0.02)
+
+
 def test_a_prefill_slows_down_with_its_position() -> None:
     rates = LoadingRates(1e-3)
     for _ in range(4):
@@ -76,3 +84,25 @@ def test_figures_are_those_that_decide() -> None:
 def test_it_starts_with_a_measurement() -> None:
     rates = LoadingRates.measured(tiny_model("llama"))
     assert 0 < rates.prefill_s(1000) < 10
+
+
+def test_what_less_of_an_artifact_takes_is_hoped_until_it_was_seen() -> None:
+    rates = LoadingRates(1.0 / 1000)
+    for _ in range(8):
+        rates.loaded(10_000_000, 1000, 1.2)
+    assert rates.decide(1000, 10_000_000) == "prefill"
+    assert rates.load_s(7_000_000) == pytest.approx(rates.load_s(10_000_000), rel=0.02)  # of one size
+    assert rates.part_in_time(1000, 7_000_000, 10_000_000)
+    assert not rates.part_in_time(1000, 9_000_000, 10_000_000)
+    rates.loaded(7_000_000, 1000, 1.15, whole_nbytes=10_000_000)  # it is no bytes that take the time
+    assert not rates.part_in_time(1000, 7_000_000, 10_000_000)
+    assert rates.decide(1000) == "prefill"  # as many bytes a token as the artifact has, not its part
+
+
+def test_what_it_takes_is_measured() -> None:
+    rates = LoadingRates(1.0 / 1000)
+    for _ in range(8):
+        rates.loaded(10_000_000, 1000, 1.2)
+        rates.loaded(7_000_000, 1000, 0.84, whole_nbytes=10_000_000)
+    assert rates.part_in_time(1000, 8_000_000, 10_000_000)
+    assert not rates.part_in_time(1000, 9_000_000, 10_000_000)

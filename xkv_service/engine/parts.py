@@ -1,0 +1,49 @@
+"""Parts of artifacts in an engine: which may serve, and what they are called among resident prefixes."""
+
+from __future__ import annotations
+
+from xkv_artifacts.errors import CorruptArtifact
+from xkv_artifacts.manifest import PartFidelity, PrefixManifest
+from xkv_service.engine.messages import PartOffer
+
+_PART = " part "
+
+
+def resident_key(artifact_id: str, part: PartFidelity | None) -> str:
+    """What an artifact is called among resident prefixes, or a part of it."""
+    return artifact_id if part is None else f"{artifact_id}{_PART}{part.share!r}"
+
+
+def is_part(key: str) -> bool:
+    """Whether a resident prefix is a part of an artifact."""
+    return _PART in key
+
+
+def artifact_of(key: str) -> str:
+    """The artifact that a resident prefix is, or is a part of."""
+    return key.partition(_PART)[0]
+
+
+def part_offers(manifest: PrefixManifest, kl: float, agreement: float) -> tuple[PartOffer, ...]:
+    """The parts of an artifact that are near enough to the exact cache, smallest first.
+
+    Args:
+        kl: nats of divergence that a part may have; 0: there are none. agreement: that it must have.
+    """
+    near = [part for part in manifest.fidelity.parts if part.kl <= kl and part.top1_agreement >= agreement]
+    if not near or not kl:
+        return ()
+    # They bring torch, for which those who find no part have not to wait.
+    from xkv_service.leading_part import part_manifest
+    from xkv_service.manifest_checks import checked_spec
+    from xkv_service.stored import artifact_bytes
+
+    try:
+        spec = checked_spec(manifest, len(manifest.tensors))
+    except CorruptArtifact:  # whoever loads it says so
+        return ()
+    whole = artifact_bytes(manifest, spec)
+    cuts = [part_manifest(manifest, spec, part.share) for part in near]
+    return tuple(
+        PartOffer(part, artifact_bytes(cut, spec), whole) for part, cut in zip(near, cuts, strict=True)
+    )
