@@ -97,7 +97,8 @@ class RankType(click.ParamType[int | str]):
     "--parts",
     is_flag=True,
     help="Measure the leading half and three quarters of each new artifact's columns too, so that a server"
-    " may answer from them where all take too long to load. Takes a few percent longer.",
+    " may answer from them where all take too long to load. Takes some percent longer, and needs a"
+    " calibration's bases.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."

@@ -88,6 +88,31 @@ def test_the_models_calibration_is_taken_and_found_again(
     assert refused.code == 1 and "1 stored artifact cannot be used without it" in refused.err
 
 
+def test_parts_are_measured_where_that_is_asked_for(
+    run: Run, xkv: Xkv, shared: tuple[Path, str], tmp_path: Path, ray_address: str
+) -> None:
+    """The id stays what it was, and what is stored already is not measured again."""
+    (tmp_path / "parts.txt").write_text(words(600, seed=14))
+    made = ["precompute", "--docs", tmp_path / "parts.txt"]
+    ray = ["--workers", "1", "--ray-address", ray_address, "--json"]
+    plan = run(*made, "--dry-run", "--json").json["plan"]
+    name = run(*made, "--parts", *ray).json["artifacts"][0]["id"]
+    assert name == plan[0]["id"]
+    parts = xkv("show", name, "--store", shared[0], "--json").json["fidelity"]["parts"]
+    assert parts and {part["share"] for part in parts} <= {0.5, 0.75}
+    assert all(0 <= part["top1_agreement"] <= 1 and part["kl"] > 0 for part in parts)
+    told = " ".join(xkv("show", name, "--store", shared[0]).out.split())
+    first = parts[0]
+    assert f"first {100 * first['share']:.1f} % of columns {100 * first['top1_agreement']:.1f} %" in told
+    assert run(*made, *ray).json["reused"] == 1
+    assert xkv("rm", name, "--store", shared[0]).code == 0
+    assert run(*made, *ray).json["artifacts"][0]["id"] == name
+    assert "parts" not in xkv("show", name, "--store", shared[0], "--json").json["fidelity"]
+    for options in (["--calibration", "none"], ["--basis", "document"]):
+        refused = run(*made, "--parts", *options, "--dry-run")
+        assert refused.code == 1 and "not good enough to answer from" in refused.err
+
+
 def test_asking_and_precomputing_make_the_same_artifact(run: Run, tmp_path: Path) -> None:
     document = tmp_path / "asked.txt"
     document.write_text(words(650, seed=4))

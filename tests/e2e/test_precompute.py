@@ -253,21 +253,3 @@ def test_what_cannot_work_is_one_line_with_a_hint(
     assert done.code == code, done
     assert expected in done.err and "Traceback" not in done.err and "unexpected" not in done.err
     assert done.err.count("\n") <= 6
-
-
-def test_parts_are_measured_where_that_is_asked_for(
-    precompute: Precompute, xkv: Xkv, tmp_path: Path, store: Path
-) -> None:
-    """The id stays what it was, and what is stored already is not measured again."""
-    (tmp_path / "one.txt").write_text(words(600, seed=4))
-    ranks = ["--rank-k", "100", "--rank-v", "100"]
-    made = precompute("--docs", tmp_path / "one.txt", *ranks, "--parts").json["artifacts"][0]
-    (part,) = xkv("show", made["id"], "--store", store, "--json").json["fidelity"]["parts"]
-    assert part["share"] == 0.5 and 0 <= part["top1_agreement"] <= 1 and part["kl"] > 0
-    told = " ".join(xkv("show", made["id"], "--store", store).out.split())
-    assert f"first 50.0 % of columns {100 * part['top1_agreement']:.1f} % same next token" in told
-    assert precompute("--docs", tmp_path / "one.txt", *ranks).json["reused"] == 1
-    assert xkv("rm", made["id"], "--store", store).code == 0
-    again = precompute("--docs", tmp_path / "one.txt", *ranks).json["artifacts"][0]
-    assert again["id"] == made["id"]
-    assert "parts" not in xkv("show", made["id"], "--store", store, "--json").json["fidelity"]

@@ -10,6 +10,7 @@ from functools import partial
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
+from xkv_service.errors import InvalidSpec
 from xkv_service.factorization.ranks import Size, size_of
 from xkv_service.spec import CompressionSpec
 from xkv_workers.calibration_choice import choose_calibration
@@ -174,4 +175,9 @@ def prepared(request: Request) -> Iterator[Prepared]:
             )
         calibration = choose_calibration(store, model.files.identity, request.compression)
         spec = request.compression.spec(calibration)
+        if request.parts and spec.basis != "calibrated":
+            raise InvalidSpec(
+                "parts of artifacts without a calibration's bases are not good enough to answer from",
+                hint="see `xkv calibrate`, or leave --parts out",
+            )
         yield Prepared(request, files, store, model, stack, room, spec, calibration)

@@ -26,7 +26,8 @@ class Request:
         on_low_fidelity: None is "retry" with a calibration, "keep" without.
         pin, ttl_s: of the run's artifacts, those that are stored already included; as `ArtifactStore.pin`
             and `set_ttl`, from the moment on when they are published. None: no end of their own.
-        parts: measure parts of what is computed, so that a server may answer from one.
+        parts: measure parts of what is computed, so that a server may answer from one; with a
+            calibration's bases alone.
     """
 
     paths: tuple[Path, ...]

@@ -27,6 +27,9 @@ def artifact_of(key: str) -> str:
 def part_offers(manifest: PrefixManifest, kl: float, agreement: float) -> tuple[PartOffer, ...]:
     """The parts of an artifact that are near enough to the exact cache, smallest first.
 
+    None of an artifact with bases of its own: where its columns do not stand in the order in which a
+    calibration's questions need them, parts lose answers however near they are (docs/serving.md).
+
     Args:
         kl: nats of divergence that a part may have; 0: there are none. agreement: that it must have.
     """
@@ -41,6 +44,8 @@ def part_offers(manifest: PrefixManifest, kl: float, agreement: float) -> tuple[
     try:
         spec = checked_spec(manifest, len(manifest.tensors))
     except CorruptArtifact:  # whoever loads it says so
+        return ()
+    if spec.basis != "calibrated":
         return ()
     whole = artifact_bytes(manifest, spec)
     cuts = [part_manifest(manifest, spec, part.share) for part in near]

@@ -11,6 +11,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec, compress
 from xkv_service.api.keys import Key, hash_key
 from xkv_service.api.settings import APISettings
+from xkv_service.decoding.loading import needed_calibration
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.prompts import render_prefix
 
@@ -25,11 +26,13 @@ def publish(
     document: str,
     namespace: str = "default",
     rank: int = 24,
+    spec: CompressionSpec | None = None,
     parts: tuple[PartFidelity, ...] = (),
 ) -> PrefixManifest:
     """Compress a document as `xkv precompute` would, and publish it, with what is said of its parts."""
     ids = render_prefix(loaded.tokenizer, document)
-    factors = compress(loaded.model, ids, CompressionSpec(rank_k=rank, rank_v=rank))
+    spec = spec or CompressionSpec(rank_k=rank, rank_v=rank)
+    factors = compress(loaded.model, ids, spec, needed_calibration(store, spec, loaded.identity.fingerprint))
     fields = factors.manifest_fields()
     fields["fidelity"] = fields["fidelity"].model_copy(update={"parts": parts})
     manifest = PrefixManifest(

@@ -10,17 +10,21 @@ from typing import Any
 import httpx
 import pytest
 from engines import AlwaysLoad, wait_until
+from measured import calibrated
 from rivers import DOCUMENT, SETTINGS, publish
 from serving import serve
 
 from xkv_artifacts.manifest import PartFidelity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service import CompressionSpec
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.local import EngineBackend
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.api.settings import APISettings
+from xkv_service.calibration.probes import ProbedPrefix
+from xkv_service.calibration.storage import save_calibration
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.loading_rates import Way
 from xkv_service.engine.prefix_pool import PrefixPool
@@ -56,7 +60,12 @@ def own_store(tmp_path: Any) -> Iterator[ArtifactStore]:
 @pytest.fixture
 def parted(own_store: ArtifactStore, loaded: LoadedModel) -> PrefixManifest:
     """The artifact of `DOCUMENT`, with two parts, one of which is far from the exact cache."""
-    return publish(own_store, loaded, DOCUMENT, rank=100, parts=(GOOD, POOR))
+    sample = [ProbedPrefix.of_text("text", range(80))]
+    name = save_calibration(own_store, calibrated(loaded.model, size=4), loaded.identity, sample).id
+    spec = CompressionSpec(
+        ratio=1.2, calibration=name, basis="calibrated", factor_dtype="mixed", index="derived"
+    )
+    return publish(own_store, loaded, DOCUMENT, spec=spec, parts=(GOOD, POOR))
 
 
 @pytest.fixture

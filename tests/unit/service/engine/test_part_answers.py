@@ -21,8 +21,8 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service import CompressionSpec
 from xkv_service.compression import compress_each
 from xkv_service.engine.engine import Engine
-from xkv_service.engine.messages import PrefixMatch
-from xkv_service.engine.parts import part_offers, resident_key
+from xkv_service.engine.messages import PartOffer, PrefixMatch
+from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.stored_tails import StoredTails
@@ -67,11 +67,11 @@ class Served:
         name = artifact_id(identity.fingerprint, "default", ids, manifest.spec)
         manifest = manifest.model_copy(update={"model": identity, "id": name})
         self.artifact = self.store.publish(manifest, self.factors.to_tensors()).id
-        offers = part_offers(self.store.manifest(self.artifact), 1.0, 0.0)[:1]
-        assert offers[0].measured.share == 0.5
-        self.match, self.half = PrefixMatch(self.artifact, len(ids), parts=offers), offers[0].measured
+        assert self.factors.fidelity is not None
+        self.half = self.factors.fidelity.parts[0]
+        part, whole = leading_part(self.factors, 0.5).nbytes, self.factors.nbytes
+        self.match = PrefixMatch(self.artifact, len(ids), parts=(PartOffer(self.half, part, whole),))
         rates = StillRates(PREFILL_S / len(ids))
-        part, whole = offers[0].nbytes, offers[0].whole_nbytes
         for _ in range(16):
             rates.loaded(part, len(ids), part_s, whole_nbytes=whole)
             rates.loaded(whole, len(ids), whole_s)

@@ -6,7 +6,6 @@ import io
 import json
 import queue
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -153,15 +152,20 @@ def test_a_part_answers_as_the_factors_cut_so(
         assert not torch.equal(said, prompt_logits(model, XKVCache.from_factors(model, factors)))
 
 
-@pytest.mark.parametrize("basis", ["calibrated", "document"])
-def test_so_does_one_of_a_calibration(store: ArtifactStore, model: PreTrainedModel, basis: Any) -> None:
+def over_a_calibration(store: ArtifactStore, model: PreTrainedModel, basis: Any) -> tuple[str, PrefixFactors]:
+    """An artifact with a calibration, and its factors; parts are measured."""
     identity = ModelIdentity(fingerprint="0" * 64, name="tiny", architecture="Llama", dtype="float32")
     sample = [ProbedPrefix.of_text("text", range(80))]
     name = save_calibration(store, calibrated(model, size=3), identity, sample).id
-    calibration = load_calibration(store, name)
     spec = CompressionSpec(ratio=1.5, calibration=name, factor_dtype="mixed", index="derived").over(basis)
-    (factors,) = compress_each(model, random_ids(TOKENS), [spec], calibration, parts=True)
-    artifact = publish(store, factors)
+    ids, calibration = random_ids(TOKENS), load_calibration(store, name)
+    (factors,) = compress_each(model, ids, [spec], calibration, parts=True)
+    return publish(store, factors), factors
+
+
+@pytest.mark.parametrize("basis", ["calibrated", "document"])
+def test_so_does_one_of_a_calibration(store: ArtifactStore, model: PreTrainedModel, basis: Any) -> None:
+    artifact, factors = over_a_calibration(store, model, basis)
     pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
     prefix = given(pool, artifact, half_of(factors))
     with enable_xkv(model):
@@ -326,22 +330,18 @@ def test_a_part_of_what_is_gone_goes_too(
     assert pool.bytes == 0
 
 
-def test_only_parts_that_are_near_enough_are_offered(store: ArtifactStore, factors: PrefixFactors) -> None:
-    assert factors.fidelity is not None
+def test_only_parts_that_are_near_enough_are_offered(store: ArtifactStore, model: PreTrainedModel) -> None:
+    name, factors = over_a_calibration(store, model, "calibrated")
     near = PartFidelity(share=0.5, top1_agreement=0.9, kl=2e-4)
     far = PartFidelity(share=0.75, top1_agreement=1.0, kl=3e-4)
-    fidelity = factors.fidelity.model_copy(update={"parts": (near, far)})
-    manifest = store.manifest(publish(store, replace(factors, fidelity=fidelity)))
+    written = store.manifest(name)
+    fidelity = written.fidelity.model_copy(update={"parts": (near, far)})
+    manifest = written.model_copy(update={"fidelity": fidelity})
     (offer,) = part_offers(manifest, 2.5e-4, 0.9)
     assert offer.measured == near
-    assert offer.nbytes == sum(
-        tensor.nbytes
-        for name, tensor in leading_part(factors, 0.5).to_tensors().items()
-        if not name.startswith("rotary")
-    )
-    assert offer.whole_nbytes == sum(
-        tensor.nbytes for name, tensor in factors.to_tensors().items() if not name.startswith("rotary")
-    )
+    kept = leading_part(factors, 0.5).to_tensors()
+    for nbytes, tensors in ((offer.nbytes, kept), (offer.whole_nbytes, factors.to_tensors())):
+        assert nbytes == sum(one.nbytes for name, one in tensors.items() if not name.startswith("rotary"))
     assert [one.measured for one in part_offers(manifest, 3e-4, 0.9)] == [near, far]
     assert part_offers(manifest, 3e-4, 0.91)[0].measured == far
     assert part_offers(manifest, 0.0, 0.0) == () == part_offers(manifest, 1e-4, 0.0)
@@ -349,3 +349,10 @@ def test_only_parts_that_are_near_enough_are_offered(store: ArtifactStore, facto
     assert part_offers(manifest.model_copy(update={"fidelity": exact}), 0.0, 0.0) == ()
     broken = manifest.model_copy(update={"spec": {"ratio": -1}})
     assert part_offers(broken, 2.5e-4, 0.9) == ()
+
+
+def test_an_artifact_with_bases_of_its_own_offers_no_part(
+    store: ArtifactStore, model: PreTrainedModel, artifact: str
+) -> None:
+    for name in (artifact, over_a_calibration(store, model, "document")[0]):
+        assert store.manifest(name).fidelity.parts and part_offers(store.manifest(name), 1.0, 0.0) == ()
