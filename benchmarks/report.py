@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def command(merged: Sequence[Path] | None = None) -> str:
     of this machine: a path in the repository begins there, and of others the name is told."""
     script, *arguments = map(_placeless, sys.argv)
     if not merged:
-        return " ".join(["python", script, *arguments])
+        return shlex.join(["python", script, *arguments])
     return f"python {script} --part I/N for {len(merged)} parts, then --merge"
 
 
