@@ -44,6 +44,8 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
+_EXPLAIN_S = 0.25
+"""How long a prompt waits to hear that another model has its prefix: it is computed either way (a guess)."""
 _MOST_FACTS = 65_536
 _AWAY = (CatalogUnavailable, CatalogError, StoreError, OSError)
 _BROKEN = (ArtifactNotFound, CorruptArtifact, UnsupportedFormat)
@@ -68,6 +70,7 @@ class PrefixFinder:
         self._store, self._model, self._settings = store, model, settings
         self._remaker = remaker
         self._threads = ThreadPoolExecutor(_THREADS, "xkv-lookup")
+        self._explainer, self._explaining = ThreadPoolExecutor(1, "xkv-explain"), False
         self._breaker = Breaker(settings.lookup_pause_s)
         self._facts: OrderedDict[str, ArtifactFacts] = OrderedDict()
         self._notes = DamageNotes(store)
@@ -79,7 +82,8 @@ class PrefixFinder:
 
     def close(self) -> None:
         """Let the threads end."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._explainer):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, prompt: Sequence[int], namespace: str) -> Found:
         """The stored prefix of a prompt, in a namespace or the public one, and why it is none or no longer.
@@ -89,7 +93,13 @@ class PrefixFinder:
             artifact is used.
         """
         ids = array("i", prompt)
-        return await self._asked(lambda: self._find(ids, namespace)) or (None, misses.UNAVAILABLE)
+        found = await self._asked(lambda: self._find(ids, namespace))
+        if found is None:
+            return None, misses.UNAVAILABLE
+        usable, miss = found
+        if usable is None and miss is not None and miss.reason == "no_artifact":
+            miss = await self._explained(ids, namespace) or miss
+        return usable, miss
 
     async def named(self, prefix_id: str, prompt: Sequence[int], namespace: str) -> Found:
         """As `find`, but the prefix of that id, if the prompt begins with it.
@@ -119,6 +129,24 @@ class PrefixFinder:
         self._breaker.succeeded()
         return answer
 
+    async def _explained(self, prompt: array[int], namespace: str) -> Miss | None:
+        """What another model has of a prompt, if that is found out soon, one prompt at a time.
+
+        It helps nobody's answer: what fails here, or hangs, must not keep prefixes from being looked up.
+        """
+        if self._explaining:
+            return None
+        self._explaining = True
+        asked = self._explainer.submit(lambda: self._of_another_model(prompt, namespace))
+        asked.add_done_callback(self._explained_one)
+        try:
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), _EXPLAIN_S)
+        except (asyncio.TimeoutError, *_AWAY, *_BROKEN):
+            return None
+
+    def _explained_one(self, _: Future[Any]) -> None:
+        self._explaining = False
+
     def _answered_late(self, asked: Future[Any]) -> None:
         """After `failed`; at once, of one that was not late but failed."""
         if not asked.cancelled() and not isinstance(asked.exception(), _AWAY):
@@ -132,8 +160,6 @@ class PrefixFinder:
             self._notes.look_again()  # who asks next may hold all of it
 
         usable, miss = self._best(prompt, namespace, note)
-        if usable is None and not lost and miss is not None and miss.reason == "no_artifact":
-            miss = self._of_another_model(prompt, namespace) or miss
         for name, one in lost.items():
             if one.reason != "evicted":
                 self._tell_lost(name, prompt, one)
@@ -197,13 +223,17 @@ class PrefixFinder:
         return sorted(found, key=lambda match: match.rank, reverse=True)
 
     def _of_another_model(self, prompt: array[int], namespace: str) -> Miss | None:
-        """Where this very prompt would be served if another model had not made what is stored."""
+        """Where this very prompt would be served if another model had not made what is stored.
+
+        Raises:
+            Whatever reading an artifact does.
+        """
         readable = self._readable(namespace)
         match = self._store.lookup_other_models(self._model.fingerprint, readable, prompt)
-        if match is None or self._usable(match, prompt)[0] is None:
+        if match is None:
             return None
-        facts = self._facts_of(match.artifact_id, prompt)
-        if isinstance(facts, Miss) or facts.other_model is None:
+        facts = self._read_facts(match.artifact_id)
+        if facts.other_model is None or self._usable(match, prompt)[0] is None:
             return None
         return misses.other_model(
             f"artifact {match.artifact_id[:12]} shares {match.tokens} of its {facts.origin.tokens} tokens "
@@ -267,16 +297,18 @@ class PrefixFinder:
         return gone if isinstance(facts, ArtifactFacts) and facts.origin.namespace not in allowed else facts
 
     def _facts_of(self, artifact_id: str, prompt: array[int]) -> ArtifactFacts | Miss:
-        facts = self._facts.get(artifact_id)
-        if facts is not None:
-            return facts
         try:
-            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model, self._settings)
+            return self._read_facts(artifact_id)
         except _BROKEN as error:
             return self._broken(error, artifact_id, prompt)
-        self._facts[artifact_id] = facts
-        if len(self._facts) > _MOST_FACTS:
-            self._facts.popitem(last=False)
+
+    def _read_facts(self, artifact_id: str) -> ArtifactFacts:
+        facts = self._facts.get(artifact_id)
+        if facts is None:
+            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model, self._settings)
+            self._facts[artifact_id] = facts
+            if len(self._facts) > _MOST_FACTS:
+                self._facts.popitem(last=False)
         return facts
 
     def _broken(self, error: XKVError, artifact_id: str, prompt: array[int]) -> Miss:

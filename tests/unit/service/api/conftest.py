@@ -12,12 +12,19 @@ from serving import Served, serve
 
 from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.api import matching
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.modeling.models import LoadedModel, load_model
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts hear of other models however long it takes on a busy machine."""
+    monkeypatch.setattr(matching, "_EXPLAIN_S", 30.0)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -14,8 +16,10 @@ from engines import paced_backend
 from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
 
+from xkv_artifacts.errors import StoreError
 from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
 from xkv_artifacts.store import ArtifactStore
+from xkv_service.api import matching
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import Found, PrefixFinder
@@ -101,6 +105,46 @@ def test_other_namespaces_are_not_heard_of(
     assert reason(find(finder, prompt, "yours")) == "no_artifact"
     publish(shelf, loaded, DOCUMENT, "public")
     assert reason(find(finder, prompt, "yours")) == "other_model"
+
+
+def test_what_cannot_be_read_for_it_keeps_nobody_from_its_prefix(
+    finder: PrefixFinder, made: PrefixManifest, prompt: list[int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Its blob is a folder: reading it is an error of the machine's, not of the artifact's."""
+    blob = tmp_path / "store" / "prefixes" / made.id[:2] / f"{made.id}.safetensors"
+    blob.unlink()
+    blob.mkdir()
+    with ArtifactStore.open(str(tmp_path / "store"), patience_s=0) as fresh:
+        with pytest.raises(StoreError):
+            fresh.manifest(made.id)
+        theirs = PrefixFinder(fresh, finder._model, SETTINGS)
+        for _ in range(3):
+            assert reason(find(theirs, prompt)) == "no_artifact"
+            assert theirs._breaker.allows()
+
+
+def test_what_hangs_for_it_is_not_waited_for(
+    finder: PrefixFinder, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody else asked about meanwhile, and afterwards it is told again."""
+    monkeypatch.setattr(matching, "_EXPLAIN_S", 0.05)
+    let_go, real, asked = Event(), finder._store.lookup_other_models, []
+
+    def hang(*arguments: Any) -> Any:
+        asked.append(arguments)
+        let_go.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(finder._store, "lookup_other_models", hang)
+    for _ in range(3):
+        assert reason(find(finder, prompt)) == "no_artifact"
+    assert len(asked) == 1 and finder._breaker.allows()
+    let_go.set()
+    monkeypatch.setattr(matching, "_EXPLAIN_S", 30.0)
+    deadline = time.monotonic() + 30
+    while reason(find(finder, prompt)) != "other_model":
+        assert time.monotonic() < deadline
 
 
 @pytest.fixture
