@@ -34,7 +34,7 @@ Memory of the server's processes is sampled every 5 s. Whether it stays flat sho
     python benchmarks/traffic.py --seconds 2400 --rate 0.4 --longest 1200 --prefix-memory 6MiB \\
         --tail-memory 8MiB --stored-tails 16MiB --unchecked --out benchmarks/results/traffic_memory.json
 
-The same with every answer checked, and budgets that are full within the first minute:
+With twice the requests for less time, and every answer checked:
 
     python benchmarks/traffic.py --seconds 600 --rate 0.8 --longest 1200 --prefix-memory 6MiB \\
         --tail-memory 8MiB --stored-tails 16MiB --out benchmarks/results/traffic_flat.json

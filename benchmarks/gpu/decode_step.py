@@ -319,7 +319,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sides",
         default="full,bf16,8x,20x,mixed20",
-        help="full, cascade, cascade-cudnn, rebuilt, bf16, 8x, 20x, mixed20, nothing",
+        help=f"full, {', '.join(cascade.PARTS)}, rebuilt, bf16, 8x, 20x, mixed20, nothing",
     )
     parser.add_argument("--batches", default="", help="comma-separated; default 1 and the largest that fits")
     parser.add_argument(

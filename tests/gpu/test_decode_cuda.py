@@ -184,10 +184,12 @@ def test_answers_from_rebuilt_prefixes_are_right(
 
     In 16 bits cuDNN reads most of the documents, which are short for that, and have few sequences.
     """
+    from xkv_service.engine import graph_runner
     from xkv_service.engine.graph_runner import GraphRunner
     from xkv_service.engine.step_graph import StepGraph
     from xkv_service.kernels import cudnn_attention, shared_attention
 
+    monkeypatch.setattr(graph_runner, "_SETTLED", 2)
     monkeypatch.setattr(cudnn_attention, "LEAST", 1024)
     monkeypatch.setattr(shared_attention, "_ROWS", (16,))
 

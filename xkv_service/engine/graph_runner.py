@@ -25,7 +25,9 @@ from xkv_service.engine.compiled_step import CompiledStep
 from xkv_service.engine.rebuilt_prefixes import RebuiltPrefixes
 from xkv_service.engine.runners import PackedRunner, Work
 from xkv_service.engine.step_graph import OtherScores, Rider, StepGraph, shared_of
+from xkv_service.kernels.cudnn_attention import cudnn_runs
 from xkv_service.kernels.probe import no_memory
+from xkv_service.kernels.shared_attention import Shape
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.sessions.context import Context
 
@@ -42,8 +44,12 @@ _ASKED = 2
 _EARN = 6
 """How many more it takes where the graph of a size had to leave."""
 
+_SETTLED = 128
+"""Steps of the same documents after which a graph of theirs alone runs them: capturing it takes 0.4 s, and a
+step gains 1 to 10 ms (a guess between)."""
+
 _SIZES = 256
-"""Sizes of questions that are counted at most."""
+"""Sizes of questions, and of graphs of documents, that are counted at most."""
 
 _NEVER = 1 << 62
 _PAUSE = 256
@@ -76,10 +82,13 @@ class GraphRunner:
         self._known: WeakValueDictionary[tuple[object, ...], _Layout] = WeakValueDictionary()
         self._graphs: OrderedDict[tuple[object, ...], StepGraph] = OrderedDict()
         self._asked: Counter[tuple[object, ...]] = Counter()
+        self._settled: Counter[tuple[object, ...]] = Counter()
         self._stream, self._pool = _new_stream(model.device), _new_pool(model.device)
         self._broken, self._pause = False, 0
         self._no_questions = 0  # steps without questions in graphs
         self._heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
+        # Found out now, while there is memory.
+        self._cudnn = rebuilt_bytes > 0 and cudnn_runs(model.device)
         self._begins_tails = product_dtype(model) == model.dtype  # what kernels append is what they read
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
@@ -256,6 +265,10 @@ class GraphRunner:
             _log.info("steps run without graphs: kernels do not make scores as the model does")
             self._scoring = error.scoring
             self._layouts.clear()
+        elif any(map(_fixed_in, self._graphs)):
+            _log.error("a decode step with cuDNN failed; no prefix is read by it from now on", exc_info=error)
+            self._cudnn = False
+            return "without rebuilt"
         elif any(rider.rebuilt is not None for rider in self._riders.values()):
             _log.error("a decode step failed; no prefix is rebuilt from now on", exc_info=error)
             self._rebuilt.turn_off()
@@ -313,23 +326,46 @@ class GraphRunner:
 
     def _graph(self, layout: _Layout, riders: list[Rider], *, asked: bool) -> StepGraph:
         sizes = _powers([one.sizes for one in riders])
-        # Questions come about other documents all the time: a new graph takes longer than one of them.
-        shared = shared_of(riders, self._heads, any_document=asked)
         slots = _power(len(riders)) if asked else _slots(len(riders))
-        name = (layout, slots, *sizes, shared, asked)
+        shared, name = None, tuple[object, ...]()
+        for fixed in (True, False) if self._cudnn and not asked else (False,):
+            shared = shared_of(riders, self._heads, any_document=not fixed)
+            name = (layout, slots, *sizes, shared, asked)
+            if not fixed or shared is None or self._is_settled(name, shared[0]):
+                break
         graph = self._graphs.pop(name, None)
         if graph is None:
-            alike = [one for one in self._graphs if one[-1] is asked]
-            for gone in alike[: max(0, len(alike) + 1 - (_KEPT_QUESTIONS if asked else _KEPT))]:
-                del self._graphs[gone]
-                if asked:
-                    self._asked[gone[:-2]] = _ASKED - _EARN
+            self._make_place(asked)
             graph = StepGraph(
                 self._model, self._modules, riders, slots, sizes, shared, self._stream, self._pool,
                 self._compiled,
             )  # fmt: skip
         self._graphs[name] = graph
         return graph
+
+    def _is_settled(self, name: tuple[object, ...], shape: Shape) -> bool:
+        """Whether a graph of these very documents, if it is one, shall run them: not where they come and go.
+
+        Questions never have one: they come about other documents all the time.
+        """
+        if not shape.fixed or name in self._graphs:
+            return True
+        if len(self._settled) > _SIZES:
+            self._settled.clear()
+        self._settled[name] += 1
+        return self._settled[name] > _SETTLED
+
+    def _make_place(self, asked: bool) -> None:
+        """Let the graphs go that have not been used for longest, and those of documents that are gone."""
+        numbers = self._rebuilt.numbers
+        for name in [one for one in self._graphs if not numbers.issuperset(_fixed_in(one))]:
+            del self._graphs[name]
+        alike = [one for one in self._graphs if one[-1] is asked]
+        for gone in alike[: max(0, len(alike) + 1 - (_KEPT_QUESTIONS if asked else _KEPT))]:
+            del self._graphs[gone]
+            self._settled.pop(gone, None)
+            if asked:
+                self._asked[gone[:-2]] = _ASKED - _EARN
 
     def _drop(self) -> None:
         """All graphs and riders go."""
@@ -350,6 +386,11 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def _new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def _fixed_in(name: tuple[Any, ...]) -> set[int]:
+    """Numbers of the documents that a graph of this name is of."""
+    return {one.document for one in name[-2][0].fixed} if name[-2] else set()
 
 
 def _slots(count: int) -> int:

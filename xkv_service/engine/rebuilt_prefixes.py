@@ -55,6 +55,11 @@ class RebuiltPrefixes:
         found = self._find(prefix) if id(prefix) in self._used else None
         return found.rebuilt if found is not None and found.rebuilt.complete else None
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Of what is kept: no other rebuilt prefix has them."""
+        return frozenset(one.rebuilt.number for one in self._kept)
+
     def heed(self, prefixes: Sequence[Prefix]) -> None:
         """Before a step of sequences, one on each of these prefixes: keep what pays, a layer further.
 

@@ -69,7 +69,7 @@ def subspace_iteration(
     the `rank` columns kept are the best ones. It costs products of [rank, rank] only, where an eigensolver
     on a GPU takes 10 ms a matrix. Products with G run in `grams.dtype` (`_products`), all else in float64.
     `mend` is one Newton step to the basis's nearest orthonormal one, which is all that a last pass of
-    CholeskyQR leaves to do.
+    CholeskyQR leaves to do where energies are those that float32 can tell apart.
 
     Args:
         start: [n, W, m] in the place of random columns; used where m is at least rank + `OVERSAMPLING`.
@@ -86,6 +86,8 @@ def subspace_iteration(
     else:
         basis, usual = orthonormal(start[..., :size]), WARM_STEPS
     basis = _filtered(product, basis, grams.dtype, usual if steps is None else steps)
+    if grams.dtype == torch.float64 or steps == 0:
+        basis = orthonormal(basis)  # directions of next to no energy, and columns that no step has ordered
     eye = torch.eye(size, dtype=torch.float64, device=grams.device).expand(batch, size, size)
     mend = 1.5 * eye - basis.mT @ basis / 2
     small = mend @ (basis.mT @ precisely(basis.to(grams.dtype)).double()) @ mend

@@ -15,7 +15,7 @@ from xkv_service.decoding.rebuilt_prefix import States
 from xkv_service.kernels.probe import passes
 
 LEAST: Final = 16_384
-"""Tokens of a document below which it reads none: the kernel reads 8,192 in 76 us for 128 sessions."""
+"""Tokens of a document below which it reads none (a guess: it was not tried on fewer)."""
 _UNIT: Final = 64
 """Tokens that each part is a multiple of."""
 _PROGRAMS: Final = 128
@@ -33,7 +33,7 @@ def cudnn_tokens(states: States, tokens: int, parts: int) -> int:
     keys, values = states.keys, states.values
     fits = keys.shape[2] == values.shape[2] <= 128 and keys.shape[2] % 8 == 0
     halves = keys.dtype in (torch.bfloat16, torch.float16)
-    if tokens < LEAST or not fits or not halves or not _runs(keys.device):
+    if tokens < LEAST or not fits or not halves or not cudnn_runs(keys.device):
         return 0
     return tokens // (parts * _UNIT) * parts * _UNIT
 
@@ -58,7 +58,8 @@ def attend_by_parts(
     return found.contiguous(), logs.view(found.shape[:-1]).contiguous()
 
 
-def _runs(device: torch.device) -> bool:
+def cudnn_runs(device: torch.device) -> bool:
+    """Whether cuDNN attends on a device, and is quick there: found out once a process, by a trial."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -68,7 +69,7 @@ def _runs(device: torch.device) -> bool:
 
 def _try_parts(device: torch.device) -> float:
     """Equal scores: each row's result is the mean of its head's values, and the log that of the tokens."""
-    heads, rows, dim, parts = 2, 16, 64, 4
+    heads, rows, dim, parts = 2, 256, 128, 4
     ones = torch.ones(heads, 2 * parts * _UNIT, dim, dtype=torch.bfloat16, device=device)
     values = ones * torch.arange(1, heads + 1, device=device, dtype=torch.bfloat16)[:, None, None]
     found, logs = attend_by_parts(ones[:, :rows], torch.zeros_like(ones), values, dim**-0.5, parts)

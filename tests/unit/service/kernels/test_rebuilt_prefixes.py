@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -149,9 +149,24 @@ def test_a_rebuilt_prefix_has_the_keys_and_values_of_its_factors(
         )
         assert samples.relative(states.keys.transpose(0, 1), keys) < 1e-6
         assert samples.relative(states.values, values) < 1e-6
+    assert RebuiltPrefix(prefix).number != made.number
     assert rebuilt_bytes(prefix) == sum(
         states.keys.nbytes + states.values.nbytes for states in made.layers.values()
     )
+
+
+def take_for_cudnn(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any]) -> None:
+    """In cuDNN's place, of any document with more than two sessions, from the first step on."""
+    monkeypatch.setattr(graph_runner, "cudnn_runs", lambda _: True)
+    monkeypatch.setattr(graph_runner, "_SETTLED", 0)
+    monkeypatch.setattr(shared_attention, "_ROWS", (4,))
+    monkeypatch.setattr(shared_attention, "attend_by_parts", attend)
+    monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens, __: tokens // 64 * 64)
+
+
+def fixed_in(sequences: Sequences) -> set[shared_attention.Fixed]:
+    """What the runner's graphs leave to cuDNN."""
+    return {one for name in sequences.runner._graphs if name[-2] for one in name[-2][0].fixed}
 
 
 @pytest.mark.parametrize("library", [False, True])
@@ -163,9 +178,7 @@ def test_many_sequences_attend_to_all_of_their_prefix(
     By kernels alone, and with a library that reads most of each document.
     """
     if library:
-        monkeypatch.setattr(shared_attention, "_ROWS", (4,))  # a group takes two sessions
-        monkeypatch.setattr(shared_attention, "attend_by_parts", parts_plainly)
-        monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens, __: tokens // 64 * 64)
+        take_for_cudnn(monkeypatch, parts_plainly)
     sequences = Sequences(model, prefixes, [(0, 120)] * 3 + [(1, 100)] + [(0, 111)] * 3)
     rebuilt, mixed = sequences.runner._rebuilt, ["all"] * 3 + ["chosen"] + ["all"] * 3
     for _ in range(2):  # there are many, and the first of two layers
@@ -182,8 +195,43 @@ def test_many_sequences_attend_to_all_of_their_prefix(
     assert sequences.step([0, 3]) == ["chosen"] * 2
     assert sequences.step([0, 1]) == ["chosen"] * 2
     assert sequences.step([0, 1, 2]) == ["all"] * 3
-    fixed = {one for name in sequences.runner._graphs if name[-2] for one in name[-2][0].fixed}
-    assert {(one.tokens, one.by_cudnn) for one in fixed} == ({(120, 64), (111, 64)} if library else set())
+    fixed = {(one.tokens, one.by_cudnn) for one in fixed_in(sequences)}
+    assert fixed == ({(120, 64), (111, 64)} if library else set())
+
+
+def test_documents_that_come_and_go_have_no_graphs_of_their_own(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the third step of the same document its graph is of any; gone ones leave no graph behind."""
+    take_for_cudnn(monkeypatch, parts_plainly)
+    monkeypatch.setattr(graph_runner, "_SETTLED", 2)
+    sequences = Sequences(model, prefixes, [(0, 120)] * 3 + [(1, 100)])
+    found = []
+    for _ in range(6):
+        sequences.step(range(3))
+        found.append(len(fixed_in(sequences)))
+    assert found == [0, 0, 0, 0, 1, 1]
+    number = next(iter(fixed_in(sequences))).document
+    runner = sequences.runner
+    runner._rebuilt._kept.clear()
+    for _ in range(6):
+        sequences.step(range(3))
+    assert [one.document for one in fixed_in(sequences)] == [max(runner._rebuilt.numbers)] != [number]
+
+
+def test_a_library_that_fails_leaves_all_to_the_kernel(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def broken(*_: object) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    take_for_cudnn(monkeypatch, broken)
+    monkeypatch.setattr(rebuilt_prefixes, "_PAUSE", 2)
+    sequences = Sequences(model, prefixes, [(0, 120)] * 3)
+    attended = [sequences.step(range(3))[0] for _ in range(8)]
+    assert attended[:3] == ["chosen"] * 3 and attended[-1] == "all" and not sequences.runner._broken
+    assert "with cuDNN failed" in caplog.text and not fixed_in(sequences)
 
 
 def test_the_budget_is_kept(

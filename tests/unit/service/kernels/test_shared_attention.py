@@ -176,14 +176,26 @@ def test_parts_are_as_many_as_fill_a_device() -> None:
     assert found == [16, 8, 4, 4, 1]
 
 
-def test_documents_that_cudnn_does_not_take(device: torch.device) -> None:
-    """Short ones, in float32, of wide heads: 0 tokens; and none where there is no such device."""
-    most = cudnn_attention.LEAST
-    for tokens, dtype, dim in ((most - 1, torch.bfloat16, 64), (most, torch.float32, 64)):
-        keys = torch.empty(1, most, dim, dtype=dtype, device=device)
-        assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens, 8) == 0
-    wide = torch.empty(1, most, 256, dtype=torch.bfloat16, device=device)
-    assert cudnn_attention.cudnn_tokens(States(wide, wide), most, 8) == 0
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "dim", "taken"),
+    [
+        (16_384 + 600, torch.bfloat16, 64, 16_384 + 512),
+        (16_384 + 600, torch.float16, 128, 16_384 + 512),
+        (16_383, torch.bfloat16, 64, 0),
+        (16_384, torch.float32, 64, 0),
+        (16_384, torch.bfloat16, 256, 0),
+        (16_384, torch.bfloat16, 36, 0),
+    ],
+)
+def test_documents_that_cudnn_takes(
+    tokens: int, dtype: torch.dtype, dim: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long ones, in 16 bits, of heads that are no wider than 128: as many tokens as make 8 equal parts."""
+    keys = torch.empty(1, 16_384 + 600, dim, dtype=dtype)
+    monkeypatch.setattr(cudnn_attention, "cudnn_runs", lambda _: True)
+    assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens, 8) == taken
+    monkeypatch.setattr(cudnn_attention, "cudnn_runs", lambda _: False)
+    assert cudnn_attention.cudnn_tokens(States(keys, keys), tokens, 8) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
