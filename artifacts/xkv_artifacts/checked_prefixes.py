@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO
 
 from xkv_artifacts import format as blob_format
 from xkv_artifacts.blobs import BlobStore
 from xkv_artifacts.checked_blobs import CheckedBlobs, of_id
-from xkv_artifacts.errors import CorruptArtifact
+from xkv_artifacts.errors import CorruptArtifact, StoreError
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.missing_blobs import MissingBlobs
 from xkv_artifacts.read_ahead import Landing
@@ -50,14 +50,23 @@ class CheckedPrefixes:
         return self._checked.read(artifact_id, read)
 
     def read_parts(
-        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None
-    ) -> Generator[dict[str, torch.Tensor], None, None]:
-        """The tensors of each part, as `format.read_parts`. Raises MissingTensor too."""
+        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> Generator[dict[str, torch.Tensor], None, None]:  # fmt: skip
+        """The tensors of each part, as `format.read_parts`. Raises MissingTensor too.
+
+        Args:
+            digests: of all tensors, as a header that was read before has them; another file is a StoreError.
+        """
         with self._checked.opened(artifact_id) as file:
             # Parts do not follow the order of the file, and going back in a packed one decodes it again.
             source = BytesIO(file.read()) if isinstance(file, ZstdFile) else file
             manifest, found = blob_format.read_parts(source, parts, landing)
             of_id(artifact_id, manifest)
+            if digests is not None and manifest.tensors != digests:
+                raise StoreError(
+                    f"artifact {artifact_id[:12]} was made again while it was read", hint="load it again"
+                )
             yield from found
 
     def read_in_ranges(self, artifact_id: str) -> bool:

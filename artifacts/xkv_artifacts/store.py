@@ -204,15 +204,20 @@ class ArtifactStore:
             return self._checked.read_prefix(artifact_id, names)
 
     def load_parts(
-        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None
-    ) -> Generator[dict[str, torch.Tensor], None, None]:
+        self, artifact_id: str, parts: Iterable[Iterable[str]], landing: Landing | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> Generator[dict[str, torch.Tensor], None, None]:  # fmt: skip
         """As `load`, the tensors that each part names when they are asked for, in one read of the blob.
 
         Args:
             landing: where they go to instead of the CPU's memory; the next parts are read while one is used.
+            digests: by tensor, `tensors` of the manifest that the caller goes by.
+
+        Raises:
+            StoreError: the artifact has been made again, with other bytes, since that manifest was read.
         """
         with self.reading(artifact_id):
-            yield from self._checked.read_parts(artifact_id, parts, landing)
+            yield from self._checked.read_parts(artifact_id, parts, landing, digests)
 
     def reading(self, artifact_id: str) -> AbstractContextManager[None]:
         """Keep every collector away from an artifact while the block runs, over several `load`s for example.

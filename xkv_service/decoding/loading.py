@@ -94,7 +94,8 @@ def load_parts(
         ArtifactNotFound, CorruptArtifact, MissingTensor: as `load_factors`, for the part that is asked for.
     """
     head: PrefixFactors | None = None
-    with closing(store.load_parts(manifest.id, part_names(manifest), landing)) as parts:
+    digests = None if whole is None else whole.tensors  # a part is as it was measured, or it is none
+    with closing(store.load_parts(manifest.id, part_names(manifest), landing, digests)) as parts:
         for number, tensors in enumerate(parts):
             if landing is not None:
                 landing.join()

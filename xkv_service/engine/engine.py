@@ -305,8 +305,10 @@ class Engine:
                 context = self._context(prefix, resident_key(match.artifact_id, offer.measured))
                 self._start(sequence, context, match.artifact_id, part=offer.measured)
                 return
-        for offer in reversed(match.parts):
-            if prefixes.rates.part_in_time(match.tokens, offer.nbytes, offer.whole_nbytes):
+        for offer in reversed(match.parts) if prefixes.idle else ():
+            spoiled = resident_key(match.artifact_id, offer.measured) in prefixes.gone
+            in_time = prefixes.rates.part_in_time(match.tokens, offer.nbytes, offer.whole_nbytes)
+            if in_time and not spoiled:
                 self._load(sequence, match, prefixes, offer.measured)
                 return
         sequence.miss = Miss("slow_load", f"prefilling {match.tokens} tokens is faster than loading them")

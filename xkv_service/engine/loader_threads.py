@@ -27,7 +27,7 @@ class LoaderThreads:
     """
 
     def __init__(self, threads: int, most: int) -> None:
-        self._wanted, self._most = threads, most
+        self.wanted, self._most = threads, most
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._live = self._stuck = self._made = 0
@@ -47,7 +47,7 @@ class LoaderThreads:
                 return
             job.stuck = True
             self._stuck += 1
-            spare = self._live < min(self._most, self._wanted + self._stuck)
+            spare = self._live < min(self._most, self.wanted + self._stuck)
         if spare:
             self._start()
 
@@ -82,6 +82,6 @@ class LoaderThreads:
         with self._lock:
             job.running = False
             self._stuck -= job.stuck
-            surplus = self._live > self._wanted + self._stuck
+            surplus = self._live > self.wanted + self._stuck
             self._live -= surplus
             return surplus

@@ -92,14 +92,15 @@ class LoadingRates:
         """The faster way to `tokens` tokens of a stored prefix.
 
         Args:
-            nbytes: of the artifact; by default as many as those loaded before had for so many tokens. Where
-                nothing was loaded yet, loading is tried.
+            nbytes: of the artifact; by default as many as those loaded before had for so many tokens.
+
+        Returns:
+            "load" where nothing was loaded yet: then it is tried.
         """
-        if nbytes is None:
-            with self._lock:
-                if not self._density:
-                    return "load"
-                nbytes = round(tokens * median(self._density))
+        with self._lock:
+            if not self._density:
+                return "load"
+            nbytes = round(tokens * median(self._density)) if nbytes is None else nbytes
         return "load" if self.load_s(nbytes) <= self.prefill_s(tokens) else "prefill"
 
     def part_in_time(self, tokens: int, nbytes: int, whole_nbytes: int) -> bool:

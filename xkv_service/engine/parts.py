@@ -7,6 +7,10 @@ from xkv_artifacts.manifest import PartFidelity, PrefixManifest
 from xkv_service.engine.messages import PartOffer
 
 _PART = " part "
+LEAST_POSITIONS = 64
+"""That a part must have been measured at, as those were that the bound was tried on (docs/serving.md)."""
+_MOST_TENSORS = 4096
+"""Of an artifact that offers parts: to look at more would keep a server busy with one header."""
 
 
 def resident_key(artifact_id: str, part: PartFidelity | None) -> str:
@@ -34,7 +38,8 @@ def part_offers(manifest: PrefixManifest, kl: float, agreement: float) -> tuple[
         kl: nats of divergence that a part may have; 0: there are none. agreement: that it must have.
     """
     near = [part for part in manifest.fidelity.parts if part.kl <= kl and part.top1_agreement >= agreement]
-    if not near or not kl:
+    few = manifest.fidelity.positions < LEAST_POSITIONS
+    if not near or not kl or few or len(manifest.tensors) > _MOST_TENSORS:
         return ()
     # They bring torch, for which those who find no part have not to wait.
     from xkv_service.leading_part import part_manifest
@@ -48,7 +53,9 @@ def part_offers(manifest: PrefixManifest, kl: float, agreement: float) -> tuple[
     if spec.basis != "calibrated":
         return ()
     whole = artifact_bytes(manifest, spec)
-    cuts = [part_manifest(manifest, spec, part.share) for part in near]
-    return tuple(
-        PartOffer(part, artifact_bytes(cut, spec), whole) for part, cut in zip(near, cuts, strict=True)
-    )
+    offers: dict[int, PartOffer] = {}  # of parts with the same columns one
+    for part in near:
+        nbytes = artifact_bytes(part_manifest(manifest, spec, part.share), spec)
+        if nbytes < whole:
+            offers.setdefault(nbytes, PartOffer(part, nbytes, whole))
+    return tuple(offers.values())

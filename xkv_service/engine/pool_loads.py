@@ -36,7 +36,8 @@ class Load:
 
     Attributes:
         began: when its thread took it. shared_bytes: of a calibration that had to be read for it.
-        overdue: whether somebody gave up waiting while it ran.
+        overdue: whether somebody gave up waiting while it ran. spoiled: whether the rest of its file was
+            found damaged or missing meanwhile.
     """
 
     artifact_id: str
@@ -47,6 +48,7 @@ class Load:
     announced: Announced | None = None
     shared_bytes: int = 0
     overdue: bool = False
+    spoiled: bool = False
 
     @property
     def key(self) -> str:

@@ -166,6 +166,13 @@ class PrefixPool:
             self._release(key)
 
     @property
+    def idle(self) -> bool:
+        """Whether a load would be begun at once: none waits, and a thread is free."""
+        with self._lock:
+            running = len(self._loads) - len(self._parked)
+            return running < self._threads.wanted
+
+    @property
     def gone(self) -> frozenset[str]:
         """Artifacts that are gone from the store, and parts, whose prefixes somebody still holds."""
         return self._gone
@@ -238,8 +245,6 @@ class PrefixPool:
         self._residents.hold(key)
         self._upkeep.used(artifact_id)
         self._count(hits=1)
-        if part is not None:
-            self._prefetch(artifact_id)
         return prefix
 
     def _prefetch(self, artifact_id: str) -> None:
@@ -359,6 +364,8 @@ class PrefixPool:
                 if failure.lost:
                     self._count(**{_LOST[failure.reason]: 1})
                     self._spoil_parts(load.artifact_id)
+            if bound is not None and load.spoiled:
+                self._gone |= {load.key}
             for waiter in load.waiters:
                 answer = failure or self._take(load.artifact_id, waiter.tokens, load.part)
                 assert answer is not None, "a prefix that is held is there"
@@ -382,6 +389,8 @@ class PrefixPool:
         """The rest of their file is damaged or missing: they are given to nobody any more."""
         here = self._residents.values
         self._gone |= {key for key in here if is_part(key) and artifact_of(key) == artifact_id}
+        for load in self._loads.values():
+            load.spoiled |= load.part is not None and load.artifact_id == artifact_id
         self._let_go()
 
     def _tell_lost(self, artifact_id: str, failure: LoadFailure) -> None:
@@ -406,6 +415,8 @@ class PrefixPool:
         self._residents.release(key)
         self._let_go()
         self._unpark()
+        if is_part(key) and key in self._residents and key not in self._residents.holds:
+            self._prefetch(artifact_of(key))  # where there was no room beside the part, there may be now
 
     def _let_go(self) -> None:
         """What is gone from the store, and held no longer, leaves; and so do parts whose whole is there."""

@@ -21,10 +21,13 @@ class RobustLine:
 
     def __init__(self, start: Sequence[tuple[float, float]]) -> None:
         self._seen: deque[tuple[float, float]] = deque(start, maxlen=_KEPT)
+        self._believed = len(start)  # of what was seen, the oldest: nobody observed them
         self._fit: tuple[float, float] | None = None
 
     def observe(self, x: float, y: float) -> None:
         """One more observation; of more than 32 the oldest is forgotten."""
+        if len(self._seen) == _KEPT:
+            self._believed = max(0, self._believed - 1)
         self._seen.append((x, y))
         self._fit = None
 
@@ -41,7 +44,9 @@ class RobustLine:
         return intercept + slope * min(x, 2 * max(seen for seen, _ in self._seen))
 
     def _fitted(self) -> tuple[float, float]:
-        far = _DISTINCT * median(abs(x) for x, _ in self._seen)  # one far away must not make others alike
+        # What was never observed must not make all that was alike.
+        observed = list(self._seen)[self._believed :] or self._seen
+        far = _DISTINCT * max(abs(x) for x, _ in observed)
         slopes = [(d - b) / (c - a) for (a, b), (c, d) in combinations(self._seen, 2) if abs(c - a) > far]
         slope = max(0.0, median(slopes)) if slopes else 0.0
         intercept = median(y - slope * x for x, y in self._seen)

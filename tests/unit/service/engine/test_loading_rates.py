@@ -28,7 +28,7 @@ def test_a_line_says_little_far_from_what_was_seen_and_nothing_below_zero() -> N
     assert steep.fit[0] == 0 and steep.fit[1] > 0
 
 
-def test_one_far_away_does_not_make_the_others_alike() -> None:
+def test_what_was_never_observed_does_not_make_the_others_alike() -> None:
     line = RobustLine([(0.0, 0.02), (64e6, 0.34)])
     for _ in range(4):
         line.observe(7e6, 0.84)
@@ -44,6 +44,24 @@ def test_a_prefill_slows_down_with_its_position() -> None:
     assert rates.prefill_s(4096) == pytest.approx(4096 * (1e-4 + 1e-7 * 2048), rel=0.02)
     assert rates.prefill_s(512, start=3584) == pytest.approx(512 * (1e-4 + 1e-7 * 3840), rel=0.02)
     assert rates.deadline_s(4096) == rates.prefill_s(4096)
+
+
+def test_many_short_prompts_do_not_make_a_long_one_look_cheap() -> None:
+    """Each forward takes 10 ms besides, so that their tokens cost less the more there are."""
+    rates, random = LoadingRates(1e-3), Random(0)
+
+    def prefill(start: int, tokens: int) -> None:
+        rates.prefilled(start, tokens, 0.01 + tokens * (1e-4 + 3.5e-8 * (start + tokens / 2)))
+
+    for start in range(0, 32768, 2048):
+        prefill(start, 2048)
+    true = sum(0.01 + 2048 * (1e-4 + 3.5e-8 * (start + 1024)) for start in range(0, 32768, 2048))
+    for count in (26, 28, 30):
+        for _ in range(count):
+            prefill(0, random.randint(40, 250))
+        assert rates.prefill_s(32768) > 0.8 * true
+        for start in range(0, 32768, 2048):
+            prefill(start, 2048)
 
 
 def test_short_chunks_say_nothing() -> None:

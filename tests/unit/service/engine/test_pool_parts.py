@@ -6,6 +6,7 @@ import io
 import json
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from published import prompt_logits, publish
 from test_prefix_pool import ROOM, until
 from transformers import PreTrainedModel
 
+from xkv_artifacts.errors import StoreError
 from xkv_artifacts.local_blobs import LocalBlobStore
 from xkv_artifacts.manifest import ModelIdentity, PartFidelity
 from xkv_artifacts.store import ArtifactStore
@@ -26,6 +28,7 @@ from xkv_service.calibration.probes import ProbedPrefix
 from xkv_service.calibration.storage import load_calibration, save_calibration
 from xkv_service.compression import compress_each
 from xkv_service.decoding.prefix import Prefix
+from xkv_service.engine import parts
 from xkv_service.engine.load_failure import LoadFailure
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.parts import artifact_of, is_part, part_offers, resident_key
@@ -299,7 +302,7 @@ def test_a_packed_blob_is_read_whole(
     until(lambda: pool.state().prefixes == (artifact,))
 
 
-def test_where_the_part_alone_has_room_it_stays(
+def test_where_the_part_alone_has_room_it_stays_while_it_is_used(
     model: PreTrainedModel, store: ArtifactStore, factors: PrefixFactors, artifact: str
 ) -> None:
     budget = PrefixLoading(model, store, SelectionSpec(), None).announce(artifact).resident_bytes
@@ -308,12 +311,13 @@ def test_where_the_part_alone_has_room_it_stays(
     given(pool, artifact, half)
     until(lambda: pool.state().counters.get("failed_no_room", 0) == 1 and pool.state().loading == 0)
     assert pool.take(artifact, TOKENS, half) is not None
-    until(lambda: pool.state().counters["failed_no_room"] == 2 and pool.state().loading == 0)
-    for _ in range(2):
-        pool.release(resident_key(artifact, half))
-    given(pool, artifact, None)  # it makes room: nobody uses the part
-    assert pool.state().prefixes == (artifact,) and pool.bytes <= budget
-    assert pool.state().counters["evictions"] == 1
+    pool.release(resident_key(artifact, half))
+    assert pool.state().loading == 0, "it is still in use"
+    pool.release(resident_key(artifact, half))
+    until(lambda: pool.state().prefixes == (artifact,))  # by itself: nobody uses the part
+    assert pool.bytes <= budget
+    counters = pool.state().counters
+    assert (counters["evictions"], counters["failed_no_room"]) == (1, 1)
     pool.close()
 
 
@@ -330,13 +334,51 @@ def test_a_part_of_what_is_gone_goes_too(
     assert pool.bytes == 0
 
 
-def test_only_parts_that_are_near_enough_are_offered(store: ArtifactStore, model: PreTrainedModel) -> None:
+def test_a_part_that_comes_after_the_rest_was_found_damaged_is_not_given(
+    model: PreTrainedModel, store: ArtifactStore, factors: PrefixFactors, artifact: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pool = PrefixPool(model, store, budget_bytes=ROOM, rates=LoadingRates(1e-3))
+    real = pool._loading.bind
+
+    def bind(*arguments: Any) -> Prefix:
+        prefix = real(*arguments)
+        with pool._lock:
+            pool._spoil_parts(artifact)
+        return prefix
+
+    monkeypatch.setattr(pool._loading, "bind", bind)
+    found = ask(pool, artifact, half_of(factors))
+    assert isinstance(found, LoadFailure) and found.reason == "evicted"
+    until(lambda: pool.state().prefixes == (artifact,) and pool.state().loading == 0)
+    pool.close()
+
+
+def test_a_part_of_another_file_than_was_announced_is_not_given(
+    model: PreTrainedModel, store: ArtifactStore, factors: PrefixFactors, artifact: str
+) -> None:
+    """The artifact was made again in between, with other bytes."""
+    loading, half = PrefixLoading(model, store, SelectionSpec(), None), half_of(factors)
+    announced = loading.announce(artifact, half)
+    assert announced.whole is not None
+    tensors = announced.whole.tensors | {"tokens": "0" * 64}
+    other = replace(announced, whole=announced.whole.model_copy(update={"tensors": tensors}))
+    with pytest.raises(StoreError, match="made again while it was read"):
+        loading.bind(other, None)
+    assert loading.bind(announced, None).tokens == TOKENS
+
+
+def test_only_parts_that_are_near_enough_are_offered(
+    store: ArtifactStore, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, factors = over_a_calibration(store, model, "calibrated")
     near = PartFidelity(share=0.5, top1_agreement=0.9, kl=2e-4)
     far = PartFidelity(share=0.75, top1_agreement=1.0, kl=3e-4)
     written = store.manifest(name)
     fidelity = written.fidelity.model_copy(update={"parts": (near, far)})
     manifest = written.model_copy(update={"fidelity": fidelity})
+    assert fidelity.positions == TOKENS // 8 and part_offers(manifest, 1.0, 0.0) == ()
+    monkeypatch.setattr(parts, "LEAST_POSITIONS", TOKENS // 8)
     (offer,) = part_offers(manifest, 2.5e-4, 0.9)
     assert offer.measured == near
     kept = leading_part(factors, 0.5).to_tensors()
@@ -347,12 +389,17 @@ def test_only_parts_that_are_near_enough_are_offered(store: ArtifactStore, model
     assert part_offers(manifest, 0.0, 0.0) == () == part_offers(manifest, 1e-4, 0.0)
     exact = fidelity.model_copy(update={"parts": (near.model_copy(update={"kl": 0.0}),)})
     assert part_offers(manifest.model_copy(update={"fidelity": exact}), 0.0, 0.0) == ()
+    all_of_it = near.model_copy(update={"share": 1 - 2**-53})
+    again = near.model_copy(update={"share": 0.5 + 2**-53})
+    alike = fidelity.model_copy(update={"parts": (near, again, all_of_it)})
+    assert part_offers(manifest.model_copy(update={"fidelity": alike}), 2.5e-4, 0.9) == (offer,)
     broken = manifest.model_copy(update={"spec": {"ratio": -1}})
     assert part_offers(broken, 2.5e-4, 0.9) == ()
 
 
 def test_an_artifact_with_bases_of_its_own_offers_no_part(
-    store: ArtifactStore, model: PreTrainedModel, artifact: str
+    store: ArtifactStore, model: PreTrainedModel, artifact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parts, "LEAST_POSITIONS", 1)
     for name in (artifact, over_a_calibration(store, model, "document")[0]):
         assert store.manifest(name).fidelity.parts and part_offers(store.manifest(name), 1.0, 0.0) == ()
