@@ -98,7 +98,7 @@ class RankType(click.ParamType[int | str]):
     is_flag=True,
     help="Measure the leading half and three quarters of each new artifact's columns too, so that a server"
     " may answer from them where all take too long to load. Takes some percent longer, and needs a"
-    " calibration's bases.",
+    " calibration's bases. Artifacts that are stored already stay as they are: xkv rm them first.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be done, how many bytes and how long; do nothing."
@@ -130,7 +130,8 @@ def precompute(as_json: bool, dry_run: bool, **options: Any) -> int:
        "artifacts": [{"id", "document", "tokens", "bytes", "ratio", "fidelity", "retried",
                      "low"}]}
     retried is null, or what a second try brought in this run: {"fidelity", "kl", "kl_now"}, of the first try
-    and now. low: the fidelity is, also after another try.
+    and now. low: the fidelity is, also after another try. With --parts there is "parts", too: {"measured",
+    "unmeasured": [ID]}, of how many artifacts parts are measured, and which stored before could have some.
     With --dry-run --json:
       {"documents", "compute", "reuse", "failed", "errors", "tokens", "bytes_full", "bytes_stored",
        "seconds", "seconds_basis", "plan": [{"id", "document", "action", "tokens", "bytes_full", "bytes"}],

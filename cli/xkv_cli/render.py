@@ -25,6 +25,7 @@ from xkv_workers.report import LOW_FIDELITY, ArtifactLine, DocumentError, Report
 from xkv_workers.verdicts import Verdict
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_NAMED = 5
 
 
 def as_json(result: Mapping[str, Any]) -> None:
@@ -80,6 +81,7 @@ def report(result: Report) -> None:
             ("calibration", (result.calibration or "none")[:12]),
             ("fidelity, worst", percent(result.worst_fidelity)),
             ("fidelity, median", percent(result.median_fidelity)),
+            *_measured_parts(result),
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
@@ -92,7 +94,26 @@ def report(result: Report) -> None:
             f"the worst {worst.document} ({percent(worst.fidelity)}): answers from them may be wrong. "
             f"Lower --ratio, or refuse them with --on-low-fidelity fail"
         )
+    if result.parts is not None and result.parts.unmeasured:
+        warn(_unmeasured(result.parts.unmeasured))
     errors(result.errors)
+
+
+def _measured_parts(result: Report) -> list[tuple[str, str]]:
+    """Of how many artifacts there are parts to answer from, where the run was to measure them."""
+    return [] if result.parts is None else [("parts measured", f"of {_artifacts(result.parts.measured)}")]
+
+
+def _artifacts(count: int) -> str:
+    return f"{count:,} artifact{'s' * (count != 1)}"
+
+
+def _unmeasured(ids: Sequence[str]) -> str:
+    named = ", ".join(one[:12] for one in ids[:_NAMED]) + ", ..." * (len(ids) > _NAMED)
+    return (
+        f"parts of {_artifacts(len(ids))} stored before were not measured ({named}): to have them measured, "
+        "remove each with `xkv rm ID` and run xkv precompute --parts again"
+    )
 
 
 def _retried(line: ArtifactLine) -> str:
@@ -230,7 +251,7 @@ def description(found: Description) -> None:
                 "fidelity",
                 f"{percent(fidelity.top1_agreement)} same next token, {fidelity.positions} positions",
             ),
-            ("KL divergence", f"{fidelity.kl:.4f} nats"),
+            ("KL divergence", _nats(fidelity.kl)),
             *_parts(manifest),
             ("verdict", _verdict(manifest, found.verdict)),
             *_compressed_again(manifest),
@@ -247,11 +268,16 @@ def _parts(manifest: PrefixManifest) -> list[tuple[str, str]]:
     """What the leading columns alone are worth, where that was measured."""
     return [
         (
-            f"first {percent(part.share)} of columns",
-            f"{percent(part.top1_agreement)} same next token, {part.kl:.2g} nats",
+            f"first columns, at least {100 * part.share:g} %",
+            f"{percent(part.top1_agreement)} same next token, {_nats(part.kl)}; in whole blocks",
         )
         for part in manifest.fidelity.parts
     ]
+
+
+def _nats(kl: float) -> str:
+    """A divergence in three digits that count: all of an artifact's, its parts' and limits are compared."""
+    return f"{kl:.3g} nats" if kl else "0.0000 nats"
 
 
 def _verdict(manifest: PrefixManifest, verdict: Verdict) -> str:
@@ -260,7 +286,7 @@ def _verdict(manifest: PrefixManifest, verdict: Verdict) -> str:
         rest = f"{percent(LOW_FIDELITY)} same next token; no calibration sets a limit"
         return f"low: below {rest}" if verdict.low else f"not low: at least {rest}"
     calibration = str(manifest.spec.get("calibration"))[:12]
-    limit = f"{verdict.limit:.4f} nats, the limit of calibration {calibration}{_at_ratio(manifest)}"
+    limit = f"{_nats(verdict.limit)}, the limit of calibration {calibration}{_at_ratio(manifest)}"
     return f"low: above {limit}" if verdict.low else f"not low: at most {limit}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
         ):
             self.fail(f"{value!r} is neither a number of replicas (2) nor a range of them (1-4)", param, ctx)
         return int(least), int(most or least)
+
+
+class NatsType(click.ParamType[float]):
+    """A divergence: a number from 0."""
+
+    name = "NATS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            nats = float(value)
+        except ValueError:
+            nats = math.nan
+        if not 0 <= nats < math.inf:
+            self.fail(
+                f"{str(value)[:40]!r} is not a number of nats from 0: write 0.00025, or 0 for no parts",
+                param,
+                ctx,
+            )
+        return nats
 
 
 @click.command()
@@ -160,10 +180,9 @@ class ReplicasType(click.ParamType[tuple[int, int]]):
 )
 @click.option(
     "--part-kl",
-    type=click.FloatRange(0),
+    type=NatsType(),
     default=2.5e-4,
     show_default=True,
-    metavar="NATS",
     help="Where all of an artifact takes longer to load than to compute, a part of it that was measured"
     " (xkv precompute --parts) and is at most so far from the exact cache answers; 0: none does.",
 )

@@ -96,21 +96,72 @@ def test_parts_are_measured_where_that_is_asked_for(
     made = ["precompute", "--docs", tmp_path / "parts.txt"]
     ray = ["--workers", "1", "--ray-address", ray_address, "--json"]
     plan = run(*made, "--dry-run", "--json").json["plan"]
-    name = run(*made, "--parts", *ray).json["artifacts"][0]["id"]
-    assert name == plan[0]["id"]
+    report = run(*made, "--parts", *ray).json
+    name = report["artifacts"][0]["id"]
+    assert name == plan[0]["id"] and report["parts"] == {"measured": 1, "unmeasured": []}
     parts = xkv("show", name, "--store", shared[0], "--json").json["fidelity"]["parts"]
     assert parts and {part["share"] for part in parts} <= {0.5, 0.75}
     assert all(0 <= part["top1_agreement"] <= 1 and part["kl"] > 0 for part in parts)
     told = " ".join(xkv("show", name, "--store", shared[0]).out.split())
-    first = parts[0]
-    assert f"first {100 * first['share']:.1f} % of columns {100 * first['top1_agreement']:.1f} %" in told
-    assert run(*made, *ray).json["reused"] == 1
+    first, whole = parts[0], xkv("show", name, "--store", shared[0], "--json").json["fidelity"]["kl"]
+    assert f"KL divergence {whole:.3g} nats" in told
+    assert f"first columns, at least {100 * first['share']:g} % {100 * first['top1_agreement']:.1f} %" in told
+    assert f"{first['kl']:.3g} nats; in whole blocks" in told
+    again = run(*made, *ray).json
+    assert again["reused"] == 1 and "parts" not in again
+    assert run(*made, "--parts", *ray).json["parts"] == report["parts"]
     assert xkv("rm", name, "--store", shared[0]).code == 0
     assert run(*made, *ray).json["artifacts"][0]["id"] == name
     assert "parts" not in xkv("show", name, "--store", shared[0], "--json").json["fidelity"]
-    for options in (["--calibration", "none"], ["--basis", "document"]):
-        refused = run(*made, "--parts", *options, "--dry-run")
-        assert refused.code == 1 and "not good enough to answer from" in refused.err
+
+
+def test_what_is_stored_without_parts_is_told(
+    run: Run, xkv: Xkv, shared: tuple[Path, str], tmp_path: Path, ray_address: str
+) -> None:
+    """All but what is too short to have parts: removing it would bring nothing."""
+    for name, count in (("long", 600), ("short", 20)):
+        (tmp_path / f"{name}.txt").write_text(words(count, seed=15))
+    docs = [f"{tmp_path}/{name}.txt" for name in ("long", "short")]
+    made = ["precompute", "--docs", *docs, "--workers", "1", "--ray-address", ray_address]
+    artifacts = run(*made, "--json").json["artifacts"]
+    (long,) = [line["id"] for line in artifacts if line["document"] == "long.txt"]
+    assert run(*made, "--parts", "--json").json["parts"] == {"measured": 0, "unmeasured": [long]}
+    told = run(*made, "--parts")
+    assert "parts measured    of 0 artifacts" in told.out
+    assert f"parts of 1 artifact stored before were not measured ({long[:12]})" in told.err
+    assert "remove each with `xkv rm ID` and run xkv precompute --parts again" in told.err
+    assert xkv("rm", long, "--store", shared[0]).code == 0
+    told = run(*made, "--parts")
+    assert "parts measured    of 1 artifact\n" in told.out and "xkv rm" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--calibration", "none"], "see `xkv calibrate`, or leave --parts out"),
+        (["--rank-k", "16", "--rank-v", "16"], "see `xkv calibrate`, or leave --parts out"),
+        (["--ratio", "2", "--basis", "document"], "leave --basis document out, or leave --parts out"),
+    ],
+)
+def test_parts_need_the_bases_of_a_calibration(
+    xkv: Xkv, shared: tuple[Path, str], tiny_model: Path, document: Path, options: list[str], hint: str
+) -> None:
+    common = ["--store", shared[0], "--model", tiny_model, "--docs", document, "--dry-run"]
+    refused = xkv("precompute", *common, "--parts", *options)
+    assert refused.code == 1 and f"hint: {hint}\n" in refused.err, refused
+    assert (
+        "parts of artifacts without a calibration's bases are not good enough to answer from" in refused.err
+    )
+
+
+def test_parts_where_validation_spoke_for_bases_of_each_documents_own(
+    xkv: Xkv, tiny_model: Path, document: Path, tmp_path: Path
+) -> None:
+    calibrate_into(tmp_path / "own", tiny_model, validation=[{"step": "bits", "asked": 2.0, "kl": 0.0}])
+    common = ["--store", tmp_path / "own", "--model", tiny_model, "--docs", document, "--ratio", "2"]
+    refused = xkv("precompute", *common, "--parts", "--dry-run")
+    assert refused.code == 1 and "hint: give --basis calibrated, or leave --parts out" in refused.err, refused
+    assert xkv("precompute", *common, "--parts", "--basis", "calibrated", "--dry-run").code == 0
 
 
 def test_asking_and_precomputing_make_the_same_artifact(run: Run, tmp_path: Path) -> None:

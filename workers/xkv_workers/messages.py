@@ -99,6 +99,7 @@ class Stored:
         fidelity: top-1 agreement with the exact cache, 0 to 1. kl: divergence from it (nats).
         retry: what compressing it again brought, in the run that did.
         low: whether its fidelity is (`low_fidelity.Standard`).
+        parts: whether this run measured parts of it.
     """
 
     artifact_id: str
@@ -110,6 +111,7 @@ class Stored:
     retry_id: str | None = None
     retry: Retry | None = None
     low: bool = False
+    parts: bool = False
 
     @property
     def own_id(self) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+from xkv_artifacts.errors import XKVError
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.calibration import Calibration
 from xkv_service.errors import InvalidSpec
 from xkv_service.factorization.ranks import Size, size_of
+from xkv_service.leading_part import SHARES, part_layout
+from xkv_service.manifest_checks import checked_spec
 from xkv_service.spec import CompressionSpec
 from xkv_workers.calibration_choice import choose_calibration
 from xkv_workers.cluster import Crew, Room, cluster, plan_crew, start_turn
@@ -24,7 +28,7 @@ from xkv_workers.model_choice import ChosenModel, choose_device, choose_model
 from xkv_workers.observer import Observer, Silent
 from xkv_workers.plan import Target, plan
 from xkv_workers.pool import WorkerPool
-from xkv_workers.report import Ledger, Report
+from xkv_workers.report import Ledger, Parts, Report
 from xkv_workers.request import Request
 from xkv_workers.schedule import Scheduler
 from xkv_workers.shelf import Shelf
@@ -44,7 +48,29 @@ def run(request: Request, observer: Observer | None = None) -> Report:
         scheduler.run(job.plan())
         if rate := scheduler.tokens_per_second:
             job.store.catalog.remember_rate(job.model.fingerprint, job.model.device, rate)
-    return ledger.report(time.monotonic() - started, job.spec.calibration)
+        parts = _parts(job.store, ledger) if request.parts else None
+    return ledger.report(time.monotonic() - started, job.spec.calibration, parts)
+
+
+def _parts(store: ArtifactStore, ledger: Ledger) -> Parts:
+    """What there is of parts after a run. Headers of reused artifacts are read."""
+    measured, unmeasured = ledger.measured, []
+    for artifact_id in ledger.reused:
+        with suppress(XKVError):  # the documents are done, and that it is gone by now changes nothing in that
+            manifest = store.manifest(artifact_id)
+            if manifest.fidelity.parts:
+                measured += 1
+            elif _has_parts(manifest):
+                unmeasured.append(artifact_id)
+    return Parts(measured, tuple(unmeasured))
+
+
+def _has_parts(manifest: PrefixManifest) -> bool:
+    """Whether there is a part to measure: short documents have too few columns to leave any out."""
+    spec = checked_spec(manifest, len(manifest.tensors))
+    return manifest.fidelity.positions > 0 and any(
+        part_layout(group, spec, share) != group for group in manifest.groups for share in SHARES
+    )
 
 
 def estimate(request: Request) -> Forecast:
@@ -178,6 +204,14 @@ def prepared(request: Request) -> Iterator[Prepared]:
         if request.parts and spec.basis != "calibrated":
             raise InvalidSpec(
                 "parts of artifacts without a calibration's bases are not good enough to answer from",
-                hint="see `xkv calibrate`, or leave --parts out",
+                hint=f"{_way_to_bases(request, calibration)}, or leave --parts out",
             )
         yield Prepared(request, files, store, model, stack, room, spec, calibration)
+
+
+def _way_to_bases(request: Request, calibration: Calibration | None) -> str:
+    """What to do for artifacts that share a calibration's bases."""
+    if calibration is None:
+        return "see `xkv calibrate`"
+    # Else the calibration found bases of each document's own best at this ratio.
+    return "leave --basis document out" if request.compression.basis else "give --basis calibrated"

@@ -42,11 +42,20 @@ class ArtifactLine:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Of how many artifacts parts are measured, and ids of reused ones that could have some and have none."""
+
+    measured: int
+    unmeasured: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """A run's summary. Tokens and bytes count each artifact once, computed and reused ones alike.
 
     Args:
         calibration: id of the one that the run compressed with, None without.
+        parts: None where the run was not to measure any.
     """
 
     documents: int
@@ -61,10 +70,14 @@ class Report:
     seconds: float
     calibration: str | None
     artifacts: tuple[ArtifactLine, ...]
+    parts: Parts | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
+        """The report as plain JSON values; nothing is said of parts where none were to be measured."""
+        fields = asdict(self)
+        if self.parts is None:
+            del fields["parts"]
+        return fields
 
     @property
     def low_fidelity(self) -> tuple[ArtifactLine, ...]:
@@ -131,12 +144,22 @@ class Ledger:
         return sum(self._stored[artifact_id].tokens for artifact_id in self._computed)
 
     @property
+    def reused(self) -> tuple[str, ...]:
+        """Ids in the store of the artifacts that this run found there."""
+        return tuple(stored.own_id for key, stored in self._stored.items() if key not in self._computed)
+
+    @property
+    def measured(self) -> int:
+        """How many artifacts this run measured parts of."""
+        return sum(stored.parts for stored in self._stored.values())
+
+    @property
     def ratio(self) -> float:
         """Bytes of the exact caches for each byte stored, 0 while there are none."""
         stored = sum(item.bytes_stored for item in self._stored.values())
         return sum(item.bytes_full for item in self._stored.values()) / stored if stored else 0.0
 
-    def report(self, seconds: float, calibration: str | None = None) -> Report:
+    def report(self, seconds: float, calibration: str | None = None, parts: Parts | None = None) -> Report:
         """The summary so far."""
         errors = list(self._errors)
         for artifact_id, reason in self._failures.items():
@@ -155,6 +178,7 @@ class Ledger:
             seconds=round(seconds, 3),
             calibration=calibration,
             artifacts=tuple(sorted(lines, key=lambda line: (line.document, line.id))),
+            parts=parts,
         )
 
 

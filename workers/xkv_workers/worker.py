@@ -186,6 +186,7 @@ class PrefixWorker:
             retry_id=made.retry_id,
             retry=made.retry,
             low=made.low,
+            parts=bool(manifest.fidelity.parts),
         )
 
     def _manifest(self, loaded: LoadedModel, job: PrefixJob, own_id: str, made: Made) -> PrefixManifest:
