@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from httpx import Limits
+from openai import DefaultHttpxClient, OpenAI
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,7 +18,9 @@ class Asker:
     """Asks a server with OpenAI's client."""
 
     def __init__(self, url: str) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
+        # Longer than a test pauses: a connection that expires while a thread takes it is the client's error.
+        patient = DefaultHttpxClient(limits=Limits(keepalive_expiry=80))
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, http_client=patient)
         self.model = self.client.models.list().data[0].id
 
     def ask(self, messages: list[dict[str, str]], **options: Any) -> Any:
