@@ -15,7 +15,7 @@ from openai import OpenAI
 from served import Server, command_of
 
 LONG = {"max_tokens": 4000, "temperature": 2.0, "seed": 1}
-"""An answer that a model seldom ends by itself."""
+"""What a model goes on with for long after a plain text. Of a question it soon ends the answer."""
 
 
 def check_that_sigterm_breaks_off_answers(server: Server) -> None:

@@ -22,7 +22,6 @@ from openai import APIStatusError
 from scaling import Crowd, Logs, questions
 from served import Server, use_factors
 from stopping import (
-    LONG,
     LongAnswers,
     check_that_ctrl_c_twice_breaks_off_answers,
     check_that_it_ends_with_its_ray,
@@ -104,8 +103,8 @@ def test_a_stream_is_the_answer_in_pieces(asker: Asker, prefix: dict[str, Any]) 
 
 def test_what_waits_for_a_replica_is_seen(server: Server) -> None:
     """A replica takes 32 requests, of which 16 run; the other 8 wait in Serve's router, until answers end."""
-    body = {"model": "xkv-demo", "messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 4000}
-    url = f"{server.url}/v1/chat/completions"
+    body = LongAnswers(server).body(0)
+    url = f"{server.url}/v1/completions"
 
     async def see() -> None:
         async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=50)) as client:
@@ -145,15 +144,17 @@ def test_many_ask_at_once_and_some_leave(asker: Asker, prefix: dict[str, Any], s
             asker.ask(first_turn(document, item["question"])).choices[0].message.content == item["answer"]
         )
 
-    def leave(item: dict[str, str]) -> None:
-        stream = asker.ask(first_turn(document, item["question"]), stream=True, **LONG)
+    client = LongAnswers(server)  # a question's answer is whole before its client is heard to have left
+
+    def leave(number: int) -> None:
+        stream = client.openai.completions.create(**client.body(number, prompt=document), stream=True)
         next(iter(stream))
         stream.close()
 
     wait_until_running(server, 0)
     before = _cancelled(server)
     with ThreadPoolExecutor(12) as pool:
-        gone = [pool.submit(leave, item) for item in questions[:4]]
+        gone = [pool.submit(leave, number) for number in range(4)]
         right = list(pool.map(ask, questions[:8]))
     assert all(right) and all(one.result() is None for one in gone)
     wait_until(lambda: _cancelled(server) == before + 4, seconds=60)
