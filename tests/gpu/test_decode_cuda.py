@@ -189,7 +189,7 @@ def test_answers_from_rebuilt_prefixes_are_right(
     from xkv_service.engine.step_graph import StepGraph
     from xkv_service.kernels import cudnn_attention, shared_attention
 
-    monkeypatch.setattr(graph_runner, "_SETTLED", 2)
+    monkeypatch.setattr(graph_runner, "SETTLED", 2)
     monkeypatch.setattr(cudnn_attention, "LEAST", 1024)
     monkeypatch.setattr(shared_attention, "_ROWS", (16,))
 
@@ -215,9 +215,8 @@ def test_answers_from_rebuilt_prefixes_are_right(
     ours_right, theirs_right = right(loaded, documents, found), right(loaded, documents, expected)
     print(f"{same} of {len(found)} the same; right: {ours_right}, {theirs_right} in PyTorch by choosing")
     assert any(shared) and not runner._broken
-    by_cudnn = [one for name in runner._graphs if name[-2] for one in name[-2][0].fixed]
     hopper = torch.cuda.get_device_capability()[0] >= 9
-    assert bool(by_cudnn) is (hopper and loaded.model.dtype == torch.bfloat16)
+    assert bool(runner.fixed_documents) is (hopper and loaded.model.dtype == torch.bfloat16)
     assert ours_right >= theirs_right - 1
 
 

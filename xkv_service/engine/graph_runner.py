@@ -44,7 +44,7 @@ _ASKED = 2
 _EARN = 6
 """How many more it takes where the graph of a size had to leave."""
 
-_SETTLED = 128
+SETTLED = 128
 """Steps of the same documents after which a graph of theirs alone runs them: capturing it takes 0.4 s, and a
 step gains 1 to 10 ms (a guess between)."""
 
@@ -89,6 +89,7 @@ class GraphRunner:
         self._heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
         # Found out now, while there is memory.
         self._cudnn = rebuilt_bytes > 0 and cudnn_runs(model.device)
+        self._fixed = False  # whether cuDNN reads in the latest graph
         self._begins_tails = product_dtype(model) == model.dtype  # what kernels append is what they read
         self._scoring = Scoring(1.0)  # how the model makes scores, as far as is known: a graph finds it out
 
@@ -96,6 +97,11 @@ class GraphRunner:
     def shared_bytes(self) -> int:
         """As `Runner.shared_bytes`."""
         return self._rebuilt.nbytes
+
+    @property
+    def fixed_documents(self) -> set[int]:
+        """Numbers of the rebuilt documents that cuDNN reads in some graph."""
+        return set[int]().union(*map(_fixed_in, self._graphs))
 
     @torch.no_grad()
     def run(self, work: Work) -> torch.Tensor:
@@ -265,7 +271,7 @@ class GraphRunner:
             _log.info("steps run without graphs: kernels do not make scores as the model does")
             self._scoring = error.scoring
             self._layouts.clear()
-        elif any(map(_fixed_in, self._graphs)):
+        elif self._fixed:
             _log.error("a decode step with cuDNN failed; no prefix is read by it from now on", exc_info=error)
             self._cudnn = False
             return "without rebuilt"
@@ -327,12 +333,12 @@ class GraphRunner:
     def _graph(self, layout: _Layout, riders: list[Rider], *, asked: bool) -> StepGraph:
         sizes = _powers([one.sizes for one in riders])
         slots = _power(len(riders)) if asked else _slots(len(riders))
-        shared, name = None, tuple[object, ...]()
-        for fixed in (True, False) if self._cudnn and not asked else (False,):
-            shared = shared_of(riders, self._heads, any_document=not fixed)
+        shared = shared_of(riders, self._heads, any_document=asked or not self._cudnn)
+        name = (layout, slots, *sizes, shared, asked)
+        if shared is not None and not self._is_settled(name, shared[0]):
+            shared = shared_of(riders, self._heads, any_document=True)
             name = (layout, slots, *sizes, shared, asked)
-            if not fixed or shared is None or self._is_settled(name, shared[0]):
-                break
+        self._fixed = bool(_fixed_in(name))
         graph = self._graphs.pop(name, None)
         if graph is None:
             self._make_place(asked)
@@ -353,7 +359,7 @@ class GraphRunner:
         if len(self._settled) > _SIZES:
             self._settled.clear()
         self._settled[name] += 1
-        return self._settled[name] > _SETTLED
+        return self._settled[name] > SETTLED
 
     def _make_place(self, asked: bool) -> None:
         """Let the graphs go that have not been used for longest, and those of documents that are gone."""

@@ -158,7 +158,7 @@ def test_a_rebuilt_prefix_has_the_keys_and_values_of_its_factors(
 def take_for_cudnn(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any]) -> None:
     """In cuDNN's place, of any document with more than two sessions, from the first step on."""
     monkeypatch.setattr(graph_runner, "cudnn_runs", lambda _: True)
-    monkeypatch.setattr(graph_runner, "_SETTLED", 0)
+    monkeypatch.setattr(graph_runner, "SETTLED", 0)
     monkeypatch.setattr(shared_attention, "_ROWS", (4,))
     monkeypatch.setattr(shared_attention, "attend_by_parts", attend)
     monkeypatch.setattr(shared_attention, "cudnn_tokens", lambda _, tokens, __: tokens // 64 * 64)
@@ -204,7 +204,7 @@ def test_documents_that_come_and_go_have_no_graphs_of_their_own(
 ) -> None:
     """Before the third step of the same document its graph is of any; gone ones leave no graph behind."""
     take_for_cudnn(monkeypatch, parts_plainly)
-    monkeypatch.setattr(graph_runner, "_SETTLED", 2)
+    monkeypatch.setattr(graph_runner, "SETTLED", 2)
     sequences = Sequences(model, prefixes, [(0, 120)] * 3 + [(1, 100)])
     found = []
     for _ in range(6):
@@ -232,6 +232,26 @@ def test_a_library_that_fails_leaves_all_to_the_kernel(
     attended = [sequences.step(range(3))[0] for _ in range(8)]
     assert attended[:3] == ["chosen"] * 3 and attended[-1] == "all" and not sequences.runner._broken
     assert "with cuDNN failed" in caplog.text and not fixed_in(sequences)
+
+
+def test_a_library_is_not_blamed_for_a_step_that_it_took_no_part_in(
+    model: PreTrainedModel, prefixes: list[PrefixFactors], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    take_for_cudnn(monkeypatch, parts_plainly)
+    sequences = Sequences(model, prefixes, [(0, 120)] * 3 + [(1, 100)])
+    for _ in range(4):
+        sequences.step(range(3))
+    assert fixed_in(sequences)
+    with monkeypatch.context() as broken:
+        broken.setattr(graph_runner.StepGraph, "bind", raise_error)
+        assert sequences.step([3]) == ["chosen"]
+    assert "a decode step failed" in caplog.text
+    assert "cuDNN" not in caplog.text and sequences.runner._cudnn
+
+
+def raise_error(*_: object) -> None:
+    raise RuntimeError("an error of the device")
 
 
 def test_the_budget_is_kept(
