@@ -17,7 +17,7 @@ sketch=selector=sketch
 factors="xkv:ratio=8 xkv:ratio=8,$sketch,budget=224"
 single="xkv:group=1,ratio=8,$sketch,budget=224"
 others="minicache minicache:start=0 snapkv:ratio=8 snapkv:ratio=8,kernel=21 quantized:bits=4 quantized:bits=2"
-layers="xkv:ratio=12,$sketch,budget=256 xkv:group=1,ratio=12,$sketch,budget=256
+layers="xkv:ratio=12,index=sketch,$sketch,budget=256 xkv:group=1,ratio=12,index=sketch,$sketch,budget=256
   xkv:group=1,ratio=8,$sketch,budget=224,last=32 xkv:ratio=8,$sketch,budget=224,last=32"
 inside="xkv:ratio=8 xkv:ratio=8,$sketch,budget=128,last=0 xkv:ratio=8,$sketch,budget=112,last=16
   xkv:ratio=8,$sketch,budget=96,last=32 xkv:ratio=8,$sketch,budget=64,last=64 snapkv:ratio=8 snapkv:ratio=8,kernel=21"

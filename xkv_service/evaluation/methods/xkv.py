@@ -39,7 +39,7 @@ class XKV:
         reuse: layers that attend to what the one before them chose: those of the calibration, or none.
         ratio: bytes of the exact cache / bytes stored, everything counted.
         index: the selection index: "sketch", "derived" (a sketch made when it is needed, nothing stored),
-            "landmark" or "none".
+            "landmark" or "none". Left out: as `CompressionSpec` has it, a sketch up to 8x, derived above.
         factors: dtype of the token factors; with a calibration "mixed", "int4" or "int8".
         bases: dtype of the document's own bases: "int8", with a scale a row, or "bfloat16".
         key_share: share of keys in the ranks.
@@ -63,7 +63,7 @@ class XKV:
         self,
         group: int = 4,
         ratio: float = 8.0,
-        index: Literal["sketch", "derived", "landmark", "none"] = "sketch",
+        index: Literal["sketch", "derived", "landmark", "none"] | None = None,
         factors: Literal["mixed", "int4", "int8", "bfloat16", "float16", "float32"] = "int8",
         key_share: float = 0.4,
         key_weights: Literal["none", "query"] = "none",
@@ -104,7 +104,8 @@ class XKV:
             reuse=reuse_of(self.calibration) if self.calibration and reuses else (),
         )
         self.selection = _selection(selector, budget, granularity, last)
-        if selector in ("sketch", "landmark") and selector != {"derived": "sketch"}.get(index, index):
+        made = "sketch" if self.spec.index == "derived" else self.spec.index
+        if selector in ("sketch", "landmark") and selector != made:
             raise InvalidSpec(f"selector={selector} needs its index", hint=f"give index={selector}")
 
     def prepare(self, model: PreTrainedModel, exact: Prefill) -> FactorPrefix:

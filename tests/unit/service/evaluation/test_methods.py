@@ -31,6 +31,12 @@ def test_options_become_arguments() -> None:
     assert method.spec.key_weights == "query" and method.selection is None
 
 
+def test_the_index_is_that_of_artifacts() -> None:
+    for text, index in (("ratio=8", "sketch"), ("ratio=9", "derived"), ("ratio=9,index=sketch", "sketch")):
+        method = make_method(f"xkv:selector=sketch,{text}")
+        assert isinstance(method, XKV) and method.spec.index == index
+
+
 def test_a_budget_is_tokens_or_a_share() -> None:
     for text, budget in (("256", 256), ("0.125", 0.125)):
         method = make_method(f"xkv:selector=sketch,budget={text}")
