@@ -1,6 +1,7 @@
 """The xKV method: compress the KV cache of a long shared prefix and decode from the factors.
 
-from xkv_service import CompressionSpec, compress
+from xkv_service import ChatRenderer, CompressionSpec, compress
+input_ids = ChatRenderer(tokenizer, document=text).prefix_ids()
 factors = compress(model, input_ids, CompressionSpec(ratio=8))
 """
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from xkv_service.decoding.cache import XKVCache
     from xkv_service.decoding.xkv_attention import enable_xkv
     from xkv_service.factors import PrefixFactors
+    from xkv_service.sessions.rendering import ChatRenderer
     from xkv_service.sessions.session import Session
 
 __all__ = [
+    "ChatRenderer",
     "CompressionSpec",
     "PrefixFactors",
     "SelectionSpec",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ChatRenderer": "xkv_service.sessions.rendering",
     "compress": "xkv_service.compression",
     "PrefixFactors": "xkv_service.factors",
     "Session": "xkv_service.sessions.session",

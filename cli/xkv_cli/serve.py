@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +259,13 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
         )
     except InvalidSpec as error:
         raise wrong_usage(error) from None
+    if sys.stderr.isatty():
+        click.echo("starting: Ray and the model take half a minute or more", err=True)
     with serving(request) as server:
         signals.started()
         click.echo(f"{server.model} at {server.url}/v1, prefixes from {server.store_url}", err=True)
-        if server.shortage is not None:
-            click.echo(server.shortage, err=True)
+        for note in server.notes:
+            click.echo(f"note: {note}", err=True)
         click.echo(f"status page at {server.url}/, logs in {server.logs}", err=True)
         while not signals.stop.wait(_LOOK_S):
             server.check()

@@ -42,8 +42,10 @@ def test_the_readmes_python_runs(xkv: Xkv, tiny_model: Path, tmp_path: Path) -> 
     loaded = load_model(tiny_model, device="cpu")
     compressing, decoding, talking = snippets()
     prefix = render_prefix(loaded.tokenizer, document.read_text())
-    names: dict[str, Any] = {"model": loaded.model, "input_ids": prefix}
+    names: dict[str, Any] = {"model": loaded.model, "tokenizer": loaded.tokenizer}
+    names["text"] = document.read_text()
     exec(compressing.replace("ratio=8", "ratio=2"), names)
+    assert names["input_ids"] == prefix
     assert names["factors"].spec == CompressionSpec(ratio=2)
     question = loaded.tokenizer("Why?").input_ids
     with ArtifactStore.open(str(store)) as opened:
@@ -57,6 +59,5 @@ def test_the_readmes_python_runs(xkv: Xkv, tiny_model: Path, tmp_path: Path) -> 
     exec(decoding.replace("my-store", str(store)).replace("my-llama", str(tiny_model)), names)
     assert names["out"].shape[1] > len(question)
     assert names["cache"].get_seq_length() >= len(prefix) + len(question)
-    names |= {"tokenizer": loaded.tokenizer, "text": document.read_text()}
     exec(talking, names)
     assert names["reply"].cached_tokens == len(prefix) and len(names["session"].messages) == 4

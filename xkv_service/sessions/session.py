@@ -193,7 +193,8 @@ class Session:
         if prompt[: len(known)] != known:
             raise InvalidPrompt(
                 "the conversation does not start with the tokens of the prefix",
-                hint="use the document, system prompt and template that the prefix was made with",
+                hint="use the document, system prompt and template that it was made with; in Python its "
+                "tokens are ChatRenderer(tokenizer, document=text).prefix_ids()",
             )
         if len(prompt) == len(known):
             raise InvalidPrompt("nothing follows the prefix", hint="ask a question")

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from artifact_samples import sample
 from click.testing import CliRunner
 
 from xkv_artifacts.errors import InvalidLimits
 from xkv_artifacts.store import ArtifactStore
 from xkv_cli.main import xkv
+from xkv_service.api.keys import Key, KeyRing
 from xkv_service.errors import InvalidSpec
-from xkv_workers.serving.server import ServeRequest, serving
+from xkv_workers.serving.server import ServeRequest, serving, unread
 
 
 def test_limits_that_cannot_be_read(tmp_path: Path, unused_port: int) -> None:
@@ -57,6 +59,18 @@ def test_what_is_wrong_is_said_before_torch_and_ray_are_imported(
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and expected in done.stderr, done
     assert done.stdout == "[]\n"
+
+
+def test_prefixes_that_no_key_uses_are_told(tmp_path: Path) -> None:
+    def keys(*namespaces: str) -> KeyRing:
+        return KeyRing(tuple(Key(name=one, sha256="0" * 64, namespace=one) for one in namespaces))
+
+    with ArtifactStore.open(str(tmp_path)) as store:
+        store.publish(*sample(range(100), namespace="public"))
+        assert unread(store, keys("shop")) is None
+        store.publish(*sample(range(100), namespace="default"))
+        assert "no key uses the prefixes of namespace default" in str(unread(store, keys("shop")))
+        assert unread(store, keys("shop", "default")) is None and unread(store, keys()) is None
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from xkv_artifacts.errors import CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
-from xkv_service.api.keys import KeyRing
+from xkv_service.api.keys import OPEN_NAMESPACE, KeyRing
 from xkv_service.api.settings import APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
@@ -99,7 +100,9 @@ class Serving:
         url: where. model: its name. store_url: of the prefixes. replicas: started.
         logs: the folder with the logs of its processes, on this machine.
         own_ray: whether it has a Ray of its own, which may end by itself.
-        open: whether nobody needs a key. shortage: why it cannot have the most replicas that it may, or None.
+        open: whether nobody needs a key.
+        notes: lines about what may not be as its operator thinks: it cannot have the most replicas that it
+            may, or no key uses prefixes that are stored.
     """
 
     url: str
@@ -109,7 +112,7 @@ class Serving:
     logs: str
     own_ray: bool
     open: bool
-    shortage: str | None = None
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """See whether it goes on.
@@ -160,8 +163,21 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
             logs=_logs(),
             own_ray=request.ray_address is None,
             open=keys.is_open,
-            shortage=shortage,
+            notes=tuple(note for note in (shortage, unread(store, keys)) if note is not None),
         )
+
+
+def unread(store: ArtifactStore, keys: KeyRing) -> str | None:
+    """That prefixes which were made without saying for whom are no key's, if they are."""
+    if keys.is_open or OPEN_NAMESPACE in (key.namespace for key in keys.keys):
+        return None
+    with suppress(CatalogUnavailable):
+        if store.catalog.oldest(0, OPEN_NAMESPACE):
+            return (
+                f"no key uses the prefixes of namespace {OPEN_NAMESPACE}: give it to one, or make them with "
+                "xkv precompute --namespace public"
+            )
+    return None
 
 
 def _check_address(request: ServeRequest, keys: KeyRing) -> None:
