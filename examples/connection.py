@@ -24,6 +24,12 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, default=STORE, help="of the server that is started")
 
 
+def told(error: openai.APIError) -> str:
+    """The server's own words; the client's message has the whole body of the answer in it."""
+    body = error.body
+    return str(body["message"]) if isinstance(body, dict) and "message" in body else error.message
+
+
 @contextmanager
 def connection(options: argparse.Namespace) -> Iterator[tuple[str, str, Documents]]:
     """Base URL and key of the server, and the documents, while the block runs.
@@ -41,6 +47,6 @@ def connection(options: argparse.Namespace) -> Iterator[tuple[str, str, Document
     except openai.APIConnectionError as error:
         sys.exit(f"error: no server answers at {error.request.url}\nhint: start one with xkv serve")
     except openai.APIError as error:
-        sys.exit(f"error: {error.message}")
+        sys.exit(f"error: {told(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

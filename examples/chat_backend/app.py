@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from examples.chat_backend.chat import Chat
 from examples.chat_backend.conversations import Conversation, Conversations
+from examples.connection import told
 
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
 _POLICY = (
@@ -110,7 +111,7 @@ async def _events(chat: Chat, conversation: Conversation, question: str) -> Asyn
     except openai.APIConnectionError:
         yield _event("error", "the model's server cannot be reached")
     except openai.APIError as error:
-        yield _event("error", error.message)
+        yield _event("error", told(error))
 
 
 def _event(kind: str, data: Any) -> str:

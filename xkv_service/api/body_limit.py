@@ -38,7 +38,7 @@ class BodyLimit:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body, or None when the client left in the middle of it."""
-        too_large = APIError(413, f"the body is larger than {self._max_bytes:,} bytes")
+        too_large = APIError(413, f"the body is larger than {self._max_bytes:,} bytes: send a shorter one")
         told = Headers(scope=scope).get("content-length", "")
         if told.isdecimal() and int(told[:20]) > self._max_bytes:
             raise too_large

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from xkv_artifacts.errors import XKVError
 from xkv_service.api.errors import APIError, of_fault, shortened
@@ -38,6 +39,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405 and (methods := _methods(request)):
+            error.headers = {"Allow": ", ".join(methods)}
         response = _of_framework(request, error).response()
         response.headers.update(error.headers or {})
         return response
@@ -48,10 +51,19 @@ def _of_framework(request: Request, error: HTTPException) -> APIError:
     if error.status_code == 404:
         return APIError(404, f"unknown address: {address} (GET /openapi.json tells which there are)")
     if error.status_code == 405:
-        return APIError(405, f"not allowed: {address} (GET /openapi.json tells what is)")
+        *others, last = (error.headers or {})["Allow"].split(", ")
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        return APIError(405, f"not allowed: {address} (use {allowed})")
     if error.status_code == 400 and error.__cause__ is not None:
         return APIError(400, _unreadable(error.__cause__), code="invalid_json")
     return APIError(error.status_code, str(error.detail))
+
+
+def _methods(request: Request) -> list[str]:
+    """What the address takes, as far as the OpenAPI document tells; the framework names one route's alone."""
+    paths = request.app.openapi()["paths"].items()
+    found = (operations for path, operations in paths if compile_path(path)[0].match(request.url.path))
+    return sorted({method.upper() for operations in found for method in operations})
 
 
 def _unreadable(cause: BaseException) -> str:

@@ -12,7 +12,7 @@ from xkv_service.api.answers import ChatCompletion, Completion, ModelList, Model
 from xkv_service.api.formats import ChatFormat, CompletionFormat, Format
 from xkv_service.api.generation import GenerationResponse
 from xkv_service.api.requests import ChatBody, CompletionBody
-from xkv_service.api.server import BEARER, ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of
 from xkv_service.engine.messages import GenerationRequest
 
 
@@ -33,7 +33,7 @@ def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
 
 def generation_routes(server: Server) -> APIRouter:
     """The routes that answer prompts."""
-    router = APIRouter(prefix="/v1", tags=["answers"], dependencies=BEARER)
+    router = APIRouter(prefix="/v1", tags=["answers"], dependencies=server.bearer)
 
     @router.post("/chat/completions", response_class=Response, responses=_answers(ChatCompletion))
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:

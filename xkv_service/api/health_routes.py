@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from xkv_service.api.errors import RETRY_S, APIError
-from xkv_service.api.server import BEARER, ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of
 from xkv_service.engine.messages import EngineState
 
 _STATES_S = 2.0
@@ -58,7 +58,7 @@ def health_routes(server: Server) -> APIRouter:
             raise APIError(503, "no engine is ready", code="not_ready", retry_after_s=RETRY_S)
         return Health(status="ready")
 
-    @router.get("/metrics", response_class=Response, dependencies=BEARER)
+    @router.get("/metrics", response_class=Response, dependencies=server.bearer)
     async def metrics(request: Request) -> Response:
         """Figures of all namespaces together, for Prometheus."""
         refuse_others(request)

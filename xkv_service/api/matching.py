@@ -283,7 +283,10 @@ class PrefixFinder:
             return None, self._broken(error, prefix_id, prompt)
         tokens = common_tokens(token_bytes(stored), token_bytes(prompt))
         if tokens < (whole := facts.origin.tokens):
-            message = f"the prompt and prefix {name} share {tokens} of its {whole} tokens"
+            message = (
+                f"the prompt and prefix {name} share {tokens} of its {whole} tokens "
+                "(send the prefix's own text first, or leave prefix_id out)"
+            )
             raise APIError(400, message, param="prefix_id", code="prefix_mismatch")
         return self._usable(Match(prefix_id, tokens), prompt)
 

@@ -17,11 +17,12 @@ from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
 from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObject
 from xkv_service.api.requests import Body, Messages, Text
-from xkv_service.api.server import BEARER, ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of
 from xkv_service.errors import InvalidPrompt, PrefixTooShort, RatioUnreachable
 
 LONGEST_TTL_S = 10 * 365 * 86_400
-MOST_RATIO = 256
+MOST_RATIO = 1000
+"""`CompressionSpec`'s."""
 
 
 def _shown_as_it_is(name: str) -> str:
@@ -70,7 +71,7 @@ class PrefixPatch(Body):
 
 def prefix_routes(server: Server) -> APIRouter:
     """The routes of prefixes."""
-    router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], dependencies=BEARER, responses=ERRORS)
+    router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], dependencies=server.bearer, responses=ERRORS)
     public = server.settings.public_namespace
 
     def readable(key: Key) -> list[str]:
@@ -91,9 +92,7 @@ def prefix_routes(server: Server) -> APIRouter:
         key, service = key_of(request), _service(server)
         namespace = key.namespace if body.namespace is None else body.namespace
         if namespace not in writable(key):
-            allowed = " and ".join(writable(key))
-            message = f"this key may not write to namespace {shortened(namespace)!r}, only to {allowed}"
-            raise APIError(403, message, param="namespace")
+            raise _not_allowed(server, "write to", namespace, writable(key))
         slot = server.admission.enter(key)
         try:
             new = await asyncio.to_thread(_rendered, server, body, namespace)
@@ -117,8 +116,7 @@ def prefix_routes(server: Server) -> APIRouter:
         key = key_of(request)
         wanted = key.namespace if namespace is None else namespace
         if wanted not in readable(key):
-            message = f"this key may not read namespace {wanted!r}, only {' and '.join(readable(key))}"
-            raise APIError(403, message, param="namespace")
+            raise _not_allowed(server, "read", wanted, readable(key))
         return PrefixList.of(await _service(server).page(wanted, after, limit), server)
 
     @router.get("/{prefix_id}")
@@ -155,6 +153,17 @@ def _service(server: Server) -> PrefixService:
     if server.prefixes is None:
         raise APIError(501, "this server keeps no prefixes", code="not_supported")
     return server.prefixes
+
+
+def _not_allowed(server: Server, verb: str, namespace: str, allowed: list[str]) -> APIError:
+    """A namespace that is not for this key; a server without keys blames none."""
+    asked, names = repr(shortened(namespace)), " and ".join(allowed)
+    message = f"this key may not {verb} namespace {asked}: it may {verb} {names}"
+    if server.keys.is_open:
+        message = (
+            f"without keys this server has only namespaces {names} (start it with --keys to use {asked})"
+        )
+    return APIError(403, message, param="namespace")
 
 
 def _no_prefix(prefix_id: str) -> APIError:

@@ -63,8 +63,9 @@ def _unicode(text: str) -> str:
         return text
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("this is not Unicode text") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"this is not Unicode text: {half} is half of a surrogate pair") from None
     return text
 
 

@@ -21,9 +21,6 @@ from xkv_service.api.settings import APISettings
 from xkv_service.api.traffic import Traffic
 from xkv_service.engine.messages import Miss
 
-BEARER = [Security(HTTPBearer(auto_error=False))]
-"""For the OpenAPI document; the doorkeeper has looked at the key already."""
-
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused."},
     "5XX": {"model": ErrorBody, "description": "It may succeed later; see Retry-After."},
@@ -48,6 +45,11 @@ class Server:
     traffic: Traffic
     admission: Admission
     drain: Drain = field(default_factory=Drain)
+
+    @property
+    def bearer(self) -> list[Any]:
+        """What routes say of keys in the OpenAPI document; the doorkeeper has looked at the key already."""
+        return [] if self.keys.is_open else [Security(HTTPBearer(auto_error=False))]
 
     @property
     def renderer(self) -> PromptRenderer:

@@ -25,7 +25,7 @@ header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; }
-td.name { min-width: 7rem; max-width: 16rem; overflow-wrap: anywhere; }
+td.name { min-width: 7rem; max-width: 16rem; overflow-wrap: break-word; }
 td.n { white-space: nowrap; }
 caption { text-align: left; color: var(--soft); }
 form { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: .5rem; }
@@ -48,8 +48,8 @@ const $ = name => document.getElementById(name);
 const number = value => value.toLocaleString("en");
 const bytes = value => {
   let unit = 0;
-  while (value >= 1000 && unit < 5) { value /= 1000; unit++; }
-  return `${unit ? value.toFixed(1) : value} ${["B", "kB", "MB", "GB", "TB", "PB"][unit]}`;
+  while (value >= 1024 && unit < 4) { value /= 1024; unit++; }
+  return `${unit ? value.toFixed(1) : value} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
 };
 const share = (part, whole) => whole ? `${(100 * part / whole).toFixed(1)} %` : "–";
 let key = sessionStorage.getItem("key") || "";
@@ -78,15 +78,18 @@ function table(into, head, rows, none = "none") {
 function show(status) {
   const {traffic, engine} = status;
   $("model").textContent = `${status.model}, namespace ${status.namespace}`;
-  const tiles = [tile("requests", number(traffic.requests)), tile("under way", number(traffic.in_flight)),
+  const tiles = [tile("requests ended", number(traffic.requests)),
+    tile("requests in the server", number(traffic.in_flight)),
     tile("prefix hits", share(traffic.hits, traffic.requests)),
     tile("prompt tokens cached", share(traffic.cached_tokens, traffic.prompt_tokens)),
     tile("tokens a second, last minute", traffic.tokens_per_second.toFixed(1)),
     tile("tokens answered", number(traffic.generated_tokens))];
-  if (engine) tiles.push(tile("engines", number(engine.engines)), tile("running", number(engine.running)),
-    tile("waiting", number(engine.waiting)), tile("kept tails", number(engine.kept_tails)),
-    tile("prefixes resident", number(engine.resident_prefixes)),
-    tile("their bytes", bytes(engine.prefix_bytes)), tile("bytes of tails", bytes(engine.tail_bytes)));
+  if (engine) tiles.push(tile(engine.engines === 1 ? "engine" : "engines", number(engine.engines)),
+    tile("answers being computed", number(engine.running)), tile("answers waiting", number(engine.waiting)),
+    tile("prefixes in memory", number(engine.resident_prefixes)),
+    tile("memory of prefixes", bytes(engine.prefix_bytes)),
+    tile("conversations in memory", number(engine.kept_tails)),
+    tile("memory of conversations", bytes(engine.tail_bytes)));
   $("tiles").replaceChildren(...tiles);
   table($("misses"), [["reason", ""], ["requests", "n"]],
     Object.entries(traffic.misses).map(([reason, count]) => [reason, number(count)]));
@@ -96,7 +99,7 @@ function show(status) {
       one.status + (one.pinned ? ", pinned" : "") + (one.usable === false ? ", not used" : ""),
       number(one.tokens),
       one.bytes === null ? "" : bytes(one.bytes), one.ratio === null ? "" : `${one.ratio.toFixed(1)}x`,
-      one.fidelity === null ? "" : one.fidelity.toFixed(3)]),
+      one.fidelity === null ? "" : share(one.fidelity, 1)]),
     status.prefixes_error || "none");
   $("main").hidden = false;
 }

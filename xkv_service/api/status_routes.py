@@ -11,7 +11,7 @@ from xkv_service.api.errors import of_fault
 from xkv_service.api.health_routes import states_of
 from xkv_service.api.keys import Key
 from xkv_service.api.prefix_objects import PrefixObject
-from xkv_service.api.server import BEARER, ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of
 from xkv_service.api.status_page import PAGE, POLICY
 from xkv_service.api.traffic import NamespaceTraffic
 from xkv_service.engine.messages import EngineState
@@ -66,7 +66,7 @@ def status_routes(server: Server) -> APIRouter:
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE, headers={"content-security-policy": POLICY, "cache-control": "no-store"})
 
-    @router.get("/status", dependencies=BEARER)
+    @router.get("/status", dependencies=server.bearer)
     async def status(request: Request) -> Status:
         """Figures of the key's own namespace; for an operator's key of all of them, and of the engines."""
         key = key_of(request)

@@ -75,6 +75,14 @@ def test_without_a_valid_key_nobody_gets_in(guarded: Served, header: str | None)
             assert http.get(path, headers=headers).status_code == 200
 
 
+def test_the_openapi_document_says_where_a_key_is_needed(guarded: Served) -> None:
+    with guarded.http() as http:
+        document = http.get("/openapi.json").json()
+    assert {"bearer"} == {scheme["scheme"] for scheme in document["components"]["securitySchemes"].values()}
+    operations = [(path, one) for path, methods in document["paths"].items() for one in methods.values()]
+    assert {path for path, one in operations if "security" not in one} == {"/healthz", "/readyz"}
+
+
 def test_a_body_without_a_key_is_not_read(guarded: Served) -> None:
     with guarded.connect() as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\ncontent-length: 1000000\r\n\r\n")

@@ -120,6 +120,7 @@ def test_a_named_prefix_that_the_prompt_does_not_begin_with(
     with pytest.raises(APIError, match=f"share 80 of its {len(ids)} tokens") as caught:
         named(finder, stored.id, [*ids[:80], 70, 70])
     assert (caught.value.status, caught.value.param) == (400, "prefix_id")
+    assert caught.value.message.endswith("(send the prefix's own text first, or leave prefix_id out)")
 
 
 def test_a_named_prefix_of_another_model(

@@ -13,17 +13,21 @@ import pytest
 from engines import paced_backend
 from openai import BaseModel, OpenAI
 from openai.pagination import SyncCursorPage
+from pydantic import ValidationError
 from rivers import DOCUMENT, SETTINGS, key
 from serving import Served, serve
 
 from xkv_artifacts.jobs import Job
 from xkv_artifacts.store import ArtifactStore
+from xkv_service import CompressionSpec
 from xkv_service.api.app import create_app
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.api.prefix_maker import PrefixMaker
+from xkv_service.api.prefix_routes import MOST_RATIO, PrefixBody
 from xkv_service.api.stored_prefixes import StoredPrefixes
+from xkv_service.errors import InvalidSpec
 from xkv_service.modeling.models import LoadedModel
 
 KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True), key("operator", operator=True)))
@@ -287,7 +291,7 @@ def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) 
     assert (made.status_code, made.json()["namespace"], made.json()["pinned"]) == (202, "alpha", False)
     empty = alpha.post("/v1/prefixes", json={"document": DOCUMENT, "namespace": ""})
     assert (empty.status_code, empty.json()["error"]["param"]) == (403, "namespace")
-    assert empty.json()["error"]["message"] == "this key may not write to namespace '', only to alpha"
+    assert empty.json()["error"]["message"] == "this key may not write to namespace '': it may write to alpha"
 
 
 @pytest.mark.parametrize(("name", "meant"), [("ttl", "ttl_s"), ("pinned", "pin"), ("documents", "document")])
@@ -365,6 +369,14 @@ def test_what_cannot_be_made(alpha: httpx.Client, body: dict[str, Any], param: s
         param = "document"
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+def test_every_ratio_of_a_spec_may_be_asked_for() -> None:
+    assert PrefixBody(document=DOCUMENT, ratio=MOST_RATIO).ratio == CompressionSpec(ratio=MOST_RATIO).ratio
+    with pytest.raises(ValidationError, match="less than or equal to 1000"):
+        PrefixBody(document=DOCUMENT, ratio=MOST_RATIO + 1)
+    with pytest.raises(InvalidSpec):
+        CompressionSpec(ratio=MOST_RATIO + 1)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,10 @@ def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -
         (messages([IMAGE]), "messages.0.content: parts of type 'image_url' are not supported: use text"),
         (messages(["Hello"]), "messages.0.content: part 0 is not of the form"),
         (messages(3), "messages.0.content: give a text, or a list of parts"),
+        (
+            messages("cut \ud83d"),
+            "messages.0.content: this is not Unicode text: \\ud83d is half of a surrogate pair",
+        ),
         (messages("a <|end|>"), "of this model's tokenizer (remove it from the text: a message could forge"),
         ({"model": "gpt-5"}, "no model 'gpt-5': use 'tiny' or 'gpt-4o'"),
     ],
@@ -165,7 +169,8 @@ def test_a_prompt_that_is_refused(http: httpx.Client, changes: dict[str, Any]) -
 def test_what_is_wrong_and_what_to_do_is_told(
     http: httpx.Client, changes: dict[str, Any], message: str
 ) -> None:
-    answer = http.post("/v1/chat/completions", json={**CHAT, **changes})
+    headers = {"content-type": "application/json"}
+    answer = http.post("/v1/chat/completions", content=json.dumps({**CHAT, **changes}), headers=headers)
     assert message in error_of(answer, answer.status_code)["message"]
 
 
@@ -269,6 +274,31 @@ def test_addresses_and_methods_that_do_not_exist(http: httpx.Client) -> None:
     error_of(http.post("/v1/prefixes", json={"document": "a"}), 501)
 
 
+def test_a_namespace_that_is_not_there_without_keys(http: httpx.Client) -> None:
+    error = error_of(http.get("/v1/prefixes", params={"namespace": "acme"}), 403)
+    told = (
+        "without keys this server has only namespaces default and public (start it with --keys to use 'acme')"
+    )
+    assert (error["message"], error["param"]) == (told, "namespace")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow", "told"),
+    [
+        ("OPTIONS", "/v1/prefixes/0", "DELETE, GET, PATCH", "DELETE, GET or PATCH"),
+        ("PUT", "/v1/prefixes", "GET, POST", "GET or POST"),
+        ("POST", "/", "GET", "GET"),
+        ("POST", "/v1/models/a/b", "GET", "GET"),
+    ],
+)
+def test_all_methods_of_an_address_are_told(
+    http: httpx.Client, method: str, path: str, allow: str, told: str
+) -> None:
+    answer = http.request(method, path)
+    assert error_of(answer, 405)["message"] == f"not allowed: {method} {path} (use {told})"
+    assert answer.headers["allow"] == allow
+
+
 def test_a_prompt_longer_than_the_window(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={**CHAT, **messages("word " * 500)})
     error = error_of(answer, 400)
@@ -293,7 +323,8 @@ def test_bodies_that_are_too_large_are_not_read(served_model: ServedModel, backe
     with serve(create_app(served_model, backend, settings=settings)) as served, served.http() as http:
         large = json.dumps({**CHAT, **messages("a" * 20_000)})
         headers = {"content-type": "application/json"}
-        error_of(http.post("/v1/chat/completions", content=large, headers=headers), 413)
+        error = error_of(http.post("/v1/chat/completions", content=large, headers=headers), 413)
+        assert error["message"] == "the body is larger than 10,000 bytes: send a shorter one"
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
 
         def chunks() -> Iterator[bytes]:  # no length is told before

@@ -38,12 +38,23 @@ for (const width of WIDTHS) {
   frame.width = width; frame.height = 900; frame.src = "/";
   document.body.append(frame);
 }
+function linesOf(word, page) {
+  const cell = page.querySelector("td.name"), range = page.createRange();
+  if (!cell) return 0;
+  cell.textContent = `${word}-${word}.txt`;
+  range.setStart(cell.firstChild, 0);
+  range.setEnd(cell.firstChild, word.length);
+  return range.getClientRects().length;
+}
 setTimeout(() => {
   found.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, text = name => page.getElementById(name).textContent;
-    return {inner: frame.contentWindow.innerWidth, wide: page.documentElement.scrollWidth,
+    const box = page.getElementById("prefixes").parentElement;
+    return {beyond: box.scrollWidth - box.clientWidth, overflow: getComputedStyle(box).overflowX,
+      inner: frame.contentWindow.innerWidth, wide: page.documentElement.scrollWidth,
       state: text("state"), tiles: text("tiles"), misses: text("misses"), prefixes: text("prefixes"),
-      shown: !page.getElementById("main").hidden, door: !page.getElementById("door").hidden};
+      shown: !page.getElementById("main").hidden, door: !page.getElementById("door").hidden,
+      lines: linesOf("counterrevolutionary", page)};
   }));
 }, 4000);
 </script>""".replace("WIDTHS", json.dumps(WIDTHS))
@@ -110,7 +121,11 @@ def test_what_it_shows_without_keys(
         assert one["wide"] <= one["inner"]
         assert (one["state"], one["shown"], one["door"]) == ("live", True, False)
         assert "50.0 %prefix hits" in one["tiles"]
-        assert "engines" in one["tiles"]
+        assert "1engine0answers being computed" in one["tiles"]
+        assert re.search(r"1prefixes in memory\d+\.\d KiBmemory of prefixes", one["tiles"])
+        assert re.search(r"ready\d+\d+\.\d KiB\d+\.\dx\d+\.\d %", one["prefixes"])
+        assert one["lines"] == 1, "a word of a name is not broken"
+        assert one["overflow"] == "auto" and (one["beyond"] > 0) == (one["inner"] == WIDTHS[0])
         assert "no_artifact1" in one["misses"]
         assert mine.id[:12] in one["prefixes"]
     assert [line for line in log.splitlines() if "CONSOLE" in line] == []
@@ -133,7 +148,7 @@ def test_what_it_shows_with_keys(
         assert one["state"] == ("live" if given else "needs a key")
         shown = {namespace for name, namespace in theirs.items() if name in one["prefixes"]}
         assert shown == ({"alpha"} if given else set())
-        assert "engines" not in one["tiles"]
+        assert "engine" not in one["tiles"]
 
 
 def test_a_store_that_is_away_does_not_look_empty(
