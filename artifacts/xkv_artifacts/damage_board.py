@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -41,6 +42,17 @@ local function note(board, id, text, keep_s, most)
   redis.call('EXPIRE', board, keep_s)
   return 1
 end
+"""
+# KEYS: damaged. ARGV: id, whether it is theirs whatever the note says ("1"), their namespaces.
+_TAKE_OWN = """
+local text = redis.call('HGET', KEYS[1], ARGV[1])
+if not text then return 0 end
+local theirs = ARGV[2] == '1'
+local read, note = pcall(cjson.decode, text)
+if read and type(note) == 'table' then
+  for at = 3, #ARGV do theirs = theirs or note.namespace == ARGV[at] end
+end
+return theirs and redis.call('HDEL', KEYS[1], ARGV[1]) or 0
 """
 # KEYS: damaged. ARGV: id, text, seconds to keep, most notes.
 _NOTE = NOTE + "return note(KEYS[1], unpack(ARGV))"
@@ -103,6 +115,15 @@ class DamageBoard:
         """Forget a note, since it is being made again, stored or deleted; False where there was none."""
         with suppress(CatalogError):
             return bool(self._link.call(lambda client: client.hdel(self._key, artifact_id)))
+        return False
+
+    def take_own(self, artifact_id: str, namespaces: Sequence[str], *, held: bool) -> bool:
+        """`take`, where what it was made from is of these namespaces, or `held`: the artifact is theirs.
+        Redis is asked the same for any other.
+        """
+        asked = [artifact_id, "1" if held else "0", *namespaces]
+        with suppress(CatalogError):
+            return bool(self._link.script(_TAKE_OWN, [self._key], asked))
         return False
 
 

@@ -84,16 +84,9 @@ class PrefixRecords:
             return False
         own = self._store.catalog.namespaces.holds(namespaces, prefix_id)
         stored = self._entry(namespaces, prefix_id) is not None and self._store.remove(prefix_id)
-        missing = self._forget_note(namespaces, prefix_id) and own
+        # What was deleted is not made again, though it was damaged or missing before.
+        missing = self._store.damaged.take_own(prefix_id, namespaces, held=own) and own
         return stored or missing or any(jobs)
-
-    def _forget_note(self, namespaces: Sequence[str], prefix_id: str) -> bool:
-        """What was deleted is not made again, though it was damaged or missing before; whether it was."""
-        noted = self._store.damaged.get(prefix_id)
-        origin = None if noted is None else noted.origin
-        if origin is None or origin.namespace in namespaces:
-            return self._store.damaged.take(prefix_id)
-        return False
 
     def remove_left(self) -> int:
         """Remove what jobs published that were deleted meanwhile and whose makers died before they saw it;

@@ -71,6 +71,9 @@ def test_prefixes_that_no_key_uses_are_told(tmp_path: Path) -> None:
         store.publish(*sample(range(100), namespace="default"))
         assert "no key uses the prefixes of namespace default" in str(unread(store, keys("shop")))
         assert unread(store, keys("shop", "default")) is None and unread(store, keys()) is None
+        name = store.catalog.namespaces.key("default")
+        store.catalog.link.call(lambda client: (client.delete(name), client.set(name, "junk")))
+        assert unread(store, keys("shop")) is None
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from xkv_artifacts.errors import CatalogUnavailable
+from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.keys import OPEN_NAMESPACE, KeyRing
 from xkv_service.api.settings import APISettings
@@ -171,7 +171,7 @@ def unread(store: ArtifactStore, keys: KeyRing) -> str | None:
     """That prefixes which were made without saying for whom are no key's, if they are."""
     if keys.is_open or OPEN_NAMESPACE in (key.namespace for key in keys.keys):
         return None
-    with suppress(CatalogUnavailable):
+    with suppress(CatalogUnavailable, CatalogError):
         if store.catalog.oldest(0, OPEN_NAMESPACE):
             return (
                 f"no key uses the prefixes of namespace {OPEN_NAMESPACE}: give it to one, or make them with "

@@ -5,6 +5,7 @@ Redis is sent the same commands, answers with as many bytes, and the blob store 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
 
 from xkv_artifacts.catalog import Catalog
+from xkv_artifacts.damage_board import Note
 from xkv_artifacts.local_blobs import LocalBlobStore
 from xkv_artifacts.manifest import ModelIdentity
+from xkv_artifacts.origin import Origin
 from xkv_artifacts.packable_blobs import PackableBlobs
 from xkv_artifacts.redis_link import RedisLink
 from xkv_artifacts.store import ArtifactStore
@@ -37,6 +40,9 @@ from xkv_service.modeling.models import LoadedModel
 MODEL = ModelIdentity(fingerprint=FINGERPRINT, name="tiny", architecture="Llama", dtype="bfloat16")
 PROMPT = [*range(3000)]
 NOBODYS = "0" * 64
+_TIME = re.compile(rb"\*2\r\n\$10\r\n\d+\r\n\$\d\r\n\d+\r\n")
+"""The answer to TIME: its microseconds have as many digits as they need."""
+THEIRS = Origin("theirs", {"ratio": 8.0}, 100, "a.md", "e" * 64)
 
 
 class NotedBlobs(LocalBlobStore):
@@ -74,7 +80,8 @@ class Seen:
         commands = [data.replace(name, same) for way, data in sent if way == "asked"]
         asked = [(what, one.replace(known_as, NOBODYS)) for what, one in blobs.asked]
         blobs.asked.clear()
-        return cls(commands, [len(data) for way, data in sent if way == "told"], asked)
+        told = [_TIME.sub(b"", data) for way, data in sent if way == "told"]
+        return cls(commands, [*map(len, told)], asked)
 
 
 @pytest.fixture
@@ -204,10 +211,15 @@ def chat(http: httpx.Client, prefix_id: str) -> httpx.Response:
     return http.post("/v1/chat/completions", json=body)
 
 
+@pytest.mark.parametrize("noted", [None, Note(), Note(missing=True), Note(THEIRS)])
 @pytest.mark.parametrize(("ask", "status"), [(get, 404), (patch, 404), (delete, 404), (chat, 200)])
 def test_another_namespaces_prefix_is_asked_for_as_one_that_nobody_has(
-    keeper: Keeper, ask: Callable[[httpx.Client, str], httpx.Response], status: int
-) -> None:
+    keeper: Keeper, writer: ArtifactStore, noted: Note | None,
+    ask: Callable[[httpx.Client, str], httpx.Response], status: int,
+) -> None:  # fmt: skip
+    """Also one that is noted as damaged or missing; the note stays."""
+    if noted is not None:
+        assert writer.damaged.note(keeper.theirs, noted)
     for name in (keeper.theirs, NOBODYS):  # Redis knows the scripts from here on
         ask(keeper.http, name)
     answers = [keeper.asked(name, ask) for name in (keeper.theirs, NOBODYS, keeper.theirs, "f" * 64)]
@@ -215,3 +227,4 @@ def test_another_namespaces_prefix_is_asked_for_as_one_that_nobody_has(
     assert answers == [answers[0]] * 4
     assert code == status and seen.commands and seen.blobs == []
     assert ask is not chat or "'evicted'" in told
+    assert writer.damaged.get(keeper.theirs) == noted
