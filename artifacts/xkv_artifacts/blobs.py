@@ -232,7 +232,7 @@ def store_errors(doing: str, url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot {doing} {url}: {_reason(error)}", hint=_hint(error)) from error
+        raise StoreError(f"cannot {doing} {url}: {_reason(error)}", hint=_hint(error, doing)) from error
 
 
 def _reason(error: OSError) -> str:
@@ -243,7 +243,7 @@ def _reason(error: OSError) -> str:
     return str(error.strerror or error or type(error).__name__).splitlines()[0][:300]
 
 
-def _hint(error: OSError) -> str:
+def _hint(error: OSError, doing: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space or use another store, then run it again"
     if error.errno == errno.EFBIG:
@@ -254,6 +254,8 @@ def _hint(error: OSError) -> str:
         return "check who owns the store, its permissions or credentials"
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "a file is in the way; give a folder"
+    if error.errno == errno.ENOENT and doing.startswith("read"):
+        return "nothing is there; check the path, or the bucket's name"
     if error.errno == errno.ENOENT:
         return "no folder can be made there; check the path, or the bucket's name"
     return "check the store's place, or use another store"

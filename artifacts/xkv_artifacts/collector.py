@@ -52,7 +52,7 @@ class Collector:
         self.retention = retention
         self.relist = relist
 
-    def collect(self, limits: Limits, *, dry_run: bool = False) -> Collection:
+    def collect(self, limits: Limits, *, dry_run: bool = False, only_if_enough: bool = False) -> Collection:
         """See `ArtifactStore.collect`."""
         run = _Run(self, dry_run)
         run.ended()
@@ -60,7 +60,7 @@ class Collector:
             if not _fits(limits.quota(namespace), usage.bytes, usage.artifacts):
                 run.quota(namespace, limits.quota(namespace))
         if limits.budget is not None:
-            run.budget(limits.budget)
+            run.budget(limits.budget, only_if_enough)
         stored = self.catalog.namespaces.total() - (run.bytes if dry_run else 0)
         return Collection(tuple(run.removed), len(run.in_use), stored, tuple(run.excess), dry_run)
 
@@ -159,8 +159,12 @@ class _Run:
         if over > 0 or more > 0:
             self.excess.append(Excess(namespace, max(0, over), max(0, more), used.pinned_bytes))
 
-    def budget(self, budget: int) -> None:
-        """Of the whole store what is longest unused, until it keeps its budget."""
+    def budget(self, budget: int, only_if_enough: bool) -> None:
+        """Of the whole store what is longest unused, until it keeps its budget.
+
+        Args:
+            only_if_enough: nothing, where it cannot keep the budget whatever is deleted.
+        """
         namespaces = self._catalog.namespaces
         fixed = sum(self._blobs.of(CALIBRATIONS).sizes())
         if namespaces.total() + fixed <= budget:
@@ -168,6 +172,9 @@ class _Run:
         over = sum(self._blobs.sizes()) + fixed - budget - (self.bytes if self._dry_run else 0)
         if over <= 0:
             namespaces.recount_all()
+            return
+        if only_if_enough and (pinned := self._pinned()) + fixed > budget:
+            self.excess.append(Excess(None, over, 0, pinned, fixed, untouched=True))
             return
         bound = Bound(bytes=budget - fixed)
         for entry, seen in self._oldest(None):
@@ -179,8 +186,12 @@ class _Run:
             if answer == "dropped":
                 over -= self.removed[-1].bytes
         if over > 0:
-            pinned = sum(namespaces.recount(name).pinned_bytes for name in namespaces.usages())
-            self.excess.append(Excess(None, over, 0, pinned, fixed))
+            self.excess.append(Excess(None, over, 0, self._pinned(), fixed))
+
+    def _pinned(self) -> int:
+        """Bytes of all that is pinned, counted again."""
+        namespaces = self._catalog.namespaces
+        return sum(namespaces.recount(name).pinned_bytes for name in namespaces.usages())
 
     def _oldest(self, namespace: str | None) -> Iterator[tuple[Entry, float]]:
         """Entries that are not pinned, longest unused first, each with its last use."""

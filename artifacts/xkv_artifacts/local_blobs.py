@@ -40,6 +40,8 @@ class LocalBlobStore(BlobStore):
     def __init__(self, root: Path, *, create: bool = True) -> None:
         self.root = root
         self.url = str(root)
+        if not create and root.exists() and not root.is_dir():
+            raise StoreError(f"{root} is a file, not a folder", hint="give the folder of a store")
         if not create and not (root / STORE_FILE).is_file() and not (root / PREFIXES).is_dir():
             raise StoreError(f"there is no store at {root}", hint="xkv precompute makes one")
         if create:

@@ -75,6 +75,7 @@ class Excess:
         namespace: whose quota; None: the store's budget.
         bytes, artifacts: beyond it. pinned_bytes: of what is there.
         calibration_bytes: of the store's calibrations, which a budget counts and no collection deletes.
+        untouched: nothing was deleted for it: what is pinned and the calibrations exceed it by themselves.
     """
 
     namespace: str | None
@@ -82,6 +83,7 @@ class Excess:
     artifacts: int
     pinned_bytes: int
     calibration_bytes: int = 0
+    untouched: bool = False
 
 
 @dataclass(frozen=True)

@@ -438,7 +438,9 @@ class ArtifactStore:
         """
         return limits_of_store(self.blobs)
 
-    def collect(self, limits: Limits | None = None, *, dry_run: bool = False) -> Collection:
+    def collect(
+        self, limits: Limits | None = None, *, dry_run: bool = False, only_if_enough: bool = False
+    ) -> Collection:
         """Delete what has ended, then what is beyond the limits: of each namespace, then of the whole store,
         what is longest unused. Nothing that is pinned, read or computed now is deleted. Stored tails of
         conversations go when their time is over; their server keeps them within a budget of its own.
@@ -449,11 +451,14 @@ class ArtifactStore:
         Args:
             limits: by default the store's own.
             dry_run: only say what would be deleted.
+            only_if_enough: delete nothing for a budget that pinned artifacts and calibrations exceed by
+                themselves. Else all that may go does, and the store comes as near to it as it can.
 
         Raises:
             InvalidLimits, CatalogUnavailable, CatalogError, StoreError
         """
-        result = self._collector.collect(self.limits() if limits is None else limits, dry_run=dry_run)
+        limits = self.limits() if limits is None else limits
+        result = self._collector.collect(limits, dry_run=dry_run, only_if_enough=only_if_enough)
         return replace(result, tails=self.tails.collect(dry_run=dry_run))
 
     def pack(self, artifact_id: str, *, undo: bool = False) -> bool:

@@ -66,7 +66,7 @@ def collect(
         limits = store.limits() if limits_file is None else limits_of_file(limits_file)
         if budget is not None:
             limits = limits.model_copy(update={"budget": budget})
-        result = store.collect(limits, dry_run=dry_run)
+        result = store.collect(limits, dry_run=dry_run, only_if_enough=True)
         left = store.tails.usage()
     if as_json:
         render.as_json(_as_dict(result, left))
@@ -130,6 +130,12 @@ def _excess(excess: Excess) -> str:
     whose = "the store" if excess.namespace is None else f"namespace {excess.namespace}"
     over = [render.size(excess.bytes)] if excess.bytes else []
     over += [f"{excess.artifacts:,} artifacts"] if excess.artifacts else []
+    if excess.untouched:
+        return (
+            f"{whose} is {' and '.join(over)} over its limit, and nothing was deleted for that: what cannot "
+            f"be deleted is over it by itself ({render.size(excess.calibration_bytes)} of calibrations, "
+            f"{render.size(excess.pinned_bytes)} of pinned artifacts)"
+        )
     held = [f"{render.size(excess.pinned_bytes)} of what it holds are pinned"]
     if excess.calibration_bytes:
         held += [f"{render.size(excess.calibration_bytes)} are calibrations, which are never collected"]
@@ -137,7 +143,8 @@ def _excess(excess: Excess) -> str:
 
 
 def _way_out(excess: Excess) -> str:
-    ways = ["unpin or remove some (xkv unpin, xkv rm)"]
+    pins = excess.pinned_bytes or not excess.untouched
+    ways = ["unpin or remove some (xkv unpin, xkv rm)"] if pins else []
     if excess.calibration_bytes:
         ways += ["remove calibrations that no artifact needs (xkv calibrations ls, xkv calibrations rm)"]
     return ", ".join([*ways, "or raise the limit"])

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xkv_cli.new_file import NewFile
 from xkv_cli.options import ManyValues, json_option, wrong_usage
 
+if TYPE_CHECKING:
+    from xkv_service.evaluation.plan import Plan
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_WHICH_FILE = (
+    "calibration= takes the path of a calibration's file, calibrations/<first 2 digits>/<ID>.safetensors in a"
+    " store's folder; `xkv calibrations ls` lists ids"
+)
 
 
 @click.command("eval", cls=ManyValues)
@@ -119,6 +126,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
     Methods, with full, the exact cache, always among them:
       xkv:group=4,ratio=8,index=none             factors, rebuilt before the question
       xkv:ratio=8,selector=sketch,budget=256     factors, 256 tokens of them rebuilt for each new token
+      xkv:ratio=20,calibration=FILE              with a calibration: the path of its file in a store
       snapkv:ratio=8  minicache  quantized       others (an unknown option lists a method's options)
 
     \b
@@ -162,6 +170,7 @@ def evaluate(as_json: bool, out: Path | None, **options: Any) -> int:
 
 
 def _measured(options: dict[str, Any], out: Path | None) -> Any:
+    from xkv_artifacts.errors import StoreError
     from xkv_cli.evaluation_render import watch
     from xkv_service.demo import demo_model_path
     from xkv_service.evaluation.harness import evaluate as run
@@ -171,7 +180,18 @@ def _measured(options: dict[str, Any], out: Path | None) -> Any:
     model, revision = options.pop("model"), options.pop("revision")
     device, dtype = options.pop("device"), options.pop("dtype")
     options["tasks"] = options["tasks"] or (("ruler",) if model else ("demo_documents",))
-    plan = Plan.create(**options)
+    try:
+        plan = Plan.create(**options)
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise wrong_usage(StoreError(error.message, hint=_WHICH_FILE)) from None
     loaded = load_model(model or demo_model_path(), revision, device=device, dtype=dtype)
-    with watch(sys.stderr, out) as observe:
+    with watch(sys.stderr, out, _begun(plan)) as observe:
         return run(loaded, plan, observe)
+
+
+def _begun(plan: Plan) -> str:
+    """What is measured, in a line."""
+    count = len(plan.documents()) * len(plan.tasks) * len(plan.lengths)
+    return f"measuring {', '.join(plan.methods)} on {count:,} document{'s' * (count != 1)}"

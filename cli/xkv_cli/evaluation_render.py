@@ -1,4 +1,4 @@
-"""Results of `xkv eval` as a person reads them, as one JSON object, and the bar while they are made."""
+"""Results of `xkv eval` as a person reads them, as one JSON object, and what is told while they are made."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xkv_cli import render
 from xkv_cli.new_file import writing
 from xkv_cli.plain_text import escaped
+from xkv_cli.progress import Notes
 from xkv_service.evaluation.harness import Step
 from xkv_service.evaluation.results import BASELINE, Results
 
 _KEEP_SECONDS = 30
+_TENTHS = 10
 
 
 def as_json(results: Results) -> None:
@@ -80,12 +82,24 @@ def _turns(row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def watch(stream: TextIO, out: Path | None) -> Iterator[Callable[[Step], None]]:
-    """While the block runs: a bar on `stream` where it is a terminal, and a file kept up to date."""
+def watch(stream: TextIO, out: Path | None, begun: str) -> Iterator[Callable[[Step], None]]:
+    """While the block runs: a bar on `stream`, or notes where it is no terminal, and a file kept up to date.
+
+    Args:
+        begun: the first note.
+    """
     keep = _Keeper(out)
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
-        yield keep
+        notes = Notes(console)
+        notes.note(begun)
+        tell = _Teller(notes)
+
+        def follow(step: Step) -> None:
+            tell(step)
+            keep(step)
+
+        yield follow
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -101,6 +115,19 @@ def watch(stream: TextIO, out: Path | None) -> Iterator[Callable[[Step], None]]:
             keep(step)
 
         yield observe
+
+
+class _Teller:
+    """Notes how far a run is, after each tenth of it."""
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes, self._started = notes, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        tenth = _TENTHS * step.done // step.total
+        if step.done < step.total and tenth > _TENTHS * (step.done - 1) // step.total:
+            where = f"{step.done:,} of {step.total:,} documents, {step.task} at {step.length:,}"
+            self._notes.note(f"{where}: {time.monotonic() - self._started:.0f} s")
 
 
 class _Keeper:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "chat": ("xkv_cli.chat", "chat"),
     "ask": ("xkv_cli.ask", "ask"),
     "serve": ("xkv_cli.serve", "serve"),
+    "text": ("xkv_cli.text", "text"),
     "ls": ("xkv_cli.artifacts", "ls"),
     "show": ("xkv_cli.artifacts", "show"),
     "verify": ("xkv_cli.artifacts", "verify"),
@@ -75,8 +76,9 @@ def xkv() -> None:
     Artifacts go to a store: ~/.local/share/xkv, or XKV_STORE, or --store. A Redis keeps the catalog: one
     that xkv starts beside the store, or XKV_REDIS_URL, or --redis.
 
-    Every command but chat takes --json, which prints exactly one JSON object on stdout. Exit status: 0 all
-    is well, 1 something failed, 2 wrong usage, 130 interrupted. XKV_DEBUG=1 shows tracebacks.
+    Every command but chat, serve and text takes --json, which prints exactly one JSON object on stdout.
+    Exit status: 0 all is well, 1 something failed, 2 wrong usage, 130 interrupted. XKV_DEBUG=1 shows
+    tracebacks.
     """
 
 

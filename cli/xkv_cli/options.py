@@ -121,6 +121,9 @@ def wrong_usage(error: XKVError) -> click.UsageError:
             # A name of several words stands nowhere else; a plain word is an option where it has a value.
             behind = r"\b" if "_" in parameter.name else "(?==)"
             text = re.sub(rf"(?<![\w-]){parameter.name}{behind}", typed, text)
+            value = context.params.get(parameter.name) if context else None
+            if isinstance(value, float):
+                text = text.replace(f"{typed}={value!r}", f"{typed}={value:.12g}")
     return click.UsageError(text)
 
 

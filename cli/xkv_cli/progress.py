@@ -19,7 +19,7 @@ def watch(stream: TextIO) -> Iterator[Observer]:
     """An observer that draws on `stream` while the block runs."""
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
-        yield _Notes(console)
+        yield Notes(console)
         return
     columns = (
         SpinnerColumn(),
@@ -33,7 +33,9 @@ def watch(stream: TextIO) -> Iterator[Observer]:
         yield _Drawn(console, bar)
 
 
-class _Notes:
+class Notes:
+    """What is told where there is no terminal."""
+
     def __init__(self, console: Console) -> None:
         self._console = console
 
@@ -45,7 +47,7 @@ class _Notes:
         self._console.print(f"note: {escaped(text)}", markup=False, soft_wrap=True)
 
 
-class _Drawn(_Notes):
+class _Drawn(Notes):
     def __init__(self, console: Console, bar: Bar) -> None:
         super().__init__(console)
         self._bar = bar

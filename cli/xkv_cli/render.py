@@ -26,6 +26,7 @@ from xkv_workers.verdicts import Verdict
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NAMED = 5
+_SHARES = {0.5: "half", 0.75: "three quarters"}
 
 
 def as_json(result: Mapping[str, Any]) -> None:
@@ -66,22 +67,12 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, right: Sequenc
 
 
 def report(result: Report) -> None:
-    """The summary of a run."""
+    """The summary of a run; where every document failed, it has no figures of artifacts."""
     rows(
         "",
         [
             ("documents", f"{result.documents:,}"),
-            ("computed", f"{result.computed:,}"),
-            ("reused", f"{result.reused:,}"),
-            ("failed", f"{result.failed:,}"),
-            ("tokens", f"{result.tokens:,}"),
-            ("exact cache", size(result.bytes_full)),
-            ("stored", size(result.bytes_stored)),
-            ("ratio", f"{result.ratio:.2f}x" if result.ratio else "-"),
-            ("calibration", (result.calibration or "none")[:12]),
-            ("fidelity, worst", percent(result.worst_fidelity)),
-            ("fidelity, median", percent(result.median_fidelity)),
-            *_measured_parts(result),
+            *(_stored(result) if result.artifacts else [("failed", f"{result.failed:,}")]),
             ("time", f"{result.seconds:.1f} s"),
         ],
     )
@@ -99,9 +90,25 @@ def report(result: Report) -> None:
     errors(result.errors)
 
 
+def _stored(result: Report) -> list[tuple[str, str]]:
+    return [
+        ("computed", f"{result.computed:,}"),
+        ("reused", f"{result.reused:,}"),
+        ("failed", f"{result.failed:,}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("exact cache", size(result.bytes_full)),
+        ("stored", size(result.bytes_stored)),
+        ("ratio", f"{result.ratio:.2f}x" if result.ratio else "-"),
+        ("calibration", (result.calibration or "none")[:12]),
+        ("fidelity, worst", percent(result.worst_fidelity)),
+        ("fidelity, median", percent(result.median_fidelity)),
+        *_measured_parts(result),
+    ]
+
+
 def _measured_parts(result: Report) -> list[tuple[str, str]]:
     """Of how many artifacts there are parts to answer from, where the run was to measure them."""
-    return [] if result.parts is None else [("parts measured", f"of {_artifacts(result.parts.measured)}")]
+    return [] if result.parts is None else [("with parts", _artifacts(result.parts.measured))]
 
 
 def _artifacts(count: int) -> str:
@@ -268,8 +275,8 @@ def _parts(manifest: PrefixManifest) -> list[tuple[str, str]]:
     """What the leading columns alone are worth, where that was measured."""
     return [
         (
-            f"first columns, at least {100 * part.share:g} %",
-            f"{percent(part.top1_agreement)} same next token, {_nats(part.kl)}; in whole blocks",
+            f"leading {_SHARES.get(part.share, f'{100 * part.share:g} %')}",
+            f"of columns, in whole blocks: {percent(part.top1_agreement)} same next token, {_nats(part.kl)}",
         )
         for part in manifest.fidelity.parts
     ]
@@ -381,8 +388,8 @@ def checks(found: Sequence[Check]) -> None:
 
 
 def date(seconds: float) -> str:
-    """A moment on this machine's clock, to the minute."""
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    """A moment on this machine's clock, to the second, and its zone."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def _console() -> Console:

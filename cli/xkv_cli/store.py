@@ -69,7 +69,8 @@ def gc(
     Deletes artifacts and stored tails of conversations whose time to live is over, then, while a namespace
     is beyond its quota or the store beyond its budget, those artifacts that were not used for longest. Limits
     are those in the store's file limits.json, if it has one. Never deletes what is pinned, or read or
-    computed at this moment, nor any calibration.
+    computed at this moment, nor any calibration; and nothing for a budget that pins and calibrations
+    alone exceed.
 
     With --orphans it deletes no artifact: it deletes temporary files of dead writers, what a broken-off
     `xkv calibrate` left a week ago or earlier, and stored tails that the catalog lost, drops catalog entries
@@ -85,7 +86,8 @@ def gc(
     With --json, one object; "excess" are limits that are exceeded all the same:
       {"dry_run", "removed", "bytes", "in_use", "stored",
        "artifacts": [{"id", "namespace", "bytes", "reason": "expired"|"quota"|"budget"}],
-       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes", "calibration_bytes"}],
+       "excess": [{"namespace", "bytes", "artifacts", "pinned_bytes", "calibration_bytes",
+                   "untouched"}],
        "stored_tails": {"removed", "bytes", "left", "left_bytes"}}
     and with --orphans:
       {"files", "bytes", "entries_dropped", "blobs_listed", "sums", "tails"}

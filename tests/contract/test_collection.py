@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from artifact_samples import sample
 from calibration_samples import calibration
+from click.testing import CliRunner
 from redis_server import RedisServer
 from renewal import RENEWED_S, wait_for_renewal
 
@@ -28,6 +29,7 @@ from xkv_artifacts.namespace_index import NAMESPACE_KEY, SUMS_KEY
 from xkv_artifacts.readers import Readers
 from xkv_artifacts.reports import Excess
 from xkv_artifacts.store import ArtifactStore
+from xkv_cli.main import xkv
 
 
 @pytest.fixture
@@ -135,6 +137,36 @@ def test_calibrations_that_exceed_a_budget_are_told(store: ArtifactStore) -> Non
     report = store.collect(Limits(budget=100))
     assert report.excess == (Excess(None, size - 100, 0, 0, size),)
     assert store.calibrations.ids() == [made]
+
+
+@pytest.mark.parametrize("kept", ["calibration", "pin"])
+def test_the_command_deletes_nothing_for_a_budget_that_cannot_be_kept(
+    store: ArtifactStore, kept: str
+) -> None:
+    ids = [publish(store, length) for length in (10, 20)]
+    ended = publish(store, 30, ttl_s=0.1)
+    if kept == "pin":
+        held = store.blobs.size(publish(store, 40, pinned=True))
+    else:
+        held = store.calibrations.blobs.size(store.calibrations.publish(*calibration()).id)
+    own = sum(sizes(store, ids))
+    time.sleep(0.2)
+    arguments = ["--store", store.blobs.url, "--redis", store.redis_url]
+    for options in (["--dry-run"], []):
+        result = CliRunner().invoke(xkv, ["gc", "--budget", str(held - 1), *options, "--json", *arguments])
+        found = json.loads(result.output)
+        assert [removal["id"] for removal in found["artifacts"]] == [ended]
+        assert [(one["bytes"], one["untouched"]) for one in found["excess"]] == [(own + 1, True)]
+    assert set(ids) <= stored(store)
+    result = CliRunner().invoke(xkv, ["gc", "--budget", str(held), "--json", *arguments])
+    assert sorted(removal["id"] for removal in json.loads(result.output)["artifacts"]) == sorted(ids)
+
+
+def test_a_server_comes_as_near_to_a_budget_as_it_can(store: ArtifactStore) -> None:
+    plain, pinned = publish(store, 10), publish(store, 40, pinned=True)
+    report = store.collect(Limits(budget=100))
+    assert [removal.artifact_id for removal in report.removed] == [plain] and stored(store) == {pinned}
+    assert [excess.untouched for excess in report.excess] == [False]
 
 
 def test_what_is_read_stays_until_it_is_read(store: ArtifactStore) -> None:

@@ -105,8 +105,9 @@ def test_parts_are_measured_where_that_is_asked_for(
     told = " ".join(xkv("show", name, "--store", shared[0]).out.split())
     first, whole = parts[0], xkv("show", name, "--store", shared[0], "--json").json["fidelity"]["kl"]
     assert f"KL divergence {whole:.3g} nats" in told
-    assert f"first columns, at least {100 * first['share']:g} % {100 * first['top1_agreement']:.1f} %" in told
-    assert f"{first['kl']:.3g} nats; in whole blocks" in told
+    share = {0.5: "half", 0.75: "three quarters"}[first["share"]]
+    agreement = f"{100 * first['top1_agreement']:.1f} % same next token, {first['kl']:.3g} nats"
+    assert f"leading {share} of columns, in whole blocks: {agreement}" in told
     again = run(*made, *ray).json
     assert again["reused"] == 1 and "parts" not in again
     assert run(*made, "--parts", *ray).json["parts"] == report["parts"]
@@ -127,12 +128,12 @@ def test_what_is_stored_without_parts_is_told(
     (long,) = [line["id"] for line in artifacts if line["document"] == "long.txt"]
     assert run(*made, "--parts", "--json").json["parts"] == {"measured": 0, "unmeasured": [long]}
     told = run(*made, "--parts")
-    assert "parts measured    of 0 artifacts" in told.out
+    assert "with parts        0 artifacts" in told.out
     assert f"parts of 1 artifact stored before were not measured ({long[:12]})" in told.err
     assert "remove each with `xkv rm ID` and run xkv precompute --parts again" in told.err
     assert xkv("rm", long, "--store", shared[0]).code == 0
     told = run(*made, "--parts")
-    assert "parts measured    of 1 artifact\n" in told.out and "xkv rm" not in told.err
+    assert "with parts        1 artifact " in told.out and "xkv rm" not in told.err
 
 
 @pytest.mark.parametrize(

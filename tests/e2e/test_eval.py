@@ -53,6 +53,7 @@ def test_a_person_gets_a_table(xkv: Xkv) -> None:
     [
         (["--tasks", "niah"], "task 'niah' is unknown"),
         (["--methods", "h2o"], "method 'h2o' is unknown"),
+        (["--methods", "xkv:calibration=dbe17073ab1d"], "takes the path of a calibration's file"),
         (["--lengths", "16385"], "beyond the model's window of 16384"),
         (["--samples", "0"], "samples=0"),
         (["--model", "no/such/folder"], "no model folder"),
@@ -71,6 +72,7 @@ def test_a_full_disk_is_told_and_the_results_are_shown_all_the_same(xkv: Xkv) ->
     done = xkv("eval", "--lengths", 400, "--samples", 1, "--device", "cpu", "--json", "--out", "/dev/full")
     assert done.code == 1 and len(done.json["rows"]) == 2
     assert done.err.splitlines() == [
+        "note: measuring full, xkv on 1 document",
         "error: cannot write /dev/full: No space left on device",
         "hint: make room, or give another place",
     ]

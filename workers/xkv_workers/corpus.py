@@ -79,7 +79,10 @@ def read_file(file: CorpusFile) -> Iterator[Document | Rejected]:
         elif suffix in READERS:
             yield _checked(file.uri, READERS[suffix](file.path))
         else:
-            raise BadDocument(f"files of kind {suffix or '(no suffix)'} are not read")
+            raise BadDocument(
+                f"files of kind {suffix or '(no suffix)'} are not read",
+                hint=f"xkv reads {', '.join(SUFFIXES)}",
+            )
     except BadDocument as error:
         yield _rejected(file.uri, error)
     except OSError as error:

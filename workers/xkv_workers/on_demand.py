@@ -28,10 +28,10 @@ def read_document(path: Path) -> Document:
         CorpusError: there is none, or more than one.
     """
     if path.is_dir():
-        raise CorpusError(f"{path} is a folder", hint="a conversation is about one document")
+        raise CorpusError(f"{path} is a folder", hint="give a file with one document")
     found = [item for file in list_files((path,)) for item in _documents(file)]
     if len(found) != 1:
-        raise CorpusError(f"{path} has {len(found)} documents", hint="a conversation is about one document")
+        raise CorpusError(f"{path} has {len(found)} documents", hint="give a file with one document")
     if not isinstance(found[0], Document):
         raise CorpusError(f"{path}: {found[0].reason}")
     return found[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -60,6 +61,7 @@ def read_pdf(path: Path) -> str:
             "reading PDF needs pypdf, which is not installed", hint="pip install 'xkv-service[pdf]'"
         ) from None
     content = _read_limited(path)
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what is wrong with the file is told here
     try:
         reader = PdfReader(BytesIO(content))
         if reader.is_encrypted:
@@ -83,39 +85,37 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, str | BadDocument]]:
             if len(raw) > MAX_DOCUMENT_BYTES:
                 yield (
                     f"line {number}",
-                    BadDocument(f"line {number} is over 64 MiB; reading stops here"),
+                    BadDocument("over 64 MiB; reading stops here"),
                 )
                 return
             if not raw.strip():
                 continue
             try:
-                yield _record(raw, number)
+                yield _record(raw)
             except BadDocument as error:
                 yield f"line {number}", error
 
 
-def _record(raw: bytes, number: int) -> tuple[str, str]:
+def _record(raw: bytes) -> tuple[str, str]:
     try:
         record: Any = json.loads(decode(raw))
     except json.JSONDecodeError as error:
-        raise BadDocument(f"line {number} is not JSON: {error.msg} at column {error.colno}") from None
+        raise BadDocument(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise BadDocument(f"line {number} is nested too deeply") from None
-    except BadDocument as error:
-        raise BadDocument(f"line {number}: {error.message}") from None
+        raise BadDocument("nested too deeply") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise BadDocument(f"line {number} is not JSON: {one_line(error)}") from None
+        raise BadDocument(f"not JSON: {one_line(error)}") from None
     if not isinstance(record, dict):
-        raise BadDocument(f'line {number} is not an object with "id" and "text"')
+        raise BadDocument('not an object with "id" and "text"')
     name, text = record.get("id"), record.get("text")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not name.strip():
-        raise BadDocument(f'line {number} has no "id"')
+        raise BadDocument('no "id"')
     if len(name) > MAX_ID_LETTERS or not name.isprintable():
-        raise BadDocument(f'the "id" in line {number} is too long or not printable')
+        raise BadDocument('the "id" is too long or not printable')
     if not isinstance(text, str):
-        raise BadDocument(f'line {number} has no "text"')
+        raise BadDocument('no "text"' if text is None else '"text" is not a string')
     return name, text
 
 

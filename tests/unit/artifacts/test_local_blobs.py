@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import pytest
 
-from xkv_artifacts.blobs import CALIBRATIONS, blob_name, id_of_name, local_path, open_blob_store
+from xkv_artifacts.blobs import CALIBRATIONS, blob_name, id_of_name, local_path, open_blob_store, store_errors
 from xkv_artifacts.errors import ArtifactNotFound, StoreError
 from xkv_artifacts.local_blobs import LocalBlobStore
 
@@ -296,6 +296,15 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot make a store"):
         open_blob_store("file")
+    with pytest.raises(StoreError, match="file is a file, not a folder") as caught:
+        open_blob_store("file", create=False)
+    assert caught.value.hint == "give the folder of a store"
+
+
+def test_what_is_read_and_is_not_there_is_no_folder_to_be_made(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as caught, store_errors("read", "x"):
+        (tmp_path / "x").read_bytes()
+    assert caught.value.hint == "nothing is there; check the path, or the bucket's name"
 
 
 def test_free_space_is_known(blobs: LocalBlobStore) -> None:

@@ -6,8 +6,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -75,6 +77,22 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
     assert "Example" in done.output and "--json" in done.output
 
 
+def test_the_help_names_the_commands_that_have_no_json() -> None:
+    without = [name for name, command in commands(xkv) if not any("--json" in p.opts for p in command.params)]
+    *first, last = without
+    said = " ".join(CliRunner().invoke(xkv, ["--help"]).output.split())
+    assert f"Every command but {', '.join(first)} and {last} takes --json" in said
+
+
+def commands(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, in the order of the help."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield from commands(command) if isinstance(command, click.Group) else [(name, command)]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -100,6 +118,8 @@ def test_wrong_usage_exits_2_with_one_line(arguments: list[str]) -> None:
     [
         (["precompute", "--group-size", "0"], "--group-size=0 is out of range"),
         (["precompute", "--ratio", "0.5"], "--ratio=0.5 is out of range"),
+        (["precompute", "--ratio", "0"], "--ratio=0 is out of range"),
+        (["precompute", "--ratio", "1000000000"], "--ratio=1000000000 is out of range"),
         (["precompute", "--rank-k", "4"], "--rank-k and --rank-v go together"),
         (["precompute", "--group-size", "2", "--bits", "4"], "bits 4: with --group-size there is no"),
         (["calibrate", "--group-size", "0"], "--group-size=0 is out of range"),

@@ -72,7 +72,7 @@ def test_the_model_may_be_named_by_the_environment(
 def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
     assert result.exit_code == 2 and not requests
-    assert "--lookup-timeout=0.0 is out of range: use more than 0" in result.output
+    assert "--lookup-timeout=0 is out of range: use more than 0" in result.output
 
 
 @pytest.mark.parametrize(("arguments", "kl"), [([], 2.5e-4), (["--part-kl", "0"], 0.0)])
