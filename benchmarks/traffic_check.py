@@ -33,7 +33,9 @@ def check(answers: list[Any], store: ArtifactStore) -> dict[str, Any]:
         for answer in sorted(
             (one for one in answers if one["end"] == "answered"), key=lambda one: str(one["messages"])
         ):
-            assert answer["xkv"].get("part") is None, "answers from a part are not those of the whole artifact"
+            assert answer["xkv"].get("part") is None, (
+                "answers from a part are not those of the whole artifact"
+            )
             used = (answer["xkv"]["artifact"], answer["xkv"]["prefix_tokens"])
             prompt = loaded.tokenizer.apply_chat_template(
                 answer["messages"], add_generation_prompt=True, return_dict=False
