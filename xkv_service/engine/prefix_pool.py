@@ -283,8 +283,10 @@ class PrefixPool:
 
     def _loaded(self, load: Load) -> BoundPrefix:
         """Read and bind, within the room reserved for it."""
+        begin = time.perf_counter()
         load.announced = announced = self._loading.announce(load.artifact_id, load.part)
         self._upkeep.ask([load.artifact_id])
+        announced_s = time.perf_counter() - begin  # who waits for the prefix waits for its header, too
         with ExitStack() as stack:
             # Before room is made, which must not cost the calibration that the prefix needs.
             shared = self._resident_calibration(announced, stack)
@@ -293,10 +295,16 @@ class PrefixPool:
                     raise NoRoom
             if shared is None and announced.calibration is not None:
                 shared = self._read_calibration(load, stack)
-            return self._bound(load, announced, shared)
+            return self._bound(load, announced, shared, announced_s)
 
-    def _bound(self, load: Load, announced: Announced, shared: Calibration | None) -> BoundPrefix:
-        """Read and bind what there is room for, measure it, and keep it, held once."""
+    def _bound(
+        self, load: Load, announced: Announced, shared: Calibration | None, announced_s: float
+    ) -> BoundPrefix:
+        """Read and bind what there is room for, measure it, and keep it, held once.
+
+        Args:
+            announced_s: that announcing it took. Reading its calibration is not counted: the next has it.
+        """
 
         def on_arriving(arriving: Arriving) -> None:
             with self._lock:
@@ -307,7 +315,7 @@ class PrefixPool:
 
         begin = time.perf_counter()
         bound = BoundPrefix(self._loading.bind(announced, shared, on_arriving))
-        seconds = time.perf_counter() - begin
+        seconds = announced_s + time.perf_counter() - begin
         stored, whole = announced.stored_bytes, announced.artifact_bytes
         self.rates.loaded(stored, announced.tokens, seconds, whole_nbytes=whole)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)

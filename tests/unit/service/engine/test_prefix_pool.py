@@ -336,6 +336,22 @@ def test_an_evicted_prefix_is_freed(make_pool: MakePool, ids: list[str]) -> None
     until(lambda: gc.collect() >= 0 and all(ref() is None for ref in watched))
 
 
+def test_the_header_is_part_of_what_a_load_takes(
+    make_pool: MakePool, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a prefix waits for it too: else a slow store is believed to be quicker than it is."""
+    pool = make_pool()
+    announce = pool._loading.announce
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        return announce(*given)
+
+    monkeypatch.setattr(pool._loading, "announce", slowly)
+    loaded(pool, ids[0], SIZES[0])
+    assert pool.state().counters["load_seconds"] > 0.3
+
+
 def test_prefetching_makes_the_next_request_immediate(make_pool: MakePool, ids: list[str]) -> None:
     pool = make_pool()
     pool.prefetch(ids[0])
