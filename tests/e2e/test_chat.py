@@ -199,7 +199,7 @@ def test_system_prompts_and_raw_text_come_back_from_an_artifact(xkv: Xkv, tmp_pa
         (["--doc", DOCUMENT, "--artifact", "0000"], 2, "give one of them"),
         (["--doc", DOCUMENT, "--budget", "0"], 2, "budget=0"),
         (["--doc", DOCUMENT, "--budget", "x"], 2, "neither tokens"),
-        (["--doc", DOCUMENT, "--temperature", "-1"], 2, "temperature=-1.0"),
+        (["--doc", DOCUMENT, "--temperature", "-1"], 2, "temperature=-1"),
         (["--doc", DOCUMENT, "--namespace", "a/b"], 2, "namespace"),
         (["--doc", DOCUMENT, "--ratio", "0.5"], 2, "ratio=0.5"),
         (["--doc", DOCUMENT, "--model", "/no/model"], 1, "no model folder"),
