@@ -15,6 +15,7 @@ Basis = Literal["document", "calibrated"]
 IndexKind = Literal["derived", "sketch", "landmark", "none"]
 
 DEFAULT_RATIO = 8.0
+MOST_RATIO = 1000
 STORED_INDEX_RATIO = 8.0
 """Up to here the index is stored where nothing is said about it (docs/defaults.md)."""
 COLUMN_BITS = {"mixed": (2, 4, 8), "int4": (4,), "int8": (8,)}
@@ -96,8 +97,10 @@ class CompressionSpec:
             )
         if self.ratio is not None and self.rank_k is not None:
             raise InvalidSpec("a ratio and ranks were both given", hint="give one or the other")
-        if self.ratio is not None and not (is_number(self.ratio) and 1.0 <= self.ratio <= 1000.0):
-            raise InvalidSpec(f"ratio={self.ratio!r} is out of range", hint="use a number from 1 to 1000")
+        if self.ratio is not None and not (is_number(self.ratio) and 1.0 <= self.ratio <= MOST_RATIO):
+            raise InvalidSpec(
+                f"ratio={self.ratio!r} is out of range", hint=f"use a number from 1 to {MOST_RATIO}"
+            )
         for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
             if rank not in (None, "full") and not (is_integer(rank) and rank >= 1):
                 raise InvalidSpec(f"{name}={rank!r} is no rank", hint='use an integer from 1, or "full"')

@@ -19,10 +19,9 @@ from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObje
 from xkv_service.api.requests import Body, Messages, Text
 from xkv_service.api.server import ERRORS, Server, key_of
 from xkv_service.errors import InvalidPrompt, PrefixTooShort, RatioUnreachable
+from xkv_service.spec import MOST_RATIO
 
 LONGEST_TTL_S = 10 * 365 * 86_400
-MOST_RATIO = 1000
-"""`CompressionSpec`'s."""
 
 
 def _shown_as_it_is(name: str) -> str:

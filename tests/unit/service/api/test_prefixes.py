@@ -25,10 +25,11 @@ from xkv_service.api.keys import KeyRing
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.api.prefix_maker import PrefixMaker
-from xkv_service.api.prefix_routes import MOST_RATIO, PrefixBody
+from xkv_service.api.prefix_routes import PrefixBody
 from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.errors import InvalidSpec
 from xkv_service.modeling.models import LoadedModel
+from xkv_service.spec import MOST_RATIO
 
 KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True), key("operator", operator=True)))
 SYSTEM = "You answer questions about rivers, and about nothing else, in one short sentence. " * 2
