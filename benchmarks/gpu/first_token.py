@@ -538,8 +538,8 @@ class _Clock:
         return measured
 
     def _waiting(self, load: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
-        def parts(*args: Any) -> Iterator[Any]:
-            with closing(load(*args)) as found:
+        def parts(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with closing(load(*args, **kwargs)) as found:
                 take = self.timed("wait", lambda: next(found, None))
                 while (part := take()) is not None:
                     yield part

@@ -36,8 +36,8 @@ class Load:
 
     Attributes:
         began: when its thread took it. shared_bytes: of a calibration that had to be read for it.
-        overdue: whether somebody gave up waiting while it ran. spoiled: whether the rest of its file was
-            found damaged or missing meanwhile.
+        overdue: whether somebody gave up waiting while it ran. noted_overdue: whether the rates were told so.
+        spoiled: whether the rest of its file was found damaged or missing meanwhile.
     """
 
     artifact_id: str
@@ -48,6 +48,7 @@ class Load:
     announced: Announced | None = None
     shared_bytes: int = 0
     overdue: bool = False
+    noted_overdue: bool = False
     spoiled: bool = False
 
     @property

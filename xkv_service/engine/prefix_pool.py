@@ -135,7 +135,7 @@ class PrefixPool:
                 load = self._loads.get(resident_key(artifact_id, part)) or self._begin(artifact_id, part)
                 load.waiters.append(waiter)
         if answer is None:
-            self._alarm.after(wait_s, lambda: self._expire(load, waiter))
+            self._alarm.after(wait_s, lambda: self._expire(load, waiter, wait_s))
         else:
             self._later_tell(waiter, answer)
 
@@ -317,10 +317,12 @@ class PrefixPool:
         bound = BoundPrefix(self._loading.bind(announced, shared, on_arriving))
         seconds = announced_s + time.perf_counter() - begin
         stored, whole = announced.stored_bytes, announced.artifact_bytes
-        self.rates.loaded(stored, announced.tokens, seconds, whole_nbytes=whole)
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)
         needs = None if announced.calibration is None else CALIBRATION + announced.calibration
         with self._lock:
+            self.rates.loaded(
+                stored, announced.tokens, seconds, whole_nbytes=whole, overdue=load.noted_overdue
+            )
             if not self._residents.put(load.key, bound, held, needs):
                 raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
             self._residents.hold(load.key)  # until those who wait have it
@@ -446,7 +448,7 @@ class PrefixPool:
                 self._parked.remove(load)
                 self._submit(load)
 
-    def _expire(self, load: Load, waiter: Waiter) -> None:
+    def _expire(self, load: Load, waiter: Waiter, waited_s: float) -> None:
         """On the alarm's thread: a waiter's time is up."""
         with self._lock:
             if waiter not in load.waiters:
@@ -461,6 +463,10 @@ class PrefixPool:
             elif load.began is not None and load.job is not None:
                 load.overdue = True
                 self._threads.give_up(load.job)
+                # Where the wait was for a thread, it says nothing of how long loads take.
+                if not load.noted_overdue and time.perf_counter() - load.began > waited_s / 2:
+                    load.noted_overdue = True
+                    self.rates.overdue()
             self._count_failure(failure, 1)
         self._tell([(waiter, failure)])
 

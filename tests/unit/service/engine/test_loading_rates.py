@@ -124,3 +124,55 @@ def test_what_it_takes_is_measured() -> None:
         rates.loaded(7_000_000, 1000, 0.84, whole_nbytes=10_000_000)
     assert rates.part_in_time(1000, 8_000_000, 10_000_000)
     assert not rates.part_in_time(1000, 9_000_000, 10_000_000)
+
+
+def test_loads_that_scatter_around_a_prefill_are_not_waited_for() -> None:
+    """On the whole they take a little less: but who waits in vain waits for nothing, and then computes."""
+    rates, random = LoadingRates(1e-3), Random(0)
+    vain = 0
+    for _ in range(100):
+        seconds = 0.95 * random.lognormvariate(0, 0.2)
+        vain += rates.decide(1000, 3_000_000) == "load" and seconds > 1
+        rates.loaded(3_000_000, 1000, seconds)
+    assert rates.load_s(3_000_000) < rates.prefill_s(1000)
+    assert vain <= 5
+
+
+def test_loads_that_scatter_far_below_a_prefill_are_waited_for() -> None:
+    rates, random = LoadingRates(1e-3), Random(0)
+    for number in range(100):
+        assert rates.decide(1000, 3_000_000) == "load"
+        late = number % 8 == 7  # one that is odd changes nothing
+        rates.loaded(3_000_000, 1000, 5.0 if late else 0.3 * random.lognormvariate(0, 0.3))
+
+
+def test_a_store_that_becomes_slow_and_quick_again_is_believed_soon() -> None:
+    rates = LoadingRates(1e-3)
+    for seconds, way in ((0.2, "load"), (1.5, "prefill"), (0.2, "load")):
+        for _ in range(8):
+            rates.loaded(3_000_000, 1000, seconds)
+        assert rates.decide(1000, 3_000_000) == way
+
+
+def test_what_is_waited_for_in_vain_counts_before_it_ends_and_once() -> None:
+    rates = LoadingRates(1e-3)
+    rates.overdue()
+    assert rates.decide(1000) == "prefill" == rates.decide(1000, 3_000_000)
+    assert not rates.part_in_time(1000, 2_000_000, 3_000_000)
+    rates.loaded(3_000_000, 1000, 1.2, overdue=True)
+    assert rates.decide(1000, 3_000_000) == "prefill"
+    assert rates.part_in_time(1000, 2_000_000, 3_000_000)
+    for _ in range(7):
+        rates.loaded(3_000_000, 1000, 0.1)
+    assert rates.decide(1000, 3_000_000) == "load"
+    for _ in range(5):
+        rates.overdue()
+    assert rates.decide(1000, 3_000_000) == "prefill"
+
+
+def test_the_first_load_says_what_the_next_takes() -> None:
+    """What was believed before anything was loaded was a hope."""
+    rates = LoadingRates(1e-3)
+    rates.loaded(3_000_000, 1000, 1.2)
+    assert rates.decide(1000, 3_000_000) == "prefill" == rates.decide(1000)
+    assert rates.part_in_time(1000, 2_000_000, 3_000_000)

@@ -188,6 +188,46 @@ def test_a_slow_load_is_told_in_time_and_found_by_the_next(
     pool.close()
 
 
+def test_what_was_waited_for_in_vain_is_not_expected_in_time_again(
+    slow: tuple[ArtifactStore, SlowBlobs], model: PreTrainedModel
+) -> None:
+    store, blobs = slow
+    late, other = publish_some(store, model, SIZES[:2])
+    pool = _pool(model, store)
+    pool.rates = LoadingRates(0.1)
+    assert pool.rates.decide(SIZES[1]) == "load"
+    _hang(pool, blobs, late, SIZES[0])
+    assert pool.rates.decide(SIZES[1]) == "prefill"
+    blobs.hanging[late].set()
+    until(lambda: late in pool.state().prefixes)
+    for _ in range(4):  # that it took so long is soon outweighed
+        pool.rates.loaded(1000, SIZES[0], 0.001)
+    assert pool.rates.decide(SIZES[1]) == "load"
+    loaded(pool, other, SIZES[1])
+    pool.close()
+
+
+def test_waiting_for_a_thread_says_nothing_of_loads(
+    slow: tuple[ArtifactStore, SlowBlobs], model: PreTrainedModel
+) -> None:
+    store, blobs = slow
+    first, second = publish_some(store, model, SIZES[:2])
+    for one in (first, second):
+        blobs.hanging[one] = threading.Event()
+    pool = _pool(model, store, threads=1)
+    pool.rates = LoadingRates(0.1)
+    pool.request(first, SIZES[0], lambda found: None, deadline_s=PATIENT)
+    told = threading.Event()
+    pool.request(second, SIZES[1], lambda found: told.set(), deadline_s=0.5)
+    time.sleep(0.4)
+    blobs.hanging[first].set()  # the second one's load begins when there is little left to wait
+    assert told.wait(PATIENT)
+    blobs.hanging[second].set()
+    until(lambda: second in pool.state().prefixes)
+    assert pool.rates.decide(SIZES[1]) == "load"
+    pool.close()
+
+
 def test_the_deadline_is_what_a_prefill_takes(
     slow: tuple[ArtifactStore, SlowBlobs], model: PreTrainedModel
 ) -> None:
