@@ -4,7 +4,8 @@
 
 Prompts come one after the other, each with a stored prefix that nobody has in memory; computing it takes one
 second, loading it so many at the median, spread log-normally. A load that nobody waits for goes on, and is
-seen; one that is waited for in vain costs the second's wait and then the second of computing. Seconds a
+seen, and takes as long as one that is waited for, which on a busy machine it does not. One that is waited for
+in vain costs the second's wait and then the second of computing, and ends before the next prompt. Seconds a
 prompt, means of `--runs` runs of `--prompts` prompts. `known`: loads whose time is known in advance, which
 nothing can beat. `line`, the baseline: the load is waited for if the line through the last 32 says that it
 is faster. `last 8` and so on: if it is expected to be, should it be as far from the line as one of so many
@@ -31,7 +32,7 @@ WINDOWS = (1, 2, 4, 8, 16, 32)
 class ByLine(LoadingRates):
     """What is believed of a load is believed exactly."""
 
-    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+    def decide(self, tokens: int, nbytes: int | None = None, rounds: int = 1) -> Way:
         """By the line alone."""
         assert nbytes is not None
         return "load" if self.load_s(nbytes) <= self.prefill_s(tokens) else "prefill"
@@ -119,8 +120,8 @@ def _waited(rates: LoadingRates, times: list[tuple[int, float]]) -> float:
             late = seconds > 1.0
             waits.append(2.0 if late else seconds)
             if late:
-                rates.overdue()
-            rates.loaded(nbytes, TOKENS, seconds, overdue=late)
+                rates.waited_in_vain()
+            rates.loaded(nbytes, TOKENS, seconds, noted=late)
     return mean(waits)
 
 

@@ -61,7 +61,7 @@ class SlowFolder(LocalBlobStore):
 class Patient(LoadingRates):
     """Every prefix is loaded, and every load is waited for."""
 
-    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+    def decide(self, tokens: int, nbytes: int | None = None, rounds: int = 1) -> Way:
         """Always the load."""
         return "load"
 

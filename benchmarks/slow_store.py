@@ -5,10 +5,10 @@
 One user asks about one document after the other, each with an artifact (at 8x, with parts, the bundled
 calibration) that nobody has in memory, in an object store (moto's) behind a link so slow that a whole
 artifact's bytes take `--slower` times as long as computing the document. Every half is on offer, however far
-it is from the exact cache. `computed`, the baseline: a server without a store, asked the same. Every row has
-a server of its own. Seconds are a request's, of one token; that its lookup reads the artifact's header over
-the link is in them. `served`: what each document was answered from, in order; computed "at once", or after a
-load was waited for "in vain", which are counted.
+it is from the exact cache. `computed`, the baseline: a server with an empty store of its own, asked the same.
+Every row has a server of its own. Seconds are a request's, of one token; that its lookup reads the artifact's
+header over the link is in them. `served`: what each document was answered from, in order; computed "at once",
+or after a load was waited for "in vain", which are counted.
 """
 
 from __future__ import annotations

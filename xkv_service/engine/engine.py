@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import torch
 
+from xkv_artifacts.keys import BLOCK_TOKENS
 from xkv_artifacts.manifest import PartFidelity
 from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
@@ -292,7 +293,7 @@ class Engine:
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
         if prefix is not None:
             self._start(sequence, self._context(prefix, match.artifact_id), match.artifact_id)
-        elif self._prefixes.rates.decide(match.tokens, match.nbytes) == "load":
+        elif self._prefixes.decide(match.artifact_id, match.tokens, match.nbytes) == "load":
             self._load(sequence, match, self._prefixes)
         else:
             self._begin_late(sequence, match, self._prefixes)
@@ -406,6 +407,7 @@ class Engine:
 
     def _join(self, sequence: Sequence) -> None:
         """It runs from the next step on."""
+        self._prefer_everything(sequence)
         self._running.append(sequence)
         held = len(_context_of(sequence).ids) - sequence.computed
         prompt = len(sequence.request.token_ids)
@@ -415,6 +417,23 @@ class Engine:
             self._count(from_part=1)
         if sequence.miss is not None:
             self._counters[f"miss_{sequence.miss.reason}"] += 1
+
+    def _prefer_everything(self, sequence: Sequence) -> None:
+        """Compute all of a prompt that has so much behind its prefix that this is faster.
+
+        Not of a conversation: what it holds behind its prefix would be lost. (Others share a few tokens more
+        than the prefix, those of a template.)
+        """
+        context, artifact_id, pool = _context_of(sequence), sequence.artifact_id, self._prefixes
+        held, tokens = len(context.ids), len(sequence.request.token_ids)
+        talk = held - context.prefix_tokens >= BLOCK_TOKENS
+        if pool is None or artifact_id is None or sequence.computed or talk:
+            return
+        if pool.rates.everything_is_faster(tokens, held):
+            detail = f"all {tokens} tokens are computed faster than {tokens - held} behind a prefix of {held}"
+            sequence.miss = Miss("slow_load", detail)
+            self._release(sequence.resident)
+            sequence.begin(empty_context(self.loaded.model), None)
 
     def _context(self, prefix: Prefix, key: str) -> Context:
         """Of a prefix that is held, and held no longer where this fails."""
@@ -499,11 +518,14 @@ class Engine:
         part = parts[0]
         if self._prefixes is None or len(parts) != 1 or part.sequence.left:
             return
-        start = len(_context_of(part.sequence).ids) - part.count
+        context = _context_of(part.sequence)
+        start = len(context.ids) - part.count
         if part.sequence.artifact_id is None:
             self._prefixes.rates.prefilled(start, part.count, seconds)
-        elif self._stored is not None:
-            self._stored.rates.computed(start, part.count, seconds)
+        else:
+            self._prefixes.rates.prefilled_behind(start - context.prefix_tokens, part.count, seconds)
+            if self._stored is not None:
+                self._stored.rates.computed(start, part.count, seconds)
 
     def _count(self, **more: float) -> None:
         for name, value in more.items():

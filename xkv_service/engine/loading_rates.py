@@ -24,11 +24,19 @@ _ALIKE = 1.1
 """Sizes that differ by less are one."""
 _RECENT = 8
 """Loads that say how far loads are from what is believed of them: see benchmarks/load_or_compute.py."""
+BELIEVED_S = 300.0
+"""How long they say so; then the line is believed alone. A guess."""
 _IN_VAIN = (1, inf)
-"""Bytes and seconds of a load that was waited for in vain, and has not ended."""
-_WARM_UPS, _WARM_UP_TOKENS = 4, 128
+"""Bytes and seconds of a load that was waited for in vain, and has not been measured."""
+_WARM_UPS, _WARM_UP_TOKENS, _WARM_UP_TOKENS_GPU = 4, 128, 2048
+"""A GPU takes for 128 tokens what it takes to launch them."""
 _LEAST_CHUNK = 32
 """Shorter chunks of a prefill say what a forward costs, not what a token costs."""
+_LEAST_REST = 128
+"""As short behind factors, where a forward costs more; and shorter rests are questions."""
+_WORTH = 1.5
+"""By how much computing everything must be faster than what a prompt has behind a prefix: it holds an exact
+cache of all of it from then on. A guess."""
 
 
 class LoadingRates:
@@ -46,7 +54,8 @@ class LoadingRates:
         self._prefill = RobustLine([(_WARM_UP_TOKENS / 2, seconds_per_token)])
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[float, tuple[int, float]]] = deque(maxlen=_RECENT)
+        self._behind: RobustLine | None = None
         self._density: deque[float] = deque(maxlen=32)
         self._sizes: deque[int] = deque(maxlen=32)
 
@@ -57,8 +66,11 @@ class LoadingRates:
         On a CPU without the time in which other programs had it: while a server starts, there are many, and
         what they make of a prefill would be how long the first prompts wait for a store.
         """
-        ids = torch.ones(1, _WARM_UP_TOKENS, dtype=torch.int64, device=model.device)
-        clock = time.thread_time if model.device.type == "cpu" else time.perf_counter
+        on_cpu = model.device.type == "cpu"
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", _WARM_UP_TOKENS)
+        tokens = _WARM_UP_TOKENS if on_cpu else min(_WARM_UP_TOKENS_GPU, most)
+        ids = torch.ones(1, tokens, dtype=torch.int64, device=model.device)
+        clock = time.thread_time if on_cpu else time.perf_counter
         taken = []
         for _ in range(_WARM_UPS):
             begin = clock()
@@ -66,13 +78,26 @@ class LoadingRates:
                 cache = DynamicCache(config=model.config)
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.cpu()
             taken.append(clock() - begin)
-        return cls(min(taken) / _WARM_UP_TOKENS)
+        return cls(min(taken) / tokens)
 
     def prefilled(self, start: int, tokens: int, seconds: float) -> None:
         """Note a chunk of `tokens` tokens, the first at position `start`, that took `seconds`."""
         if tokens >= _LEAST_CHUNK:
             with self._lock:
                 self._prefill.observe(start + tokens / 2, seconds / tokens)
+
+    def prefilled_behind(self, distance: int, tokens: int, seconds: float) -> None:
+        """Note a chunk of `tokens` tokens, the first `distance` tokens behind a prefix in factors, that took
+        `seconds`. Each token costs more, the more stand between it and the prefix.
+        """
+        if tokens < _LEAST_REST:
+            return
+        with self._lock:
+            seen = (distance + tokens / 2, seconds / tokens)
+            if self._behind is None:
+                self._behind = RobustLine([seen])
+            else:
+                self._behind.observe(*seen)
 
     def loaded(
         self,
@@ -81,26 +106,28 @@ class LoadingRates:
         seconds: float,
         *,
         whole_nbytes: int | None = None,
-        overdue: bool = False,
+        noted: bool = False,
     ) -> None:
         """Note the load of an artifact of `tokens` tokens, `nbytes` of them read, that took `seconds`.
 
         Args:
             whole_nbytes: of all of the artifact, where a part was loaded.
-            overdue: it is one of those that `overdue` was told of.
+            noted: it is one of those that `waited_in_vain` was told of, and counts once.
         """
         with self._lock:
-            if overdue and _IN_VAIN in self._recent:
-                self._recent.remove(_IN_VAIN)
-            self._recent.append((nbytes, seconds))
+            if noted:
+                vain = next((one for one in self._recent if one[1] == _IN_VAIN), None)
+                if vain is not None:
+                    self._recent.remove(vain)
+            self._recent.append((time.monotonic(), (nbytes, seconds)))
             self._load.observe(nbytes, seconds)
             self._sizes.append(nbytes)
             self._density.append((whole_nbytes or nbytes) / tokens)
 
-    def overdue(self) -> None:
+    def waited_in_vain(self) -> None:
         """Note a load that was waited for as long as prefilling takes, and goes on."""
         with self._lock:
-            self._recent.append(_IN_VAIN)
+            self._recent.append((time.monotonic(), _IN_VAIN))
 
     def prefill_s(self, tokens: int, start: int = 0) -> float:
         """Seconds that prefilling `tokens` tokens from position `start` on takes."""
@@ -116,24 +143,26 @@ class LoadingRates:
         """How long a load of `tokens` tokens may be waited for: what prefilling them takes."""
         return self.prefill_s(tokens)
 
-    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+    def decide(self, tokens: int, nbytes: int | None = None, rounds: int = 1) -> Way:
         """The faster way to `tokens` tokens of a stored prefix.
 
         Args:
             nbytes: of the artifact; by default as many as those loaded before had for so many tokens.
+            rounds: of loads until it is there, its own included: more than one where others are before it.
 
         Returns:
             "load" where nothing was loaded yet: then it is tried.
         """
         with self._lock:
-            if not self._recent:
+            if not self._density and not self._outcomes():
                 return "load"
             if nbytes is None:
                 nbytes = round(tokens * median(self._density)) if self._density else 0
-            return "load" if self._waiting_pays(self._load(nbytes), tokens) else "prefill"
+            return "load" if self._waiting_pays(rounds * self._load(nbytes), tokens) else "prefill"
 
     def part_in_time(self, tokens: int, nbytes: int, whole_nbytes: int) -> bool:
-        """Whether `nbytes` of an artifact of `whole_nbytes` are loaded before its tokens are prefilled.
+        """Whether waiting for `nbytes` of an artifact of `whole_nbytes` is expected to be faster than
+        prefilling its tokens.
 
         As long as all loads were of one size, nothing tells what less of it takes. It is hoped to be in
         proportion then, as is right where bytes take the time: the first part's load tells.
@@ -143,15 +172,35 @@ class LoadingRates:
             seconds = self._load(whole_nbytes) * nbytes / whole_nbytes if alike else self._load(nbytes)
             return self._waiting_pays(seconds, tokens)
 
-    def _waiting_pays(self, seconds: float, tokens: int) -> bool:
-        """Whether waiting for a load that is believed to take so long is expected to be the faster way.
+    def everything_is_faster(self, tokens: int, held: int) -> bool:
+        """Whether computing all `tokens` tokens of a prompt takes at most two thirds as long as those behind
+        the `held` ones that a prefix has.
 
-        If it is as far from that as one of the last loads was. Who waits in vain waits as long as prefilling
-        takes, and then prefills.
+        Returns:
+            False where so few are left that they are a question, or nothing like them was computed yet.
+        """
+        rest = tokens - held
+        with self._lock:
+            if self._behind is None or rest < _LEAST_REST:
+                return False
+            behind = rest * self._behind(rest / 2)
+        return _WORTH * self.prefill_s(tokens) <= behind
+
+    def _outcomes(self) -> list[float]:
+        """Of the last loads, seconds as a multiple of what is believed of them now. Called with the lock."""
+        since = time.monotonic() - BELIEVED_S
+        return [seconds / self._load(nbytes) for noted, (nbytes, seconds) in self._recent if noted >= since]
+
+    def _waiting_pays(self, seconds: float, tokens: int) -> bool:
+        """Whether waiting for a load that is believed to take so long is expected to be faster than
+        prefilling `tokens` tokens. Called with the lock.
+
+        Each of the last loads says one outcome: it takes as many times longer than believed. Who waits in
+        vain waits as long as prefilling takes, and then prefills.
         """
         prefill = tokens * self._prefill(tokens / 2)
-        taken = [seconds * actual / self._load(nbytes) for nbytes, actual in self._recent] or [seconds]
-        return sum(one if one <= prefill else 2 * prefill for one in taken) <= prefill * len(taken)
+        waits = [seconds * outcome for outcome in self._outcomes()] or [seconds]
+        return sum(one if one <= prefill else 2 * prefill for one in waits) <= prefill * len(waits)
 
     def figures(self) -> dict[str, float]:
         """What both ways are believed to cost now, in seconds: a token of a prefill at position 0 and what

@@ -36,7 +36,8 @@ class Load:
 
     Attributes:
         began: when its thread took it. shared_bytes: of a calibration that had to be read for it.
-        overdue: whether somebody gave up waiting while it ran. noted_overdue: whether the rates were told so.
+        overdue: whether somebody gave up waiting while it ran. measured: whether the rates know how long it
+            took. in_vain: whether they know that it was waited for in vain.
         spoiled: whether the rest of its file was found damaged or missing meanwhile.
     """
 
@@ -48,7 +49,8 @@ class Load:
     announced: Announced | None = None
     shared_bytes: int = 0
     overdue: bool = False
-    noted_overdue: bool = False
+    measured: bool = False
+    in_vain: bool = False
     spoiled: bool = False
 
     @property

@@ -33,7 +33,7 @@ from xkv_service.engine.catalog_upkeep import CatalogUpkeep
 from xkv_service.engine.footprint import calibration_bytes
 from xkv_service.engine.load_failure import LoadFailure, failure_of
 from xkv_service.engine.loader_threads import LoaderThreads
-from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.loading_rates import LoadingRates, Way
 from xkv_service.engine.no_room import no_room
 from xkv_service.engine.parts import artifact_of, is_part, resident_key
 from xkv_service.engine.pool_loads import CALIBRATION, Answer, Load, NoRoom, OnArriving, OnDone, Waiter
@@ -138,6 +138,17 @@ class PrefixPool:
             self._alarm.after(wait_s, lambda: self._expire(load, waiter, wait_s))
         else:
             self._later_tell(waiter, answer)
+
+    def decide(self, artifact_id: str, tokens: int, nbytes: int | None = None) -> Way:
+        """The faster way to the first `tokens` tokens of an artifact that is not resident.
+
+        Args:
+            nbytes: of the artifact, where that is known.
+        """
+        with self._lock:
+            under_way = artifact_id in self._loads
+            ahead = sum(not load.overdue for load in self._loads.values()) - len(self._parked)
+        return self.rates.decide(tokens, nbytes, 1 if under_way else 1 + ahead // self._threads.wanted)
 
     def prefetch(self, artifact_id: str) -> None:
         """Load an artifact that nobody waits for yet; nothing happens where there is no room."""
@@ -320,9 +331,8 @@ class PrefixPool:
         held = held_bytes(bound.whole, device=self._model.device, besides=shared)
         needs = None if announced.calibration is None else CALIBRATION + announced.calibration
         with self._lock:
-            self.rates.loaded(
-                stored, announced.tokens, seconds, whole_nbytes=whole, overdue=load.noted_overdue
-            )
+            self.rates.loaded(stored, announced.tokens, seconds, whole_nbytes=whole, noted=load.in_vain)
+            load.measured = True
             if not self._residents.put(load.key, bound, held, needs):
                 raise MemoryError(f"it holds {held} bytes, more than the {announced.resident_bytes} reserved")
             self._residents.hold(load.key)  # until those who wait have it
@@ -449,7 +459,7 @@ class PrefixPool:
                 self._submit(load)
 
     def _expire(self, load: Load, waiter: Waiter, waited_s: float) -> None:
-        """On the alarm's thread: a waiter's time is up."""
+        """On the alarm's thread: a waiter's time of `waited_s` seconds is up."""
         with self._lock:
             if waiter not in load.waiters:
                 return
@@ -464,9 +474,10 @@ class PrefixPool:
                 load.overdue = True
                 self._threads.give_up(load.job)
                 # Where the wait was for a thread, it says nothing of how long loads take.
-                if not load.noted_overdue and time.perf_counter() - load.began > waited_s / 2:
-                    load.noted_overdue = True
-                    self.rates.overdue()
+                unknown = not load.measured and not load.in_vain
+                if unknown and time.perf_counter() - load.began > waited_s / 2:
+                    load.in_vain = True
+                    self.rates.waited_in_vain()
             self._count_failure(failure, 1)
         self._tell([(waiter, failure)])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from math import inf
 
-from xkv_service.engine.loading_rates import LoadingRates
+from xkv_service.engine.loading_rates import BELIEVED_S, LoadingRates
 from xkv_service.engine.robust_line import RobustLine
 
 _START_FIXED_S = 0.02
@@ -26,15 +28,21 @@ class TailRates:
         self._behind = LoadingRates(prefill.prefill_s(1))
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
+        self._loaded_at = -inf
 
     def loaded(self, nbytes: int, seconds: float) -> None:
         """Note a load of so many bytes, from the question for it to a context that can go on."""
         with self._lock:
             self._load.observe(nbytes, seconds)
+            self._loaded_at = time.monotonic()
 
     def load_s(self, nbytes: int) -> float:
-        """Seconds that such a load takes."""
+        """Seconds that such a load takes. Where none was seen for a while, it is hoped again that it takes
+        little: what is believed to be slow is not loaded, and would never be seen to have become quick.
+        """
         with self._lock:
+            if time.monotonic() - self._loaded_at > BELIEVED_S:
+                return _START_FIXED_S + nbytes / _START_BYTES_PER_S
             return self._load(nbytes)
 
     def computed(self, start: int, tokens: int, seconds: float) -> None:

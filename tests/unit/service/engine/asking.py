@@ -31,6 +31,9 @@ class StillRates(LoadingRates):
     def prefilled(self, start: int, tokens: int, seconds: float) -> None:
         """Nothing is learned."""
 
+    def prefilled_behind(self, distance: int, tokens: int, seconds: float) -> None:
+        """Nothing is learned."""
+
 
 class Asked:
     """One request to an engine, and what it was told."""

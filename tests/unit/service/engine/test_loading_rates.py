@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from families import tiny_model
 
+from xkv_service.engine import loading_rates
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.robust_line import RobustLine
 
@@ -164,17 +165,17 @@ def test_a_store_that_becomes_slow_and_quick_again_is_believed_soon() -> None:
 
 def test_what_is_waited_for_in_vain_counts_before_it_ends_and_once() -> None:
     rates = LoadingRates(1e-3)
-    rates.overdue()
+    rates.waited_in_vain()
     assert rates.decide(1000) == "prefill" == rates.decide(1000, 3_000_000)
     assert not rates.part_in_time(1000, 2_000_000, 3_000_000)
-    rates.loaded(3_000_000, 1000, 1.2, overdue=True)
+    rates.loaded(3_000_000, 1000, 1.2, noted=True)
     assert rates.decide(1000, 3_000_000) == "prefill"
     assert rates.part_in_time(1000, 2_000_000, 3_000_000)
     for _ in range(7):
         rates.loaded(3_000_000, 1000, 0.1)
     assert rates.decide(1000, 3_000_000) == "load"
     for _ in range(5):
-        rates.overdue()
+        rates.waited_in_vain()
     assert rates.decide(1000, 3_000_000) == "prefill"
 
 
@@ -184,3 +185,34 @@ def test_the_first_load_says_what_the_next_takes() -> None:
     rates.loaded(3_000_000, 1000, 1.2)
     assert rates.decide(1000, 3_000_000) == "prefill" == rates.decide(1000)
     assert rates.part_in_time(1000, 2_000_000, 3_000_000)
+
+
+def test_what_was_long_ago_says_nothing_of_how_loads_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing could be loaded since, nothing else would ever tell."""
+    rates = LoadingRates(1e-3)
+    rates.loaded(3_000_000, 1000, 0.1)
+    for _ in range(8):
+        rates.waited_in_vain()
+    assert rates.decide(1000, 3_000_000) == "prefill"
+    monkeypatch.setattr(loading_rates, "BELIEVED_S", -1.0)
+    assert rates.decide(1000, 3_000_000) == "load"
+
+
+def test_loads_before_it_are_waited_for_too() -> None:
+    rates = LoadingRates(1e-3)
+    for _ in range(4):
+        rates.loaded(3_000_000, 1000, 0.4)
+    assert [rates.decide(1000, 3_000_000, rounds) for rounds in (1, 2, 3)] == ["load", "load", "prefill"]
+
+
+def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix() -> None:
+    rates = LoadingRates(1e-3)
+    assert not rates.everything_is_faster(4000, 2000)  # nothing is known of it
+    rates.prefilled_behind(0, 100, 100.0)  # a question: it says what a forward costs
+    assert not rates.everything_is_faster(4000, 2000)
+    for tokens in (200, 400, 800, 1600):
+        rates.prefilled_behind(0, tokens, tokens * (2e-3 + 4e-6 * tokens / 2))
+    assert rates.everything_is_faster(4000, 2000)  # 4 s against 12
+    assert not rates.everything_is_faster(4000, 3000)  # 4 s against 4
+    assert rates.everything_is_faster(3000, 1500) and not rates.everything_is_faster(5000, 3500)
+    assert not rates.everything_is_faster(200, 100)

@@ -200,9 +200,7 @@ def test_what_was_waited_for_in_vain_is_not_expected_in_time_again(
     assert pool.rates.decide(SIZES[1]) == "prefill"
     blobs.hanging[late].set()
     until(lambda: late in pool.state().prefixes)
-    for _ in range(4):  # that it took so long is soon outweighed
-        pool.rates.loaded(1000, SIZES[0], 0.001)
-    assert pool.rates.decide(SIZES[1]) == "load"
+    assert pool.rates.decide(SIZES[1]) == "load"  # it has ended, and was no slower than that
     loaded(pool, other, SIZES[1])
     pool.close()
 
@@ -222,9 +220,26 @@ def test_waiting_for_a_thread_says_nothing_of_loads(
     time.sleep(0.4)
     blobs.hanging[first].set()  # the second one's load begins when there is little left to wait
     assert told.wait(PATIENT)
-    blobs.hanging[second].set()
-    until(lambda: second in pool.state().prefixes)
     assert pool.rates.decide(SIZES[1]) == "load"
+    pool.close()
+
+
+def test_a_queue_of_loads_counts(slow: tuple[ArtifactStore, SlowBlobs], model: PreTrainedModel) -> None:
+    """Who would wait for others' loads first does not wait in vain."""
+    store, blobs = slow
+    first, second, third = publish_some(store, model, SIZES[:3])
+    pool = _pool(model, store, threads=1)
+    for _ in range(4):
+        pool.rates.loaded(1000, SIZES[2], 0.4 * pool.rates.prefill_s(SIZES[2]))
+    for one in (first, second):
+        blobs.hanging[one] = threading.Event()
+        pool.prefetch(one)
+    assert pool.decide(third, SIZES[2], 1000) == "prefill"  # a third load takes three times as long
+    assert pool.decide(second, SIZES[2], 1000) == "load"  # on its way
+    for one in (first, second):
+        blobs.hanging[one].set()
+    until(lambda: pool.state().loading == 0 and second in pool.state().prefixes)
+    assert pool.decide(third, SIZES[2], 1000) == "load"
     pool.close()
 
 

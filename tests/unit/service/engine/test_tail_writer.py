@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from artifact_samples import tail_sample
 
+from xkv_service.engine import tail_rates
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.tail_rates import TailRates
 from xkv_service.engine.tail_writer import LeavingTail, TailWriter
@@ -100,6 +101,16 @@ def test_computing_behind_factors_is_learned_apart() -> None:
         rates.loaded(size, 0.2 + size / 1e6)
     assert not rates.load_is_faster(1_000_000, 100, 1000, exact=False)
     assert rates.load_is_faster(1_000_000, 1000, 1000, exact=False)
+
+
+def test_a_load_that_was_slow_long_ago_is_hoped_to_be_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is believed to be slow is not loaded, and would never be seen to have become quick."""
+    rates = TailRates(LoadingRates(0.001))
+    for size in (1_000_000, 2_000_000, 3_000_000):
+        rates.loaded(size, 9.0)
+    assert not rates.load_is_faster(1_000_000, 100, 1000, exact=True)
+    monkeypatch.setattr(tail_rates, "BELIEVED_S", -1.0)
+    assert rates.load_is_faster(1_000_000, 100, 1000, exact=True)
 
 
 def until(met: object, seconds: float = 60.0) -> None:
