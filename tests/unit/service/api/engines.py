@@ -28,11 +28,14 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
 class AlwaysLoad(LoadingRates):
     """A tiny model prefills faster than anything loads; these rates have the factors used all the same."""
 
-    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+    def decide(self, tokens: int, nbytes: int | None = None, rounds: int = 1) -> Way:
         return "load"
 
     def deadline_s(self, tokens: int) -> float:
         return 30.0
+
+    def everything_is_faster(self, tokens: int, held: int) -> bool:
+        return False
 
 
 class PacedBackend(EngineBackend):

@@ -45,7 +45,7 @@ POOR = PartFidelity(share=0.75, top1_agreement=1.0, kl=3e-4)
 class WholeIsLate(AlwaysLoad):
     """Parts come in time."""
 
-    def decide(self, tokens: int, nbytes: int | None = None) -> Way:
+    def decide(self, tokens: int, nbytes: int | None = None, rounds: int = 1) -> Way:
         return "prefill"
 
     def part_in_time(self, tokens: int, nbytes: int, whole_nbytes: int) -> bool:
