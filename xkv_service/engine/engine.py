@@ -35,14 +35,18 @@ from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
 from xkv_service.engine.stored_tails import StoredTails
+from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.tokens import end_tokens
+from xkv_service.prefilling.chunking import cache_bytes
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.exact import empty_context
 from xkv_service.sessions.sampling import choose
 from xkv_service.sessions.text_stream import TextStream
 
 _log = logging.getLogger(__name__)
+_SHARE_OF_TAILS = 0.25
+"""Of the memory for conversations, that the exact cache of one may take which could do without. A guess."""
 _IDLE_S = 0.5
 
 
@@ -66,6 +70,9 @@ class Engine:
         self.loaded, self.settings = loaded, settings or EngineSettings()
         self._prefixes, self._stored = prefixes, stored
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
+        self._exact_bytes = (
+            0 if prefixes is None else cache_bytes(loaded.model, inspect_loaded(loaded.model).layout)
+        )
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
@@ -355,13 +362,16 @@ class Engine:
 
     def _start_without(self, sequence: Sequence) -> None:
         """Its artifact cannot be had: go on from another conversation that has none, or compute all of it."""
-        request = sequence.request
+        self._start(sequence, self._exact_context(sequence.request), None)
+
+    def _exact_context(self, request: GenerationRequest) -> Context:
+        """What another conversation without an artifact holds of a prompt, or nothing."""
         kept = self._tails.take(
             request.token_ids,
             request.namespace,
             lambda kept, _: kept.artifact_id is None and request.may_use(None, 0),
         )
-        self._start(sequence, empty_context(self.loaded.model) if kept is None else kept.context, None)
+        return empty_context(self.loaded.model) if kept is None else kept.context
 
     def _start(
         self,
@@ -421,19 +431,24 @@ class Engine:
     def _prefer_everything(self, sequence: Sequence) -> None:
         """Compute all of a prompt that has so much behind its prefix that this is faster.
 
-        Not of a conversation: what it holds behind its prefix would be lost. (Others share a few tokens more
-        than the prefix, those of a template.)
+        Not where the prefix was asked for by name, and not of a conversation: what it holds behind its prefix
+        would be lost. (Others share a few tokens more than the prefix, those of a template.) Nor where its
+        exact cache would leave little room for those of other conversations.
         """
-        context, artifact_id, pool = _context_of(sequence), sequence.artifact_id, self._prefixes
-        held, tokens = len(context.ids), len(sequence.request.token_ids)
-        talk = held - context.prefix_tokens >= BLOCK_TOKENS
-        if pool is None or artifact_id is None or sequence.computed or talk:
+        context, request, pool = _context_of(sequence), sequence.request, self._prefixes
+        held, tokens, prefix = len(context.ids), len(request.token_ids), context.prefix_tokens
+        if pool is None or sequence.artifact_id is None or sequence.computed or request.prefix_id is not None:
             return
-        if pool.rates.everything_is_faster(tokens, held):
+        fits = tokens * self._exact_bytes <= _SHARE_OF_TAILS * self.settings.tail_bytes
+        if held - prefix >= BLOCK_TOKENS or not fits:
+            return
+        if pool.rates.everything_is_faster(prefix, tokens, held):
             detail = f"all {tokens} tokens are computed faster than {tokens - held} behind a prefix of {held}"
             sequence.miss = Miss("slow_load", detail)
-            self._release(sequence.resident)
-            sequence.begin(empty_context(self.loaded.model), None)
+            resident = sequence.resident
+            context = self._exact_context(request)
+            sequence.begin(context, None)
+            self._release(resident)
 
     def _context(self, prefix: Prefix, key: str) -> Context:
         """Of a prefix that is held, and held no longer where this fails."""
@@ -523,7 +538,8 @@ class Engine:
         if part.sequence.artifact_id is None:
             self._prefixes.rates.prefilled(start, part.count, seconds)
         else:
-            self._prefixes.rates.prefilled_behind(start - context.prefix_tokens, part.count, seconds)
+            prefix = context.prefix_tokens
+            self._prefixes.rates.prefilled_behind(prefix, start - prefix, part.count, seconds)
             if self._stored is not None:
                 self._stored.rates.computed(start, part.count, seconds)
 

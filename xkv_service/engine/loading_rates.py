@@ -46,16 +46,17 @@ class LoadingRates:
     per byte, from the first byte read to the prefix being bound, and how far from that the last loads were.
 
     Args:
-        seconds_per_token: of a short prefill, to start with.
+        seconds_per_token: of a short prefill, to start with. position: of its middle.
     """
 
-    def __init__(self, seconds_per_token: float) -> None:
+    def __init__(self, seconds_per_token: float, position: float = _WARM_UP_TOKENS / 2) -> None:
         self._lock = threading.Lock()
-        self._prefill = RobustLine([(_WARM_UP_TOKENS / 2, seconds_per_token)])
+        self._prefill = RobustLine([(position, seconds_per_token)])
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
         self._recent: deque[tuple[float, tuple[int, float]]] = deque(maxlen=_RECENT)
-        self._behind: RobustLine | None = None
+        self._behind: dict[int, RobustLine] = {}
+        self._behind_at: dict[int, float] = {}
         self._density: deque[float] = deque(maxlen=32)
         self._sizes: deque[int] = deque(maxlen=32)
 
@@ -67,7 +68,7 @@ class LoadingRates:
         what they make of a prefill would be how long the first prompts wait for a store.
         """
         on_cpu = model.device.type == "cpu"
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", _WARM_UP_TOKENS)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WARM_UP_TOKENS
         tokens = _WARM_UP_TOKENS if on_cpu else min(_WARM_UP_TOKENS_GPU, most)
         ids = torch.ones(1, tokens, dtype=torch.int64, device=model.device)
         clock = time.thread_time if on_cpu else time.perf_counter
@@ -78,7 +79,7 @@ class LoadingRates:
                 cache = DynamicCache(config=model.config)
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.cpu()
             taken.append(clock() - begin)
-        return cls(min(taken) / tokens)
+        return cls(min(taken) / tokens, tokens / 2)
 
     def prefilled(self, start: int, tokens: int, seconds: float) -> None:
         """Note a chunk of `tokens` tokens, the first at position `start`, that took `seconds`."""
@@ -86,18 +87,18 @@ class LoadingRates:
             with self._lock:
                 self._prefill.observe(start + tokens / 2, seconds / tokens)
 
-    def prefilled_behind(self, distance: int, tokens: int, seconds: float) -> None:
-        """Note a chunk of `tokens` tokens, the first `distance` tokens behind a prefix in factors, that took
-        `seconds`. Each token costs more, the more stand between it and the prefix.
+    def prefilled_behind(self, prefix: int, distance: int, tokens: int, seconds: float) -> None:
+        """Note a chunk of `tokens` tokens, the first `distance` tokens behind a prefix of `prefix` tokens in
+        factors, that took `seconds`. Each token costs more, the more stand between it and the prefix.
         """
         if tokens < _LEAST_REST:
             return
         with self._lock:
-            seen = (distance + tokens / 2, seconds / tokens)
-            if self._behind is None:
-                self._behind = RobustLine([seen])
-            else:
-                self._behind.observe(*seen)
+            alike, now = prefix.bit_length(), time.monotonic()
+            if self._behind_at.get(alike, -inf) < now - BELIEVED_S:
+                self._behind[alike] = RobustLine([(0.0, self._prefill(0.0))])
+            self._behind[alike].observe(distance + tokens / 2, seconds / tokens)
+            self._behind_at[alike] = now
 
     def loaded(
         self,
@@ -172,18 +173,20 @@ class LoadingRates:
             seconds = self._load(whole_nbytes) * nbytes / whole_nbytes if alike else self._load(nbytes)
             return self._waiting_pays(seconds, tokens)
 
-    def everything_is_faster(self, tokens: int, held: int) -> bool:
+    def everything_is_faster(self, prefix: int, tokens: int, held: int) -> bool:
         """Whether computing all `tokens` tokens of a prompt takes at most two thirds as long as those behind
-        the `held` ones that a prefix has.
+        the `held` ones that a prefix of `prefix` tokens and what is kept behind it have.
 
         Returns:
-            False where so few are left that they are a question, or nothing like them was computed yet.
+            False where so few are left that they are a question, and where nothing like them was computed
+            lately, behind a prefix of about that length: what is not used is measured no more.
         """
-        rest = tokens - held
+        rest, alike = tokens - held, prefix.bit_length()
         with self._lock:
-            if self._behind is None or rest < _LEAST_REST:
+            lately = self._behind_at.get(alike, -inf) >= time.monotonic() - BELIEVED_S
+            if not lately or rest < _LEAST_REST:
                 return False
-            behind = rest * self._behind(rest / 2)
+            behind = rest * self._behind[alike](held - prefix + rest / 2)
         return _WORTH * self.prefill_s(tokens) <= behind
 
     def _outcomes(self) -> list[float]:

@@ -19,7 +19,7 @@ MissReason = Literal[
     "corrupt",  # its blob is damaged, and in quarantine
     "missing",  # its blob is gone, and nobody deleted it
     "unavailable",  # the catalog or the store does not answer
-    "slow_load",  # prefilling is faster than loading it would be
+    "slow_load",  # prefilling is faster than loading it would be, or than what stands behind it
     "no_room",  # the memory for prefixes is too small for it, or full of prefixes that are in use
     "kept_tail",  # an earlier turn, computed without an artifact, holds as much and more
 ]

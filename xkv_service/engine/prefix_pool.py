@@ -147,7 +147,7 @@ class PrefixPool:
         """
         with self._lock:
             under_way = artifact_id in self._loads
-            ahead = sum(not load.overdue for load in self._loads.values()) - len(self._parked)
+            ahead = sum(not load.overdue and load not in self._parked for load in self._loads.values())
         return self.rates.decide(tokens, nbytes, 1 if under_way else 1 + ahead // self._threads.wanted)
 
     def prefetch(self, artifact_id: str) -> None:

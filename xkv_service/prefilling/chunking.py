@@ -33,7 +33,7 @@ def chunk_tokens(
     if model.device.type != "cuda":
         return CPU_TOKENS
     free = _free_bytes(model.device) - documents * longest * (
-        _cache_bytes(model, layout) + _expanded_bytes(model, layout)
+        cache_bytes(model, layout) + _expanded_bytes(model, layout)
     )
     token = _activation_bytes(model) + _score_bytes(model, layout, longest, fused)
     fits = int(_SHARE_OF_FREE_MEMORY * free) // (documents * token)
@@ -48,7 +48,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _cache_bytes(model: PreTrainedModel, layout: ModelLayout) -> int:
+def cache_bytes(model: PreTrainedModel, layout: ModelLayout) -> int:
     """Bytes of one token's exact cache as the model computes it."""
     width = sum(layer.key_width + layer.value_width for layer in layout.layers)
     return width * int(model.dtype.itemsize)

@@ -34,7 +34,7 @@ class AlwaysLoad(LoadingRates):
     def deadline_s(self, tokens: int) -> float:
         return 30.0
 
-    def everything_is_faster(self, tokens: int, held: int) -> bool:
+    def everything_is_faster(self, prefix: int, tokens: int, held: int) -> bool:
         return False
 
 

@@ -31,7 +31,7 @@ class StillRates(LoadingRates):
     def prefilled(self, start: int, tokens: int, seconds: float) -> None:
         """Nothing is learned."""
 
-    def prefilled_behind(self, distance: int, tokens: int, seconds: float) -> None:
+    def prefilled_behind(self, prefix: int, distance: int, tokens: int, seconds: float) -> None:
         """Nothing is learned."""
 
 

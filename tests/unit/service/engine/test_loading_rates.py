@@ -205,14 +205,29 @@ def test_loads_before_it_are_waited_for_too() -> None:
     assert [rates.decide(1000, 3_000_000, rounds) for rounds in (1, 2, 3)] == ["load", "load", "prefill"]
 
 
-def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix() -> None:
+def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rates = LoadingRates(1e-3)
-    assert not rates.everything_is_faster(4000, 2000)  # nothing is known of it
-    rates.prefilled_behind(0, 100, 100.0)  # a question: it says what a forward costs
-    assert not rates.everything_is_faster(4000, 2000)
+    assert not rates.everything_is_faster(2000, 4000, 2000)  # nothing is known of it
+    rates.prefilled_behind(2000, 0, 100, 100.0)  # a question: it says what a forward costs
+    assert not rates.everything_is_faster(2000, 4000, 2000)
     for tokens in (200, 400, 800, 1600):
-        rates.prefilled_behind(0, tokens, tokens * (2e-3 + 4e-6 * tokens / 2))
-    assert rates.everything_is_faster(4000, 2000)  # 4 s against 12
-    assert not rates.everything_is_faster(4000, 3000)  # 4 s against 4
-    assert rates.everything_is_faster(3000, 1500) and not rates.everything_is_faster(5000, 3500)
-    assert not rates.everything_is_faster(200, 100)
+        rates.prefilled_behind(2000, 0, tokens, tokens * (2e-3 + 4e-6 * tokens / 2))
+    assert rates.everything_is_faster(2000, 4000, 2000)  # 4 s against 12
+    assert rates.everything_is_faster(1500, 3500, 1500)  # about as long a prefix
+    assert not rates.everything_is_faster(2000, 2500, 2000)  # 2.5 s against 1.5
+    assert not rates.everything_is_faster(2000, 2064, 2000)
+    assert not rates.everything_is_faster(64_000, 70_000, 64_000)  # nothing is known of these
+    monkeypatch.setattr(loading_rates, "BELIEVED_S", -1.0)
+    assert not rates.everything_is_faster(2000, 4000, 2000)  # nor of what was long ago
+    rates.prefilled_behind(2000, 0, 200, 0.2)
+    monkeypatch.setattr(loading_rates, "BELIEVED_S", 300.0)
+    assert not rates.everything_is_faster(2000, 4000, 2000)  # it is forgotten
+
+
+def test_one_long_rest_does_not_make_short_ones_look_slow() -> None:
+    rates = LoadingRates(1e-3)
+    rates.prefilled_behind(2000, 0, 2000, 2000 * 6e-3)
+    assert rates.everything_is_faster(2000, 4000, 2000)
+    assert not rates.everything_is_faster(2000, 2500, 2000)

@@ -38,7 +38,7 @@ class Served:
 
     def behind(self, seconds_per_token: float) -> None:
         """Let the engine know what a token behind factors costs."""
-        LoadingRates.prefilled_behind(self.rates, 0, 200, 200 * seconds_per_token)
+        LoadingRates.prefilled_behind(self.rates, self.match.tokens, 0, 200, 200 * seconds_per_token)
 
     def close(self) -> None:
         self.engine.close()
@@ -108,11 +108,34 @@ def test_a_conversation_keeps_what_it_holds(served: Served) -> None:
     assert two.started.cached_tokens >= len(one.request.token_ids)
 
 
+def test_a_prefix_that_is_named_is_used(served: Served) -> None:
+    served.behind(100.0)
+    ids = prompt_of(served.talker, LONG)
+    asked = Asked(served.engine, ids, match=served.match, prefix_id=served.match.artifact_id).wait()
+    assert asked.started.artifact_id == served.match.artifact_id and asked.started.miss is None
+
+
+def test_what_would_fill_the_memory_for_conversations_is_not(served: Served) -> None:
+    served.behind(100.0)
+    served.engine._exact_bytes = served.engine.settings.tail_bytes // 400
+    assert served.ask(LONG).started.artifact_id == served.match.artifact_id
+
+
+def test_what_another_conversation_computed_is_not_computed_again(served: Served) -> None:
+    served.behind(100.0)
+    one = served.ask(LONG)
+    until(lambda: served.engine.state().kept_tails == 2)
+    two = served.ask("What else? " + LONG)
+    assert one.started.artifact_id is None and two.started.artifact_id is None
+    assert two.started.cached_tokens >= served.match.tokens
+    assert two.tokens == generated(served.talker, list(two.request.token_ids))
+
+
 def test_it_is_learned_from_a_long_rest(talker: Talker, own_store: ArtifactStore) -> None:
     served = Served(talker, own_store, LoadingRates(1.0))
     try:
-        assert served.rates._behind is None  # a question says nothing
+        assert not served.rates._behind  # a question says nothing
         served.ask(LONG)
-        assert served.rates._behind is not None
+        assert served.rates._behind
     finally:
         served.close()
