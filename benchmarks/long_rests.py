@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from bundled import document_ids, load
 from loading import publish_factors, stored_calibration
+from parts import first_token
 from report import Report, command
 
 from xkv_artifacts.store import ArtifactStore
@@ -27,12 +26,9 @@ from xkv_service.calibration.choice import best_spec
 from xkv_service.compression import compress_each
 from xkv_service.engine.engine import Engine
 from xkv_service.engine.loading_rates import LoadingRates
-from xkv_service.engine.messages import Event, Failed, Finished, GenerationRequest, PrefixMatch, Started
+from xkv_service.engine.messages import PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.modeling.models import LoadedModel
-from xkv_service.sessions.settings import GenerationSettings
-
-ONE = GenerationSettings(max_new_tokens=1)
 
 
 class Faithful(LoadingRates):
@@ -95,20 +91,8 @@ class _Asked:
     def about(self, rest: int, seed: int) -> tuple[float, str]:
         """Seconds to the first token behind `rest` other tokens, and what served it."""
         other = document_ids(self._loaded, rest, seed=100 * rest + seed).tolist()[:rest]
-        told: list[Event] = []
-        ended = threading.Event()
-
-        def hear(event: Event) -> None:
-            told.append(event)
-            if isinstance(event, Finished | Failed):
-                ended.set()
-
         with Engine(self._loaded, prefixes=self._pool) as engine:
-            began = time.perf_counter()
-            engine.submit(GenerationRequest("benchmark", (*self._ids, *other), ONE, match=self._match), hear)
-            assert ended.wait(600), "no answer"
-            seconds = time.perf_counter() - began
-        started = next(event for event in told if isinstance(event, Started))
+            seconds, started = first_token(engine, (*self._ids, *other), self._match)
         return seconds, "whole" if started.artifact_id is None else "prefix"
 
 

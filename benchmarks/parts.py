@@ -180,23 +180,27 @@ class _Asked:
     def _first_token(
         engine: Engine, ids: list[int], match: PrefixMatch | None, seed: int
     ) -> tuple[float, str]:
-        told: list[Event] = []
-        ended = threading.Event()
-
-        def hear(event: Event) -> None:
-            told.append(event)
-            if isinstance(event, Finished | Failed):
-                ended.set()
-
-        began = time.perf_counter()
-        prompt = (*ids, *range(seed, seed + 16))
-        engine.submit(GenerationRequest("benchmark", prompt, ONE, match=match), hear)
-        assert ended.wait(PATIENT_S), "no answer"
-        seconds = time.perf_counter() - began
-        started = next(event for event in told if isinstance(event, Started))
+        seconds, started = first_token(engine, (*ids, *range(seed, seed + 16)), match)
         if started.artifact_id is None:
             return seconds, "computed" if started.miss is None else started.miss.reason
         return seconds, "whole" if started.part is None else "part"
+
+
+def first_token(engine: Engine, prompt: tuple[int, ...], match: PrefixMatch | None) -> tuple[float, Started]:
+    """Seconds until a prompt's first token is there, and what was told of it."""
+    told: list[Event] = []
+    ended = threading.Event()
+
+    def hear(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Finished | Failed):
+            ended.set()
+
+    began = time.perf_counter()
+    engine.submit(GenerationRequest("benchmark", prompt, ONE, match=match), hear)
+    assert ended.wait(PATIENT_S), "no answer"
+    seconds = time.perf_counter() - began
+    return seconds, next(event for event in told if isinstance(event, Started))
 
 
 if __name__ == "__main__":

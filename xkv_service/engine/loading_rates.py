@@ -55,8 +55,7 @@ class LoadingRates:
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
         self._recent: deque[tuple[float, tuple[int, float]]] = deque(maxlen=_RECENT)
-        self._behind: dict[int, RobustLine] = {}
-        self._behind_at: dict[int, float] = {}
+        self._behind: dict[int, tuple[float, RobustLine]] = {}
         self._density: deque[float] = deque(maxlen=32)
         self._sizes: deque[int] = deque(maxlen=32)
 
@@ -94,11 +93,9 @@ class LoadingRates:
         if tokens < _LEAST_REST:
             return
         with self._lock:
-            alike, now = prefix.bit_length(), time.monotonic()
-            if self._behind_at.get(alike, -inf) < now - BELIEVED_S:
-                self._behind[alike] = RobustLine([(0.0, self._prefill(0.0))])
-            self._behind[alike].observe(distance + tokens / 2, seconds / tokens)
-            self._behind_at[alike] = now
+            line = self._behind_lately(prefix) or RobustLine([(0.0, self._prefill(0.0))])
+            line.observe(distance + tokens / 2, seconds / tokens)
+            self._behind[prefix.bit_length()] = time.monotonic(), line
 
     def loaded(
         self,
@@ -181,13 +178,18 @@ class LoadingRates:
             False where so few are left that they are a question, and where nothing like them was computed
             lately, behind a prefix of about that length: what is not used is measured no more.
         """
-        rest, alike = tokens - held, prefix.bit_length()
+        rest = tokens - held
         with self._lock:
-            lately = self._behind_at.get(alike, -inf) >= time.monotonic() - BELIEVED_S
-            if not lately or rest < _LEAST_REST:
+            line = self._behind_lately(prefix)
+            if line is None or rest < _LEAST_REST:
                 return False
-            behind = rest * self._behind[alike](held - prefix + rest / 2)
+            behind = rest * line(held - prefix + rest / 2)
         return _WORTH * self.prefill_s(tokens) <= behind
+
+    def _behind_lately(self, prefix: int) -> RobustLine | None:
+        """Seconds a token, over the distance behind prefixes of about that length. Called with the lock."""
+        at, line = self._behind.get(prefix.bit_length(), (-inf, None))
+        return line if at >= time.monotonic() - BELIEVED_S else None
 
     def _outcomes(self) -> list[float]:
         """Of the last loads, seconds as a multiple of what is believed of them now. Called with the lock."""
