@@ -27,6 +27,7 @@ from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails
 from xkv_service.engine.load_failure import LoadFailure
+from xkv_service.engine.loading_rates import prefill_clock
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefix_pool import PrefixPool
@@ -69,6 +70,7 @@ class Engine:
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
         self._prefixes, self._stored = prefixes, stored
+        self._prefill_clock = prefill_clock(loaded.model.device)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._exact_bytes = (
             0 if prefixes is None else cache_bytes(loaded.model, inspect_loaded(loaded.model).layout)
@@ -463,9 +465,9 @@ class Engine:
         parts = plan_step(self._running, self.settings)
         if not parts:
             return
-        began = time.perf_counter()
+        began, prefill_began = time.perf_counter(), self._prefill_clock()
         logits = self._run(runner, parts)
-        self._note(parts, time.perf_counter() - began)
+        self._note(parts, time.perf_counter() - began, self._prefill_clock() - prefill_began)
         ready = []
         for part, row in zip(parts, logits, strict=True):
             if row is not None:
@@ -528,20 +530,14 @@ class Engine:
         if sequence.done:
             self._leave(sequence, "finished")
 
-    def _note(self, parts: list[Part], seconds: float) -> None:
+    def _note(self, parts: list[Part], seconds: float, prefill_s: float) -> None:
         self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
         part = parts[0]
         if self._prefixes is None or len(parts) != 1 or part.sequence.left:
             return
         context = _context_of(part.sequence)
         start = len(context.ids) - part.count
-        if part.sequence.artifact_id is None:
-            self._prefixes.rates.prefilled(start, part.count, seconds)
-        else:
-            prefix = context.prefix_tokens
-            self._prefixes.rates.prefilled_behind(prefix, start - prefix, part.count, seconds)
-            if self._stored is not None:
-                self._stored.rates.computed(start, part.count, seconds)
+        self._prefixes.rates.prefilled(start, part.count, prefill_s, context.prefix_tokens)
 
     def _count(self, **more: float) -> None:
         for name, value in more.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from math import inf
 from statistics import median
 from typing import Literal
@@ -39,10 +40,20 @@ _WORTH = 1.5
 cache of all of it from then on. A guess."""
 
 
+def prefill_clock(device: torch.device) -> Callable[[], float]:
+    """The clock by which a thread says what its prefills take, in seconds.
+
+    On a CPU that of the thread's own time on a processor: other programs, and loads that nobody waits for,
+    have the cores for a while, and what they make of a prefill would be how long others wait for a store.
+    """
+    return time.thread_time if device.type == "cpu" else time.perf_counter
+
+
 class LoadingRates:
     """Moving figures of both ways, robust against odd ones; safe to use from any thread.
 
-    Prefill: seconds per token grow in a straight line with the position. Loading: fixed seconds and seconds
+    Prefill: seconds per token grow in a straight line with the position, and in another one with the distance
+    behind a prefix in factors. Loading: fixed seconds and seconds
     per byte, from the first byte read to the prefix being bound, and how far from that the last loads were.
 
     Args:
@@ -61,16 +72,12 @@ class LoadingRates:
 
     @classmethod
     def measured(cls, model: PreTrainedModel) -> LoadingRates:
-        """Rates that start with the least that one of some short prefills takes now.
-
-        On a CPU without the time in which other programs had it: while a server starts, there are many, and
-        what they make of a prefill would be how long the first prompts wait for a store.
-        """
+        """Rates that start with the least that one of some short prefills takes now."""
         on_cpu = model.device.type == "cpu"
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WARM_UP_TOKENS
         tokens = _WARM_UP_TOKENS if on_cpu else min(_WARM_UP_TOKENS_GPU, most)
         ids = torch.ones(1, tokens, dtype=torch.int64, device=model.device)
-        clock = time.thread_time if on_cpu else time.perf_counter
+        clock = prefill_clock(model.device)
         taken = []
         for _ in range(_WARM_UPS):
             begin = clock()
@@ -80,21 +87,21 @@ class LoadingRates:
             taken.append(clock() - begin)
         return cls(min(taken) / tokens, tokens / 2)
 
-    def prefilled(self, start: int, tokens: int, seconds: float) -> None:
-        """Note a chunk of `tokens` tokens, the first at position `start`, that took `seconds`."""
-        if tokens >= _LEAST_CHUNK:
-            with self._lock:
-                self._prefill.observe(start + tokens / 2, seconds / tokens)
+    def prefilled(self, start: int, tokens: int, seconds: float, prefix: int = 0) -> None:
+        """Note a chunk of `tokens` tokens, the first at position `start`, that took `seconds`.
 
-    def prefilled_behind(self, prefix: int, distance: int, tokens: int, seconds: float) -> None:
-        """Note a chunk of `tokens` tokens, the first `distance` tokens behind a prefix of `prefix` tokens in
-        factors, that took `seconds`. Each token costs more, the more stand between it and the prefix.
+        Args:
+            prefix: tokens in factors that stand before it. Behind these each token costs more, the more stand
+                between it and them.
         """
-        if tokens < _LEAST_REST:
+        if tokens < (_LEAST_REST if prefix else _LEAST_CHUNK):
             return
         with self._lock:
+            if not prefix:
+                self._prefill.observe(start + tokens / 2, seconds / tokens)
+                return
             line = self._behind_lately(prefix) or RobustLine([(0.0, self._prefill(0.0))])
-            line.observe(distance + tokens / 2, seconds / tokens)
+            line.observe(start - prefix + tokens / 2, seconds / tokens)
             self._behind[prefix.bit_length()] = time.monotonic(), line
 
     def loaded(
@@ -127,10 +134,18 @@ class LoadingRates:
         with self._lock:
             self._recent.append((time.monotonic(), _IN_VAIN))
 
-    def prefill_s(self, tokens: int, start: int = 0) -> float:
-        """Seconds that prefilling `tokens` tokens from position `start` on takes."""
+    def prefill_s(self, tokens: int, start: int = 0, prefix: int = 0) -> float:
+        """Seconds that prefilling `tokens` tokens from position `start` on takes.
+
+        Args:
+            prefix: tokens in factors that stand before them. As without, where nothing was prefilled lately
+                behind a prefix of about that length.
+        """
         with self._lock:
-            return tokens * self._prefill(start + tokens / 2)
+            line = self._behind_lately(prefix) if prefix else None
+            return tokens * (
+                self._prefill(start + tokens / 2) if line is None else line(start - prefix + tokens / 2)
+            )
 
     def load_s(self, nbytes: int) -> float:
         """Seconds that reading and binding an artifact of `nbytes` takes."""
@@ -178,13 +193,11 @@ class LoadingRates:
             False where so few are left that they are a question, and where nothing like them was computed
             lately, behind a prefix of about that length: what is not used is measured no more.
         """
-        rest = tokens - held
         with self._lock:
-            line = self._behind_lately(prefix)
-            if line is None or rest < _LEAST_REST:
-                return False
-            behind = rest * line(held - prefix + rest / 2)
-        return _WORTH * self.prefill_s(tokens) <= behind
+            unknown = self._behind_lately(prefix) is None
+        if unknown or tokens - held < _LEAST_REST:
+            return False
+        return _WORTH * self.prefill_s(tokens) <= self.prefill_s(tokens - held, held, prefix)
 
     def _behind_lately(self, prefix: int) -> RobustLine | None:
         """Seconds a token, over the distance behind prefixes of about that length. Called with the lock."""

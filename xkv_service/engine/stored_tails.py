@@ -15,7 +15,6 @@ from xkv_artifacts.errors import CatalogUnavailable, ForeignTail, QuotaExceeded,
 from xkv_artifacts.keys import BLOCK_TOKENS
 from xkv_artifacts.tail_entry import TailMatch
 from xkv_artifacts.tail_shelf import TailShelf
-from xkv_service.decoding.cache import XKVCache
 from xkv_service.engine.alarm import Alarm
 from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.kept_tails import KeptTail
@@ -95,10 +94,9 @@ class StoredTails:
             raise
 
     def _offer(self, tail: KeptTail) -> None:
-        start = tail.context.prefix_tokens
-        tokens = len(tail.context.ids) - start
-        exact = tail.artifact_id is None
-        if not self.rates.load_is_faster(tail.context.tail_bytes, tokens, start, exact=exact):
+        prefix = tail.context.prefix_tokens
+        tokens = len(tail.context.ids) - prefix
+        if not self.rates.load_is_faster(tail.context.tail_bytes, tokens, prefix, prefix):
             self._count(not_worth=1)
             return
         ready = leaving(tail, self._loaded)
@@ -122,9 +120,9 @@ class StoredTails:
             False: none can help, or none can be had now; nobody will be called.
         """
         ids = request.token_ids
-        held, exact = len(context.ids), not isinstance(context.cache, XKVCache)
+        held, prefix = len(context.ids), context.prefix_tokens
         rest = len(ids) - 1 - held
-        worth = rest > 0 and self.rates.load_is_faster(0, rest, held, exact=exact)
+        worth = rest > 0 and self.rates.load_is_faster(0, rest, held, prefix)
         if len(ids) <= BLOCK_TOKENS or not worth:
             return False
         with self._lock:
@@ -134,8 +132,8 @@ class StoredTails:
             if not self._breaker.allows():
                 self._counters["failed_unavailable"] += 1
                 return False
-        search = _Search(WantedTail(request, held, exact, context.can_crop), on_done)
-        seconds = self.rates.compute_s(rest, held, exact=exact)
+        search = _Search(WantedTail(request, held, prefix, context.can_crop), on_done)
+        seconds = self.rates.compute_s(rest, held, prefix)
         if not self._alarm.after(min(seconds, _SEARCH_S), lambda: self._expire_search(search, seconds)):
             return False
         self._searchers.submit(lambda: self._look(search))

@@ -19,13 +19,11 @@ class TailRates:
     """Moving figures of both ways; safe to use from any thread.
 
     Args:
-        prefill: what computing costs where everything before is exact. Behind factors it costs more, which is
-            learned here; until then it is believed to cost the same.
+        prefill: what computing costs.
     """
 
     def __init__(self, prefill: LoadingRates) -> None:
-        self._exact, self._lock = prefill, threading.Lock()
-        self._behind = LoadingRates(prefill.prefill_s(1))
+        self._prefill, self._lock = prefill, threading.Lock()
         ends = (0.0, 64e6)
         self._load = RobustLine([(size, _START_FIXED_S + size / _START_BYTES_PER_S) for size in ends])
         self._loaded_at = -inf
@@ -45,19 +43,15 @@ class TailRates:
                 return _START_FIXED_S + nbytes / _START_BYTES_PER_S
             return self._load(nbytes)
 
-    def computed(self, start: int, tokens: int, seconds: float) -> None:
-        """Note a chunk of `tokens` tokens behind factors, the first at position `start`."""
-        self._behind.prefilled(start, tokens, seconds)
-
-    def compute_s(self, tokens: int, start: int, *, exact: bool) -> float:
+    def compute_s(self, tokens: int, start: int, prefix: int) -> float:
         """Seconds that computing `tokens` tokens from position `start` on takes, and so the longest that a
         load of them is waited for.
 
         Args:
-            exact: whether no prefix in factors stands before them.
+            prefix: tokens in factors that stand before them.
         """
-        return (self._exact if exact else self._behind).prefill_s(tokens, start)
+        return self._prefill.prefill_s(tokens, start, prefix)
 
-    def load_is_faster(self, nbytes: int, tokens: int, start: int, *, exact: bool) -> bool:
+    def load_is_faster(self, nbytes: int, tokens: int, start: int, prefix: int) -> bool:
         """Whether loading so many bytes takes no longer than computing the tokens that they hold."""
-        return self.load_s(nbytes) <= self.compute_s(tokens, start, exact=exact)
+        return self.load_s(nbytes) <= self.compute_s(tokens, start, prefix)

@@ -29,14 +29,14 @@ class WantedTail:
 
     Args:
         request: whose prompt.
-        held: tokens of it that are held already. exact: whether none of them are in factors.
+        held: tokens of it that are held already. prefix: those of them that are in factors.
         can_crop: whether tails of the model can go back.
         began: when it was asked for, on `time.monotonic`.
     """
 
     request: GenerationRequest = field(repr=False)
     held: int
-    exact: bool
+    prefix: int
     can_crop: bool
     began: float = field(default_factory=time.monotonic)
 
@@ -84,12 +84,12 @@ class TailSearch:
             for match in helpful
             if match.entry.artifact in resident
             and request.may_use(match.entry.artifact, match.entry.prefix_tokens)
-            and (wanted.exact or not _stays_with_artifact(request, match))
+            and (not wanted.prefix or not _stays_with_artifact(request, match))
         ]
         if not usable:
             raise NoTail("no_prefix" if helpful else "none")
         match = max(usable, key=wanted.saves)
-        seconds = self._rates.compute_s(wanted.saves(match), wanted.held, exact=wanted.exact)
+        seconds = self._rates.compute_s(wanted.saves(match), wanted.held, wanted.prefix)
         until = wanted.began + seconds
         if time.monotonic() + self._rates.load_s(match.entry.bytes) > until:
             raise NoTail("slow_load")

@@ -28,10 +28,7 @@ _NAMES = itertools.count()
 class StillRates(LoadingRates):
     """Rates that a busy machine does not change."""
 
-    def prefilled(self, start: int, tokens: int, seconds: float) -> None:
-        """Nothing is learned."""
-
-    def prefilled_behind(self, prefix: int, distance: int, tokens: int, seconds: float) -> None:
+    def prefilled(self, start: int, tokens: int, seconds: float, prefix: int = 0) -> None:
         """Nothing is learned."""
 
 

@@ -112,6 +112,19 @@ def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talk
     assert second.tokens == first.tokens == generated(talker, prompt)
 
 
+def test_what_a_prefill_waits_for_processors_is_not_believed_to_be_its_cost(
+    talker: Talker, engine: Engine, pool: PrefixPool
+) -> None:
+    """Loads that nobody waits for would make it so; and as long as that the next prompts waited for theirs."""
+    hook = talker.model.register_forward_pre_hook(lambda *given: time.sleep(0.3))
+    try:
+        Asked(engine, prompt_of(talker, "z" * 300, document=False)).wait()
+    finally:
+        hook.remove()
+    assert engine.state().counters["step_seconds"] > 4 * 0.3
+    assert pool.rates.prefill_s(64) < 0.25
+
+
 def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, artifact: str) -> None:
     with Engine(talker.loaded, replace(SETTINGS, tail_bytes=600_000), pool) as engine:
         match = PrefixMatch(artifact, talker.factors.tokens)

@@ -210,10 +210,10 @@ def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix(
 ) -> None:
     rates = LoadingRates(1e-3)
     assert not rates.everything_is_faster(2000, 4000, 2000)  # nothing is known of it
-    rates.prefilled_behind(2000, 0, 100, 100.0)  # a question: it says what a forward costs
+    rates.prefilled(2000, 100, 100.0, 2000)  # a question: it says what a forward costs
     assert not rates.everything_is_faster(2000, 4000, 2000)
     for tokens in (200, 400, 800, 1600):
-        rates.prefilled_behind(2000, 0, tokens, tokens * (2e-3 + 4e-6 * tokens / 2))
+        rates.prefilled(2000, tokens, tokens * (2e-3 + 4e-6 * tokens / 2), 2000)
     assert rates.everything_is_faster(2000, 4000, 2000)  # 4 s against 12
     assert rates.everything_is_faster(1500, 3500, 1500)  # about as long a prefix
     assert not rates.everything_is_faster(2000, 2500, 2000)  # 2.5 s against 1.5
@@ -221,13 +221,13 @@ def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix(
     assert not rates.everything_is_faster(64_000, 70_000, 64_000)  # nothing is known of these
     monkeypatch.setattr(loading_rates, "BELIEVED_S", -1.0)
     assert not rates.everything_is_faster(2000, 4000, 2000)  # nor of what was long ago
-    rates.prefilled_behind(2000, 0, 200, 0.2)
+    rates.prefilled(2000, 200, 0.2, 2000)
     monkeypatch.setattr(loading_rates, "BELIEVED_S", 300.0)
     assert not rates.everything_is_faster(2000, 4000, 2000)  # it is forgotten
 
 
 def test_one_long_rest_does_not_make_short_ones_look_slow() -> None:
     rates = LoadingRates(1e-3)
-    rates.prefilled_behind(2000, 0, 2000, 2000 * 6e-3)
+    rates.prefilled(2000, 2000, 2000 * 6e-3, 2000)
     assert rates.everything_is_faster(2000, 4000, 2000)
     assert not rates.everything_is_faster(2000, 2500, 2000)

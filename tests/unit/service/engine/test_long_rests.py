@@ -38,7 +38,8 @@ class Served:
 
     def behind(self, seconds_per_token: float) -> None:
         """Let the engine know what a token behind factors costs."""
-        LoadingRates.prefilled_behind(self.rates, self.match.tokens, 0, 200, 200 * seconds_per_token)
+        prefix = self.match.tokens
+        LoadingRates.prefilled(self.rates, prefix, 200, 200 * seconds_per_token, prefix)
 
     def close(self) -> None:
         self.engine.close()

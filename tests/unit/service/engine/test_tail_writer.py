@@ -91,16 +91,18 @@ def test_closing_waits_for_what_is_in_the_queue_but_not_for_ever(slow: Slow) -> 
 
 
 def test_computing_behind_factors_is_learned_apart() -> None:
-    rates = TailRates(LoadingRates(0.001))
-    assert rates.compute_s(100, 0, exact=True) == rates.compute_s(100, 0, exact=False) == pytest.approx(0.1)
-    for start in (1000, 1100, 1200, 1300):
-        rates.computed(start, 64, 64 * 0.004)
-    assert rates.compute_s(100, 1000, exact=False) > 3 * rates.compute_s(100, 1000, exact=True)
-    assert rates.load_is_faster(1_000_000, 100, 1000, exact=False)
+    prefill = LoadingRates(0.001)
+    rates = TailRates(prefill)
+    assert rates.compute_s(100, 1000, prefix=1000) == rates.compute_s(100, 1000, prefix=0)
+    for start in (1000, 1200, 1400, 1600):
+        prefill.prefilled(start, 200, 200 * 0.004, prefix=1000)
+    assert rates.compute_s(100, 1000, prefix=1000) == pytest.approx(0.4, rel=0.2)
+    assert rates.compute_s(100, 1000, prefix=0) == pytest.approx(0.1)
+    assert rates.load_is_faster(1_000_000, 100, 1000, prefix=1000)
     for size in (0, 1_000_000, 2_000_000, 3_000_000, 4_000_000):
         rates.loaded(size, 0.2 + size / 1e6)
-    assert not rates.load_is_faster(1_000_000, 100, 1000, exact=False)
-    assert rates.load_is_faster(1_000_000, 1000, 1000, exact=False)
+    assert not rates.load_is_faster(1_000_000, 100, 1000, prefix=1000)
+    assert rates.load_is_faster(1_000_000, 1000, 1000, prefix=1000)
 
 
 def test_a_load_that_was_slow_long_ago_is_hoped_to_be_quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +110,9 @@ def test_a_load_that_was_slow_long_ago_is_hoped_to_be_quick(monkeypatch: pytest.
     rates = TailRates(LoadingRates(0.001))
     for size in (1_000_000, 2_000_000, 3_000_000):
         rates.loaded(size, 9.0)
-    assert not rates.load_is_faster(1_000_000, 100, 1000, exact=True)
+    assert not rates.load_is_faster(1_000_000, 100, 1000, prefix=0)
     monkeypatch.setattr(tail_rates, "BELIEVED_S", -1.0)
-    assert rates.load_is_faster(1_000_000, 100, 1000, exact=True)
+    assert rates.load_is_faster(1_000_000, 100, 1000, prefix=0)
 
 
 def until(met: object, seconds: float = 60.0) -> None:
