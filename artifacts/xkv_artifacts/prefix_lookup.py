@@ -11,6 +11,7 @@ from xkv_artifacts.catalog import Catalog
 from xkv_artifacts.checked_prefixes import CheckedPrefixes
 from xkv_artifacts.errors import ArtifactNotFound, CorruptArtifact, MissingBlob, UnsupportedFormat
 from xkv_artifacts.keys import check_namespace, token_bytes
+from xkv_artifacts.manifest import PrefixManifest
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.reports import Match
 from xkv_artifacts.token_cache import OwnedTokens, TokenCache
@@ -86,21 +87,23 @@ class PrefixLookup:
     def _match(self, artifact_id: str, owner: tuple[str, str], prompt: bytes, *, whole: bool) -> Match:
         """How far a candidate really agrees with the prompt. Raises ArtifactNotFound, CorruptArtifact."""
         try:
-            item = self._tokens_of(artifact_id)
+            item, manifest = self._tokens_of(artifact_id)
         except UnsupportedFormat:
             return Match(artifact_id, 0)
         if item.owner != owner or (whole and not prompt.startswith(item.tokens)):
             return Match(artifact_id, 0)
-        return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size)
+        return Match(artifact_id, common_tokens(item.tokens, prompt), item.fidelity, item.size, manifest)
 
-    def _tokens_of(self, artifact_id: str) -> OwnedTokens:
+    def _tokens_of(self, artifact_id: str) -> tuple[OwnedTokens, PrefixManifest | None]:
+        """What is kept of an artifact, or has to be read, with its manifest then."""
         item = self._tokens.get(artifact_id)
-        if item is None:
-            size = 0
-            with suppress(ArtifactNotFound):  # reading says why
-                size = self._blobs.size(artifact_id)
-            manifest, tokens = self._checked.read_tokens(artifact_id)
-            owner = (manifest.model.fingerprint, manifest.namespace)
-            item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
-            self._tokens.put(artifact_id, item)
-        return item
+        if item is not None:
+            return item, None
+        size = 0
+        with suppress(ArtifactNotFound):  # reading says why
+            size = self._blobs.size(artifact_id)
+        manifest, tokens = self._checked.read_tokens(artifact_id)
+        owner = (manifest.model.fingerprint, manifest.namespace)
+        item = OwnedTokens(owner, tokens, manifest.fidelity.top1_agreement, size)
+        self._tokens.put(artifact_id, item)
+        return item, manifest

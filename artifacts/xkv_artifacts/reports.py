@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xkv_artifacts.manifest import PrefixManifest
+
 
 @dataclass(frozen=True)
 class Match:
@@ -12,12 +14,14 @@ class Match:
 
     Args:
         fidelity: of the artifact: top-1 agreement with the exact cache, 0 to 1. bytes: of its blob.
+        manifest: of the artifact, where the lookup had to read it; None where it knew the token ids.
     """
 
     artifact_id: str
     tokens: int
     fidelity: float = field(default=0.0, compare=False)
     bytes: int = field(default=0, compare=False)
+    manifest: PrefixManifest | None = field(default=None, compare=False, repr=False)
 
     @property
     def rank(self) -> tuple[int, float, int, str]:

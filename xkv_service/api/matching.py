@@ -24,7 +24,7 @@ from xkv_artifacts.errors import (
 )
 from xkv_artifacts.format import TOKENS
 from xkv_artifacts.keys import token_bytes
-from xkv_artifacts.manifest import ModelIdentity
+from xkv_artifacts.manifest import ModelIdentity, PrefixManifest
 from xkv_artifacts.origin import Origin
 from xkv_artifacts.prefix_index import common_tokens
 from xkv_artifacts.prefix_lookup import OnLost
@@ -232,7 +232,7 @@ class PrefixFinder:
         match = self._store.lookup_other_models(self._model.fingerprint, readable, prompt)
         if match is None:
             return None
-        facts = self._read_facts(match.artifact_id)
+        facts = self._read_facts(match.artifact_id, match.manifest)
         if facts.other_model is None or self._usable(match, prompt)[0] is None:
             return None
         return misses.other_model(
@@ -248,7 +248,7 @@ class PrefixFinder:
     def _usable(self, match: Match, prompt: array[int]) -> Found:
         """How much of a match can serve, and why not all of it."""
         name, least = match.artifact_id[:12], self._settings.min_match_tokens
-        facts = self._facts_of(match.artifact_id, prompt)
+        facts = self._facts_of(match.artifact_id, prompt, match.manifest)
         if isinstance(facts, Miss):
             return None, facts
         tokens = min(match.tokens, len(prompt) - 1)
@@ -299,16 +299,19 @@ class PrefixFinder:
         facts = self._facts_of(prefix_id, prompt)
         return gone if isinstance(facts, ArtifactFacts) and facts.origin.namespace not in allowed else facts
 
-    def _facts_of(self, artifact_id: str, prompt: array[int]) -> ArtifactFacts | Miss:
+    def _facts_of(
+        self, artifact_id: str, prompt: array[int], manifest: PrefixManifest | None = None
+    ) -> ArtifactFacts | Miss:
         try:
-            return self._read_facts(artifact_id)
+            return self._read_facts(artifact_id, manifest)
         except _BROKEN as error:
             return self._broken(error, artifact_id, prompt)
 
-    def _read_facts(self, artifact_id: str) -> ArtifactFacts:
+    def _read_facts(self, artifact_id: str, manifest: PrefixManifest | None) -> ArtifactFacts:
         facts = self._facts.get(artifact_id)
         if facts is None:
-            facts = ArtifactFacts.of(self._store.manifest(artifact_id), self._model, self._settings)
+            manifest = manifest or self._store.manifest(artifact_id)
+            facts = ArtifactFacts.of(manifest, self._model, self._settings)
             self._facts[artifact_id] = facts
             if len(self._facts) > _MOST_FACTS:
                 self._facts.popitem(last=False)

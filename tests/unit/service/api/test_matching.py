@@ -52,6 +52,23 @@ def test_the_whole_prefix(finder: PrefixFinder, stored: PrefixManifest, ids: lis
     assert named(finder, stored.id, [*ids, 70]) == (PrefixMatch(stored.id, len(ids)), None)
 
 
+def test_an_artifact_is_opened_once(
+    store: ArtifactStore,
+    loaded: LoadedModel,
+    stored: PrefixManifest,
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an object store each time costs two requests, before anything can be loaded."""
+    opened, read = [], store.blobs.open
+    monkeypatch.setattr(store.blobs, "open", lambda name: opened.append(name) or read(name))
+    finder = PrefixFinder(ArtifactStore(store.blobs, store.catalog), loaded.identity, SETTINGS)
+    for question in (70, 71):
+        assert find(finder, [*ids, question]) == (PrefixMatch(stored.id, len(ids)), None)
+    assert opened == [stored.id]
+    finder.close()
+
+
 def test_a_prompt_that_is_the_prefix_leaves_one_token_to_compute(
     finder: PrefixFinder, stored: PrefixManifest, ids: list[int]
 ) -> None:

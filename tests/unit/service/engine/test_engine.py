@@ -115,7 +115,7 @@ def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talk
 def test_what_a_prefill_waits_for_processors_is_not_believed_to_be_its_cost(
     talker: Talker, engine: Engine, pool: PrefixPool
 ) -> None:
-    """Loads that nobody waits for would make it so; and as long as that the next prompts waited for theirs."""
+    """Loads beside it would make it so; and as long as that the next prompts would wait for theirs."""
     hook = talker.model.register_forward_pre_hook(lambda *given: time.sleep(0.3))
     try:
         Asked(engine, prompt_of(talker, "z" * 300, document=False)).wait()
