@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/slow_store.json"))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=12)
-    parser.add_argument("--slower", type=float, nargs="+", default=[0.75, 1.05])
+    parser.add_argument("--slower", type=float, nargs="+", default=[0.4, 0.75, 1.05])
     arguments = parser.parse_args()
     report = Report("slow_store", command(), "computing the prompt")
     with tempfile.TemporaryDirectory() as name, object_store(Path(name)) as link:
