@@ -8,7 +8,7 @@ always goes on from the prefix. `whole`, the baseline: one that has none. `decid
 which has computed a long rest behind the prefix once. Every prompt has an engine of its own, so that no
 conversation is gone on from. Seconds are medians of `--runs` prompts, after one that is not counted;
 `served`: what the last engine used. `start_token_us`: what a server believes of a token's prefill when it
-starts, and `token_us` what it believes in the end, of a token at position 0.
+starts, and `token_us` what it believes after this row, of a token at position 0.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Resident:
     """What of a `PrefixPool` an engine asks where one prefix is in memory, and stays there."""
 
     gone: frozenset[str] = frozenset()
+    loading = False
 
     def __init__(self, prefix: Prefix, rates: LoadingRates) -> None:
         self._prefix, self.rates = prefix, rates
@@ -74,9 +75,9 @@ def main() -> None:
     loaded = replace(load(), model=model)
     report = Report("engine_rests", command(), "whole")
     report.keep(arguments.out, model="Llama-3.1-8B shapes, random weights", runs=arguments.runs)
-    measured = [cls.measured(model) for cls in (Faithful, LoadingRates)]
-    start = [1e6 * rates.prefill_s(1) for rates in measured]
     for tokens in [1024] if arguments.tiny else [1024 * int(one) for one in arguments.tokens.split(",")]:
+        measured = [cls.measured(model) for cls in (Faithful, LoadingRates)]
+        start_us = 1e6 * measured[1].prefill_s(1)
         ids = torch.randint(3, 90, (tokens,))
         spec = CompressionSpec(ratio=2.0 if arguments.tiny else 8.0, factor_dtype="int8")
         prefix = Prefix.of(model, compress(model, ids, spec))
@@ -93,11 +94,12 @@ def main() -> None:
                 tokens=tokens,
                 rest=rest,
                 **row,
+                start_token_us=start_us,
+                token_us=1e6 * measured[1].figures()["prefill_token"],
                 served=", ".join(name for _, name in found["decided"]),
                 ratio=row["whole_s"] / row["decided_s"],
             )
-    figures = {"start_token_us": start[1], "token_us": 1e6 * measured[1].figures()["prefill_token"]}
-    report.write(arguments.out, **figures)
+    report.write(arguments.out)
 
 
 def _arguments() -> argparse.Namespace:
@@ -123,7 +125,7 @@ def _ways(
         other = torch.randint(3, 90, (rest,), generator=torch.Generator().manual_seed(1000 * rest + seed))
         match = None if pool is None else PrefixMatch(_MATCH, len(ids))
         with Engine(loaded, settings, pool) as engine:
-            first_token(engine, (5, 6), None)  # it has made its graphs then
+            first_token(engine, (5, 6), None)  # its runner is ready then
             seconds, started = first_token(engine, (*ids, *other.tolist()), match)
         return seconds, "whole" if started.artifact_id is None else "prefix"
 

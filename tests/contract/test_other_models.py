@@ -71,7 +71,8 @@ def models(store: ArtifactStore, namespace: str = "n") -> dict[bytes, float]:
 def test_what_another_model_has_of_a_prompt_is_found(store: ArtifactStore, length: int) -> None:
     theirs = publish(store, [*range(length)])
     assert store.lookup(FINGERPRINT, "n", PROMPT) is None
-    assert store.lookup_other_models(FINGERPRINT, ["n"], PROMPT) == Match(theirs, min(length, 200))
+    found = store.lookup_other_models(FINGERPRINT, ["n"], PROMPT)
+    assert found == Match(theirs, min(length, 200)) and found.manifest == store.manifest(theirs)
     assert asked(store, PROMPT, fingerprint="c" * 64) == Match(theirs, min(length, 200))
     assert store.lookup(OTHER, "n", PROMPT) == Match(theirs, min(length, 200))
 

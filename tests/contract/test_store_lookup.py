@@ -36,6 +36,14 @@ def test_a_prompt_may_be_an_array(stores: tuple[ArtifactStore, ArtifactStore]) -
         store.lookup(FINGERPRINT, "default", torch.arange(150)[None])
 
 
+def test_a_lookup_tells_what_it_had_to_read(stores: tuple[ArtifactStore, ArtifactStore]) -> None:
+    store, other = stores
+    stored = publish(store, 100)
+    first, second = (other.lookup(FINGERPRINT, "default", range(150)) for _ in range(2))
+    assert first is not None and first.manifest == store.manifest(stored)
+    assert second == first and second.manifest is None
+
+
 def test_what_others_publish_longer_or_rebuild_is_found(stores: tuple[ArtifactStore, ArtifactStore]) -> None:
     store, other = stores
 

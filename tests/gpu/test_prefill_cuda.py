@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from xkv_service.engine.prefill_clock import PrefillClock
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.prefilling.prefill import prefill, prefill_batch
 
@@ -89,3 +90,10 @@ def test_memory_stays_near_the_cache(model: LlamaForCausalLM) -> None:
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 1.3 * cache_bytes
     prefix.free()
+
+
+def test_a_prefill_is_timed_until_the_device_is_done() -> None:
+    clock = PrefillClock(torch.device("cuda"))
+    clock.begin()
+    torch.cuda._sleep(200_000_000)  # cycles, at about two a nanosecond
+    assert clock.seconds(beside_loads=False) > 0.05

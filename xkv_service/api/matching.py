@@ -310,7 +310,8 @@ class PrefixFinder:
     def _read_facts(self, artifact_id: str, manifest: PrefixManifest | None) -> ArtifactFacts:
         facts = self._facts.get(artifact_id)
         if facts is None:
-            manifest = manifest or self._store.manifest(artifact_id)
+            if manifest is None:
+                manifest = self._store.manifest(artifact_id)
             facts = ArtifactFacts.of(manifest, self._model, self._settings)
             self._facts[artifact_id] = facts
             if len(self._facts) > _MOST_FACTS:

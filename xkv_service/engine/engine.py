@@ -27,9 +27,9 @@ from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails
 from xkv_service.engine.load_failure import LoadFailure
-from xkv_service.engine.loading_rates import prefill_clock
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.parts import resident_key
+from xkv_service.engine.prefill_clock import PrefillClock
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import PackedRunner, Runner, SeparateRunner, make_runner
 from xkv_service.engine.sequence import OnEvent, Sequence
@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
         self._prefixes, self._stored = prefixes, stored
-        self._prefill_clock = prefill_clock(loaded.model.device)
+        self._prefill_clock = PrefillClock(loaded.model.device)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._exact_bytes = (
             0 if prefixes is None else cache_bytes(loaded.model, inspect_loaded(loaded.model).layout)
@@ -465,9 +465,12 @@ class Engine:
         parts = plan_step(self._running, self.settings)
         if not parts:
             return
-        began, prefill_began = time.perf_counter(), self._prefill_clock()
+        beside_loads, began = self._prefixes is not None and self._prefixes.loading, time.perf_counter()
+        self._prefill_clock.begin()
         logits = self._run(runner, parts)
-        self._note(parts, time.perf_counter() - began, self._prefill_clock() - prefill_began)
+        seconds, tokens = time.perf_counter() - began, sum(part.count for part in parts)
+        self._count(steps=1, step_seconds=seconds, step_tokens=tokens)
+        self._note_prefill(parts, beside_loads=beside_loads)
         ready = []
         for part, row in zip(parts, logits, strict=True):
             if row is not None:
@@ -530,14 +533,17 @@ class Engine:
         if sequence.done:
             self._leave(sequence, "finished")
 
-    def _note(self, parts: list[Part], seconds: float, prefill_s: float) -> None:
-        self._count(steps=1, step_seconds=seconds, step_tokens=sum(part.count for part in parts))
-        part = parts[0]
-        if self._prefixes is None or len(parts) != 1 or part.sequence.left:
+    def _note_prefill(self, parts: list[Part], *, beside_loads: bool) -> None:
+        """What computing takes, where one prompt ran alone."""
+        part, pool = parts[0], self._prefixes
+        if pool is None or len(parts) != 1 or part.count == 1 or part.sequence.left:
+            return
+        try:
+            seconds = self._prefill_clock.seconds(beside_loads=beside_loads or pool.loading)
+        except RuntimeError:  # of the device: whoever reads the logits hears of it
             return
         context = _context_of(part.sequence)
-        start = len(context.ids) - part.count
-        self._prefixes.rates.prefilled(start, part.count, prefill_s, context.prefix_tokens)
+        pool.rates.prefilled(len(context.ids) - part.count, part.count, seconds, context.prefix_tokens)
 
     def _count(self, **more: float) -> None:
         for name, value in more.items():

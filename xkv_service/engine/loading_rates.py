@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from math import inf
 from statistics import median
 from typing import Literal
@@ -40,21 +39,12 @@ _WORTH = 1.5
 cache of all of it from then on. A guess."""
 
 
-def prefill_clock(device: torch.device) -> Callable[[], float]:
-    """The clock by which a thread says what its prefills take, in seconds.
-
-    On a CPU that of the thread's own time on a processor: other programs, and loads that nobody waits for,
-    have the cores for a while, and what they make of a prefill would be how long others wait for a store.
-    """
-    return time.thread_time if device.type == "cpu" else time.perf_counter
-
-
 class LoadingRates:
     """Moving figures of both ways, robust against odd ones; safe to use from any thread.
 
     Prefill: seconds per token grow in a straight line with the position, and in another one with the distance
-    behind a prefix in factors. Loading: fixed seconds and seconds
-    per byte, from the first byte read to the prefix being bound, and how far from that the last loads were.
+    behind a prefix in factors. Loading: fixed seconds and seconds per byte, from the first byte read to the
+    prefix being bound, and how far from that the last loads were.
 
     Args:
         seconds_per_token: of a short prefill, to start with. position: of its middle.
@@ -72,12 +62,15 @@ class LoadingRates:
 
     @classmethod
     def measured(cls, model: PreTrainedModel) -> LoadingRates:
-        """Rates that start with the least that one of some short prefills takes now."""
+        """Rates that start with the least that one of some short prefills takes now.
+
+        On a CPU without the time in which other programs had it: while a server starts, there are many.
+        """
         on_cpu = model.device.type == "cpu"
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WARM_UP_TOKENS
         tokens = _WARM_UP_TOKENS if on_cpu else min(_WARM_UP_TOKENS_GPU, most)
         ids = torch.ones(1, tokens, dtype=torch.int64, device=model.device)
-        clock = prefill_clock(model.device)
+        clock = time.thread_time if on_cpu else time.perf_counter
         taken = []
         for _ in range(_WARM_UPS):
             begin = clock()
@@ -138,14 +131,14 @@ class LoadingRates:
         """Seconds that prefilling `tokens` tokens from position `start` on takes.
 
         Args:
-            prefix: tokens in factors that stand before them. As without, where nothing was prefilled lately
-                behind a prefix of about that length.
+            prefix: tokens in factors that stand before them. As without, where nothing was prefilled behind a
+                prefix of about that length.
         """
         with self._lock:
-            line = self._behind_lately(prefix) if prefix else None
-            return tokens * (
-                self._prefill(start + tokens / 2) if line is None else line(start - prefix + tokens / 2)
-            )
+            _, line = self._behind.get(prefix.bit_length(), (-inf, None))
+            if not prefix or line is None:
+                return tokens * self._prefill(start + tokens / 2)
+            return tokens * line(start - prefix + tokens / 2)
 
     def load_s(self, nbytes: int) -> float:
         """Seconds that reading and binding an artifact of `nbytes` takes."""

@@ -184,6 +184,12 @@ class PrefixPool:
             return running < self._threads.wanted
 
     @property
+    def loading(self) -> bool:
+        """Whether loads run, or wait for a thread."""
+        with self._lock:
+            return len(self._loads) > len(self._parked)
+
+    @property
     def gone(self) -> frozenset[str]:
         """Artifacts that are gone from the store, and parts, whose prefixes somebody still holds."""
         return self._gone

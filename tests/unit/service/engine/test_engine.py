@@ -112,17 +112,19 @@ def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talk
     assert second.tokens == first.tokens == generated(talker, prompt)
 
 
-def test_what_a_prefill_waits_for_processors_is_not_believed_to_be_its_cost(
-    talker: Talker, engine: Engine, pool: PrefixPool
+@pytest.mark.parametrize("loading", [False, True])
+def test_what_loads_take_of_the_processors_is_not_the_cost_of_a_prefill(
+    talker: Talker, engine: Engine, pool: PrefixPool, loading: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loads beside it would make it so; and as long as that the next prompts would wait for theirs."""
-    hook = talker.model.register_forward_pre_hook(lambda *given: time.sleep(0.3))
+    """As long as they make it look, the next prompts would wait for theirs."""
+    monkeypatch.setattr(PrefixPool, "loading", property(lambda _: loading))
+    hook = talker.model.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     try:
         Asked(engine, prompt_of(talker, "z" * 300, document=False)).wait()
     finally:
         hook.remove()
     assert engine.state().counters["step_seconds"] > 4 * 0.3
-    assert pool.rates.prefill_s(64) < 0.25
+    assert (pool.rates.prefill_s(64) < 0.25) is loading
 
 
 def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, artifact: str) -> None:

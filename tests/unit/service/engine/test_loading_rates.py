@@ -226,6 +226,17 @@ def test_everything_is_computed_where_the_rest_takes_far_longer_behind_a_prefix(
     assert not rates.everything_is_faster(2000, 4000, 2000)  # it is forgotten
 
 
+def test_what_tokens_cost_behind_a_prefix_is_believed_until_it_is_seen_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = LoadingRates(1e-3)
+    rates.prefilled(2000, 200, 200 * 5e-3, prefix=2000)
+    assert rates.prefill_s(200, 2000, prefix=2000) > 2 * rates.prefill_s(200, 2000)
+    assert rates.prefill_s(200, 1000, prefix=1000) == rates.prefill_s(200, 1000)  # another length
+    monkeypatch.setattr(loading_rates, "BELIEVED_S", -1.0)
+    assert rates.prefill_s(200, 2000, prefix=2000) > 2 * rates.prefill_s(200, 2000)
+
+
 def test_one_long_rest_does_not_make_short_ones_look_slow() -> None:
     rates = LoadingRates(1e-3)
     rates.prefilled(2000, 2000, 2000 * 6e-3, 2000)
