@@ -94,6 +94,7 @@ def test_memory_stays_near_the_cache(model: LlamaForCausalLM) -> None:
 
 def test_a_prefill_is_timed_until_the_device_is_done() -> None:
     clock = PrefillClock(torch.device("cuda"))
+    torch.cuda.synchronize()  # CUDA has begun
     clock.begin()
     torch.cuda._sleep(200_000_000)  # cycles, at about two a nanosecond
     assert clock.seconds(beside_loads=False) > 0.05

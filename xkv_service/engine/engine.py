@@ -27,6 +27,7 @@ from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails
 from xkv_service.engine.load_failure import LoadFailure
+from xkv_service.engine.loading_rates import LEAST_CHUNK
 from xkv_service.engine.messages import EngineState, Failed, GenerationRequest, Miss, PrefixMatch
 from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefill_clock import PrefillClock
@@ -465,12 +466,15 @@ class Engine:
         parts = plan_step(self._running, self.settings)
         if not parts:
             return
-        beside_loads, began = self._prefixes is not None and self._prefixes.loading, time.perf_counter()
+        pool = self._prefixes if len(parts) == 1 and parts[0].count >= LEAST_CHUNK else None
+        beside_loads = pool is not None and pool.loading
+        began = time.perf_counter()
         self._prefill_clock.begin()
         logits = self._run(runner, parts)
         seconds, tokens = time.perf_counter() - began, sum(part.count for part in parts)
         self._count(steps=1, step_seconds=seconds, step_tokens=tokens)
-        self._note_prefill(parts, beside_loads=beside_loads)
+        if pool is not None and not parts[0].sequence.left:
+            self._note_prefill(pool, parts[0], beside_loads=beside_loads)
         ready = []
         for part, row in zip(parts, logits, strict=True):
             if row is not None:
@@ -533,13 +537,11 @@ class Engine:
         if sequence.done:
             self._leave(sequence, "finished")
 
-    def _note_prefill(self, parts: list[Part], *, beside_loads: bool) -> None:
+    def _note_prefill(self, pool: PrefixPool, part: Part, *, beside_loads: bool) -> None:
         """What computing takes, where one prompt ran alone."""
-        part, pool = parts[0], self._prefixes
-        if pool is None or len(parts) != 1 or part.count == 1 or part.sequence.left:
-            return
+        beside_loads |= pool.loading
         try:
-            seconds = self._prefill_clock.seconds(beside_loads=beside_loads or pool.loading)
+            seconds = self._prefill_clock.seconds(beside_loads=beside_loads)
         except RuntimeError:  # of the device: whoever reads the logits hears of it
             return
         context = _context_of(part.sequence)

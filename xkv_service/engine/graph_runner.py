@@ -46,7 +46,7 @@ _EARN = 6
 
 SETTLED = 128
 """Steps of the same documents after which a graph of theirs alone runs them: capturing it takes 0.4 s, and a
-step gains 1 to 10 ms (a guess between)."""
+step gains 1 to 10 ms, less at 8k (a guess between)."""
 
 _SIZES = 256
 """Sizes of questions, and of graphs of documents, that are counted at most."""

@@ -30,7 +30,7 @@ _IN_VAIN = (1, inf)
 """Bytes and seconds of a load that was waited for in vain, and has not been measured."""
 _WARM_UPS, _WARM_UP_TOKENS, _WARM_UP_TOKENS_GPU = 4, 128, 2048
 """A GPU takes for 128 tokens what it takes to launch them."""
-_LEAST_CHUNK = 32
+LEAST_CHUNK = 32
 """Shorter chunks of a prefill say what a forward costs, not what a token costs."""
 _LEAST_REST = 128
 """As short behind factors, where a forward costs more; and shorter rests are questions."""
@@ -87,7 +87,7 @@ class LoadingRates:
             prefix: tokens in factors that stand before it. Behind these each token costs more, the more stand
                 between it and them.
         """
-        if tokens < (_LEAST_REST if prefix else _LEAST_CHUNK):
+        if tokens < (_LEAST_REST if prefix else LEAST_CHUNK):
             return
         with self._lock:
             if not prefix:

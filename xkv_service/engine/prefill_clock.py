@@ -14,10 +14,10 @@ _KEPT = 32
 class PrefillClock:
     """Times prefills, one after the other, on one thread.
 
-    On a CPU, loads run on the same cores: as long as they make a prefill look, the next prompts would wait
-    for theirs, and what is not computed is not timed again. So beside loads the thread's own time on a
-    processor counts, times what else took the cores from the last prefills without loads: other programs, or
-    a limit.
+    On a CPU, loads of prefixes run on the same cores: as long as they make a prefill look, the next prompts
+    would wait for theirs, and what is not computed is not timed again. So beside loads the thread's own time
+    on a processor counts, times what else took the cores from the last prefills without loads: other
+    programs, or a limit.
 
     Args:
         device: of the model.
@@ -41,5 +41,6 @@ class PrefillClock:
             return took
         if beside_loads:
             return own * (median(self._others) if self._others else 1.0)
-        self._others.append(took / own)
+        if own > 0:
+            self._others.append(took / own)
         return took

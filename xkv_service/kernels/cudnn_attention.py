@@ -15,7 +15,7 @@ from xkv_service.decoding.rebuilt_prefix import States
 from xkv_service.kernels.probe import passes
 
 LEAST: Final = 8_192
-"""Tokens of a document below which it reads none: at 4,096 a step gains nothing (docs/performance.md)."""
+"""Tokens of a document below which it reads none: at 4,096 no gain was seen (docs/performance.md)."""
 _UNIT: Final = 64
 """Tokens that each part is a multiple of."""
 _PROGRAMS: Final = 128

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -112,19 +113,24 @@ def test_a_prompt_that_was_asked_before_leaves_one_token_to_compute(talker: Talk
     assert second.tokens == first.tokens == generated(talker, prompt)
 
 
-@pytest.mark.parametrize("loading", [False, True])
+@pytest.mark.parametrize("loading", [(False, False), (True, False), (False, True)])
 def test_what_loads_take_of_the_processors_is_not_the_cost_of_a_prefill(
-    talker: Talker, engine: Engine, pool: PrefixPool, loading: bool, monkeypatch: pytest.MonkeyPatch
+    talker: Talker,
+    engine: Engine,
+    pool: PrefixPool,
+    loading: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As long as they make it look, the next prompts would wait for theirs."""
-    monkeypatch.setattr(PrefixPool, "loading", property(lambda _: loading))
+    """As long as they make it look, the next prompts would wait for theirs: those at its beginning or end."""
+    told = cycle(loading)
+    monkeypatch.setattr(PrefixPool, "loading", property(lambda _: next(told)))
     hook = talker.model.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     try:
         Asked(engine, prompt_of(talker, "z" * 300, document=False)).wait()
     finally:
         hook.remove()
     assert engine.state().counters["step_seconds"] > 4 * 0.3
-    assert (pool.rates.prefill_s(64) < 0.25) is loading
+    assert (pool.rates.prefill_s(64) < 0.25) is any(loading)
 
 
 def test_tails_leave_when_the_budget_is_full(talker: Talker, pool: PrefixPool, artifact: str) -> None:

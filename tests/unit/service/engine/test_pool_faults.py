@@ -197,9 +197,9 @@ def test_what_was_waited_for_in_vain_is_not_expected_in_time_again(
     pool.rates = LoadingRates(0.1)
     assert pool.rates.decide(SIZES[1]) == "load"
     _hang(pool, blobs, late, SIZES[0])
-    assert pool.rates.decide(SIZES[1]) == "prefill"
+    assert pool.rates.decide(SIZES[1]) == "prefill" and pool.loading
     blobs.hanging[late].set()
-    until(lambda: late in pool.state().prefixes)
+    until(lambda: late in pool.state().prefixes and not pool.loading)
     assert pool.rates.decide(SIZES[1]) == "load"  # it has ended, and was no slower than that
     loaded(pool, other, SIZES[1])
     pool.close()

@@ -12,11 +12,15 @@ CPU = torch.device("cpu")
 SLEPT_S = 0.2
 
 
-def timed(clock: PrefillClock, *, beside_loads: bool, slept_s: float = SLEPT_S) -> float:
-    clock.begin()
-    end = time.thread_time() + 0.02
+def work(seconds: float) -> None:
+    end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
+
+
+def timed(clock: PrefillClock, *, beside_loads: bool, slept_s: float = SLEPT_S) -> float:
+    clock.begin()
+    work(0.02)
     time.sleep(slept_s)
     return clock.seconds(beside_loads=beside_loads)
 
@@ -39,5 +43,5 @@ def test_what_always_takes_the_cores_counts_beside_loads_too() -> None:
 
 def test_each_prefill_begins_anew() -> None:
     clock = PrefillClock(CPU)
-    time.sleep(SLEPT_S)
+    work(SLEPT_S)
     assert timed(clock, beside_loads=True) < SLEPT_S / 2

@@ -310,6 +310,8 @@ def test_who_finds_no_room_waits_for_it_and_is_told_why_in_time(make_pool: MakeP
     assert pool.state().parked == 0
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.request(ids[4], SIZES[4], told.put, deadline_s=PATIENT)
+    until(lambda: pool.state().parked == 1)
+    assert not pool.loading
     pool.release(ids[5])
     assert isinstance(told.get(timeout=PATIENT), Prefix)
     assert pool.state().prefixes == (ids[4],)

@@ -182,6 +182,7 @@ def test_parts_are_as_many_as_fill_a_device() -> None:
         (16_384 + 600, torch.bfloat16, 64, 16_384 + 512),
         (16_384 + 600, torch.float16, 128, 16_384 + 512),
         (8_191, torch.bfloat16, 64, 0),
+        (8_192, torch.bfloat16, 64, 8_192),
         (16_384, torch.float32, 64, 0),
         (16_384, torch.bfloat16, 256, 0),
         (16_384, torch.bfloat16, 36, 0),
