@@ -1,4 +1,4 @@
-"""`PrefillClock`: how long a prefill takes, loads that nobody waits for or not."""
+"""`PrefillClock`: how long a prefill takes, beside loads or not."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ computing would, and one that is never tried teaches nothing."""
 
 
 class TailRates:
-    """Moving figures of both ways; safe to use from any thread.
+    """What loading tails takes, learned here, and computing, asked for; safe to use from any thread.
 
     Args:
         prefill: what computing costs.

@@ -136,7 +136,9 @@ def test_it_is_learned_from_a_long_rest(talker: Talker, own_store: ArtifactStore
     served = Served(talker, own_store, LoadingRates(1.0))
     try:
         assert not served.rates._behind  # a question says nothing
-        served.ask(LONG)
-        assert served.rates._behind
+        rest = len(served.ask(LONG).request.token_ids) - served.match.tokens
+        ((length, (_, line)),) = served.rates._behind.items()
+        assert length == served.match.tokens.bit_length()
+        assert all(0 <= distance < rest for distance, _ in line._seen)
     finally:
         served.close()

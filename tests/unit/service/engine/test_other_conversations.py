@@ -36,7 +36,6 @@ class Served:
         fingerprint, rates = talker.loaded.identity.fingerprint, StillRates(rate)
         self.pool = PrefixPool(talker.model, store, SELECTION, 2**24, fingerprint=fingerprint, rates=rates)
         self.stored = StoredTails(talker.loaded, store.tails, self.pool, SETTINGS)
-        self.stored.rates.computed = lambda *_: None  # type: ignore[method-assign]
         self.engine = Engine(talker.loaded, SETTINGS, self.pool, self.stored)
         self.first = Asked(self.engine, prompt_of(talker, "Where?")).wait()
         assert self.first.started.cached_tokens == 0

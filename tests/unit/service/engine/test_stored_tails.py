@@ -40,7 +40,6 @@ class Served:
             talker.model, store, settings.selection, 2**24, fingerprint=fingerprint, rates=StillRates(rate)
         )
         self.stored = StoredTails(talker.loaded, store.tails, self.pool, settings)
-        self.stored.rates.computed = lambda *_: None  # type: ignore[method-assign]
         self.engine = Engine(talker.loaded, settings, self.pool, stored=self.stored)
 
     def close(self) -> None:
