@@ -7,7 +7,7 @@ Random weights in bfloat16, prefixes of random tokens at 8x that are in memory. 
 always goes on from the prefix. `whole`, the baseline: one that has none. `decided`: one as a server has it,
 which has computed a long rest behind the prefix once. Every prompt has an engine of its own, so that no
 conversation is gone on from. Seconds are medians of `--runs` prompts, after one that is not counted;
-`served`: what the last engine used. `start_token_us`: what a server believes of a token's prefill when it
+`served`: what those of `decided` used. `start_token_us`: what a server believes of a token's prefill when it
 starts, and `token_us` what it believes after this row, of a token at position 0.
 """
 

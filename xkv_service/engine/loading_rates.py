@@ -136,7 +136,7 @@ class LoadingRates:
         """
         with self._lock:
             _, line = self._behind.get(prefix.bit_length(), (-inf, None))
-            if not prefix or line is None:
+            if line is None:
                 return tokens * self._prefill(start + tokens / 2)
             return tokens * line(start - prefix + tokens / 2)
 

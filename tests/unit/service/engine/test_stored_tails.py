@@ -20,6 +20,7 @@ from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine import stored_tails
 from xkv_service.engine.breaker import Breaker
 from xkv_service.engine.engine import Engine
+from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.settings import EngineSettings
@@ -488,3 +489,24 @@ def test_eviction_and_return_at_random(talker: Talker, own_store: ArtifactStore)
                 talks[n] = [*talks[n], *one.tokens, *more]
         assert served.counter("stored") > 0 and served.counter("loaded") > 0
         assert own_store.tails.usage().bytes <= 1_000_000
+
+
+def test_what_tokens_cost_behind_a_prefix_is_asked_for_tails(
+    talker: Talker, own_store: ArtifactStore
+) -> None:
+    """Where exact tokens cost next to nothing, a tail behind factors is stored and loaded, and no other."""
+    with serving(talker, own_store, rate=1e-9) as served:
+        match = match_of(talker, own_store)
+        served.pool.prefetch(match.artifact_id)
+        until(lambda: match.artifact_id in served.pool.state().prefixes)
+        slow = 200 * SLOW_MODEL
+        LoadingRates.prefilled(served.pool.rates, match.tokens, 200, slow, prefix=match.tokens)
+        prompt = prompt_of(talker, "Where does it end? " * 5)
+        Asked(served.engine, prompt, match=match, namespace="other").wait()
+        served.evict()
+        assert (served.counter("stored"), served.counter("not_worth")) == (1, 0)
+        Asked(served.engine, prompt).wait()
+        served.evict()
+        assert (served.counter("stored"), served.counter("not_worth")) == (1, 1)
+        again = Asked(served.engine, prompt, match=match, namespace="other").wait()
+        assert again.started.cached_tokens > match.tokens and served.counter("loaded") == 1
