@@ -14,6 +14,9 @@ import openai
 from examples.documents import Documents
 from examples.local_server import CORPUS, STORE, local_server
 
+_DOCUMENT = CORPUS / "guide-cork-ivory-gull-union.md"
+_QUESTION = "Do you know the supplier of the eager eagle lamp?"
+
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """The options that `connection` reads."""
@@ -22,6 +25,28 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--docs", type=Path, default=CORPUS, help="the documents to talk about")
     parser.add_argument("--store", type=Path, default=STORE, help="of the server that is started")
+
+
+def parse_question(description: str | None) -> argparse.Namespace:
+    """The options of an example that asks one question about one document: question, document (its text),
+    base_url and model.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", nargs="?", default=_QUESTION)
+    parser.add_argument("--document", type=_text, default=str(_DOCUMENT), metavar="FILE")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="model", help="as /v1/models names it")
+    return parser.parse_args()
+
+
+def _text(path: str) -> str:
+    """As `xkv precompute` reads it, byte for byte."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as text: {error}") from None
 
 
 def told(error: openai.APIError) -> str:
@@ -41,9 +66,27 @@ def connection(options: argparse.Namespace) -> Iterator[tuple[str, str, Document
     if not documents.names:
         sys.exit(f"error: no documents in {options.docs}\nhint: txt, md and rst files are read")
     given = options.base_url
+    with (
+        plain_errors(),
+        nullcontext(given) if given else local_server(options.docs, options.store) as base_url,
+    ):
+        yield base_url, api_key(), documents
+
+
+def api_key() -> str:
+    """What XKV_API_KEY says; a local server asks for none, but clients want one."""
+    return os.environ.get("XKV_API_KEY", "-")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a user can mend ends the block with one line that says so.
+
+    Raises:
+        SystemExit: no server, one that refuses, or Ctrl-C.
+    """
     try:
-        with nullcontext(given) if given else local_server(options.docs, options.store) as base_url:
-            yield base_url, os.environ.get("XKV_API_KEY", "-"), documents  # a local server asks for no key
+        yield
     except openai.APIConnectionError as error:
         sys.exit(f"error: no server answers at {error.request.url}\nhint: start one with xkv serve")
     except openai.APIError as error:

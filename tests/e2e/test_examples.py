@@ -215,16 +215,22 @@ def test_rag_is_measured(running: Running) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("name", ["langchain_chat.py", "llama_index_chat.py"])
+@pytest.mark.parametrize("name", ["langchain_chat", "llama_index_chat"])
 def test_frameworks_stream_and_tell_usage(running: Running, name: str) -> None:
     (question, answer), *_ = facts(DOCUMENTS[1], 1)
     place = ["--base-url", running.base_url, "--document", running.docs / DOCUMENTS[1]]
-    done = example(f"examples/{name}", *place, question)
+    done = example("-m", f"examples.{name}", *place, question)
     assert done.returncode == 0, done.stderr
     said, usage = done.stdout.splitlines()
     assert said == answer
     cached, prompt = map(int, re.findall(r"\d+", usage))
     assert 0.9 * prompt < cached < prompt
+    refused = example("-m", f"examples.{name}", *place, "--model", "gpt-none", question)
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr.startswith("error: ") and "gpt-none" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    unread = example("-m", f"examples.{name}", "--document", "none.md", question)
+    assert unread.returncode == 2 and "none.md cannot be read as text" in unread.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("page", "block"), [("README.md", -1), ("docs/serving.md", 0)])
