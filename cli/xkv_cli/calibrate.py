@@ -50,7 +50,7 @@ def calibrate(as_json: bool, report: Path | None, plots: Path | None, **options:
     Runs the model over documents like those that will be compressed, makes bases of layers' keys and values
     that all of them share, and chooses groups, metric and bits by what answers lose. Every fourth document
     is kept to check it on. The calibration goes to the store, where `xkv precompute`, `xkv chat` and `xkv
-    ask` find it.
+    ask` find it, instead of one made before or of the bundled model's own.
 
     It can be interrupted or killed: the same command goes on behind the last document written down.
 
@@ -63,8 +63,9 @@ def calibrate(as_json: bool, report: Path | None, plots: Path | None, **options:
 
     \b
     With --json, one object:
-      {"id", "model", "documents", "held_out", "tokens", "errors": [{"document", "reason"}], "seconds",
-       "figures"}
+      {"id", "model", "documents", "held_out", "tokens", "replaced", "errors": [{"document", "reason"}],
+       "seconds", "figures"}
+    replaced is the id of the calibration that was used for this model until now, or null.
     The page docs/calibration.md explains the figures.
 
     Exit status: 0 all is well, 1 some documents failed or no calibration was made, 2 wrong usage, 130

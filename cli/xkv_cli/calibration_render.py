@@ -114,6 +114,7 @@ def report(result: CalibrationReport) -> None:
             ("documents", f"{result.documents:,}, {result.held_out:,} of them only to check it on"),
             ("failed", f"{len(result.errors):,}"),
             ("tokens", f"{result.tokens:,}"),
+            *_replaced(result),
             ("metric", str(result.figures["weighting"])),
             ("groups", _partition(result.figures["groups"])),
             *_index(result.figures),
@@ -124,6 +125,14 @@ def report(result: CalibrationReport) -> None:
     _validation(result.figures)
     _warnings(result.figures)
     errors(result.errors)
+
+
+def _replaced(result: CalibrationReport) -> list[tuple[str, str]]:
+    """What was used until now, and how to go on with it."""
+    if result.replaced is None:
+        return []
+    kept = f"precompute --calibration {result.replaced[:12]}"
+    return [("used instead of", f"{result.replaced[:12]} ({kept} uses that still)")]
 
 
 def _warnings(figures: Mapping[str, Any]) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from command_runs import Xkv, words
 
+from xkv_artifacts.calibration_format import read_manifest
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.calibration.limits import ENOUGH
 from xkv_service.calibration.steps import SHARED
 from xkv_service.calibration.storage import known_documents
+from xkv_service.demo import demo_calibration_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCUMENTS = (
@@ -47,9 +49,11 @@ def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
     assert made.code == 0, made.err
     result = made.json
     assert list(result) == [
-        "id", "model", "documents", "held_out", "tokens", "errors", "seconds", "figures"
+        "id", "model", "documents", "held_out", "tokens", "replaced", "errors", "seconds", "figures"
     ]  # fmt: skip
     assert (result["documents"], result["held_out"], result["errors"]) == (3, 1, [])
+    with demo_calibration_path().open("rb") as file:
+        assert result["replaced"] == read_manifest(file).id
     assert 0.9 < result["figures"]["stability"]["kept"]["mean"] <= 1
     assert {row["asked"] for row in result["figures"]["validation"]} == {8, 20, 32, 48}
     (row,) = (one for one in result["figures"]["validation"] if (one["asked"], one["step"]) == (8, SHARED))
@@ -138,6 +142,7 @@ def test_documents_are_added_to_an_earlier_calibration(
     second = made.json
     assert f"2 documents observed, 2 more by calibration {first['id'][:12]}" in made.err
     assert second["id"] != first["id"] and second["held_out"] == 1
+    assert (first["replaced"], second["replaced"]) == (None, first["id"])
     sample = second["figures"]["sample"]
     assert (sample["documents"], sample["known"]) == (4, 2)
     assert sample["tokens"] > first["figures"]["sample"]["tokens"]

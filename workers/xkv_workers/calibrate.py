@@ -17,6 +17,7 @@ from xkv_service.calibration.settings import CalibrationSettings
 from xkv_service.calibration.statistics import document_digest
 from xkv_service.calibration.storage import check_made_for, known_documents
 from xkv_service.evaluation.rendering import Renderer
+from xkv_workers.calibration_choice import newest_or_bundled
 from xkv_workers.calibration_crew import CalibrationCrew
 from xkv_workers.corpus import Rejected
 from xkv_workers.errors import CorpusError
@@ -77,6 +78,7 @@ class CalibrationReport:
     Args:
         id: of the calibration in the store. model: its name.
         documents, tokens: of the sample; `held_out` of the documents were only tried on.
+        replaced: id of the calibration that was used for this model before, or None.
         errors: documents left out. figures: what was measured.
     """
 
@@ -85,6 +87,7 @@ class CalibrationReport:
     documents: int
     held_out: int
     tokens: int
+    replaced: str | None
     errors: tuple[DocumentError, ...]
     seconds: float
     figures: dict[str, Any]
@@ -133,12 +136,14 @@ class _Calibrating:
             self._observe(crew, sums, new)
             done = [*seen, *(new[position] for position in sorted(sums.done))]
             self._refuse_few(done, 1)
-            before = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
+            more = f", {len(known)} more by calibration {earlier[:12]}" if earlier else ""
             counted = f"{len(sums.done)} document{'' if len(sums.done) == 1 else 's'}"
-            self._observer.note(f"{counted} observed{before}: choosing metric and groups, and validating")
+            self._observer.note(f"{counted} observed{more}: choosing metric and groups, and validating")
+            before = newest_or_bundled(self._job.store, model.fingerprint)
             manifest = crew.decide(sums.parts, done, held, threads, earlier)
             sums.remove()
-        return self._report(manifest, len(held))
+        replaced = None if before is None or before.id == manifest.id else before.id
+        return self._report(manifest, len(held), replaced)
 
     def _earlier(self) -> tuple[str | None, frozenset[str]]:
         """The calibration to go on from, and the documents in it."""
@@ -209,13 +214,14 @@ class _Calibrating:
             speed = tokens / (time.monotonic() - started)
             self._observer.progress(Progress(len(used), settled, False, True, tokens, left, speed, 0.0))
 
-    def _report(self, manifest: CalibrationManifest, held: int) -> CalibrationReport:
+    def _report(self, manifest: CalibrationManifest, held: int, replaced: str | None) -> CalibrationReport:
         return CalibrationReport(
             id=manifest.id,
             model=manifest.model.name,
             documents=manifest.sample.documents,
             held_out=held,
             tokens=manifest.sample.tokens,
+            replaced=replaced,
             errors=tuple(self._errors),
             seconds=round(time.monotonic() - self._started, 3),
             figures=report_figures(manifest),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xkv_artifacts.calibration_format import CalibrationManifest, read_calibration
 from xkv_artifacts.errors import XKVError
@@ -33,14 +33,27 @@ def choose_calibration(
         return None
     if options.calibration == "auto":
         faults: list[XKVError] = []
-        found = store.calibrations.newest(model.fingerprint, faults.append)
-        found = found or _bundled(store, model.fingerprint)
+        found = newest_or_bundled(store, model.fingerprint, faults.append)
         if faults:
             _log.warning("%s", _skipped(faults, found))
         return None if found is None else load_calibration(store, found.id)
     wanted = resolve_calibration(store, options.calibration)
     check_made_for(wanted, store.calibrations.manifest(wanted).model, model)
     return load_calibration(store, wanted)
+
+
+def newest_or_bundled(
+    store: ArtifactStore, fingerprint: str, on_fault: Callable[[XKVError], None] | None = None
+) -> CalibrationManifest | None:
+    """The calibration that "auto" takes; None where there is none.
+
+    Args:
+        on_fault: told of each that is skipped since it cannot be read.
+
+    Raises:
+        CatalogUnavailable, StoreError
+    """
+    return store.calibrations.newest(fingerprint, on_fault) or _bundled(store, fingerprint)
 
 
 def _skipped(faults: Sequence[XKVError], used: CalibrationManifest | None) -> str:
