@@ -24,7 +24,7 @@ from xkv_service.kernels.probe import has_kernels
 from xkv_service.kernels.split_product import split, split_product
 from xkv_service.kernels.wide_copy import copy_states
 from xkv_service.modeling.rotary import rotate_planes
-from xkv_service.packed_factors import pack
+from xkv_service.packed_factors import pack, unpack
 from xkv_service.prefilling.prefill import prefill
 from xkv_service.reconstruct import dense_cache, rebuild
 from xkv_service.selection.sketch import choose_planes, encode, encode_plainly
@@ -107,7 +107,10 @@ def test_the_kernel_rounds_to_few_bits_as_pytorch_does(bits: int, before: int, c
     factors[:4] *= 100
     factors[70] *= 30
     packed, scales = quantize_runs(factors, ((bits, count),), slice(4, 5000))
-    assert torch.equal(packed.pieces[0], pack(round_odd_plainly(factors, scales, bits), bits))
+    integers, plain = unpack(packed.pieces[0], bits, count), round_odd_plainly(factors, scales, bits)
+    apart = (integers != plain).nonzero().unbind(1)
+    assert not len(apart[0]), (apart, integers[apart], plain[apart], factors[apart], scales[apart[1]])
+    assert torch.equal(packed.pieces[0], pack(plain, bits))
     counted = factors[4:5000].cpu()
     best = best_scales(counted, bits)  # on the CPU
     errors = squared_errors_plainly(counted.double(), torch.stack([scales.cpu(), best]).double(), bits)
