@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from command_runs import PATIENT_RAY
 
@@ -30,12 +31,14 @@ _MOST_RESTARTS = 3
 
 _RAN = """
 import json, logging, ray
+from ray import serve
 from ray._private import state
 ray.init(address="auto", logging_level=logging.ERROR)
 cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
 nodes = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in state.actors().values()]
 tasks = [(event["cat"], event["tid"]) for event in ray.timeline()]
-print(json.dumps({"cpus": cpus, "nodes": nodes, "tasks": tasks}))
+proxies = list(serve.status().proxies)
+print(json.dumps({"cpus": cpus, "nodes": nodes, "tasks": tasks, "proxies": proxies}))
 """
 
 
@@ -45,11 +48,13 @@ class Ran:
 
     Args:
         cpus: of each node. nodes: class and node of each actor. tasks: name and process of each task.
+        proxies: the nodes where Serve listens.
     """
 
     cpus: dict[str, int]
     nodes: list[tuple[str, str]]
     tasks: list[tuple[str, str]]
+    proxies: list[str]
 
     def nodes_of(self, actor: str) -> list[str]:
         """Of the actors whose class holds a word."""
@@ -118,6 +123,15 @@ class Composed:
     def run(self, service: str, *more: str) -> subprocess.CompletedProcess[str]:
         """A service that is a job, to its end."""
         return self._run(service, [*self.command(service), *more], as_is=True)
+
+    def kill(self, service: str) -> None:
+        """End a service without a word, what it started in its container with it."""
+        for name in self._of(service):
+            process = self._processes.pop(name)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
 
     def ran(self) -> Ran:
         """As the cluster says."""
@@ -210,8 +224,6 @@ class Composed:
 
 def _end_all_with(word: str) -> bool:
     """Kill the processes that have a word in their command lines; whether there were any."""
-    import psutil
-
     found = [
         process
         for process in psutil.process_iter(["cmdline"])

@@ -79,3 +79,11 @@ def test_a_chat_is_answered_from_what_a_job_on_the_cluster_stored(composed: Comp
     ran = composed.ran()
     (engine,) = ran.nodes_of("engine")
     assert ran.cpus[engine] == 2, "the engine runs on a worker, and nothing on the other nodes"
+    (proxy,) = ran.proxies
+    assert ran.cpus[proxy] == 0, "Serve listens at the head"
+
+    composed.kill("server")
+    composed.start("server")
+    composed.wait_said("server", "status page at", 2)
+    answer = httpx.post(f"{composed.url}/v1/chat/completions", json=body, timeout=300).json()
+    assert answer["choices"][0]["message"]["content"] == item["answer"]

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from xkv_workers.serving.logs import serve_logging
-from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, INGRESS, ServeSettings
+from xkv_workers.serving.settings import COMPRESSOR, ENGINE, INGRESS, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-BOARD = "xkv-state-board"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH_S = 5.0
 _INGRESS_HEALTH_S = 1.0
@@ -26,18 +25,19 @@ _ENGINE_GPU = 0.9
 """Of a GPU: one engine on each, and the compressor beside one of them."""
 
 
-def build_application(settings: ServeSettings) -> Any:
-    """The application to give to `serve.run`. Ray is up."""
-    import ray
+def build_application(settings: ServeSettings, board: Any) -> Any:
+    """The application to give to `serve.run`. Ray is up.
+
+    Args:
+        board: of `claim_board`.
+    """
     from ray import serve
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
     from xkv_workers.serving.compressor import Compressor
     from xkv_workers.serving.engine_replica import EngineReplica
     from xkv_workers.serving.ingress import Ingress
-    from xkv_workers.serving.state_board import StateBoard
 
-    board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, get_if_exists=True).remote()
     place, scaling = settings.place, settings.scaling
     on_gpu = place.device == "cuda"
     calls = serve_logging(settings.log_format, calls=True)
@@ -91,6 +91,3 @@ def _app_builder(settings: ServeSettings) -> Callable[[], FastAPI]:
         return make_app(settings)
 
     return build
-
-
-__all__ = ["APP", "BOARD", "build_application"]

@@ -14,6 +14,7 @@ from xkv_service.api.stored_prefixes import StoredPrefixes
 from xkv_service.modeling.late_hqq import put_off_hqq
 from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.handle_backend import HandleBackend
+from xkv_workers.serving.instance import BOARD, NAMESPACE
 from xkv_workers.serving.logs import join_serve
 from xkv_workers.serving.remote_maker import RemoteMaker
 from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
@@ -47,14 +48,12 @@ def make_app(settings: ServeSettings) -> FastAPI:
     import ray
     from ray import serve
 
-    from xkv_workers.serving.application import BOARD
-
     join_serve()
     put_off_hqq()
     place = settings.place
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
-    engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD)
+    engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD, NAMESPACE)
     caller = secrets.token_hex(8)
     board.meet.remote(caller, [board.never.remote()]).future().result(_BOARD_S)
     backend = HandleBackend(engine, board, caller)

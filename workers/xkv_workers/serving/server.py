@@ -20,7 +20,7 @@ from xkv_service.errors import InvalidSpec
 from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
 from xkv_workers.errors import RayUnavailable, ServerFailed
 from xkv_workers.messages import ModelPlace
-from xkv_workers.serving.logs import LogFormat, serve_logging
+from xkv_workers.serving.logs import LogFormat
 from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
 from xkv_workers.serving.scaling import Scaling
 from xkv_workers.serving.settings import APP, ServeSettings, most_requests_each
@@ -190,6 +190,11 @@ def _check_address(request: ServeRequest, keys: KeyRing) -> None:
             f"--host {request.host} lets other machines in, and there are no keys",
             hint="give --keys, or --open-network if the network may use it",
         )
+    if request.ray_address is None:  # else it is for the cluster's head to listen
+        _check_port(request)
+
+
+def _check_port(request: ServeRequest) -> None:
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -231,43 +236,32 @@ def _settings(
 def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[None]:
     """The deployments, up and answering."""
     from ray import serve
-    from ray.serve.config import HTTPOptions
     from ray.serve.exceptions import RayServeException
 
     from xkv_workers.serving.application import build_application
+    from xkv_workers.serving.instance import claim_board, end_serve, start_serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    board = claim_board()
     try:
         try:
-            serve.start(
-                http_options=HTTPOptions(host=request.host, port=request.port),
-                logging_config=serve_logging(settings.log_format),
-            )
-            serve.run(build_application(settings), name=APP, route_prefix="/")
+            start_serve(request.host, request.port, settings.log_format)
+            serve.run(build_application(settings, board), name=APP, route_prefix="/")
         except (RuntimeError, RayServeException) as error:
             raise ServerFailed(
-                f"the server did not come up: {' '.join(str(error).split())[:300]}",
+                f"the server did not come up: {_last_line(error)}",
                 hint=f"its logs are in {_logs()}",
             ) from None
         yield
     finally:
-        _end(shared=request.ray_address is not None)
+        shared = request.ray_address is not None
+        if shared or not has_ended():
+            end_serve(shared=shared)
 
 
-def _end(*, shared: bool) -> None:
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    if not shared:
-        if not has_ended():
-            serve.shutdown()
-        return
-    try:
-        serve.delete(APP)
-    except RayServeException:  # it had not come up
-        pass
-    except TimeoutError:
-        _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
+def _last_line(error: Exception) -> str:
+    """What went wrong; Ray has the traceback of another process before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]
 
 
 def _shown(host: str) -> str:

@@ -1,0 +1,101 @@
+"""One `xkv serve` for each Ray: who has it, what a killed one leaves, and what is left as it was found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from examples.local_server import free_port
+from xkv_workers.cluster import cluster
+from xkv_workers.errors import ServerFailed
+from xkv_workers.serving import instance
+from xkv_workers.serving.settings import APP
+
+_DRIVER = """
+import sys
+from ray import serve
+from xkv_workers.cluster import cluster
+from xkv_workers.serving.instance import claim_board, start_serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Hello:
+    async def __call__(self, request):
+        return "hello"
+
+address, name, port = sys.argv[1:]
+with cluster(address):
+    board = claim_board() if name == "xkv" else None
+    start_serve("127.0.0.1", int(port), "text")
+    serve.run(Hello.bind(), name=name, route_prefix="/")
+    print("up", file=sys.__stdout__, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def driver(address: str, name: str, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has deployed an application of a name, until it is killed."""
+    command = [sys.executable, "-c", _DRIVER, address, name, str(port)]
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        assert "up\n" in iter(started.stdout.readline, ""), "it did not come up"
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def says(port: int) -> str | None:
+    """What is answered at a port; None where nobody listens."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text
+    except httpx.ConnectError:
+        return None
+
+
+def test_one_server_at_a_time_and_the_next_one_takes_what_a_killed_one_left(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    first, second = free_port(), free_port()
+    with cluster(ray_address):
+        with driver(ray_address, APP, first):
+            assert says(first) == "hello"
+            monkeypatch.setattr(instance, "_CLAIM_S", 1.0)
+            with pytest.raises(ServerFailed, match="another xkv serve runs on this Ray"):
+                instance.claim_board()
+            assert says(first) == "hello"
+        monkeypatch.setattr(instance, "_CLAIM_S", 60.0)
+        board = instance.claim_board()
+        assert says(first) == "hello", "Serve outlives who started it"
+        try:
+            instance.start_serve("127.0.0.1", second, "text")
+            assert says(first) is None and says(second) is not None
+            assert list(serve.status().applications) == []
+        finally:
+            instance.end_serve(shared=True)
+        assert says(second) is None
+        assert board is not None
+
+
+def test_what_others_run_on_serve_stays(ray_address: str) -> None:
+    port, wanted = free_port(), free_port()
+    with driver(ray_address, "other", port), cluster(ray_address):
+        try:
+            with pytest.raises(ServerFailed, match=rf"listens at 127.0.0.1:{port} alone") as caught:
+                instance.start_serve("127.0.0.1", wanted, "text")
+            assert f"--port {port}" in caught.value.hint
+            instance.start_serve("127.0.0.1", port, "text")
+            instance.end_serve(shared=True)
+            assert says(port) == "hello" and says(wanted) is None
+        finally:
+            from ray import serve
+
+            serve.shutdown()

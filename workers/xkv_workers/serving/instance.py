@@ -1,0 +1,98 @@
+"""The one server of a Ray, and the Serve instance that it runs on: claimed, started, and ended again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from xkv_workers.errors import ServerFailed
+from xkv_workers.serving.logs import LogFormat, serve_logging
+from xkv_workers.serving.settings import APP
+from xkv_workers.serving.state_board import StateBoard
+
+_log = logging.getLogger(__name__)
+BOARD: Final = "xkv-state-board"
+NAMESPACE: Final = "xkv"
+"""Of Ray's names: replicas look the board up from whatever job Serve was started in."""
+_CLAIM_S: Final = 30.0
+"""For the board of a server that was killed to go, which it does with its process; that of a machine that
+died does when Ray has missed it for some 20 s."""
+
+
+def claim_board() -> Any:
+    """The state board of a Ray, which one process at a time has: the server's, until that ends.
+
+    Raises:
+        ServerFailed: another server runs on this Ray.
+    """
+    import ray
+    from ray.exceptions import ActorAlreadyExistsError
+
+    board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, namespace=NAMESPACE)
+    end = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return board.remote()
+        except ActorAlreadyExistsError:
+            if time.monotonic() > end:
+                message = "another xkv serve runs on this Ray, and a second one would take its place"
+                raise ServerFailed(message, hint="end that one first, or use another cluster") from None
+        time.sleep(0.5)
+
+
+def start_serve(host: str, port: int, log_format: LogFormat) -> None:
+    """Have Serve listen, at the head of the cluster alone.
+
+    One that a killed server left there is ended first, since it would keep its address.
+
+    Raises:
+        ServerFailed: Serve runs other applications, elsewhere.
+    """
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.context import _get_global_client
+
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        found = running.http_config
+        if not _others():
+            serve.shutdown()
+        elif (found.host, found.port) != (host, port):
+            raise ServerFailed(
+                f"Serve runs other applications on this Ray, and listens at {found.host}:{found.port} alone",
+                hint=f"give --host {found.host} --port {found.port}, or use another cluster",
+            )
+    # Elsewhere proxies would listen wherever a replica is, on machines that nobody opened.
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=host, port=port),
+        logging_config=serve_logging(log_format),
+    )
+
+
+def end_serve(*, shared: bool) -> None:
+    """End the server's application, and Serve with it unless that runs others.
+
+    Args:
+        shared: the Ray goes on.
+    """
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    if shared:
+        try:
+            serve.delete(APP)
+        except RayServeException:  # it had not come up
+            pass
+        except TimeoutError:
+            _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
+    if not shared or not _others():
+        serve.shutdown()
+
+
+def _others() -> list[str]:
+    """Applications of Serve beside the server's."""
+    from ray import serve
+
+    return [name for name in serve.status().applications if name != APP]
