@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import httpx
 import openai
 
 from examples.documents import Documents
@@ -16,6 +17,7 @@ from examples.local_server import CORPUS, STORE, local_server
 
 _DOCUMENT = CORPUS / "guide-cork-ivory-gull-union.md"
 _QUESTION = "Do you know the supplier of the eager eagle lamp?"
+BROKEN_OFF = "the server broke the answer off"
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ def plain_errors() -> Iterator[None]:
     """What a user can mend ends the block with one line that says so.
 
     Raises:
-        SystemExit: no server, one that refuses, or Ctrl-C.
+        SystemExit: no server, one that refuses or dies while it answers, or Ctrl-C.
     """
     try:
         yield
@@ -91,5 +93,8 @@ def plain_errors() -> Iterator[None]:
         sys.exit(f"error: no server answers at {error.request.url}\nhint: start one with xkv serve")
     except openai.APIError as error:
         sys.exit(f"error: {told(error)}")
+    except httpx.TransportError:  # the client makes none of its own errors of what breaks off a stream
+        print()  # ends the line of the half answer
+        sys.exit(f"error: {BROKEN_OFF}\nhint: see that it still runs, and ask again")
     except KeyboardInterrupt:
         sys.exit(130)
