@@ -13,7 +13,7 @@ import asyncio
 from openai import AsyncOpenAI
 
 from examples.answers import Answer
-from examples.connection import add_server_options, connection
+from examples.connection import add_server_options, connection, read_documents
 from examples.documents import Documents
 from examples.local_server import HERE
 from examples.rag.measure import known_questions, measure
@@ -25,7 +25,8 @@ QUESTION = "What is the order reference of project Vivid Mountain?"
 def main() -> None:
     """Find or start a server, then answer."""
     options = _options()
-    with connection(options) as (base_url, key, documents):
+    documents = read_documents(options)
+    with connection(options) as (base_url, key):
         asyncio.run(_run(options, AsyncOpenAI(base_url=base_url, api_key=key), documents))
 
 
