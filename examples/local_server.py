@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import socket
@@ -26,6 +27,8 @@ _START_S = 600.0
 def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]:
     """Compress what is new in a folder, and serve it with the bundled model while the block runs.
 
+    A document that cannot be compressed is named on stderr, and the rest is served.
+
     Args:
         documents: a folder. store: where its artifacts go; what is there already is not computed again.
 
@@ -33,13 +36,11 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
         The base URL to give to an OpenAI client.
 
     Raises:
-        SystemExit: a command failed; why is on stderr.
+        SystemExit: nothing could be compressed, or the server failed; why is on stderr.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the server would stay behind
     place = ["--store", str(store)]
-    done = subprocess.run(_xkv("precompute", "--docs", str(documents), "--ratio", str(RATIO), *place))
-    if done.returncode:
-        sys.exit(done.returncode)
+    _compress("--docs", str(documents), "--ratio", str(RATIO), *place)
     port = free_port()
     with TemporaryFile() as said:  # not the terminal, where it would stand within answers
         server = subprocess.Popen(_xkv("serve", "--port", str(port), *place), stdout=said, stderr=said)
@@ -64,6 +65,20 @@ def free_port() -> int:
         port = random.randrange(20_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def _compress(*options: str) -> None:
+    status = subprocess.run(_xkv("precompute", *options)).returncode
+    if status and not (status == 1 and _any_stored(*options)):
+        sys.exit(status)
+
+
+def _any_stored(*options: str) -> bool:
+    """Whether any of the documents is in the store."""
+    dry = _xkv("precompute", *options, "--dry-run", "--json")
+    # What failed was told before.
+    told = subprocess.run(dry, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return bool(told) and any(line["action"] == "reuse" for line in json.loads(told)["plan"])
 
 
 def _xkv(*arguments: str) -> list[str]:

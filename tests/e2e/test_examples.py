@@ -59,6 +59,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     docs.mkdir()
     for name in DOCUMENTS:
         shutil.copy(CORPUS / name, docs)
+    (docs / "broken.txt").write_bytes(b"\xff")  # is left out, and the rest served
     port, log = free_port(), folder / "log"
     command = [sys.executable, "-m", "examples.chat_backend", "--docs", docs, "--store", folder / "store"]
     command += ["--port", str(port)]
