@@ -1,16 +1,38 @@
-"""The server that the examples start: when they go on to it, and what it said where it fails."""
+"""The server that the examples start: when they go on to it, and how they reach it."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from examples import local_server
 
+SERVE = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "model"}]}')
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Ready).serve_forever()
+"""
 SERVED = 5
+
+
+@pytest.fixture(autouse=True)
+def own_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a local server sets of the environment ends with the test."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "internal.example")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, precompute: str, serve: str) -> None:
@@ -58,3 +80,15 @@ def test_what_is_stored_is_served_though_some_documents_failed(
         pass
     assert ended.value.code == expected
     assert capfd.readouterr() == ("", "failed b.md: why\n")
+
+
+def test_no_proxy_is_asked_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = f"http://127.0.0.1:{local_server.free_port()}"
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, nobody)
+    monkeypatch.setattr(local_server, "_START_S", 30.0)
+    use(monkeypatch, "", SERVE)
+    with local_server.local_server(tmp_path, tmp_path) as base_url:
+        client = OpenAI(base_url=base_url, api_key="-", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["model"]
+        assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "internal.example,127.0.0.1"
