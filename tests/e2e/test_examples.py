@@ -28,6 +28,7 @@ from examples.chat_backend.app import create_app
 from examples.chat_backend.chat import Chat
 from examples.documents import Documents
 from examples.local_server import CORPUS, free_port
+from examples.rag.__main__ import bundled_questions
 from examples.rag.measure import known_questions, measure
 from examples.rag.pipeline import Pipeline
 from examples.rag.retriever import Retriever
@@ -206,9 +207,10 @@ def test_rag_is_measured(running: Running) -> None:
     async def run() -> None:
         async with AsyncOpenAI(base_url=running.base_url, api_key="-") as client:
             model = (await client.models.list()).data[0].id
-            known = [one for one in known_questions(QUESTIONS) if f"{one.source}." in " ".join(DOCUMENTS)]
-            got = await measure(Pipeline(client, model, Documents(running.docs)), known[::4])
-        assert got.questions == len(known[::4]) == got.found
+            documents = Documents(running.docs)
+            known = bundled_questions(documents)[::4]
+            got = await measure(Pipeline(client, model, documents), known)
+        assert got.questions == len(known) == got.found
         assert got.right == got.right_of_found > 0.9 * got.questions
         assert got.cached > 0.9
         assert min(got.stored_s, got.first_use_s, got.computed_s) > 0
