@@ -18,9 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
+from backend import backend_of, until
 from browser import CHROMIUM, browse
 from command_runs import PATIENT_RAY
-from example_runs import ROOT, Running, backend_of, example, is_taken, read_events, until, wait_for_urls
+from example_runs import ROOT, Running, example, is_taken, read_events, wait_for_urls
 from openai import AsyncOpenAI
 from served import use_factors
 
@@ -35,12 +36,6 @@ from examples.rag.retriever import Retriever
 
 DOCUMENTS = ("bulletin-houston-lucky-dove-society.txt", "report-mendoza-grey-hill-company.md")
 QUESTIONS = ROOT / "examples" / "questions"
-WAIT = """new Promise((done, fail) => {
-  const end = Date.now() + 240000;
-  const look = () => { const found = %s; if (found) done(found);
-    else if (Date.now() > end) fail("not in time"); else setTimeout(look, 50); };
-  look();
-})"""
 TYPE = "document.getElementById('text').value = %s; document.getElementById('send').click()"
 
 pytestmark = pytest.mark.slow
@@ -164,11 +159,11 @@ def test_the_page_in_a_browser(running: Running, tmp_path: Path) -> None:
     """Types questions into the page, and reads what it shows, on a phone and on a desk."""
     (question, answer), (next_question, next_answer) = facts(DOCUMENTS[0], 2)
     with browse(running.url, tmp_path / "profile") as page:
-        assert page.evaluate(WAIT % "document.querySelectorAll('option').length") == len(DOCUMENTS)
-        assert page.evaluate(WAIT % "conversation && conversation.document") == DOCUMENTS[0]
+        assert page.wait("document.querySelectorAll('option').length") == len(DOCUMENTS)
+        assert page.wait("conversation && conversation.document") == DOCUMENTS[0]
         for number, (asked, expected) in enumerate(((question, answer), (next_question, next_answer)), 1):
             page.evaluate(TYPE % json.dumps(asked))
-            page.evaluate(WAIT % f"document.querySelectorAll('.from').length == {number}")
+            page.wait(f"document.querySelectorAll('.from').length == {number}")
             shown = page.evaluate(
                 "[...document.querySelectorAll('#talk p')].slice(-3).map(p => p.textContent)"
             )
