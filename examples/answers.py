@@ -45,6 +45,7 @@ async def stream_answer(
 
     Raises:
         openai.APIError: the server refuses, or cannot be reached.
+        httpx.TransportError: it breaks the answer off.
     """
     started, first_s, pieces = time.perf_counter(), 0.0, []
     stream = await client.chat.completions.create(

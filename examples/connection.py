@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import httpx
 import openai
 
 from examples.documents import Documents
 from examples.local_server import CORPUS, STORE, local_server
+from xkv_workers.errors import CorpusError
 
 _DOCUMENT = CORPUS / "guide-cork-ivory-gull-union.md"
 _QUESTION = "Do you know the supplier of the eager eagle lamp?"
+BROKEN_OFF = "the server broke the answer off"
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `connection` reads."""
+    """The options that `read_documents` and `connection` read."""
     parser.add_argument(
         "--base-url", help="of a server that runs; its key in XKV_API_KEY. Default: start one"
     )
@@ -55,22 +58,31 @@ def told(error: openai.APIError) -> str:
     return str(body["message"]) if isinstance(body, dict) and "message" in body else error.message
 
 
-@contextmanager
-def connection(options: argparse.Namespace) -> Iterator[tuple[str, str, Documents]]:
-    """Base URL and key of the server, and the documents, while the block runs.
+def read_documents(options: argparse.Namespace) -> Documents:
+    """The documents to talk about.
 
     Raises:
-        SystemExit: no documents, no server, or one that refuses: with one line that says so.
+        SystemExit: there are none, with one line that says so.
     """
-    documents = Documents(options.docs)
-    if not documents.names:
-        sys.exit(f"error: no documents in {options.docs}\nhint: txt, md and rst files are read")
+    try:
+        return Documents(options.docs)
+    except CorpusError as error:
+        sys.exit(f"error: {error.message}\nhint: {error.hint}")
+
+
+@contextmanager
+def connection(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Base URL and key of the server, while the block runs.
+
+    Raises:
+        SystemExit: no server, or one that refuses: with one line that says so.
+    """
     given = options.base_url
     with (
         plain_errors(),
         nullcontext(given) if given else local_server(options.docs, options.store) as base_url,
     ):
-        yield base_url, api_key(), documents
+        yield base_url, api_key()
 
 
 def api_key() -> str:
@@ -83,7 +95,7 @@ def plain_errors() -> Iterator[None]:
     """What a user can mend ends the block with one line that says so.
 
     Raises:
-        SystemExit: no server, one that refuses, or Ctrl-C.
+        SystemExit: no server, one that refuses or dies while it answers, or Ctrl-C.
     """
     try:
         yield
@@ -91,5 +103,8 @@ def plain_errors() -> Iterator[None]:
         sys.exit(f"error: no server answers at {error.request.url}\nhint: start one with xkv serve")
     except openai.APIError as error:
         sys.exit(f"error: {told(error)}")
+    except httpx.TransportError:  # the client makes none of its own errors of what breaks off a stream
+        print()  # ends the line of the half answer
+        sys.exit(f"error: {BROKEN_OFF}\nhint: see that it still runs, and ask again")
     except KeyboardInterrupt:
         sys.exit(130)

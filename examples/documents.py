@@ -1,12 +1,15 @@
-"""`Documents`: the texts of a folder, and how a chat about one begins."""
+"""`Documents`: the texts of a corpus, and how a chat about one begins."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-_KINDS = (".txt", ".md", ".rst")
+from xkv_cli.plain_text import escaped
+from xkv_workers.corpus import Document, Rejected, list_files, printable, read_file
+from xkv_workers.errors import CorpusError
 
 
 class Message(TypedDict):
@@ -17,16 +20,25 @@ class Message(TypedDict):
 
 
 class Documents:
-    """Texts by file name, read once.
+    """Texts by file name, read once. What cannot be read is left out, and named on stderr.
 
     Args:
         folder: the one that `xkv precompute --docs` compressed.
+
+    Raises:
+        CorpusError: there is no such folder, or nothing in it can be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix in _KINDS)
-        # Byte for byte what precompute read: a line end that is translated would be another prefix.
-        self._texts = {str(path.relative_to(folder)): path.read_bytes().decode("utf-8-sig") for path in paths}
+        within = f"{printable(folder.resolve().name)}/"
+        self._texts: dict[str, str] = {}
+        for found in _read(folder):
+            if isinstance(found, Rejected):
+                print(escaped(f"left out {found.uri}: {found.reason}"), file=sys.stderr)
+            else:
+                self._texts[found.uri.removeprefix(within)] = found.text
+        if not self._texts:
+            raise CorpusError(f"no document in {folder} can be read", hint="why is said above")
 
     @property
     def names(self) -> list[str]:
@@ -47,3 +59,9 @@ class Documents:
         """
         first, *later = messages
         return [{"role": first["role"], "content": f"{self._texts[name]}\n\n{first['content']}"}, *later]
+
+
+def _read(folder: Path) -> Iterator[Document | Rejected]:
+    """As precompute reads it: a line end that is translated, say, would make another prefix."""
+    for file in list_files([folder]):
+        yield from [file] if isinstance(file, Rejected) else read_file(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import socket
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from urllib.request import getproxies
 
 import httpx
 
@@ -19,12 +22,16 @@ HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 STORE = HERE.parent / ".demo" / "store"
 RATIO = 20
+_HOST = "127.0.0.1"
 _START_S = 600.0
 
 
 @contextmanager
 def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]:
     """Compress what is new in a folder, and serve it with the bundled model while the block runs.
+
+    A document that cannot be compressed is named on stderr, and the rest is served. Clients of this process
+    reach the server without a proxy from now on.
 
     Args:
         documents: a folder. store: where its artifacts go; what is there already is not computed again.
@@ -33,18 +40,17 @@ def local_server(documents: Path = CORPUS, store: Path = STORE) -> Iterator[str]
         The base URL to give to an OpenAI client.
 
     Raises:
-        SystemExit: a command failed; why is on stderr.
+        SystemExit: nothing could be compressed, or the server failed; why is on stderr.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the server would stay behind
+    _pass_by_proxies()
     place = ["--store", str(store)]
-    done = subprocess.run(_xkv("precompute", "--docs", str(documents), "--ratio", str(RATIO), *place))
-    if done.returncode:
-        sys.exit(done.returncode)
+    _compress("--docs", str(documents), "--ratio", str(RATIO), *place)
     port = free_port()
     with TemporaryFile() as said:  # not the terminal, where it would stand within answers
         server = subprocess.Popen(_xkv("serve", "--port", str(port), *place), stdout=said, stderr=said)
         try:
-            url = f"http://127.0.0.1:{port}"
+            url = f"http://{_HOST}:{port}"
             _wait_until_ready(f"{url}/readyz", server)
             yield f"{url}/v1"
         finally:
@@ -62,8 +68,28 @@ def free_port() -> int:
     """
     while True:
         port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        with suppress(OSError), socket.create_server((_HOST, port)):
             return port
+
+
+def _pass_by_proxies() -> None:
+    """No proxy reaches this machine's own address. Both names, as either may hide the other."""
+    known = getproxies().get("no", "")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{known},{_HOST}".lstrip(",")
+
+
+def _compress(*options: str) -> None:
+    status = subprocess.run(_xkv("precompute", *options)).returncode
+    if status and not (status == 1 and _any_stored(*options)):
+        sys.exit(status)
+
+
+def _any_stored(*options: str) -> bool:
+    """Whether any of the documents is in the store."""
+    dry = _xkv("precompute", *options, "--dry-run", "--json")
+    # What failed was told before.
+    told = subprocess.run(dry, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return bool(told) and any(line["action"] == "reuse" for line in json.loads(told)["plan"])
 
 
 def _xkv(*arguments: str) -> list[str]:
@@ -76,7 +102,7 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
         if server.poll() is not None:
             sys.exit(server.returncode or 1)
         try:
-            if httpx.get(url, timeout=5).is_success:
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass

@@ -18,16 +18,17 @@ from examples.answers import Answer
 from examples.chat_backend.app import create_app
 from examples.chat_backend.chat import Chat
 from examples.chat_backend.conversations import Conversations
-from examples.connection import add_server_options, connection
+from examples.connection import add_server_options, connection, read_documents
 
 
 def main() -> None:
     """Find or start a server, then talk."""
     options = _options()
-    with connection(options) as (base_url, key, documents):
-        document = options.document or documents.names[0]
-        if document not in documents.names:
-            sys.exit(f"error: no document {document!r}\nhint: there are {', '.join(documents.names)}")
+    documents = read_documents(options)
+    document = options.document or documents.names[0]
+    if document not in documents.names:
+        sys.exit(f"error: no document {document!r}\nhint: there are {', '.join(documents.names)}")
+    with connection(options) as (base_url, key):
         model = OpenAI(base_url=base_url, api_key=key).models.list().data[0].id
         chat = Chat(AsyncOpenAI(base_url=base_url, api_key=key), model, documents)
         if options.ask:

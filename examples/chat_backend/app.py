@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import openai
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -16,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from examples.chat_backend.chat import Chat
 from examples.chat_backend.conversations import Conversation, Conversations
-from examples.connection import told
+from examples.connection import BROKEN_OFF, told
 
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
 _POLICY = (
@@ -112,6 +113,8 @@ async def _events(chat: Chat, conversation: Conversation, question: str) -> Asyn
         yield _event("error", "the model's server cannot be reached")
     except openai.APIError as error:
         yield _event("error", told(error))
+    except httpx.TransportError:
+        yield _event("error", BROKEN_OFF)
 
 
 def _event(kind: str, data: Any) -> str:

@@ -32,6 +32,7 @@ class Chat:
 
         Raises:
             openai.APIError: the server refuses, or cannot be reached.
+            httpx.TransportError: it breaks the answer off.
         """
         async with conversation.turn:
             said = ""

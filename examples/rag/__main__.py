@@ -1,7 +1,7 @@
 """Retrieve a document, then answer over its compressed prefix.
 
 python -m examples.rag "Who is the supervisor of Henry Ivanov?"   compress examples/corpus, serve it, answer
-python -m examples.rag --measure                                   all examples/questions: how many are right
+python -m examples.rag --measure                                   examples/questions: how many are right
 python -m examples.rag --base-url http://host:8000/v1 "..."        use a server that runs
 """
 
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
+from pathlib import Path
 
 from openai import AsyncOpenAI
 
 from examples.answers import Answer
-from examples.connection import add_server_options, connection
+from examples.connection import add_server_options, connection, read_documents
 from examples.documents import Documents
 from examples.local_server import HERE
-from examples.rag.measure import known_questions, measure
+from examples.rag.measure import Known, known_questions, measure
 from examples.rag.pipeline import Pipeline
 
 QUESTION = "What is the order reference of project Vivid Mountain?"
@@ -25,16 +27,30 @@ QUESTION = "What is the order reference of project Vivid Mountain?"
 def main() -> None:
     """Find or start a server, then answer."""
     options = _options()
-    with connection(options) as (base_url, key, documents):
-        asyncio.run(_run(options, AsyncOpenAI(base_url=base_url, api_key=key), documents))
+    documents = read_documents(options)
+    known = bundled_questions(documents) if options.measure else []
+    if options.measure and not known:
+        sys.exit(
+            f"error: no question of examples/questions is about a document in {options.docs}\n"
+            "hint: ask your own, without --measure"
+        )
+    questions = options.questions or ([] if known else [QUESTION])
+    with connection(options) as (base_url, key):
+        asyncio.run(_run(AsyncOpenAI(base_url=base_url, api_key=key), documents, known, questions))
 
 
-async def _run(options: argparse.Namespace, client: AsyncOpenAI, documents: Documents) -> None:
+def bundled_questions(documents: Documents) -> list[Known]:
+    """Those of examples/questions that are about one of the documents, as their names say."""
+    sources = {Path(name).stem for name in documents.names}
+    return [one for one in known_questions(HERE / "questions") if one.source in sources]
+
+
+async def _run(client: AsyncOpenAI, documents: Documents, known: list[Known], questions: list[str]) -> None:
     model = (await client.models.list()).data[0].id
     pipeline = Pipeline(client, model, documents)
-    if options.measure:
-        await _measure(pipeline)
-    for question in options.questions or ([] if options.measure else [QUESTION]):
+    if known:
+        await _measure(pipeline, known)
+    for question in questions:
         await _answer(pipeline, question)
 
 
@@ -65,8 +81,7 @@ def _show(kind: str, answer: Answer) -> None:
     )
 
 
-async def _measure(pipeline: Pipeline) -> None:
-    known = known_questions(HERE / "questions")
+async def _measure(pipeline: Pipeline, known: list[Known]) -> None:
     print(f"{len(known)} questions", flush=True)
     got = await measure(pipeline, known)
     print(
@@ -84,7 +99,9 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
-    parser.add_argument("--measure", action="store_true", help="ask everything in examples/questions")
+    parser.add_argument(
+        "--measure", action="store_true", help="ask what examples/questions has about the documents"
+    )
     add_server_options(parser)
     return parser.parse_args()
 

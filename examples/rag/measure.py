@@ -58,8 +58,7 @@ async def measure(pipeline: Pipeline, known: list[Known]) -> Measured:
     """Ask everything: each document's first question alone, with and without its prefix, then some others
     alone for their times (in a batch each waits for the rest), and the rest together.
 
-    Raises:
-        openai.APIError: the server refuses, or cannot be reached.
+    Raises as `stream_answer`.
     """
     firsts = list({one.source: one for one in reversed(known)}.values())
     loading = [await _ask(pipeline, one) for one in firsts]

@@ -42,15 +42,14 @@ class Pipeline:
         return self._retriever.find(question)
 
     async def reply(self, question: str, found: Found) -> Reply:
-        """The answer over the stored prefix of a document. Raises openai.APIError."""
+        """The answer over the stored prefix of a document. Raises as `stream_answer`."""
         [message] = self._documents.prompt(found.document, [{"role": "user", "content": question}])
         return Reply(found, await self._answer(message["content"]))
 
     async def reply_computed(self, question: str, found: Found) -> Reply:
         """The same without the stored prefix: a first line that nobody has sent before makes it another one.
 
-        Raises:
-            openai.APIError: the server refuses, or cannot be reached.
+        Raises as `stream_answer`.
         """
         [message] = self._documents.prompt(found.document, [{"role": "user", "content": question}])
         return Reply(found, await self._answer(f"Copy {secrets.token_hex(4)}\n\n{message['content']}"))

@@ -18,9 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
+from backend import backend_of, until
 from browser import CHROMIUM, browse
 from command_runs import PATIENT_RAY
-from example_runs import ROOT, Running, backend_of, example, is_taken, read_events, until, wait_for_urls
+from example_runs import ROOT, Running, example, is_taken, read_events, wait_for_urls
 from openai import AsyncOpenAI
 from served import use_factors
 
@@ -28,18 +29,13 @@ from examples.chat_backend.app import create_app
 from examples.chat_backend.chat import Chat
 from examples.documents import Documents
 from examples.local_server import CORPUS, free_port
+from examples.rag.__main__ import bundled_questions
 from examples.rag.measure import known_questions, measure
 from examples.rag.pipeline import Pipeline
 from examples.rag.retriever import Retriever
 
 DOCUMENTS = ("bulletin-houston-lucky-dove-society.txt", "report-mendoza-grey-hill-company.md")
 QUESTIONS = ROOT / "examples" / "questions"
-WAIT = """new Promise((done, fail) => {
-  const end = Date.now() + 240000;
-  const look = () => { const found = %s; if (found) done(found);
-    else if (Date.now() > end) fail("not in time"); else setTimeout(look, 50); };
-  look();
-})"""
 TYPE = "document.getElementById('text').value = %s; document.getElementById('send').click()"
 
 pytestmark = pytest.mark.slow
@@ -59,6 +55,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     docs.mkdir()
     for name in DOCUMENTS:
         shutil.copy(CORPUS / name, docs)
+    (docs / "broken.txt").write_bytes(b"\xff")  # is left out, and the rest served
     port, log = free_port(), folder / "log"
     command = [sys.executable, "-m", "examples.chat_backend", "--docs", docs, "--store", folder / "store"]
     command += ["--port", str(port)]
@@ -162,11 +159,11 @@ def test_the_page_in_a_browser(running: Running, tmp_path: Path) -> None:
     """Types questions into the page, and reads what it shows, on a phone and on a desk."""
     (question, answer), (next_question, next_answer) = facts(DOCUMENTS[0], 2)
     with browse(running.url, tmp_path / "profile") as page:
-        assert page.evaluate(WAIT % "document.querySelectorAll('option').length") == len(DOCUMENTS)
-        assert page.evaluate(WAIT % "conversation && conversation.document") == DOCUMENTS[0]
+        assert page.wait("document.querySelectorAll('option').length") == len(DOCUMENTS)
+        assert page.wait("conversation && conversation.document") == DOCUMENTS[0]
         for number, (asked, expected) in enumerate(((question, answer), (next_question, next_answer)), 1):
             page.evaluate(TYPE % json.dumps(asked))
-            page.evaluate(WAIT % f"document.querySelectorAll('.from').length == {number}")
+            page.wait(f"document.querySelectorAll('.from').length == {number}")
             shown = page.evaluate(
                 "[...document.querySelectorAll('#talk p')].slice(-3).map(p => p.textContent)"
             )
@@ -205,9 +202,10 @@ def test_rag_is_measured(running: Running) -> None:
     async def run() -> None:
         async with AsyncOpenAI(base_url=running.base_url, api_key="-") as client:
             model = (await client.models.list()).data[0].id
-            known = [one for one in known_questions(QUESTIONS) if f"{one.source}." in " ".join(DOCUMENTS)]
-            got = await measure(Pipeline(client, model, Documents(running.docs)), known[::4])
-        assert got.questions == len(known[::4]) == got.found
+            documents = Documents(running.docs)
+            known = bundled_questions(documents)[::4]
+            got = await measure(Pipeline(client, model, documents), known)
+        assert got.questions == len(known) == got.found
         assert got.right == got.right_of_found > 0.9 * got.questions
         assert got.cached > 0.9
         assert min(got.stored_s, got.first_use_s, got.computed_s) > 0

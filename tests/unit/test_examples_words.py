@@ -1,15 +1,11 @@
-"""What the examples say of an answer, and of a server that does not start."""
+"""What the examples say of an answer, and of a refusal."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from examples import local_server
 from examples.answers import Answer
 from examples.connection import told
 from examples.rag.__main__ import _show
@@ -44,17 +40,3 @@ def test_a_refusal_is_told_in_the_servers_words(answer: httpx.Response, said: st
     with pytest.raises(openai.APIError) as caught:
         client.models.list()
     assert told(caught.value) == said
-
-
-@pytest.mark.parametrize(("status", "expected"), [(0, ""), (3, "why it failed")])
-def test_a_servers_words_are_shown_where_it_fails_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int,
-    expected: str,
-) -> None:  # fmt: skip
-    says = f"import sys; print('why it failed', file=sys.stderr); sys.exit({status})"
-    commands = {"precompute": "pass", "serve": says}
-    monkeypatch.setattr(local_server, "_xkv", lambda name, *_: [sys.executable, "-c", commands[name]])
-    with pytest.raises(SystemExit) as ended, local_server.local_server(tmp_path, tmp_path):
-        pass
-    assert ended.value.code == (status or 1)
-    assert capsys.readouterr().err.strip() == expected

@@ -23,6 +23,12 @@ _OPTIONS = (
     "--remote-debugging-port=0",
 )
 _START_S = 300.0
+_WAIT = """new Promise((done, fail) => {
+  const end = Date.now() + 240000;
+  const look = () => { const found = %s; if (found) done(found);
+    else if (Date.now() > end) fail("not in time"); else setTimeout(look, 50); };
+  look();
+})"""
 
 
 class Page:
@@ -49,6 +55,10 @@ class Page:
         done = self._call("Runtime.evaluate", **asked)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
+
+    def wait(self, script: str) -> Any:
+        """The value of an expression, once it has one that counts as true."""
+        return self.evaluate(_WAIT % script)
 
     def resize(self, width: int, height: int = 900) -> None:
         """As if the screen had so many pixels."""
