@@ -17,14 +17,15 @@ from serving import Served, serve
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
-from xkv_service.api.keys import KEYS_VARIABLE, KeyRing, KeysError, Limits, hash_key
+from xkv_service.api.keys import KEYS_VARIABLE, Key, KeyRing, KeysError, Limits, hash_key
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.modeling.models import LoadedModel
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 3}
-
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""What `printf %s "$KEY" | sha256sum` prints where KEY is not set."""
 
 KEYS = KeyRing(
     (
@@ -201,6 +202,7 @@ def test_a_keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"key": "plain"}, "keys.json: keys.0.key is unknown: leave it out$"),
         ({"sha256": "abc"}, "keys.0.sha256: not 64 hexadecimal digits, as `printf"),
         ({"sha256": "0" * 64 + "\n"}, "keys.0.sha256: not 64"),
+        ({"sha256": EMPTY}, "keys.json: the sha256 of key a is the digest of an empty key$"),
         ({"namespace": ".."}, "keys.0.namespace: namespace '..' is not allowed: use 1 to 64 letters"),
         ({"name": "a b"}, "keys.0.name: a name is 1 to 64 letters, digits, dots, dashes and underscores$"),
         ({"operator": "often"}, "keys.0.operator must be true or false$"),
@@ -217,6 +219,11 @@ def test_a_keys_file_that_is_none(tmp_path: Path, content: Any, message: str) ->
     with pytest.raises(KeysError, match=message) as caught:
         KeyRing.read(path)
     assert "\n" not in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "bearer \t "])
+def test_an_empty_key_is_none_whoever_holds_its_digest(header: str | None) -> None:
+    assert KeyRing((Key(name="a", sha256=EMPTY, namespace="a"),)).find(header) is None
 
 
 def test_keys_that_are_the_same(tmp_path: Path) -> None:
