@@ -63,7 +63,8 @@ class Key(BaseModel):
     Args:
         name: for logs, never secret. sha256: of the key, 64 hex digits.
         namespace: whose prefixes it makes and uses.
-        write_public: may make, change and delete prefixes that everybody uses.
+        write_public: may make, change and delete prefixes that everybody uses; without it nobody does, not
+            even a key whose own namespace is the public one.
         operator: may read /metrics and the status of all namespaces.
     """
 
