@@ -68,7 +68,18 @@ class NatsType(click.ParamType[float]):
     metavar="FILE",
     help="Who may use the server (docs/serving.md). Default: XKV_API_KEYS, else everybody on this machine.",
 )
-@click.option("--open-network", is_flag=True, help="Let other machines in although there are no keys.")
+@click.option(
+    "--published",
+    metavar="H",
+    help="Address that a container's port is published at, or a proxy in front listens at. Without keys it"
+    " must be this machine's own, and --host may be any.",
+)
+@click.option(
+    "--open-network",
+    is_flag=True,
+    envvar="XKV_OPEN_NETWORK",
+    help="Let other machines in although there are no keys; or XKV_OPEN_NETWORK=1.",
+)
 @click.option(
     "--alias",
     "aliases",
@@ -247,7 +258,14 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {
         name: options.pop(name)
-        for name in ("queue_timeout_s", "lookup_timeout_s", "min_fidelity", "part_kl", "open_network")
+        for name in (
+            "queue_timeout_s",
+            "lookup_timeout_s",
+            "min_fidelity",
+            "part_kl",
+            "open_network",
+            "published",
+        )
     }
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)

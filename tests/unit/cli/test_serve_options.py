@@ -69,6 +69,24 @@ def test_the_model_may_be_named_by_the_environment(
     assert request.model == model
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "is_open"),
+    [
+        ([], {}, False),
+        ([], {"XKV_OPEN_NETWORK": ""}, False),  # as docker-compose.yml gives one that is not set
+        ([], {"XKV_OPEN_NETWORK": "0"}, False),
+        ([], {"XKV_OPEN_NETWORK": "1"}, True),
+        (["--open-network"], {}, True),
+    ],
+)
+def test_the_network_may_be_opened_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], is_open: bool
+) -> None:
+    monkeypatch.delenv("XKV_OPEN_NETWORK", raising=False)
+    _, (request,) = _run(monkeypatch, *arguments, **environment)
+    assert request.api.open_network == is_open and request.api.published is None
+
+
 def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
     assert result.exit_code == 2 and not requests

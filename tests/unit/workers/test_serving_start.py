@@ -43,7 +43,11 @@ def test_an_alias_that_nobody_could_ask_for(tmp_path: Path, alias: str) -> None:
     ("options", "expected"),
     [
         (["--keys", __file__], "is not JSON"),
-        (["--host", "0.0.0.0"], "there are no keys"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in, and there are no keys"),
+        (["--published", "0.0.0.0"], "--published 0.0.0.0 lets other machines in, and there are no keys"),
+        (["--host", "0.0.0.0", "--published", "192.168.1.5"], "--published 192.168.1.5 lets other machines"),
+        (["--host", "0.0.0.0", "--published", "[::1]", "--redis", "redis://h:port"], "not a Redis URL"),
+        (["--published", "0.0.0.0", "--open-network", "--redis", "redis://h:port"], "not a Redis URL"),
         (["--redis", "redis://h:port"], "not a Redis URL"),
     ],
 )

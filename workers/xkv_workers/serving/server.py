@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.keys import OPEN_NAMESPACE, KeyRing
-from xkv_service.api.settings import APISettings
+from xkv_service.api.settings import LOCAL_HOSTS, APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
 from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
@@ -181,13 +181,11 @@ def unread(store: ArtifactStore, keys: KeyRing) -> str | None:
 
 
 def _check_address(request: ServeRequest, keys: KeyRing) -> None:
-    if (
-        keys.is_open
-        and request.host not in ("127.0.0.1", "::1", "localhost")
-        and not request.api.open_network
-    ):
+    published = request.api.published
+    option, address = ("--published", published) if published else ("--host", request.host)
+    if keys.is_open and address.strip("[]") not in LOCAL_HOSTS and not request.api.open_network:
         raise InvalidSpec(
-            f"--host {request.host} lets other machines in, and there are no keys",
+            f"{option} {address} lets other machines in, and there are no keys",
             hint="give --keys, or --open-network if the network may use it",
         )
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET

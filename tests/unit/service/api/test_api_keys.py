@@ -14,6 +14,7 @@ import pytest
 from engines import PacedBackend, paced_backend, wait_until
 from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
+from starlette.types import Receive, Scope, Send
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
@@ -244,3 +245,19 @@ def test_without_keys_other_machines_may_be_served_when_that_is_asked_for(
     settings = replace(SETTINGS, open_network=True)
     with serve(create_app(served_model, backend, settings=settings)) as served, served.http() as http:
         assert http.get("/v1/models", headers={"host": "elsewhere.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(("published", "seen"), [(None, 403), ("127.0.0.1", 200)])
+def test_by_a_published_port_requests_are_this_machines_if_they_name_it(
+    served_model: ServedModel, backend: PacedBackend, published: str | None, seen: int
+) -> None:
+    app = create_app(served_model, backend, settings=replace(SETTINGS, published=published))
+
+    async def by_a_bridge(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "client": ("172.18.0.1", 4711)}, receive, send)
+
+    with serve(by_a_bridge) as served, served.http() as http:
+        for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == seen
+        for host in ("elsewhere.example", "172.18.0.2:8000", "192.168.1.5"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == 403
