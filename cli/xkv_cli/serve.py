@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xkv_cli.conversation_options import BudgetType
 from xkv_cli.options import place_options, store_options, wrong_usage
@@ -243,6 +244,28 @@ def serve(**options: Any) -> int:
         return 0
 
 
+def _refuse_idle(options: dict[str, Any]) -> None:
+    """Refuse options that were given, and do nothing beside the others.
+
+    Raises:
+        click.UsageError: there is one.
+    """
+    idle: dict[str, str] = {}
+    least, most = options["replicas"]
+    if least == most:
+        reason = f"is for replicas whose number changes, and --replicas is {least}: give --replicas N-M"
+        idle |= dict.fromkeys(("target_requests", "upscale_delay_s", "downscale_delay_s"), reason)
+    if not options["stored_tail_bytes"]:
+        idle["stored_tail_ttl_s"] = (
+            "is for what --stored-tails has room for, and that is 0: leave one of them out"
+        )
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in idle and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"{parameter.opts[0]} {idle[name]}")
+
+
 def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_service.api.settings import APISettings
     from xkv_service.engine.settings import EngineSettings
@@ -252,6 +275,7 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_workers.serving.scaling import Scaling
     from xkv_workers.serving.server import ServeRequest, serving
 
+    _refuse_idle(options)
     budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
     limits = ("max_running", "rebuilt_bytes", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
