@@ -49,7 +49,7 @@ class PrefixBody(Body):
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )
-    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted.")
+    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted, from when it is ready.")
     pin: bool = Field(False, description="Keep it whatever happens.")
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
 

@@ -169,6 +169,22 @@ def test_changes(alpha: httpx.Client, keeping: Keeping) -> None:
     assert keeping[1].get(made["id"]) is None
 
 
+def test_a_prefix_that_is_not_ready_has_no_end_yet(alpha: httpx.Client, keeping: Keeping) -> None:
+    jobs = keeping[1].jobs
+    job = Job(
+        id="e" * 64, namespace="alpha", status="queued", model="m", tokens=9, name="n", created=1, ttl_s=3600
+    )
+    assert jobs.add(job)
+    path = f"/v1/prefixes/{job.id}"
+    for status in ("queued", "failed"):
+        found = alpha.get(path).json()
+        assert (found["status"], found["expires_at"]) == (status, None)
+        assert found in alpha.get("/v1/prefixes").json()["data"]
+        assert alpha.patch(path, json={"ttl_s": 60}).json() == found
+        jobs.fail(job, "it was not to be")
+    assert jobs.remove("alpha", job.id)
+
+
 def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
     made = make(alpha, document=DOCUMENT * 4)
     path = f"/v1/prefixes/{made['id']}"
