@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xkv_cli.conversation_options import BudgetType
 from xkv_cli.options import place_options, store_options, wrong_usage
@@ -68,7 +69,18 @@ class NatsType(click.ParamType[float]):
     metavar="FILE",
     help="Who may use the server (docs/serving.md). Default: XKV_API_KEYS, else everybody on this machine.",
 )
-@click.option("--open-network", is_flag=True, help="Let other machines in although there are no keys.")
+@click.option(
+    "--published",
+    metavar="H",
+    help="Address that a container's port is published at, or a proxy in front listens at. Without keys it"
+    " must be this machine's own, and --host may be any.",
+)
+@click.option(
+    "--open-network",
+    is_flag=True,
+    envvar="XKV_OPEN_NETWORK",
+    help="Let other machines in although there are no keys; or XKV_OPEN_NETWORK=1.",
+)
 @click.option(
     "--alias",
     "aliases",
@@ -232,6 +244,28 @@ def serve(**options: Any) -> int:
         return 0
 
 
+def _refuse_idle(options: dict[str, Any]) -> None:
+    """Refuse options that were given, and do nothing beside the others.
+
+    Raises:
+        click.UsageError: there is one.
+    """
+    idle: dict[str, str] = {}
+    least, most = options["replicas"]
+    if least == most:
+        reason = f"is for replicas whose number changes, and --replicas is {least}: give --replicas N-M"
+        idle |= dict.fromkeys(("target_requests", "upscale_delay_s", "downscale_delay_s"), reason)
+    if not options["stored_tail_bytes"]:
+        idle["stored_tail_ttl_s"] = (
+            "is for what --stored-tails has room for, and that is 0: leave one of them out"
+        )
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in idle and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"{parameter.opts[0]} {idle[name]}")
+
+
 def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_service.api.settings import APISettings
     from xkv_service.engine.settings import EngineSettings
@@ -241,13 +275,21 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
     from xkv_workers.serving.scaling import Scaling
     from xkv_workers.serving.server import ServeRequest, serving
 
+    _refuse_idle(options)
     budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
     limits = ("max_running", "rebuilt_bytes", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
     engine = {name: options.pop(name) for name in limits}
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {
         name: options.pop(name)
-        for name in ("queue_timeout_s", "lookup_timeout_s", "min_fidelity", "part_kl", "open_network")
+        for name in (
+            "queue_timeout_s",
+            "lookup_timeout_s",
+            "min_fidelity",
+            "part_kl",
+            "open_network",
+            "published",
+        )
     }
     try:
         selection = SelectionSpec() if budget is None else SelectionSpec(budget=budget)

@@ -72,6 +72,8 @@ def test_a_chat_is_answered_from_what_a_job_on_the_cluster_stored(composed: Comp
         "max_tokens": 48,
     }
     use_factors(f"{composed.url}/v1", text)
+    elsewhere = httpx.get(f"{composed.url}/v1/models", headers={"host": "elsewhere.example"}, timeout=60)
+    assert elsewhere.status_code == 403, "without keys only this machine is served"
     answer = httpx.post(f"{composed.url}/v1/chat/completions", json=body, timeout=300).json()
     assert answer["choices"][0]["message"]["content"] == item["answer"]
     assert answer["xkv"]["artifact"] == stored["id"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,38 @@ def test_secrets_are_named_and_not_written_down(compose: dict[str, Any]) -> None
         environment = compose["services"][name]["environment"]
         assert "${XKV_REDIS_PASSWORD:-}@redis:6379" in environment["XKV_REDIS_URL"]
         assert "XKV_API_KEYS" not in environment or name == "server"
+
+
+def test_the_server_knows_where_its_port_is_published_and_opens_it_for_nobody(
+    compose: dict[str, Any],
+) -> None:
+    head, server = compose["services"]["ray-head"], compose["services"]["server"]
+    command = server["command"]
+    published = command[command.index("--published") + 1]
+    assert head["ports"] == [f"{published}:8000:8000"] and published == "${XKV_ADDRESS:-127.0.0.1}"
+    assert "--open-network" not in command and server["environment"]["XKV_OPEN_NETWORK"] is None
+
+
+def test_the_servers_health_check_names_this_machine_as_its_clients_do(compose: dict[str, Any]) -> None:
+    kind, _, *words = compose["services"]["server"]["healthcheck"]["test"]
+    asked: list[str | None] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Host"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as listener:
+        here = f"127.0.0.1:{listener.server_port}"
+        thread = threading.Thread(target=listener.handle_request)
+        thread.start()
+        subprocess.run([sys.executable, *(w.replace("ray-head:8000", here) for w in words)], check=True)
+        thread.join()
+    assert kind == "CMD" and asked == ["localhost"]
 
 
 def test_named_volumes_are_declared_and_the_store_is_shared(compose: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def create_app(
         app.include_router(routes(server))
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Doorkeeper, keys=keys, open_network=settings.open_network)
+    app.add_middleware(Doorkeeper, keys=keys, settings=settings)
     app.add_middleware(DrainGate, drain=server.drain)
     app.add_middleware(RequestLog, metrics=metrics, ids_sent=ids_sent)
     return app

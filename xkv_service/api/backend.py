@@ -63,7 +63,8 @@ class PrefixRecord:
         fingerprint: of the model that made it, once it is ready.
         bytes: stored. ratio: bytes of the exact cache / bytes stored. fidelity: top-1 agreement with it.
         kl: divergence from it (nats). kl_limit: above which it is low, by the calibration it was made with.
-        expires: seconds since the epoch, or None. error: why it failed.
+        expires: seconds since the epoch, once it is ready, or None. ttl_s: seconds that it is kept from when
+            it is ready, until it is, or None. error: why it failed.
     """
 
     id: str
@@ -80,6 +81,7 @@ class PrefixRecord:
     kl: float | None = None
     kl_limit: float | None = None
     expires: float | None = None
+    ttl_s: float | None = None
     pinned: bool = False
     error: str | None = None
 
@@ -94,7 +96,9 @@ class PrefixPage:
 
 @dataclass(frozen=True)
 class PrefixChanges:
-    """What to change of a prefix; None leaves it. `ttl_s` counts from now, and 0 takes the end away."""
+    """What to change of a prefix; None leaves it. `ttl_s` counts from now, of a prefix that is not ready yet
+    from when it is, and 0 takes the end away.
+    """
 
     ttl_s: float | None = None
     pinned: bool | None = None

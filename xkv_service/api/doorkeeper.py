@@ -9,22 +9,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xkv_service.api.errors import APIError
 from xkv_service.api.keys import KeyRing
+from xkv_service.api.settings import LOCAL_HOSTS, APISettings
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
 """What anybody who can connect may see: nothing in them tells of prefixes or traffic."""
-
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Doorkeeper:
     """ASGI middleware; puts the request's `Key` into its state as `key`.
 
     Args:
-        app: what it guards. keys: who may enter. open_network: whether other machines may enter without keys.
+        app: what it guards. keys: who may enter. settings: whether other machines may enter without keys, and
+            how this one is told from them.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, open_network: bool) -> None:
-        self._app, self._keys, self._open_network = app, keys, open_network
+    def __init__(self, app: ASGIApp, keys: KeyRing, settings: APISettings) -> None:
+        self._app, self._keys = app, keys
+        self._this_machine_alone = keys.is_open and not settings.open_network
+        self._published = bool(settings.published)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -36,7 +38,7 @@ class Doorkeeper:
     def _refusal(self, request: Request) -> APIError | None:
         key = self._keys.find(request.headers.get("authorization"))
         request.state.key = key
-        if self._keys.is_open and not self._open_network and not _is_local(request):
+        if self._this_machine_alone and not _is_local(request, self._published):
             message = "this server has no keys and answers requests to localhost alone"
             return APIError(403, f"{message} (its operator can start it with --keys, or --open-network)")
         if key is None and request.url.path not in OPEN_PATHS:
@@ -44,11 +46,13 @@ class Doorkeeper:
         return None
 
 
-def _is_local(request: Request) -> bool:
+def _is_local(request: Request, published: bool) -> bool:
     """Whether this machine asks, and by a name of this machine: a page elsewhere may have a name resolved to
-    127.0.0.1, and would reach the server from a browser here."""
+    127.0.0.1, and would reach the server from a browser here. All that comes by a published port seems to be
+    another machine's: there the name alone tells."""
+    if request.url.hostname not in LOCAL_HOSTS:
+        return False
     try:
-        client = request.client is None or ipaddress.ip_address(request.client.host).is_loopback
+        return published or request.client is None or ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         return False
-    return client and (request.url.hostname or "") in _LOCAL_HOSTS

@@ -63,7 +63,8 @@ class Key(BaseModel):
     Args:
         name: for logs, never secret. sha256: of the key, 64 hex digits.
         namespace: whose prefixes it makes and uses.
-        write_public: may make, change and delete prefixes that everybody uses.
+        write_public: may make, change and delete prefixes that everybody uses; without it nobody does, not
+            even a key whose own namespace is the public one.
         operator: may read /metrics and the status of all namespaces.
     """
 
@@ -129,19 +130,28 @@ class KeyRing:
             values = [getattr(key, field) for key in keys]
             if len(set(values)) < len(values):
                 raise KeysError(f"{source}: two keys have the same {field}")
+        for key in keys:
+            if key.sha256 == hash_key(""):
+                raise KeysError(
+                    f"{source}: the sha256 of key {key.name} is the digest of an empty key",
+                    hint='see that KEY is set where you run `printf %s "$KEY" | sha256sum`',
+                )
         return cls(keys)
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key of an Authorization header, or None. Every key is compared, each in constant time."""
+        """The key of an Authorization header, or None. Every key is compared, each in constant time; an empty
+        one is none.
+        """
         if self.is_open:
             return _ANYBODY
         scheme, _, secret = (authorization or "").partition(" ")
-        given = hash_key(secret.strip())
+        secret = secret.strip()
+        given = hash_key(secret)
         found = None
         for key in self.keys:
             if hmac.compare_digest(given, key.sha256):
                 found = key
-        return found if scheme.lower() == "bearer" else None
+        return found if secret and scheme.lower() == "bearer" else None
 
 
 def _not_keys(source: str, error: ValidationError) -> KeysError:

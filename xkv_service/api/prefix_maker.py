@@ -140,8 +140,8 @@ class PrefixMaker:
         promised, now = self._store.promised(str(new.replaces))
         there = self._records.get([new.namespace], name)
         if there is not None and there.status != "failed":
-            endless = None in (promised.expires, there.expires)
-            ends = None if endless else max(promised.expires or 0.0, there.expires or 0.0)
+            its = there.expires if there.ttl_s is None else now + there.ttl_s
+            ends = None if promised.expires is None or its is None else max(promised.expires, its)
         else:
             ends = promised.expires
         ttl_s = None if ends is None else max(_LEAST_TTL_S, ends - now)

@@ -30,7 +30,9 @@ class PrefixObject(BaseModel):
         description="Whether this server serves prompts from it; null until it is ready."
     )
     unusable_reason: str | None = Field(description="Why it does not, for people.")
-    expires_at: int | None
+    expires_at: int | None = Field(
+        description="When it may be deleted, seconds since the epoch. Null: never, or it is not ready yet."
+    )
     pinned: bool
     error: str | None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 
@@ -140,7 +139,7 @@ def of_job(job: Job) -> PrefixRecord:
         tokens=job.tokens,
         name=job.name,
         created=job.created,
-        expires=None if job.ttl_s is None else time.time() + job.ttl_s,
+        ttl_s=job.ttl_s,
         pinned=job.pinned,
         error=job.error or None,
     )

@@ -49,7 +49,7 @@ class PrefixBody(Body):
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )
-    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted.")
+    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted, from when it is ready.")
     pin: bool = Field(False, description="Keep it whatever happens.")
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
 
@@ -77,7 +77,7 @@ def prefix_routes(server: Server) -> APIRouter:
         return list(dict.fromkeys((key.namespace, public)))
 
     def writable(key: Key) -> list[str]:
-        return readable(key) if key.write_public else [key.namespace]
+        return [one for one in readable(key) if key.write_public or one != public]
 
     async def refuse_unwritable(key: Key, prefix_id: str) -> APIError:
         """A public prefix that this key may only read, or none at all."""
@@ -156,7 +156,7 @@ def _service(server: Server) -> PrefixService:
 
 def _not_allowed(server: Server, verb: str, namespace: str, allowed: list[str]) -> APIError:
     """A namespace that is not for this key; a server without keys blames none."""
-    asked, names = repr(shortened(namespace)), " and ".join(allowed)
+    asked, names = repr(shortened(namespace)), " and ".join(allowed) or "none"
     message = f"this key may not {verb} namespace {asked}: it may {verb} {names}"
     if server.keys.is_open:
         message = (

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from xkv_artifacts.keys import check_namespace
 from xkv_service.errors import InvalidSpec
 
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+"""Names of this machine that no other one can be reached by."""
+
 
 @dataclass(frozen=True)
 class APISettings:
@@ -27,6 +30,8 @@ class APISettings:
         lookup_pause_s: how long the catalog is left alone when it did not.
         public_namespace: whose prefixes every key may use.
         open_network: serve other machines although no keys are configured.
+        published: where a container's port mapping, or a proxy, lets clients in, whose own addresses tell
+            nothing then; None: there is none in front.
 
     Raises:
         InvalidSpec: a value out of range. InvalidNamespace: as `check_namespace`.
@@ -44,6 +49,7 @@ class APISettings:
     lookup_pause_s: float = 5.0
     public_namespace: str = "public"
     open_network: bool = False
+    published: str | None = None
 
     def __post_init__(self) -> None:
         check_namespace(self.public_namespace)

@@ -136,15 +136,22 @@ def find_model(
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ModelNotFound: no such model, or it has no weights in safetensors.
+        ModelNotFound: no such model or revision, which a folder has none of, or it has no weights in
+            safetensors.
         DeviceUnavailable: that device is not here.
         InvalidSpec: an unknown dtype.
     """
     target = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidSpec(f"dtype={dtype!r} is unknown", hint=f"use auto or one of {', '.join(DTYPES)}")
-    path = _folder(name_or_path) or _snapshot(str(name_or_path), revision)
-    name = path.resolve().name if Path(name_or_path).expanduser().is_dir() else str(name_or_path)
+    folder = _folder(name_or_path)
+    if folder is not None and revision is not None:
+        raise ModelNotFound(
+            f"model {folder} has no revision {revision!r}: a folder has no revisions",
+            hint="leave the revision out, or give the model's name on the hub",
+        )
+    path = folder or _snapshot(str(name_or_path), revision)
+    name = str(name_or_path) if folder is None else path.resolve().name
     _refuse_without_safetensors(path, name)
     return ModelFiles(path, name, resolve_dtype(read_config(path, name), dtype, target), target)
 
@@ -165,8 +172,10 @@ def _files_of(model: PreTrainedModel) -> ModelFiles | None:
     name = getattr(model, "name_or_path", "")
     if not name:
         return None
+    # Some versions of Transformers note the commit of folders in the hub's cache, too.
+    commit = None if Path(name).is_dir() else getattr(model.config, "_commit_hash", None)
     try:
-        return find_model(name, getattr(model.config, "_commit_hash", None), device="cpu")
+        return find_model(name, commit, device="cpu")
     except ModelNotFound:
         return None
 

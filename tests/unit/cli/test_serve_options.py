@@ -69,10 +69,51 @@ def test_the_model_may_be_named_by_the_environment(
     assert request.model == model
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "is_open"),
+    [
+        ([], {}, False),
+        ([], {"XKV_OPEN_NETWORK": ""}, False),  # as docker-compose.yml gives one that is not set
+        ([], {"XKV_OPEN_NETWORK": "0"}, False),
+        ([], {"XKV_OPEN_NETWORK": "1"}, True),
+        (["--open-network"], {}, True),
+    ],
+)
+def test_the_network_may_be_opened_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], is_open: bool
+) -> None:
+    monkeypatch.delenv("XKV_OPEN_NETWORK", raising=False)
+    _, (request,) = _run(monkeypatch, *arguments, **environment)
+    assert request.api.open_network == is_open and request.api.published is None
+
+
 def test_no_time_at_all_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     result, requests = _run(monkeypatch, "--lookup-timeout", "0s")
     assert result.exit_code == 2 and not requests
     assert "--lookup-timeout=0 is out of range: use more than 0" in result.output
+
+
+@pytest.mark.parametrize("option", ["--target-requests=4", "--upscale-delay=30s", "--downscale-delay=1m"])
+def test_what_says_when_replicas_come_and_go_is_wrong_where_none_do(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    name = option.partition("=")[0]
+    for replicas, fixed in (((), "1"), (("--replicas", "2"), "2"), (("--replicas", "3-3"), "3")):
+        result, requests = _run(monkeypatch, option, *replicas)
+        assert result.exit_code == 2 and not requests
+        said = f"{name} is for replicas whose number changes, and --replicas is {fixed}: give --replicas N-M"
+        assert said in result.output
+    result, requests = _run(monkeypatch, option, "--replicas", "1-2")
+    assert isinstance(result.exception, _Asked) and requests
+
+
+def test_how_long_stored_tails_stay_is_wrong_where_none_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, requests = _run(monkeypatch, "--stored-tail-ttl", "1h", "--stored-tails", "0")
+    assert result.exit_code == 2 and not requests
+    assert "--stored-tail-ttl is for what --stored-tails has room for, and that is 0" in result.output
+    for options in (["--stored-tails", "0"], ["--stored-tail-ttl", "2h"]):
+        result, requests = _run(monkeypatch, *options)
+        assert isinstance(result.exception, _Asked) and requests
 
 
 @pytest.mark.parametrize(("arguments", "kl"), [([], 2.5e-4), (["--part-kl", "0"], 0.0)])

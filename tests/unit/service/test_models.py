@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from xkv_service.errors import DeviceUnavailable, InvalidSpec, ModelNotFound
+from xkv_service.modeling.model_files import identity_of
 from xkv_service.modeling.models import (
     context_window,
     find_model,
@@ -95,6 +96,20 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "some-org/some-model-that-is-not-here" in error.message
     assert "hub cannot be reached" in error.message
     refusal("some-org/some-model-that-is-not-here", revision="abcdef")
+
+
+def test_a_folder_has_no_revisions(saved: Path) -> None:
+    error = refusal(saved, revision="v2")
+    assert error.message == f"model {saved} has no revision 'v2': a folder has no revisions"
+
+
+def test_a_model_from_the_hubs_cache_is_known_by_its_files(saved: Path, tmp_path: Path) -> None:
+    """Some versions of Transformers note the commit, though it was loaded from a folder."""
+    folder = shutil.copytree(saved, tmp_path / "snapshots" / ("0a" * 20))
+    loaded = load_model(folder, device="cpu")
+    loaded.model.config._commit_hash = folder.name
+    found = identity_of(loaded.model)
+    assert found is not None and found.fingerprint == loaded.identity.fingerprint
 
 
 @pytest.mark.parametrize("name", ["./no-such-folder", "/no/such/folder", "a b c", "", "~/no-such-folder"])

@@ -15,8 +15,9 @@ from xkv_artifacts.errors import InvalidLimits
 from xkv_artifacts.store import ArtifactStore
 from xkv_cli.main import xkv
 from xkv_service.api.keys import Key, KeyRing
+from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
-from xkv_workers.serving.server import ServeRequest, serving, unread
+from xkv_workers.serving.server import ServeRequest, serving, unread, unrebuilt
 
 
 def test_limits_that_cannot_be_read(tmp_path: Path, unused_port: int) -> None:
@@ -43,7 +44,11 @@ def test_an_alias_that_nobody_could_ask_for(tmp_path: Path, alias: str) -> None:
     ("options", "expected"),
     [
         (["--keys", __file__], "is not JSON"),
-        (["--host", "0.0.0.0"], "there are no keys"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in, and there are no keys"),
+        (["--published", "0.0.0.0"], "--published 0.0.0.0 lets other machines in, and there are no keys"),
+        (["--host", "0.0.0.0", "--published", "192.168.1.5"], "--published 192.168.1.5 lets other machines"),
+        (["--host", "0.0.0.0", "--published", "[::1]", "--redis", "redis://h:port"], "not a Redis URL"),
+        (["--published", "0.0.0.0", "--open-network", "--redis", "redis://h:port"], "not a Redis URL"),
         (["--redis", "redis://h:port"], "not a Redis URL"),
     ],
 )
@@ -74,6 +79,14 @@ def test_prefixes_that_no_key_uses_are_told(tmp_path: Path) -> None:
         name = store.catalog.namespaces.key("default")
         store.catalog.link.call(lambda client: (client.delete(name), client.set(name, "junk")))
         assert unread(store, keys("shop")) is None
+
+
+def test_memory_for_what_a_cpu_does_not_rebuild_is_told() -> None:
+    asked = ServeRequest("store", engine=EngineSettings(rebuilt_bytes=2**30))
+    assert str(unrebuilt(asked, "cpu")).startswith(
+        "--rebuilt-memory does nothing here: the engines run on CPUs"
+    )
+    assert unrebuilt(asked, "cuda") is None and unrebuilt(ServeRequest("store"), "cpu") is None
 
 
 @pytest.fixture

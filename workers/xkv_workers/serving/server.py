@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from xkv_artifacts.errors import CatalogError, CatalogUnavailable
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.keys import OPEN_NAMESPACE, KeyRing
-from xkv_service.api.settings import APISettings
+from xkv_service.api.settings import LOCAL_HOSTS, APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
 from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
 from xkv_workers.errors import RayUnavailable, ServerFailed
-from xkv_workers.messages import ModelPlace
+from xkv_workers.messages import Device, ModelPlace
 from xkv_workers.serving.logs import LogFormat
 from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
 from xkv_workers.serving.scaling import Scaling
@@ -102,7 +102,7 @@ class Serving:
         own_ray: whether it has a Ray of its own, which may end by itself.
         open: whether nobody needs a key.
         notes: lines about what may not be as its operator thinks: it cannot have the most replicas that it
-            may, or no key uses prefixes that are stored.
+            may, no key uses prefixes that are stored, or memory is given for what only GPUs do.
     """
 
     url: str
@@ -163,7 +163,7 @@ def serving(request: ServeRequest) -> Iterator[Serving]:
             logs=_logs(),
             own_ray=request.ray_address is None,
             open=keys.is_open,
-            notes=tuple(note for note in (shortage, unread(store, keys)) if note is not None),
+            notes=tuple(filter(None, (shortage, unread(store, keys), unrebuilt(request, model.device)))),
         )
 
 
@@ -180,14 +180,21 @@ def unread(store: ArtifactStore, keys: KeyRing) -> str | None:
     return None
 
 
+def unrebuilt(request: ServeRequest, device: Device) -> str | None:
+    """That memory is given for what no engine rebuilds on such a device, if it is."""
+    if device == "cuda" or not request.engine.rebuilt_bytes:
+        return None
+    return (
+        "--rebuilt-memory does nothing here: the engines run on CPUs, and only on GPUs are prefixes rebuilt"
+    )
+
+
 def _check_address(request: ServeRequest, keys: KeyRing) -> None:
-    if (
-        keys.is_open
-        and request.host not in ("127.0.0.1", "::1", "localhost")
-        and not request.api.open_network
-    ):
+    published = request.api.published
+    option, address = ("--published", published) if published else ("--host", request.host)
+    if keys.is_open and address.strip("[]") not in LOCAL_HOSTS and not request.api.open_network:
         raise InvalidSpec(
-            f"--host {request.host} lets other machines in, and there are no keys",
+            f"{option} {address} lets other machines in, and there are no keys",
             hint="give --keys, or --open-network if the network may use it",
         )
     if request.ray_address is None:  # else it is for the cluster's head to listen

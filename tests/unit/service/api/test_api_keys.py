@@ -14,17 +14,19 @@ import pytest
 from engines import PacedBackend, paced_backend, wait_until
 from rivers import DOCUMENT, SETTINGS, key, publish
 from serving import Served, serve
+from starlette.types import Receive, Scope, Send
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.api.app import create_app
-from xkv_service.api.keys import KEYS_VARIABLE, KeyRing, KeysError, Limits, hash_key
+from xkv_service.api.keys import KEYS_VARIABLE, Key, KeyRing, KeysError, Limits, hash_key
 from xkv_service.api.matching import PrefixFinder
 from xkv_service.api.model import ServedModel
 from xkv_service.modeling.models import LoadedModel
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 3}
-
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""What `printf %s "$KEY" | sha256sum` prints where KEY is not set."""
 
 KEYS = KeyRing(
     (
@@ -201,6 +203,7 @@ def test_a_keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"key": "plain"}, "keys.json: keys.0.key is unknown: leave it out$"),
         ({"sha256": "abc"}, "keys.0.sha256: not 64 hexadecimal digits, as `printf"),
         ({"sha256": "0" * 64 + "\n"}, "keys.0.sha256: not 64"),
+        ({"sha256": EMPTY}, "keys.json: the sha256 of key a is the digest of an empty key$"),
         ({"namespace": ".."}, "keys.0.namespace: namespace '..' is not allowed: use 1 to 64 letters"),
         ({"name": "a b"}, "keys.0.name: a name is 1 to 64 letters, digits, dots, dashes and underscores$"),
         ({"operator": "often"}, "keys.0.operator must be true or false$"),
@@ -217,6 +220,11 @@ def test_a_keys_file_that_is_none(tmp_path: Path, content: Any, message: str) ->
     with pytest.raises(KeysError, match=message) as caught:
         KeyRing.read(path)
     assert "\n" not in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "bearer \t "])
+def test_an_empty_key_is_none_whoever_holds_its_digest(header: str | None) -> None:
+    assert KeyRing((Key(name="a", sha256=EMPTY, namespace="a"),)).find(header) is None
 
 
 def test_keys_that_are_the_same(tmp_path: Path) -> None:
@@ -237,3 +245,19 @@ def test_without_keys_other_machines_may_be_served_when_that_is_asked_for(
     settings = replace(SETTINGS, open_network=True)
     with serve(create_app(served_model, backend, settings=settings)) as served, served.http() as http:
         assert http.get("/v1/models", headers={"host": "elsewhere.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(("published", "seen"), [(None, 403), ("127.0.0.1", 200)])
+def test_by_a_published_port_requests_are_this_machines_if_they_name_it(
+    served_model: ServedModel, backend: PacedBackend, published: str | None, seen: int
+) -> None:
+    app = create_app(served_model, backend, settings=replace(SETTINGS, published=published))
+
+    async def by_a_bridge(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "client": ("172.18.0.1", 4711)}, receive, send)
+
+    with serve(by_a_bridge) as served, served.http() as http:
+        for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == seen
+        for host in ("elsewhere.example", "172.18.0.2:8000", "192.168.1.5"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == 403

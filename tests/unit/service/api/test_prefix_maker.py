@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from artifact_samples import sample
 from engines import paced_backend
 from redis_server import RedisServer
 from rivers import DOCUMENT, SETTINGS
@@ -126,6 +127,28 @@ def test_jobs_wait_their_turn_and_too_many_are_refused(
         assert elsewhere.get(["a"], first.id) is None
         assert store.get(first.id) is None and store.get(waiting[0].id) is None
         assert elsewhere.page("a", None, 10).records == [made] and store.jobs.all("a") == []
+    finally:
+        going.set()
+        maker.close()
+
+
+@pytest.mark.parametrize(("ttl_s", "ends"), [(60.0, 3000.0), (6000.0, 6000.0), (None, None)])
+def test_what_replaces_another_while_it_waits_ends_no_sooner_than_either(
+    opened: Open, loaded: LoadedModel, going: Gate, ttl_s: float | None, ends: float | None
+) -> None:
+    store, elsewhere = opened(), PrefixRecords(opened())
+    replaced = store.publish(*sample(range(100), namespace="a"), ttl_s=3000.0)
+    maker = PrefixMaker(store, loaded, ratio=2.0)
+    try:
+        seen(elsewhere, asyncio.run(maker.create(new(0))).id, "running")
+        waiting = asyncio.run(maker.create(new(1, ttl_s=ttl_s)))
+        assert (waiting.status, waiting.expires, waiting.ttl_s) == ("queued", None, ttl_s)
+        again = asyncio.run(maker.create(new(1, replaces=replaced.id)))
+        assert (again.id, again.status, again.expires) == (waiting.id, "queued", None)
+        going.set()
+        made = seen(elsewhere, waiting.id, "ready")
+        assert made.ttl_s is None
+        assert made.expires == (ends and pytest.approx(store.catalog.now() + ends, abs=400))
     finally:
         going.set()
         maker.close()

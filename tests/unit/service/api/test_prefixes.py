@@ -31,7 +31,16 @@ from xkv_service.errors import InvalidSpec
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.spec import MOST_RATIO
 
-KEYS = KeyRing((key("alpha"), key("beta"), key("editor", write_public=True), key("operator", operator=True)))
+KEYS = KeyRing(
+    (
+        key("alpha"),
+        key("beta"),
+        key("editor", write_public=True),
+        key("operator", operator=True),
+        key("reader", namespace="public"),
+        key("writer", namespace="public", write_public=True),
+    )
+)
 SYSTEM = "You answer questions about rivers, and about nothing else, in one short sentence. " * 2
 Keeping = tuple[Served, ArtifactStore]
 
@@ -160,6 +169,22 @@ def test_changes(alpha: httpx.Client, keeping: Keeping) -> None:
     assert keeping[1].get(made["id"]) is None
 
 
+def test_a_prefix_that_is_not_ready_has_no_end_yet(alpha: httpx.Client, keeping: Keeping) -> None:
+    jobs = keeping[1].jobs
+    job = Job(
+        id="e" * 64, namespace="alpha", status="queued", model="m", tokens=9, name="n", created=1, ttl_s=3600
+    )
+    assert jobs.add(job)
+    path = f"/v1/prefixes/{job.id}"
+    for status in ("queued", "failed"):
+        found = alpha.get(path).json()
+        assert (found["status"], found["expires_at"]) == (status, None)
+        assert found in alpha.get("/v1/prefixes").json()["data"]
+        assert alpha.patch(path, json={"ttl_s": 60}).json() == found
+        jobs.fail(job, "it was not to be")
+    assert jobs.remove("alpha", job.id)
+
+
 def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
     made = make(alpha, document=DOCUMENT * 4)
     path = f"/v1/prefixes/{made['id']}"
@@ -284,6 +309,27 @@ def test_the_public_namespace(alpha: httpx.Client, editor: httpx.Client) -> None
     assert chat(alpha, ("user", f"{text}\n\nWhere?")).json()["xkv"]["artifact"] == made["id"]
     assert alpha.delete(path).status_code == alpha.patch(path, json={"pin": True}).status_code == 403
     assert editor.delete(path).json()["deleted"]
+
+
+def test_a_key_of_the_public_namespace_needs_write_public_too(keeping: Keeping, editor: httpx.Client) -> None:
+    made = make(editor, document=f"For all to read. {DOCUMENT}", namespace="public")
+    path, absent = f"/v1/prefixes/{made['id']}", "/v1/prefixes/" + "0" * 64
+    with keeping[0].http("sk-reader") as reader, keeping[0].http("sk-writer") as writer:
+        refused = reader.post("/v1/prefixes", json={"document": DOCUMENT})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            403,
+            "this key may not write to namespace 'public': it may write to none",
+        )
+        for method, body in (("PATCH", {"pin": True}), ("DELETE", None)):
+            answer = reader.request(method, path, json=body)
+            assert answer.status_code == 403
+            assert "may not change prefixes of namespace 'public'" in answer.json()["error"]["message"]
+            assert reader.request(method, absent, json=body).status_code == 404
+        assert reader.get(path).json() == made
+        assert made["id"] in reader.get("/v1/prefixes").text
+        assert make(writer, document=f"For all to read, too. {DOCUMENT}")["namespace"] == "public"
+        assert writer.patch(path, json={"pin": True}).json()["pinned"]
+        assert writer.delete(path).json()["deleted"]
 
 
 def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) -> None:
