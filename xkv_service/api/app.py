@@ -61,8 +61,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        if finder is not None:
-            finder.close()
+        server.close()
 
     app = FastAPI(
         title="xKV service",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +75,7 @@ async def _answer(
     key = key_of(request)
     slot = server.admission.enter(key)
     try:
-        ids = await asyncio.to_thread(render)
+        ids = await server.rendered(render)
         source = "messages" if isinstance(body, ChatBody) else "prompt"
         server.renderer.check_length(len(ids), source)
         most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import unicodedata
@@ -94,7 +93,7 @@ def prefix_routes(server: Server) -> APIRouter:
             raise _not_allowed(server, "write to", namespace, writable(key))
         slot = server.admission.enter(key)
         try:
-            new = await asyncio.to_thread(_rendered, server, body, namespace)
+            new = await server.rendered(lambda: _rendered(server, body, namespace))
             slot.add_prompt(len(new.token_ids), _kind(body))
             return PrefixObject.of(await service.create(new), server)
         except RatioUnreachable as error:

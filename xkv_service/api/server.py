@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
@@ -26,6 +29,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorBody, "description": "It may succeed later; see Retry-After."},
 }
 
+_RENDERERS = 4
+"""Threads that render prompts: a tokenizer lets others run, so several long ones take several cores."""
+Rendered = TypeVar("Rendered")
+
 
 @dataclass
 class Server:
@@ -45,6 +52,9 @@ class Server:
     traffic: Traffic
     admission: Admission
     drain: Drain = field(default_factory=Drain)
+    renderers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_RENDERERS, "xkv-render"), repr=False
+    )
 
     @property
     def bearer(self) -> list[Any]:
@@ -55,6 +65,16 @@ class Server:
     def renderer(self) -> PromptRenderer:
         """Renders prompts for the model."""
         return PromptRenderer(self.model)
+
+    async def rendered(self, render: Callable[[], Rendered]) -> Rendered:
+        """What a renderer makes, in a thread: no prompt waits behind what is asked of a store."""
+        return await asyncio.wrap_future(self.renderers.submit(render))
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self.renderers.shutdown(wait=False, cancel_futures=True)
+        if self.finder is not None:
+            self.finder.close()
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name.

@@ -120,8 +120,12 @@ $("door").addEventListener("submit", event => {
   sessionStorage.setItem("key", key);
   poll();
 });
-poll();
-setInterval(() => { if (!document.hidden) poll(); }, 2000);
+// One at a time: a server that is slow to answer is not asked again meanwhile.
+async function watch() {
+  if (!document.hidden) await poll();
+  setTimeout(watch, 2000);
+}
+watch();
 </script>
 </html>
 """
