@@ -31,7 +31,7 @@ demo: $(READY)  ## compress the example corpus, then compare an answer from both
 	$(BIN)/python examples/side_by_side.py --store $(DEMO)/store
 	@echo "xkv is in $(BIN): source $(BIN)/activate, then xkv --help"
 
-test: check  ## check, then run every test
+test: check  ## check, then run the tests; with XKV_LONG_TESTS=1 those of 40 s and more, too
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/e2e
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/e2e
 

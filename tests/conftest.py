@@ -20,6 +20,15 @@ settings.register_profile("shared cores", deadline=None, suppress_health_check=[
 settings.load_profile("shared cores")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave long tests out, where they are not asked for."""
+    if os.environ.get("XKV_LONG_TESTS"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="long: XKV_LONG_TESTS=1 make test runs it"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 4 layers with a byte tokenizer and a window of 2,048 tokens, as a model folder."""

@@ -13,7 +13,7 @@ from scaling import Crowd, Logs, long_streams, questions, watching
 from served import Server, use_factors
 from stopping import check_that_it_ends_with_its_ray
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NAME = "bulletin-houston-lucky-dove-society"
 TARGET = 8

@@ -39,6 +39,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_is_calibrated_and_documents_are_compressed_with_it(
     xkv: Xkv, ray_address: str, questions: Path, tmp_path: Path
 ) -> None:

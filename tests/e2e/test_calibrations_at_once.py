@@ -45,6 +45,7 @@ def made_in(store: Path) -> dict[str, CalibrationManifest]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_at_once_make_what_each_makes_alone(
     xkv: Xkv, ray_address: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from composed import ROOT, Composed
 from served import use_factors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 DOCUMENT = "bulletin-houston-lucky-dove-society"
 COPIES = 5

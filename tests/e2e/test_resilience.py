@@ -90,6 +90,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_drivers_and_workers_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "crash_test.py"
     command = [sys.executable, str(tool), "--points", "2", "--documents", "8", "--model", str(tiny_model)]
@@ -184,6 +185,7 @@ def test_redis_lost_in_mid_run_and_back_empty(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_redis_lost_in_mid_run_for_good(
     arguments: list[str], xkv: Xkv, redis_server: RedisServer, tmp_path: Path
 ) -> None:

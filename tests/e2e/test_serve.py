@@ -399,6 +399,7 @@ def _artifact(asker: Asker, document: str, item: dict[str, str]) -> str | None:
     return found
 
 
+@pytest.mark.long
 def test_a_conversation_goes_on_after_a_restart(
     server: Server, store_url: str, xkv: Xkv, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from scaling import Crowd, Logs, questions
 from served import Server, use_factors
 from stopping import check_that_sigterm_breaks_off_answers, wait_until_running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NAME = "bulletin-houston-lucky-dove-society"
 
