@@ -12,7 +12,7 @@ from xkv_service.api.answers import ChatCompletion, Completion, ModelList, Model
 from xkv_service.api.formats import ChatFormat, CompletionFormat, Format
 from xkv_service.api.generation import GenerationResponse
 from xkv_service.api.requests import ChatBody, CompletionBody
-from xkv_service.api.server import ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of, slot_of
 from xkv_service.engine.messages import GenerationRequest
 
 
@@ -73,8 +73,7 @@ async def _answer(
 ) -> Response:
     """Render the prompt, find its prefix, and have it answered."""
     server.check_model(body.model)
-    key = key_of(request)
-    slot = server.admission.enter(key)
+    key, slot = key_of(request), slot_of(request)
     try:
         ids = await asyncio.to_thread(render)
         source = "messages" if isinstance(body, ChatBody) else "prompt"
