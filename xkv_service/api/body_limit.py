@@ -52,7 +52,7 @@ class BodyLimit:
             return
         scope["state"]["slot"] = slot
         try:
-            await self._serve(slot, scope, receive, send)
+            await self._serve(slot, scope, receive, _releasing(slot, send))
         finally:
             slot.release()
 
@@ -95,6 +95,17 @@ def _told_bytes(scope: Scope) -> int | None:
     if "transfer-encoding" in headers or not told.isdecimal():
         return None
     return int(told.lstrip("0")[:_DIGITS] or "0")
+
+
+def _releasing(slot: Slot, send: Send) -> Send:
+    """A `send` that gives the place back with the end of the answer: whoever has it may ask again at once."""
+
+    async def sent(message: Message) -> None:
+        await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            slot.release()
+
+    return sent
 
 
 async def _refuse(error: APIError, scope: Scope, receive: Receive, send: Send) -> None:

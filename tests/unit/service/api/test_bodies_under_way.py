@@ -118,10 +118,12 @@ def test_who_is_refused_may_send_its_body_and_ask_again(guarded: Served) -> None
         assert refused.answer()[0] == 400
 
 
-def test_a_request_and_its_answer_are_one_place(guarded: Served) -> None:
-    for _ in range(3):
-        assert ask(guarded, "one") == 200
-        wait_for_places(guarded, 0)
+def test_who_may_have_one_request_has_the_next_when_it_has_its_answer(guarded: Served) -> None:
+    with guarded.http("sk-one") as http:
+        for number in range(50):
+            body = {**CHAT, "stream": number % 2 == 0, "n": 2 if number % 5 == 0 else 1}
+            answer = http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == (400 if body["n"] == 2 else 200), answer.text
 
 
 @pytest.mark.parametrize("announced", ["Content-Length: 8000", "Transfer-Encoding: chunked"])
