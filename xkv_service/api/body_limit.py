@@ -4,6 +4,7 @@ than it may take."""
 from __future__ import annotations
 
 import asyncio
+import time
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,7 +27,8 @@ def has_body(scope: Scope) -> bool:
 
 class BodyLimit:
     """ASGI middleware that hands the app whole bodies. A request with a body has its place from before a byte
-    of it is read to the end of the answer; the `Slot` is in its state as `slot`.
+    of it is read to the end of the answer. In its state are the `Slot` as `slot`, and as `read_at` when the
+    body had been read (`time.perf_counter`).
 
     Args:
         app: what it guards. admission: gives places, or refuses to.
@@ -67,6 +69,7 @@ class BodyLimit:
         else:
             if body is not None:
                 slot.note_body(len(body))
+                scope["state"]["read_at"] = time.perf_counter()
                 await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:

@@ -45,9 +45,13 @@ _DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Outcome:
-    """What became of one request, for log and metrics."""
+    """What became of one request, for log and metrics.
 
-    submitted: float = field(default_factory=time.perf_counter)
+    Args:
+        read_at: when its body had been read. Times begin then: what it took before was the client's.
+    """
+
+    read_at: float
     started: Started | None = None
     first_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
@@ -60,7 +64,7 @@ class Outcome:
         """Take an event in."""
         now = time.perf_counter()
         if isinstance(event, Started):
-            self.started, self.first_token_s, self._last = event, now - self.submitted, now
+            self.started, self.first_token_s, self._last = event, now - self.read_at, now
             self.generated, self.gaps_s = 0, []
         elif isinstance(event, Delta):
             later = event.tokens if self.generated else event.tokens - 1  # than the first one of all
@@ -96,7 +100,8 @@ class GenerationResponse(Response):
 
     Args:
         backend: runs the request. request: what to run.
-        form: how its events are told. stream: as they come. usage: at the end of a stream too.
+        read_at: when its body had been read. form: how its events are told.
+        stream: as they come. usage: at the end of a stream too.
         slot: released at the end. traffic: told how it went.
         drain: says when answers are broken off.
     """
@@ -105,6 +110,7 @@ class GenerationResponse(Response):
         self,
         backend: Backend,
         request: GenerationRequest,
+        read_at: float,
         form: Format,
         *,
         stream: bool,
@@ -117,7 +123,7 @@ class GenerationResponse(Response):
         self._backend, self._request, self._format = backend, request, form
         self._stream, self._usage = stream, usage
         self._slot, self._traffic, self._drain = slot, traffic, drain
-        self._outcome = Outcome()
+        self._outcome = Outcome(read_at)
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

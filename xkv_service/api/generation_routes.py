@@ -97,6 +97,7 @@ async def _answer(
         return GenerationResponse(
             server.backend,
             wanted,
+            request.state.read_at,
             form,
             stream=body.stream,
             usage=body.stream_options.include_usage,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -154,6 +156,25 @@ def test_a_body_that_was_read_counts_as_long_as_it_is(guarded: Served, backend: 
             wait_for_places(guarded, 2)
             assert not other.has_answer
     wait_for_places(guarded, 0)
+
+
+def test_sending_a_body_is_no_time_to_the_first_token(
+    guarded: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "xkv_service.api")
+
+    def logged() -> list[dict[str, Any]]:
+        found = [vars(record).get("request", {}) for record in list(caplog.records)]
+        return [one for one in found if one.get("key") == "alpha"]
+
+    with Slow(guarded, "alpha", length(len(BODY))) as client:
+        wait_for_places(guarded, 1)
+        time.sleep(0.5)
+        client.send(BODY)
+        assert client.answer()[0] == 200
+    wait_until(lambda: len(logged()) == 1)
+    [told] = logged()
+    assert 0 < told["first_token_s"] <= told["seconds"] - 0.5
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/", "/nothing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from serving import Served
 
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_service.api.engine_counters import ENGINE_COUNTERS, REMAKES
+from xkv_service.api.matching import Found, PrefixFinder
+from xkv_service.api.misses import NO_ARTIFACT
 from xkv_service.engine.messages import MissReason
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
@@ -118,6 +121,22 @@ def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture
     assert 0 < answered["first_token_s"] <= answered["seconds"]
     assert f"status=200 seconds={answered['seconds']} key=anybody" in records[0].getMessage()
     assert "Hello" not in json.dumps([vars(record) for record in records], default=str)  # nobody's business
+
+
+def test_a_slow_lookup_is_part_of_the_time_to_the_first_token(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_: Any) -> Found:
+        await asyncio.sleep(0.5)
+        return None, NO_ARTIFACT
+
+    def told() -> float:
+        return metrics(http)["xkv_time_to_first_token_seconds_sum", ()]
+
+    monkeypatch.setattr(PrefixFinder, "find", slow)
+    before = told()
+    http.post("/v1/chat/completions", json=OTHER)
+    wait_until(lambda: told() - before >= 0.5, seconds=10)
 
 
 def test_status(http: httpx.Client, backend: PacedBackend) -> None:
