@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from xkv_service.api.admission import Slot
 from xkv_service.api.answers import ServedFrom, Usage
 from xkv_service.api.backend import Backend
 from xkv_service.api.drain import Drain
@@ -102,8 +101,7 @@ class GenerationResponse(Response):
         backend: runs the request. request: what to run.
         read_at: when its body had been read. form: how its events are told.
         stream: as they come. usage: at the end of a stream too.
-        slot: released at the end. traffic: told how it went.
-        drain: says when answers are broken off.
+        traffic: told how it went. drain: says when answers are broken off.
     """
 
     def __init__(
@@ -115,14 +113,13 @@ class GenerationResponse(Response):
         *,
         stream: bool,
         usage: bool,
-        slot: Slot,
         traffic: Traffic,
         drain: Drain,
     ) -> None:
         super().__init__()
         self._backend, self._request, self._format = backend, request, form
         self._stream, self._usage = stream, usage
-        self._slot, self._traffic, self._drain = slot, traffic, drain
+        self._traffic, self._drain = traffic, drain
         self._outcome = Outcome(read_at)
         self._begun = False
 
@@ -152,7 +149,6 @@ class GenerationResponse(Response):
             try:
                 await _cancelled(work, left, over)
             finally:  # a server may cancel a request once more meanwhile
-                self._slot.release()
                 state["answer"] = self._outcome.fields()
                 self._traffic.add(self._request.namespace, self._outcome)
 

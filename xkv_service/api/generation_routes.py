@@ -73,41 +73,36 @@ async def _answer(
 ) -> Response:
     """Render the prompt, find its prefix, and have it answered."""
     server.check_model(body.model)
-    key, slot = key_of(request), slot_of(request)
-    try:
-        ids = await asyncio.to_thread(render)
-        source = "messages" if isinstance(body, ChatBody) else "prompt"
-        server.renderer.check_length(len(ids), source)
-        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
-        slot.add_prompt(len(ids), source)
-        match, miss = await server.match(ids, key.namespace, body.prefix_id)
-        wanted = GenerationRequest(
-            id=request.state.request_id,
-            token_ids=ids,
-            settings=body.settings(most),
-            namespace=key.namespace,
-            match=match,
-            miss=miss,
-            prefix_id=body.prefix_id,
-            top_logprobs=body.top_count,
-            timeout_s=server.settings.request_timeout_s,
-            queue_timeout_s=server.settings.queue_timeout_s,
-            streamed=body.stream,
-        )
-        return GenerationResponse(
-            server.backend,
-            wanted,
-            request.state.read_at,
-            form,
-            stream=body.stream,
-            usage=body.stream_options.include_usage,
-            slot=slot,
-            traffic=server.traffic,
-            drain=server.drain,
-        )
-    except BaseException:
-        slot.release()
-        raise
+    key = key_of(request)
+    ids = await asyncio.to_thread(render)
+    source = "messages" if isinstance(body, ChatBody) else "prompt"
+    server.renderer.check_length(len(ids), source)
+    most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
+    slot_of(request).add_prompt(len(ids), source)
+    match, miss = await server.match(ids, key.namespace, body.prefix_id)
+    wanted = GenerationRequest(
+        id=request.state.request_id,
+        token_ids=ids,
+        settings=body.settings(most),
+        namespace=key.namespace,
+        match=match,
+        miss=miss,
+        prefix_id=body.prefix_id,
+        top_logprobs=body.top_count,
+        timeout_s=server.settings.request_timeout_s,
+        queue_timeout_s=server.settings.queue_timeout_s,
+        streamed=body.stream,
+    )
+    return GenerationResponse(
+        server.backend,
+        wanted,
+        request.state.read_at,
+        form,
+        stream=body.stream,
+        usage=body.stream_options.include_usage,
+        traffic=server.traffic,
+        drain=server.drain,
+    )
 
 
 def _room(server: Server, prompt_tokens: int) -> int:
