@@ -145,12 +145,10 @@ class GenerationResponse(Response):
             else:
                 late = APIError(504, f"no answer within {self._request.timeout_s:g} s", code="timeout")
                 await self._break_off(work, late, send)
-        finally:
-            try:
-                await _cancelled(work, left, over)
-            finally:  # a server may cancel a request once more meanwhile
-                state["answer"] = self._outcome.fields()
-                self._traffic.add(self._request.namespace, self._outcome)
+        finally:  # first what cannot wait: a server may cancel a request once more meanwhile
+            state["answer"] = self._outcome.fields()
+            self._traffic.add(self._request.namespace, self._outcome)
+            await _cancelled(work, left, over)
 
     async def _break_off(self, work: asyncio.Future[None], error: APIError, send: Send) -> None:
         await _cancelled(work)

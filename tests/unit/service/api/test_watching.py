@@ -99,6 +99,13 @@ def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest)
     assert after["xkv_cost_seconds", ("load",)] >= 0 and after["xkv_cost_seconds", ("load_byte",)] >= 0
 
 
+def test_who_has_an_answer_finds_it_counted(http: httpx.Client) -> None:
+    for number in range(50):
+        before = http.get("/status").json()["traffic"]["requests"]
+        http.post("/v1/chat/completions", json={**OTHER, "max_tokens": 1, "stream": number % 2 == 0})
+        assert http.get("/status").json()["traffic"]["requests"] == before + 1
+
+
 def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "xkv_service.api")
     headers = {"x-request-id": "mine-1"}
