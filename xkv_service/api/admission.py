@@ -9,12 +9,17 @@ from xkv_service.api.keys import Key
 
 
 class Slot:
-    """One request under way; `release` gives back its place and its prompt's tokens, once."""
+    """One request under way; `release` gives back its place and what it counts for, once."""
 
-    def __init__(self, admission: Admission, key: Key) -> None:
+    def __init__(self, admission: Admission, key: Key, body_bytes: int) -> None:
         self._admission, self._key = admission, key
-        self._tokens = 0
+        self._body_bytes, self._tokens = body_bytes, 0
         self._held = True
+
+    def note_body(self, nbytes: int) -> None:
+        """The body was read, and has so many bytes."""
+        self._admission.body_bytes += nbytes - self._body_bytes
+        self._body_bytes = nbytes
 
     def add_prompt(self, tokens: int, param: str) -> None:
         """Count the prompt.
@@ -40,22 +45,27 @@ class Slot:
             self._held = False
             self._admission.requests[self._key.name] -= 1
             self._admission.tokens[self._key.name] -= self._tokens
+            self._admission.body_bytes -= self._body_bytes
 
 
 class Admission:
-    """Counts requests and prompt tokens under way by key name. For one event loop.
+    """Counts requests and prompt tokens under way by key name, and bytes of bodies. For one event loop.
 
     Args:
-        most_requests: of all keys together.
+        most_requests: of all keys together. most_body_bytes: of their bodies.
     """
 
-    def __init__(self, most_requests: int) -> None:
-        self._most_requests = most_requests
+    def __init__(self, most_requests: int, most_body_bytes: int) -> None:
+        self._most_requests, self._most_body_bytes = most_requests, most_body_bytes
+        self.body_bytes = 0
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
 
-    def enter(self, key: Key) -> Slot:
+    def enter(self, key: Key, body_bytes: int) -> Slot:
         """A place for one request.
+
+        Args:
+            body_bytes: the most that its body may have.
 
         Raises:
             APIError: 429, the key has none left; 503, the server has none left.
@@ -63,11 +73,20 @@ class Admission:
         if self.requests[key.name] >= key.limits.requests:
             raise _full(f"{key.limits.requests} requests of this key are under way, as many as it may have")
         if self.requests.total() >= self._most_requests:
-            message = f"{self._most_requests} requests are under way, as many as this server takes at once"
-            raise APIError(503, message, code="overloaded", retry_after_s=RETRY_S)
+            raise _overloaded(
+                f"{self._most_requests} requests are under way, as many as this server takes at once"
+            )
+        if self.body_bytes + body_bytes > self._most_body_bytes:
+            taken = f"{self.body_bytes:,} of the {self._most_body_bytes:,} bytes"
+            raise _overloaded(f"bodies of requests under way have {taken} that this server holds at once")
         self.requests[key.name] += 1
-        return Slot(self, key)
+        self.body_bytes += body_bytes
+        return Slot(self, key, body_bytes)
 
 
 def _full(message: str) -> APIError:
     return APIError(429, message, code="rate_limit_exceeded", retry_after_s=RETRY_S)
+
+
+def _overloaded(message: str) -> APIError:
+    return APIError(503, message, code="overloaded", retry_after_s=RETRY_S)

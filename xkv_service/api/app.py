@@ -55,7 +55,7 @@ def create_app(
         ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
-    admission = Admission(most_requests)
+    admission = Admission(most_requests, settings.max_held_bytes)
     server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics), admission)
 
     @asynccontextmanager
@@ -77,7 +77,12 @@ def create_app(
     for routes in (generation_routes, prefix_routes, health_routes, status_routes):
         app.include_router(routes(server))
     # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyLimit,
+        admission=admission,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+    )
     app.add_middleware(Doorkeeper, keys=keys, settings=settings)
     app.add_middleware(DrainGate, drain=server.drain)
     app.add_middleware(RequestLog, metrics=metrics, ids_sent=ids_sent)

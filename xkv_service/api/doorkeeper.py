@@ -7,6 +7,7 @@ import ipaddress
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from xkv_service.api.body_limit import has_body
 from xkv_service.api.errors import APIError
 from xkv_service.api.keys import KeyRing
 from xkv_service.api.settings import LOCAL_HOSTS, APISettings
@@ -41,7 +42,7 @@ class Doorkeeper:
         if self._this_machine_alone and not _is_local(request, self._published):
             message = "this server has no keys and answers requests to localhost alone"
             return APIError(403, f"{message} (its operator can start it with --keys, or --open-network)")
-        if key is None and request.url.path not in OPEN_PATHS:
+        if key is None and (request.url.path not in OPEN_PATHS or has_body(request.scope)):
             return APIError(401, "no valid key: send one of this server's as Authorization: Bearer <key>")
         return None
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from xkv_service.api.admission import Slot
 from xkv_service.api.answers import ServedFrom, Usage
 from xkv_service.api.backend import Backend
 from xkv_service.api.drain import Drain
@@ -45,9 +44,13 @@ _DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Outcome:
-    """What became of one request, for log and metrics."""
+    """What became of one request, for log and metrics.
 
-    submitted: float = field(default_factory=time.perf_counter)
+    Args:
+        read_at: when its body had been read. Times begin then: what it took before was the client's.
+    """
+
+    read_at: float
     started: Started | None = None
     first_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
@@ -60,7 +63,7 @@ class Outcome:
         """Take an event in."""
         now = time.perf_counter()
         if isinstance(event, Started):
-            self.started, self.first_token_s, self._last = event, now - self.submitted, now
+            self.started, self.first_token_s, self._last = event, now - self.read_at, now
             self.generated, self.gaps_s = 0, []
         elif isinstance(event, Delta):
             later = event.tokens if self.generated else event.tokens - 1  # than the first one of all
@@ -96,28 +99,28 @@ class GenerationResponse(Response):
 
     Args:
         backend: runs the request. request: what to run.
-        form: how its events are told. stream: as they come. usage: at the end of a stream too.
-        slot: released at the end. traffic: told how it went.
-        drain: says when answers are broken off.
+        read_at: when its body had been read. form: how its events are told.
+        stream: as they come. usage: at the end of a stream too.
+        traffic: told how it went. drain: says when answers are broken off.
     """
 
     def __init__(
         self,
         backend: Backend,
         request: GenerationRequest,
+        read_at: float,
         form: Format,
         *,
         stream: bool,
         usage: bool,
-        slot: Slot,
         traffic: Traffic,
         drain: Drain,
     ) -> None:
         super().__init__()
         self._backend, self._request, self._format = backend, request, form
         self._stream, self._usage = stream, usage
-        self._slot, self._traffic, self._drain = slot, traffic, drain
-        self._outcome = Outcome()
+        self._traffic, self._drain = traffic, drain
+        self._outcome = Outcome(read_at)
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,13 +145,10 @@ class GenerationResponse(Response):
             else:
                 late = APIError(504, f"no answer within {self._request.timeout_s:g} s", code="timeout")
                 await self._break_off(work, late, send)
-        finally:
-            try:
-                await _cancelled(work, left, over)
-            finally:  # a server may cancel a request once more meanwhile
-                self._slot.release()
-                state["answer"] = self._outcome.fields()
-                self._traffic.add(self._request.namespace, self._outcome)
+        finally:  # first what cannot wait: a server may cancel a request once more meanwhile
+            state["answer"] = self._outcome.fields()
+            self._traffic.add(self._request.namespace, self._outcome)
+            await _cancelled(work, left, over)
 
     async def _break_off(self, work: asyncio.Future[None], error: APIError, send: Send) -> None:
         await _cancelled(work)

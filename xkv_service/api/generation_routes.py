@@ -11,7 +11,7 @@ from xkv_service.api.answers import ChatCompletion, Completion, ModelList, Model
 from xkv_service.api.formats import ChatFormat, CompletionFormat, Format
 from xkv_service.api.generation import GenerationResponse
 from xkv_service.api.requests import ChatBody, CompletionBody
-from xkv_service.api.server import ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of, slot_of
 from xkv_service.engine.messages import GenerationRequest
 
 
@@ -73,40 +73,35 @@ async def _answer(
     """Render the prompt, find its prefix, and have it answered."""
     server.check_model(body.model)
     key = key_of(request)
-    slot = server.admission.enter(key)
-    try:
-        ids = await server.rendered(render)
-        source = "messages" if isinstance(body, ChatBody) else "prompt"
-        server.renderer.check_length(len(ids), source)
-        most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
-        slot.add_prompt(len(ids), source)
-        match, miss = await server.match(ids, key.namespace, body.prefix_id)
-        wanted = GenerationRequest(
-            id=request.state.request_id,
-            token_ids=ids,
-            settings=body.settings(most),
-            namespace=key.namespace,
-            match=match,
-            miss=miss,
-            prefix_id=body.prefix_id,
-            top_logprobs=body.top_count,
-            timeout_s=server.settings.request_timeout_s,
-            queue_timeout_s=server.settings.queue_timeout_s,
-            streamed=body.stream,
-        )
-        return GenerationResponse(
-            server.backend,
-            wanted,
-            form,
-            stream=body.stream,
-            usage=body.stream_options.include_usage,
-            slot=slot,
-            traffic=server.traffic,
-            drain=server.drain,
-        )
-    except BaseException:
-        slot.release()
-        raise
+    ids = await server.rendered(render)
+    source = "messages" if isinstance(body, ChatBody) else "prompt"
+    server.renderer.check_length(len(ids), source)
+    most = min(body.asked_tokens or server.settings.max_answer_tokens, _room(server, len(ids)))
+    slot_of(request).add_prompt(len(ids), source)
+    match, miss = await server.match(ids, key.namespace, body.prefix_id)
+    wanted = GenerationRequest(
+        id=request.state.request_id,
+        token_ids=ids,
+        settings=body.settings(most),
+        namespace=key.namespace,
+        match=match,
+        miss=miss,
+        prefix_id=body.prefix_id,
+        top_logprobs=body.top_count,
+        timeout_s=server.settings.request_timeout_s,
+        queue_timeout_s=server.settings.queue_timeout_s,
+        streamed=body.stream,
+    )
+    return GenerationResponse(
+        server.backend,
+        wanted,
+        request.state.read_at,
+        form,
+        stream=body.stream,
+        usage=body.stream_options.include_usage,
+        traffic=server.traffic,
+        drain=server.drain,
+    )
 
 
 def _room(server: Server, prompt_tokens: int) -> int:

@@ -48,7 +48,7 @@ class Limits(BaseModel):
     """What one key may have under way at once, in one server process.
 
     Args:
-        requests: being answered. prompt_tokens: of their prompts together.
+        requests: being answered, or sending their bodies. prompt_tokens: of their prompts together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -41,7 +41,9 @@ class Metrics:
             return Gauge(f"xkv_{name}", text, labels, registry=registry)
 
         self.requests = counter("requests", "Requests by route and status", "route", "status")
-        self.first_token = histogram("time_to_first_token", "From the request to its first token", _TTFT_S)
+        self.first_token = histogram(
+            "time_to_first_token", "From when a request's body was read to its first token", _TTFT_S
+        )
         self.token_gap = histogram("inter_token", "Between tokens of an answer", _GAP_S)
         self.queued = histogram(
             "queue", "From submission until a prompt is begun, for a replica too", _TTFT_S

@@ -16,7 +16,7 @@ from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
 from xkv_service.api.prefix_objects import DeletedPrefix, PrefixList, PrefixObject
 from xkv_service.api.requests import Body, Messages, Text
-from xkv_service.api.server import ERRORS, Server, key_of
+from xkv_service.api.server import ERRORS, Server, key_of, slot_of
 from xkv_service.errors import InvalidPrompt, PrefixTooShort, RatioUnreachable
 from xkv_service.spec import MOST_RATIO
 
@@ -91,16 +91,13 @@ def prefix_routes(server: Server) -> APIRouter:
         namespace = key.namespace if body.namespace is None else body.namespace
         if namespace not in writable(key):
             raise _not_allowed(server, "write to", namespace, writable(key))
-        slot = server.admission.enter(key)
         try:
             new = await server.rendered(lambda: _rendered(server, body, namespace))
-            slot.add_prompt(len(new.token_ids), _kind(body))
+            slot_of(request).add_prompt(len(new.token_ids), _kind(body))
             return PrefixObject.of(await service.create(new), server)
         except RatioUnreachable as error:
             param = _kind(body) if isinstance(error, PrefixTooShort) else "ratio"
             raise APIError(400, told(error), param=param) from None
-        finally:
-            slot.release()
 
     @router.get("")
     async def list_prefixes(

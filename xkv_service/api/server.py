@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
 
-from xkv_service.api.admission import Admission
+from xkv_service.api.admission import Admission, Slot
 from xkv_service.api.backend import Backend, PrefixService
 from xkv_service.api.drain import Drain
 from xkv_service.api.errors import APIError, ErrorBody, shortened
@@ -114,3 +114,9 @@ def key_of(request: Request) -> Key:
     """Whose request it is."""
     key: Key = request.state.key
     return key
+
+
+def slot_of(request: Request) -> Slot:
+    """The place of a request that has a body."""
+    slot: Slot = request.state.slot
+    return slot

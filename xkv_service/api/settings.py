@@ -18,6 +18,7 @@ class APISettings:
 
     Args:
         max_body_bytes: larger request bodies are refused (413). body_timeout_s: for a body to arrive (408).
+        max_held_bytes: of the bodies of all requests under way; what would be more is refused (503).
         request_timeout_s: from a request to the end of its answer (504).
         queue_timeout_s: for a replica with room, and there again until the prompt is begun (503); 0: as long
             as `request_timeout_s`.
@@ -39,6 +40,7 @@ class APISettings:
 
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
+    max_held_bytes: int = 2**30
     request_timeout_s: float = 600.0
     queue_timeout_s: float = 300.0
     max_answer_tokens: int = 4096
@@ -59,6 +61,11 @@ class APISettings:
         ):
             if not getattr(self, name) > 0:
                 raise InvalidSpec(f"{name}={getattr(self, name)!r} is out of range", hint="use more than 0")
+        if not self.max_held_bytes >= self.max_body_bytes:
+            raise InvalidSpec(
+                f"max_held_bytes={self.max_held_bytes!r} is out of range",
+                hint=f"use max_body_bytes={self.max_body_bytes!r} or more",
+            )
         if not 0 <= self.queue_timeout_s < math.inf:
             raise InvalidSpec(
                 f"queue_timeout_s={self.queue_timeout_s!r} is out of range",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from serving import Served
 
 from xkv_artifacts.manifest import PrefixManifest
 from xkv_service.api.engine_counters import ENGINE_COUNTERS, REMAKES
+from xkv_service.api.matching import Found, PrefixFinder
+from xkv_service.api.misses import NO_ARTIFACT
 from xkv_service.engine.messages import MissReason
 
 QUESTION = [{"role": "user", "content": f"{DOCUMENT}\n\nWhere does it end?"}]
@@ -96,6 +99,13 @@ def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest)
     assert after["xkv_cost_seconds", ("load",)] >= 0 and after["xkv_cost_seconds", ("load_byte",)] >= 0
 
 
+def test_who_has_an_answer_finds_it_counted(http: httpx.Client) -> None:
+    for number in range(50):
+        before = http.get("/status").json()["traffic"]["requests"]
+        http.post("/v1/chat/completions", json={**OTHER, "max_tokens": 1, "stream": number % 2 == 0})
+        assert http.get("/status").json()["traffic"]["requests"] == before + 1
+
+
 def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "xkv_service.api")
     headers = {"x-request-id": "mine-1"}
@@ -118,6 +128,22 @@ def test_one_line_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture
     assert 0 < answered["first_token_s"] <= answered["seconds"]
     assert f"status=200 seconds={answered['seconds']} key=anybody" in records[0].getMessage()
     assert "Hello" not in json.dumps([vars(record) for record in records], default=str)  # nobody's business
+
+
+def test_a_slow_lookup_is_part_of_the_time_to_the_first_token(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_: Any) -> Found:
+        await asyncio.sleep(0.5)
+        return None, NO_ARTIFACT
+
+    def told() -> float:
+        return metrics(http)["xkv_time_to_first_token_seconds_sum", ()]
+
+    monkeypatch.setattr(PrefixFinder, "find", slow)
+    before = told()
+    http.post("/v1/chat/completions", json=OTHER)
+    wait_until(lambda: told() - before >= 0.5, seconds=10)
 
 
 def test_status(http: httpx.Client, backend: PacedBackend) -> None:
