@@ -11,15 +11,22 @@ Faults, each after a third of the time: kill-replica kills the engine's process,
 empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an object store whose answers
 come at 300 kB a second from then on. The embedded Redis is back within a second or two; redis-away has the
 catalog in a Redis of the benchmark's own (--redis), kills that, and starts it again 20 s later with its data.
-corrupt damages 5 % of the blobs (at least one), those of the documents asked about most; missing removes
-their files. What is in memory stays right and needs no Redis, so give these three many documents and little
-memory: then these leave, and are asked for again.
+redis-hangs stops that for as long instead, while ten clients ask for the list of prefixes; redis-emptied
+kills it and starts it at once with nothing in it. corrupt damages 5 % of the blobs (at least one), those of
+the documents asked about most; missing removes their files. What is in memory stays right and needs no Redis,
+so give these five many documents and little memory: then these leave, and are asked for again.
 
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json
     python benchmarks/traffic.py --fault redis-away --seconds 75 --rate 0.6 --documents 30 --stored 30 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB \\
         --out benchmarks/results/traffic_redis_away.json
+    python benchmarks/traffic.py --fault redis-hangs --seconds 75 --rate 0.6 --documents 30 --stored 30 \\
+        --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB \\
+        --out benchmarks/results/traffic_redis_hangs.json
+    python benchmarks/traffic.py --fault redis-emptied --seconds 120 --rate 0.6 --documents 30 --stored 30 \\
+        --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB \\
+        --out benchmarks/results/traffic_redis_emptied.json
 
 What a fault did, and what was seen of it, is in the file as "struck"; one that did not happen is an error.
 
@@ -61,7 +68,7 @@ from traffic_budgets import BUDGETS, BudgetWatch, filled
 from traffic_check import check
 from traffic_client import use
 from traffic_damage import Damage, counted, met
-from traffic_faults import FAULTS, SlowLink, Strike, object_store
+from traffic_faults import FAULTS, OWN_REDIS, SlowLink, Strike, object_store
 from traffic_memory import MemoryWatch, Samples, by_minute, early_and_late, growth
 from traffic_redis import OwnRedis
 
@@ -84,7 +91,7 @@ def main() -> None:
         folder, disk, redis = Path(name), None, None
         if arguments.fault == "slow-disk":
             disk = stack.enter_context(object_store(folder))
-        if arguments.fault == "redis-away":
+        if arguments.fault in OWN_REDIS:
             redis = OwnRedis(folder / "redis")
             stack.callback(redis.kill)
         row, held, budgets, struck = _measure(folder, disk, redis, arguments)
@@ -139,6 +146,7 @@ def _measure(
         strike = Strike(
             arguments.fault,
             server=server.process.pid,
+            url=server.url,
             store=folder / "store",
             log=server.log,
             disk=disk,

@@ -11,11 +11,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import psutil
 
 if TYPE_CHECKING:
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
     from traffic_redis import OwnRedis
 
 FAULTS = (
-    *("none", "kill-replica", "kill-redis", "empty-redis", "redis-away"),
+    *("none", "kill-replica", "kill-redis", "empty-redis", "redis-away", "redis-hangs", "redis-emptied"),
     *("corrupt", "missing", "slow-disk"),
 )
+OWN_REDIS = ("redis-away", "redis-hangs", "redis-emptied")
+"""Those of a Redis that is not embedded."""
+_POLLS = 10
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 _PATIENCE_S = 60.0
@@ -36,7 +42,7 @@ class Strike:
     """One fault: done once, and shown to have happened.
 
     Args:
-        server: the process. store: its folder. log: of the server.
+        server: the process. url: where it answers. store: its folder. log: of the server.
         disk: the way to its blobs, where they are in an object store. redis: where it is not embedded.
         damage: of some of its blobs.
     """
@@ -46,6 +52,7 @@ class Strike:
         fault: str,
         *,
         server: int,
+        url: str,
         store: Path,
         log: Path,
         disk: SlowLink | None,
@@ -53,7 +60,7 @@ class Strike:
         damage: Damage,
     ) -> None:
         self.fault = fault
-        self._server, self._store, self._log = server, store, log
+        self._server, self._url, self._store, self._log = server, url, store, log
         self._disk, self._redis, self._damage = disk, redis, damage
         self._did: dict[str, Any] = {}
 
@@ -72,6 +79,12 @@ class Strike:
             self._did["killed_redis"] = _kill(_redis(self._store))
         elif self.fault == "redis-away" and self._redis is not None:
             self._did = self._redis.go_away()
+        elif self.fault == "redis-emptied" and self._redis is not None:
+            self._did = self._redis.lose_all()
+        elif self.fault == "redis-hangs" and self._redis is not None:
+            with _polling(f"{self._url}/v1/prefixes") as told:
+                self._did = self._redis.hang()
+            self._did["polls"] = dict(told)
         elif self.fault == "slow-disk" and self._disk is not None:
             self._disk.bytes_s = self._did["bytes_s"] = _SLOW_BYTES_S
 
@@ -117,6 +130,26 @@ class Strike:
         while not (seen := look()) and time.monotonic() < end:
             time.sleep(0.2)
         return seen
+
+
+@contextmanager
+def _polling(url: str) -> Iterator[Counter[int]]:
+    """Ask for a page again and again, several at a time, as open status pages do; how often each status was
+    told."""
+    told, over = Counter[int](), threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.2):
+            told[httpx.get(url, timeout=120, trust_env=False).status_code] += 1
+
+    with ThreadPoolExecutor(_POLLS) as pool:
+        asking = [pool.submit(ask) for _ in range(_POLLS)]
+        try:
+            yield told
+        finally:
+            over.set()
+        for one in asking:
+            one.result()
 
 
 def _kill(processes: Iterable[psutil.Process]) -> list[int]:

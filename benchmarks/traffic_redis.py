@@ -1,11 +1,13 @@
-"""A Redis of the benchmark's own, as operators run one: it goes away for a while and comes back."""
+"""A Redis of the benchmark's own, as operators run one: it goes away for a while, hangs, or loses all."""
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from xkv_artifacts.embedded import server_binary
 from xkv_artifacts.redis_link import RedisLink
 
 AWAY_S = 20.0
+_LISTED_S = 120.0
+"""A server looks for what an emptied catalog lacks once a minute."""
 
 
 class OwnRedis:
@@ -40,9 +44,16 @@ class OwnRedis:
         Raises:
             CatalogUnavailable: it does not answer.
         """
+        return self._ask(lambda client: client.dbsize())
+
+    def listed(self) -> int:
+        """How many artifacts it lists. Raises as `keys`."""
+        return self._ask(lambda client: sum(1 for _ in client.scan_iter("*:entry:*")))
+
+    def _ask(self, ask: Callable[[Any], Any]) -> int:
         link = RedisLink(self.url)
         try:
-            return int(link.call(lambda client: client.dbsize()))
+            return int(link.call(ask))
         finally:
             link.close()
 
@@ -57,8 +68,38 @@ class OwnRedis:
         gone = time.monotonic()
         time.sleep(self._away_s)
         self._process = self._start()
+        return {**found, "redis_after": [self._process.pid], **self._back(gone)}
+
+    def hang(self) -> dict[str, Any]:
+        """SIGSTOP: connections stay open and nothing is answered, for a while. What happened."""
+        found = {"stopped_redis": [self._process.pid], "keys_before": self.keys()}
+        self._process.send_signal(signal.SIGSTOP)
+        gone = time.monotonic()
+        time.sleep(self._away_s)
+        self._process.send_signal(signal.SIGCONT)
+        return {**found, **self._back(gone)}
+
+    def lose_all(self) -> dict[str, Any]:
+        """SIGKILL, then at once the same port with nothing in it, until it lists again what it did,
+        for two minutes at most: what happened.
+
+        Raises:
+            CatalogUnavailable: it does not come back.
+        """
+        listed, found = self.listed(), {"killed_redis": [self._process.pid], "keys_before": self.keys()}
+        self.kill()
+        gone = time.monotonic()
+        for path in self._folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._process = self._start()
+        while self.listed() < listed and time.monotonic() < gone + _LISTED_S:
+            time.sleep(0.2)
+        after = {"redis_after": [self._process.pid], "listed_again": self.listed()}
+        return {**found, **after, **self._back(gone)}
+
+    def _back(self, gone: float) -> dict[str, float]:
         self._span = (gone, time.monotonic())
-        return {**found, "redis_after": [self._process.pid], "away_s": self._span[1] - gone}
+        return {"away_s": self._span[1] - gone}
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,18 @@ def test_who_met_damage_was_told_so() -> None:
     assert met(answers) == {"met_damage": 2, "met_and_right": 1}
 
 
-def strike(fault: str, folder: Path, redis: OwnRedis | None = None) -> Strike:
+def strike(fault: str, folder: Path, redis: OwnRedis | None = None, url: str = "") -> Strike:
     """Of a server that is this process."""
     store, log = folder / "store", folder / "serve.log"
     return Strike(
-        fault, server=os.getpid(), store=store, log=log, disk=None, redis=redis, damage=Damage(store)
+        fault,
+        server=os.getpid(),
+        url=url,
+        store=store,
+        log=log,
+        disk=None,
+        redis=redis,
+        damage=Damage(store),
     )
 
 
@@ -185,6 +193,51 @@ def test_a_redis_that_went_away_comes_back_with_its_data(tmp_path: Path, own_red
         assert [one.id for one in store.entries()] == [made]
 
 
+def test_a_redis_that_loses_all_is_waited_for_until_it_lists_what_it_did(
+    tmp_path: Path, own_redis: OwnRedis
+) -> None:
+    with ArtifactStore.open(str(tmp_path / "store"), own_redis.url) as store:
+        made = store.publish(*sample(range(40), uri="0.txt")).id
+        emptied = strike("redis-emptied", tmp_path, own_redis)
+        with ThreadPoolExecutor(1) as pool:
+            losing = pool.submit(emptied.now)
+            while not losing.done():  # as a server does
+                store.list_if_lost()
+                time.sleep(0.05)
+            losing.result()
+        struck = emptied.proof()
+        assert struck["listed_again"] == 1 and struck["redis_after"] != struck["killed_redis"]
+        assert [one.id for one in store.entries()] == [made]
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    """The address of one that anybody may ask for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_redis_that_hangs_is_asked_about_meanwhile(tmp_path: Path, own_redis: OwnRedis, page: str) -> None:
+    with ArtifactStore.open(str(tmp_path / "store"), own_redis.url) as store:
+        store.publish(*sample(range(40), uri="0.txt"))
+        hanging = strike("redis-hangs", tmp_path, own_redis, page)
+        hanging.now()
+        struck = hanging.proof()
+    assert struck["away_s"] >= 0.5 and struck["polls"][200] >= 10
+    assert psutil.Process(struck["stopped_redis"][0]).status() != psutil.STATUS_STOPPED
+
+
 def test_who_was_answered_while_redis_was_away(own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(began: float, seconds: float, artifact: str | None, reason: str | None) -> dict[str, Any]:
         xkv = {"artifact": artifact, "miss": reason and {"reason": reason}}
@@ -209,7 +262,9 @@ def test_who_was_answered_while_redis_was_away(own_redis: OwnRedis, monkeypatch:
         own_redis.seen_by([answers[0], *answers[4:]])
 
 
-@pytest.mark.parametrize("fault", ["kill-replica", "kill-redis", "empty-redis", "redis-away", "slow-disk"])
+@pytest.mark.parametrize(
+    "fault", ["kill-replica", "kill-redis", "empty-redis", "redis-away", "redis-emptied", "slow-disk"]
+)
 def test_a_fault_that_did_not_happen_is_an_error(fault: str, tmp_path: Path) -> None:
     with ArtifactStore.open(str(tmp_path / "store")):
         pass  # nobody is left to be killed, and nothing is stored
