@@ -47,7 +47,7 @@ def start_serve(host: str, port: int, log_format: LogFormat) -> None:
     One that a killed server left there is ended first, since it would keep its address.
 
     Raises:
-        ServerFailed: Serve runs other applications, elsewhere.
+        ServerFailed: Serve runs other applications elsewhere, or one that was left does not end.
     """
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -69,6 +69,12 @@ def start_serve(host: str, port: int, log_format: LogFormat) -> None:
         http_options=HTTPOptions(host=host, port=port),
         logging_config=serve_logging(log_format),
     )
+    found = _get_global_client().http_config  # one that has not ended keeps its own
+    if (found.host, found.port) != (host, port):
+        raise ServerFailed(
+            f"Serve of this Ray still listens at {found.host}:{found.port}, and does not end",
+            hint="try again in a minute, or run `serve shutdown` there",
+        )
 
 
 def end_serve(*, shared: bool) -> None:
@@ -87,6 +93,7 @@ def end_serve(*, shared: bool) -> None:
             pass
         except TimeoutError:
             _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
+            return  # a Serve that is shutting down takes no other server, and this one may last
     if not shared or not _others():
         serve.shutdown()
 
