@@ -73,7 +73,7 @@ def test_one_server_at_a_time_and_the_next_one_takes_what_a_killed_one_left(
                 instance.claim_board()
             assert says(first) == "hello"
         monkeypatch.setattr(instance, "_CLAIM_S", 60.0)
-        board = instance.claim_board()
+        claimed = instance.claim_board()
         assert says(first) == "hello", "Serve outlives who started it"
         try:
             instance.start_serve("127.0.0.1", second, "text")
@@ -82,7 +82,10 @@ def test_one_server_at_a_time_and_the_next_one_takes_what_a_killed_one_left(
         finally:
             instance.end_serve(shared=True)
         assert says(second) is None
-        assert board is not None
+        monkeypatch.setattr(instance, "_CLAIM_S", 0.0)
+        with pytest.raises(ServerFailed):
+            instance.claim_board()
+        del claimed  # not before: whoever has it is the server
 
 
 def test_what_others_run_on_serve_stays(ray_address: str) -> None:

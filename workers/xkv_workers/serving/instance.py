@@ -19,6 +19,9 @@ _CLAIM_S: Final = 30.0
 """For the board of a server that was killed to go, which it does with its process; that of a machine that
 died does when Ray has missed it for some 20 s."""
 
+_GONE_S: Final = 60.0
+"""Beyond the 30 s that Serve's own shutdown waits: engines may store their tails for 20 s (a guess)."""
+
 
 def claim_board() -> Any:
     """The state board of a Ray, which one process at a time has: the server's, until that ends.
@@ -28,8 +31,13 @@ def claim_board() -> Any:
     """
     import ray
     from ray.exceptions import ActorAlreadyExistsError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(StateBoard).options(name=BOARD, namespace=NAMESPACE)
+    # On this node, since it is to be there as long as this process, whatever workers come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(StateBoard).options(
+        name=BOARD, namespace=NAMESPACE
+    )
     end = time.monotonic() + _CLAIM_S
     while True:
         try:
@@ -58,6 +66,7 @@ def start_serve(host: str, port: int, log_format: LogFormat) -> None:
         found = running.http_config
         if not _others():
             serve.shutdown()
+            _wait_until_gone()
         elif (found.host, found.port) != (host, port):
             raise ServerFailed(
                 f"Serve runs other applications on this Ray, and listens at {found.host}:{found.port} alone",
@@ -75,6 +84,28 @@ def start_serve(host: str, port: int, log_format: LogFormat) -> None:
             f"Serve of this Ray still listens at {found.host}:{found.port}, and does not end",
             hint="try again in a minute, or run `serve shutdown` there",
         )
+
+
+def _wait_until_gone() -> None:
+    """Until the controller has ended, which goes on doing so when `serve.shutdown` no longer waits.
+
+    Raises:
+        ServerFailed: it takes too long.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    end = time.monotonic() + _GONE_S
+    while time.monotonic() < end:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.2)
+    raise ServerFailed(
+        f"what another server left on Serve has not ended in {_GONE_S:g} s",
+        hint="try again in some minutes, or run `serve shutdown` there",
+    )
 
 
 def end_serve(*, shared: bool) -> None:

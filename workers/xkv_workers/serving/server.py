@@ -243,6 +243,7 @@ def _settings(
 def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[None]:
     """The deployments, up and answering."""
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     from xkv_workers.serving.application import build_application
@@ -254,7 +255,7 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
         try:
             start_serve(request.host, request.port, settings.log_format)
             serve.run(build_application(settings, board), name=APP, route_prefix="/")
-        except (RuntimeError, RayServeException) as error:
+        except (RuntimeError, RayError, RayServeException) as error:
             raise ServerFailed(
                 f"the server did not come up: {_last_line(error)}",
                 hint=f"its logs are in {_logs()}",
