@@ -70,5 +70,7 @@ class StoredPrefixes:
         try:
             return await asyncio.wait_for(asked, _CALL_S)
         except asyncio.TimeoutError:
+            if not asked.cancelled():  # the store's own
+                raise
             message = f"the store has not answered within {_CALL_S:g} s"
             raise CatalogUnavailable(message, hint="what was asked for may still be done") from None
