@@ -22,6 +22,10 @@ from examples.local_server import CORPUS
 TYPE = "document.getElementById('text').value = %s; document.getElementById('send').click()"
 TALK = "[...document.querySelectorAll('#talk p')].map(p => p.textContent)"
 FREE = "!document.getElementById('send').disabled"
+# The next request's answer is not given before held() is called.
+HOLD_FIRST = """(() => { const real = window.fetch; window.fetch = async (...asked) => {
+  window.fetch = real; const answer = await real(...asked);
+  await new Promise(done => { window.held = done; }); return answer; }; })()"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -86,11 +90,19 @@ def test_a_new_chat_has_nothing_of_an_answer_under_way(page: Page, chat: Slow) -
     assert page.problems == []
 
 
+@pytest.fixture
+def never_aborts(page: Page) -> Iterator[None]:
+    """As if every abort came after the last of what it was to end had arrived."""
+    page.evaluate("window.abort = AbortController.prototype.abort")
+    page.evaluate("AbortController.prototype.abort = () => {}")
+    yield
+    page.evaluate("AbortController.prototype.abort = abort")
+
+
+@pytest.mark.usefixtures("never_aborts")
 @pytest.mark.parametrize("late", ["good", "bad"])
 def test_what_comes_too_late_is_not_shown(page: Page, chat: Slow, late: str) -> None:
     begin(page)
-    page.evaluate("window.abort = AbortController.prototype.abort")
-    page.evaluate("AbortController.prototype.abort = () => {}")
     ask(page, late)
     begin(page)
     ask(page, f"after {late}")
@@ -102,8 +114,22 @@ def test_what_comes_too_late_is_not_shown(page: Page, chat: Slow, late: str) -> 
     chat.let.add(f"after {late}")
     page.wait("document.querySelector('.from')")
     assert page.evaluate(TALK)[:2] == [f"after {late}", "begun and ended"]
-    page.evaluate("AbortController.prototype.abort = abort")
     assert page.problems == []
+
+
+@pytest.mark.usefixtures("never_aborts")
+def test_a_chat_that_begins_too_late_takes_no_place(page: Page) -> None:
+    begin(page)
+    page.evaluate(HOLD_FIRST)
+    page.evaluate("for (const _ of '12') document.getElementById('new').click()")
+    page.wait(f"window.held && {FREE}")
+    second = page.evaluate("conversation.id")
+    page.evaluate("document.getElementById('send').disabled = true")
+    page.evaluate("held()")
+    page.evaluate("new Promise(done => setTimeout(done, 300))")
+    assert page.evaluate("conversation.id") == second
+    assert not page.evaluate(FREE)
+    page.evaluate("document.getElementById('send').disabled = false")
 
 
 def test_an_answer_that_is_stopped_says_so(page: Page) -> None:
