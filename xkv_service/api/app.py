@@ -47,7 +47,7 @@ def create_app(
     Args:
         model: what is served. backend: runs it.
         finder: looks prompts up; None: no stored prefixes are used. It is closed with the app.
-        prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501.
+        prefixes: makes and keeps prefixes; None: /v1/prefixes answers 501. It is closed with the app.
         keys: who may enter; None or empty: everybody on this machine.
         settings: limits and times.
         most_requests: under way at once, of all keys; more are refused (503). By default the 16 that an
@@ -74,8 +74,10 @@ def create_app(
     )
     app.state.drain = server.drain
     error_handlers.install(app)
-    for routes in (generation_routes, prefix_routes, health_routes, status_routes):
-        app.include_router(routes(server))
+    routers = [make(server) for make in (generation_routes, prefix_routes, health_routes, status_routes)]
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    for router in routers:
+        app.include_router(router)
     # The last one added is the first to see a request.
     app.add_middleware(
         BodyLimit,
@@ -85,7 +87,7 @@ def create_app(
     )
     app.add_middleware(Doorkeeper, keys=keys, settings=settings)
     app.add_middleware(DrainGate, drain=server.drain)
-    app.add_middleware(RequestLog, metrics=metrics, ids_sent=ids_sent)
+    app.add_middleware(RequestLog, routes=routes, metrics=metrics, ids_sent=ids_sent)
     return app
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xkv_service.api.errors import APIError
@@ -25,12 +26,13 @@ class RequestLog:
     the mapping `request` for formatters that can tell it; neither holds a word of prompts or answers.
 
     Args:
-        app: what it watches. metrics: count requests by route and status.
+        app: what it watches. routes: of its app. metrics: count requests by route and status.
         ids_sent: whether a proxy before it sends the `x-request-id` of each request back: the app sends none.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, ids_sent: bool) -> None:
-        self._app, self._metrics, self._ids_sent = app, metrics, ids_sent
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: Metrics, ids_sent: bool) -> None:
+        self._app, self._routes = app, routes
+        self._metrics, self._ids_sent = metrics, ids_sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -62,7 +64,7 @@ class RequestLog:
             self._record(scope, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")  # the pattern: addresses are without number
+        route = self._route(scope)
         self._metrics.requests.labels(route, str(status)).inc()
         key = scope["state"].get("key")
         fields = {
@@ -75,3 +77,10 @@ class RequestLog:
         }
         told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
         _log.info("request %s", told, extra={"request_id": scope["state"]["request_id"], "request": fields})
+
+    def _route(self, scope: Scope) -> str:
+        """The pattern of its address, of which there are few; "other" where no route has it."""
+        route = scope.get("route")
+        if route is None:  # refused before the routes saw it
+            route = next((one for one in self._routes if one.matches(scope)[0] is not Match.NONE), None)
+        return str(getattr(route, "path", "other"))
