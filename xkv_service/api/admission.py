@@ -7,6 +7,9 @@ from collections import Counter
 from xkv_service.api.errors import RETRY_S, APIError
 from xkv_service.api.keys import Key
 
+_SHARE = 4
+"""No key has more than this part of the bytes of bodies, or one body: two of them leave half to others."""
+
 
 class Slot:
     """One request under way; `release` gives back its place and what it counts for, once."""
@@ -18,7 +21,7 @@ class Slot:
 
     def note_body(self, nbytes: int) -> None:
         """The body was read, and has so many bytes."""
-        self._admission.body_bytes += nbytes - self._body_bytes
+        self._admission.body_bytes[self._key.name] += nbytes - self._body_bytes
         self._body_bytes = nbytes
 
     def add_prompt(self, tokens: int, param: str) -> None:
@@ -45,21 +48,21 @@ class Slot:
             self._held = False
             self._admission.requests[self._key.name] -= 1
             self._admission.tokens[self._key.name] -= self._tokens
-            self._admission.body_bytes -= self._body_bytes
+            self._admission.body_bytes[self._key.name] -= self._body_bytes
 
 
 class Admission:
-    """Counts requests and prompt tokens under way by key name, and bytes of bodies. For one event loop.
+    """Counts requests, prompt tokens and bytes of bodies under way by key name. For one event loop.
 
     Args:
-        most_requests: of all keys together. most_body_bytes: of their bodies.
+        most_requests: of all keys together. most_body_bytes: of their bodies; one key may have a quarter.
     """
 
     def __init__(self, most_requests: int, most_body_bytes: int) -> None:
         self._most_requests, self._most_body_bytes = most_requests, most_body_bytes
-        self.body_bytes = 0
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.body_bytes: Counter[str] = Counter()
 
     def enter(self, key: Key, body_bytes: int) -> Slot:
         """A place for one request.
@@ -76,11 +79,17 @@ class Admission:
             raise _overloaded(
                 f"{self._most_requests} requests are under way, as many as this server takes at once"
             )
-        if self.body_bytes + body_bytes > self._most_body_bytes:
-            taken = f"{self.body_bytes:,} of the {self._most_body_bytes:,} bytes"
+        mine, share = self.body_bytes[key.name], self._most_body_bytes // _SHARE
+        if mine and mine + body_bytes > share:
+            raise _full(
+                f"bodies of this key's requests have {mine:,} of the {share:,} bytes that it may have at once"
+            )
+        held = self.body_bytes.total()
+        if held + body_bytes > self._most_body_bytes:
+            taken = f"{held:,} of the {self._most_body_bytes:,} bytes"
             raise _overloaded(f"bodies of requests under way have {taken} that this server holds at once")
         self.requests[key.name] += 1
-        self.body_bytes += body_bytes
+        self.body_bytes[key.name] += body_bytes
         return Slot(self, key, body_bytes)
 
 

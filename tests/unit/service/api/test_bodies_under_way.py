@@ -28,7 +28,7 @@ KEYS = KeyRing((key("alpha"), key("beta"), key("one", limits=Limits(requests=1))
 
 @pytest.fixture
 def guarded(served_model: ServedModel, backend: PacedBackend) -> Iterator[Served]:
-    """Holds bodies of 10,000 bytes in all, of which one may have 8,000."""
+    """Holds bodies of 10,000 bytes in all, of which one may have 8,000: more than a key's share."""
     settings = APISettings(max_body_bytes=8_000, max_held_bytes=10_000)
     with serve(create_app(served_model, backend, keys=KEYS, settings=settings)) as served:
         yield served
@@ -87,12 +87,13 @@ def ask(served: Served, name: str) -> int:
 
 
 def test_a_key_sends_as_many_bodies_at_once_as_it_may_have_requests(guarded: Served) -> None:
+    """Of 30 bytes each, since 64 are to fit in its share of 2,500."""
     with ExitStack() as clients:
         for _ in range(64):
-            slow = clients.enter_context(Slow(guarded, "alpha", length(100)))
-            slow.send(BODY[:50])
+            slow = clients.enter_context(Slow(guarded, "alpha", length(30)))
+            slow.send(BODY[:15])
         wait_for_places(guarded, 64)
-        last = clients.enter_context(Slow(guarded, "alpha", length(100)))
+        last = clients.enter_context(Slow(guarded, "alpha", length(30)))
         status, headers, answer = last.answer()
         assert (status, headers["retry-after"]) == (429, "1")
         assert answer["error"]["code"] == "rate_limit_exceeded"
@@ -145,6 +146,37 @@ def test_bodies_hold_so_many_bytes_in_all(guarded: Served, announced: str) -> No
     with Slow(guarded, "beta", length(8_000)) as other:
         wait_for_places(guarded, 1)
         assert not other.has_answer
+
+
+def test_no_key_has_all_the_bytes(served_model: ServedModel, backend: PacedBackend) -> None:
+    settings = APISettings(max_body_bytes=1_000, max_held_bytes=10_000)
+    app = create_app(served_model, backend, keys=KEYS, settings=settings)
+    with serve(app) as served, ExitStack() as clients:
+        for _ in range(2):
+            clients.enter_context(Slow(served, "alpha", length(1_000)))
+        wait_for_places(served, 2)
+        status, headers, answer = clients.enter_context(Slow(served, "alpha", length(501))).answer()
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert answer["error"]["message"] == (
+            "bodies of this key's requests have 2,000 of the 2,500 bytes that it may have at once"
+        )
+        assert ask(served, "alpha") == ask(served, "beta") == 200
+        clients.enter_context(Slow(served, "alpha", length(500)))
+        wait_for_places(served, 3)
+
+
+def test_what_is_refused_at_the_door_counts_with_its_route(guarded: Served) -> None:
+    with Slow(guarded, "one", length(10)) as first:
+        wait_for_places(guarded, 1)
+        assert not first.has_answer
+        assert ask(guarded, "one") == 429
+        with guarded.http("sk-nobody") as http:
+            assert http.patch("/v1/prefixes/some", json={}).status_code == 401
+            assert http.post("/nothing", json={}).status_code == 401
+    with guarded.http("sk-boss") as http:
+        counted = http.get("/metrics").text.splitlines()
+    for route, status in (("/v1/chat/completions", 429), ("/v1/prefixes/{prefix_id}", 401), ("other", 401)):
+        assert f'xkv_requests_total{{route="{route}",status="{status}"}} 1.0' in counted
 
 
 def test_a_body_that_was_read_counts_as_long_as_it_is(guarded: Served, backend: PacedBackend) -> None:
