@@ -141,3 +141,6 @@ class PrefixService(Protocol):
 
     async def delete(self, namespaces: Sequence[str], prefix_id: str) -> bool:
         """Delete a prefix, or do not make it any more; False when there is none."""
+
+    def close(self) -> None:
+        """Let its threads end."""

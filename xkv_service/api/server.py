@@ -73,8 +73,9 @@ class Server:
     def close(self) -> None:
         """Let the threads end."""
         self.renderers.shutdown(wait=False, cancel_futures=True)
-        if self.finder is not None:
-            self.finder.close()
+        for part in (self.finder, self.prefixes):
+            if part is not None:
+                part.close()
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name.

@@ -64,6 +64,10 @@ class StoredPrefixes:
         """As `PrefixService`."""
         return await self._call(lambda: self._records.delete(namespaces, prefix_id))
 
+    def close(self) -> None:
+        """As `PrefixService`."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def _call(self, ask: Callable[[], Result]) -> Result:
         """What the store answers. One that nobody waits for any more, and that has not begun, is left out."""
         asked = asyncio.wrap_future(self._threads.submit(ask))

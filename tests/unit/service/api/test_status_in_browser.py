@@ -96,12 +96,18 @@ def measured(app: ASGIApp) -> ASGIApp:
 
 
 @pytest.fixture(scope="module")
-def prefixes(store: ArtifactStore, loaded: LoadedModel) -> Iterator[StoredPrefixes]:
+def maker(store: ArtifactStore, loaded: LoadedModel) -> Iterator[PrefixMaker]:
     publish(store, loaded, DOCUMENT, "alpha")
     publish(store, loaded, f"Theirs. {DOCUMENT}", "beta")
     maker = PrefixMaker(store, loaded)
-    yield StoredPrefixes(store, maker)
+    yield maker
     maker.close()
+
+
+@pytest.fixture
+def prefixes(store: ArtifactStore, maker: PrefixMaker) -> StoredPrefixes:
+    """They are closed with the app that shows them."""
+    return StoredPrefixes(store, maker)
 
 
 def test_what_it_shows_without_keys(

@@ -27,7 +27,7 @@ class Kept:
     """A store with an artifact that differs from the exact cache, and what serves from it."""
 
     store: ArtifactStore
-    prefixes: StoredPrefixes
+    maker: PrefixMaker
     backend: PacedBackend
     rough: PrefixManifest
 
@@ -35,7 +35,8 @@ class Kept:
         """The artifact as a server with these settings tells of it, and why its chats miss it."""
         chosen = replace(SETTINGS, **settings)
         finder = PrefixFinder(self.store, model.identity, chosen)
-        app = create_app(model, self.backend, finder=finder, prefixes=self.prefixes, settings=chosen)
+        prefixes = StoredPrefixes(self.store, self.maker)
+        app = create_app(model, self.backend, finder=finder, prefixes=prefixes, settings=chosen)
         with serve(app) as served, served.http() as http:
             one = http.get(f"/v1/prefixes/{self.rough.id}").json()
             for listing in (http.get("/v1/prefixes").json()["data"], http.get("/status").json()["prefixes"]):
@@ -58,7 +59,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, loaded: LoadedModel) -> Itera
         maker = PrefixMaker(store, loaded)
         try:
             with paced_backend(loaded, store) as backend:
-                yield Kept(store, StoredPrefixes(store, maker), backend, rough)
+                yield Kept(store, maker, backend, rough)
         finally:
             maker.close()
 
@@ -91,7 +92,8 @@ def test_one_of_another_model(kept: Kept, served_model: ServedModel) -> None:
 
 
 def test_one_that_is_not_ready_yet_does_not_know(kept: Kept, served_model: ServedModel) -> None:
-    app = create_app(served_model, kept.backend, prefixes=kept.prefixes, settings=SETTINGS)
+    prefixes = StoredPrefixes(kept.store, kept.maker)
+    app = create_app(served_model, kept.backend, prefixes=prefixes, settings=SETTINGS)
     with serve(app) as served, served.http() as http:
         made = http.post("/v1/prefixes", json={"document": f"Not yet. {DOCUMENT}", "ratio": 2}).json()
     assert (made["status"], made["usable"], made["unusable_reason"]) == ("queued", None, None)
