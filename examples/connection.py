@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import openai
 
-from examples.documents import Documents
+from examples.documents import Documents, read_all
 from examples.local_server import CORPUS, STORE, local_server
+from xkv_workers.corpus import Rejected
 from xkv_workers.errors import CorpusError
 
 _DOCUMENT = CORPUS / "guide-cork-ivory-gull-union.md"
@@ -45,11 +46,17 @@ def parse_question(description: str | None) -> argparse.Namespace:
 
 
 def _text(path: str) -> str:
-    """As `xkv precompute` reads it, byte for byte."""
+    """Of one document, as `xkv precompute` reads it."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be read as text: {error}") from None
+        found = list(read_all(Path(path)))
+    except CorpusError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{path} has {len(found)} documents: name a file with one")
+    [document] = found
+    if isinstance(document, Rejected):
+        raise argparse.ArgumentTypeError(f"{path}: {document.reason}")
+    return document.text
 
 
 def told(error: openai.APIError) -> str:

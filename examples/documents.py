@@ -32,7 +32,7 @@ class Documents:
     def __init__(self, folder: Path) -> None:
         within = f"{printable(folder.resolve().name)}/"
         self._texts: dict[str, str] = {}
-        for found in _read(folder):
+        for found in read_all(folder):
             if isinstance(found, Rejected):
                 print(escaped(f"left out {found.uri}: {found.reason}"), file=sys.stderr)
             else:
@@ -61,7 +61,11 @@ class Documents:
         return [{"role": first["role"], "content": f"{self._texts[name]}\n\n{first['content']}"}, *later]
 
 
-def _read(folder: Path) -> Iterator[Document | Rejected]:
-    """As precompute reads it: a line end that is translated, say, would make another prefix."""
-    for file in list_files([folder]):
+def read_all(path: Path) -> Iterator[Document | Rejected]:
+    """A file or folder as precompute reads it: a line end that is translated, say, would make another prefix.
+
+    Raises:
+        CorpusError: there is no such file or folder, or nothing to read in it.
+    """
+    for file in list_files([path]):
         yield from [file] if isinstance(file, Rejected) else read_file(file)
