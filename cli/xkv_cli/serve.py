@@ -73,7 +73,8 @@ class NatsType(click.ParamType[float]):
     "--published",
     metavar="H",
     help="Address that a container's port is published at, or a proxy in front listens at. Without keys it"
-    " must be this machine's own, and --host may be any.",
+    " must be this machine's own, --host may be any, and only the Host of a request is looked at: let nothing"
+    " else reach the port.",
 )
 @click.option(
     "--open-network",

@@ -346,8 +346,13 @@ def test_a_replica_that_is_killed_is_replaced(
 def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
     asker: Asker, prefix: dict[str, Any], server: Server
 ) -> None:
-    """Its streams end without an error event, and others with Serve's own 500."""
+    """Its streams end without an error event, and others with Serve's own 500. The state board dies before,
+    and comes back empty, of which nobody hears."""
     document, questions = example_document(NAMES[0])
+    (board,) = server.processes("ray::StateBoard")
+    board.kill()
+    wait_until(lambda: [one for one in server.processes("ray::StateBoard") if one.pid != board.pid])
+    wait_until(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200)
     wait_until_running(server, 0)
     client, before = LongAnswers(server), _cancelled(server)
     begun = (threading.Event(), threading.Event())

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import psutil
 import pytest
+from served import command_of
 
 from examples.local_server import free_port
 from xkv_workers.cluster import cluster
 from xkv_workers.errors import ServerFailed
 from xkv_workers.serving import instance
 from xkv_workers.serving.settings import APP
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 _DRIVER = """
 import sys
@@ -86,6 +92,63 @@ def test_one_server_at_a_time_and_the_next_one_takes_what_a_killed_one_left(
         with pytest.raises(ServerFailed):
             instance.claim_board()
         del claimed  # not before: whoever has it is the server
+
+
+def test_a_server_that_others_take_off_serve_knows(ray_address: str) -> None:
+    from ray import serve
+
+    port = free_port()
+    with driver(ray_address, APP, port), cluster(ray_address):
+        try:
+            assert instance.has_application()
+            victims = [one for one in psutil.process_iter() if "ray::ServeController" in command_of(one)]
+            for victim in victims:
+                victim.kill()
+            assert len(victims) == 1
+            for _ in range(20):
+                assert instance.has_application(), "Ray brings the controller back"
+                time.sleep(0.25)
+            serve.delete(APP)
+            assert not instance.has_application()
+        finally:
+            serve.shutdown()
+        assert not instance.has_application()
+        instance.end_serve(shared=True)  # there is nothing to end, and nothing is said
+
+
+def test_of_servers_that_start_at_once_one_has_the_ray(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instance, "_CLAIM_S", 2.0)
+    with cluster(ray_address), ThreadPoolExecutor(4) as pool:
+        claims = [pool.submit(instance.claim_board) for _ in range(4)]
+        refused = [str(claim.exception()) for claim in claims if claim.exception()]
+        assert len(refused) == 3 and all("another xkv serve runs on this Ray" in one for one in refused)
+
+
+def test_a_serve_that_does_not_end_is_waited_for_and_then_refused(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose controller is told to end, and takes longer than anybody waits."""
+    from ray import serve
+
+    port = free_port()
+    with driver(ray_address, APP, port), cluster(ray_address):
+        monkeypatch.setattr(instance, "_GONE_S", 1.0)
+        with monkeypatch.context() as patched:
+            patched.setattr(serve, "shutdown", lambda: None)
+            with pytest.raises(ServerFailed, match="has not ended in 1 s"):
+                instance.start_serve("127.0.0.1", port, "text")
+            patched.setattr(serve, "delete", _late)
+            instance.end_serve(shared=True)
+        assert says(port) == "hello", "it is left up, and the next server ends it"
+        instance.start_serve("127.0.0.1", port, "text")
+        assert says(port) != "hello"
+        serve.shutdown()
+
+
+def _late(_: str) -> None:
+    raise TimeoutError("the deployment's replicas do not end")
 
 
 def test_what_others_run_on_serve_stays(ray_address: str) -> None:

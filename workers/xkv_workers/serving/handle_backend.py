@@ -73,15 +73,18 @@ class HandleBackend:
                 await events.aclose()
 
     async def states(self) -> list[EngineState]:
-        """What each replica held and did a second ago; what was heard last where the board is slow to say it.
+        """What each replica held and did a second ago; what was heard last where the board is slow to say it,
+        or died and comes back.
 
         Raises:
-            asyncio.TimeoutError: nothing was heard for 10 s.
+            asyncio.TimeoutError, RayActorError: nothing was heard for 10 s.
         """
+        from ray.exceptions import RayActorError
+
         try:
             self._states = await asyncio.wait_for(self._board.all.remote(), _BOARD_S)
             self._heard = time.monotonic()
-        except asyncio.TimeoutError:
+        except (asyncio.TimeoutError, RayActorError):
             if time.monotonic() - self._heard > _STALE_S:
                 raise
         return self._states

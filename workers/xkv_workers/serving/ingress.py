@@ -55,7 +55,8 @@ def make_app(settings: ServeSettings) -> FastAPI:
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
     engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD, NAMESPACE)
     caller = secrets.token_hex(8)
-    board.meet.remote(caller, [board.never.remote()]).future().result(_BOARD_S)
+    presence = board.never.options(max_task_retries=-1).remote()  # goes on where the board comes back
+    board.meet.remote(caller, [presence]).future().result(_BOARD_S)
     backend = HandleBackend(engine, board, caller)
     compressor = serve.get_deployment_handle(COMPRESSOR, APP)
     remaker = Remaker(store, place.fingerprint, lambda new: compressor.create.remote(new))

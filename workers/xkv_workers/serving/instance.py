@@ -35,7 +35,8 @@ def claim_board() -> Any:
 
     # On this node, since it is to be there as long as this process, whatever workers come and go.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(StateBoard).options(
+    # One whose process is killed comes back empty; replicas tell it anew within a second.
+    board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(StateBoard).options(
         name=BOARD, namespace=NAMESPACE
     )
     end = time.monotonic() + _CLAIM_S
@@ -52,7 +53,8 @@ def claim_board() -> Any:
 def start_serve(host: str, port: int, log_format: LogFormat) -> None:
     """Have Serve listen, at the head of the cluster alone.
 
-    One that a killed server left there is ended first, since it would keep its address.
+    One that runs nothing but what a killed server left there, or nothing at all, is ended first: it would
+    keep its address, and it may be about to end.
 
     Raises:
         ServerFailed: Serve runs other applications elsewhere, or one that was left does not end.
@@ -115,6 +117,7 @@ def end_serve(*, shared: bool) -> None:
         shared: the Ray goes on.
     """
     from ray import serve
+    from ray.exceptions import ActorDiedError
     from ray.serve.exceptions import RayServeException
 
     if shared:
@@ -122,11 +125,28 @@ def end_serve(*, shared: bool) -> None:
             serve.delete(APP)
         except RayServeException:  # it had not come up
             pass
+        except ActorDiedError:  # somebody has ended Serve
+            return
         except TimeoutError:
             _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
             return  # a Serve that is shutting down takes no other server, and this one may last
     if not shared or not _others():
         serve.shutdown()
+
+
+def has_application() -> bool:
+    """Whether Serve has the server's application, and does not take it down."""
+    from ray import serve
+    from ray.exceptions import ActorDiedError, RayError
+    from ray.serve.schema import ApplicationStatus
+
+    try:
+        found = serve.status().applications.get(APP)
+    except ActorDiedError:  # Serve was shut down
+        return False
+    except RayError:  # its controller comes back
+        return True
+    return found is not None and found.status != ApplicationStatus.DELETING
 
 
 def _others() -> list[str]:

@@ -118,10 +118,17 @@ class Serving:
         """See whether it goes on.
 
         Raises:
-            ServerFailed: its own Ray has ended.
+            ServerFailed: its own Ray has ended, or somebody has taken it off the Serve of a shared one.
         """
+        from xkv_workers.serving.instance import has_application
+
         if self.own_ray and has_ended():
             raise ServerFailed("the server has ended: its Ray is gone", hint=f"its logs are in {self.logs}")
+        if not self.own_ray and not has_application():
+            raise ServerFailed(
+                "the server has ended: somebody took it off Serve",
+                hint="start it again; `serve shutdown` ends all that a Ray serves",
+            )
 
 
 @contextmanager
