@@ -352,6 +352,7 @@ def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
     (board,) = server.processes("ray::StateBoard")
     board.kill()
     wait_until(lambda: [one for one in server.processes("ray::StateBoard") if one.pid != board.pid])
+    time.sleep(11)  # longer than what the old one had said is believed
     wait_until(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200)
     wait_until_running(server, 0)
     client, before = LongAnswers(server), _cancelled(server)

@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
-import psutil
 import pytest
-from served import command_of
+from asking import wait_until
 
 from examples.local_server import free_port
 from xkv_workers.cluster import cluster
 from xkv_workers.errors import ServerFailed
-from xkv_workers.serving import instance
+from xkv_workers.serving import instance, presence
 from xkv_workers.serving.settings import APP
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -95,16 +95,16 @@ def test_one_server_at_a_time_and_the_next_one_takes_what_a_killed_one_left(
 
 
 def test_a_server_that_others_take_off_serve_knows(ray_address: str) -> None:
+    import ray
     from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     port = free_port()
     with driver(ray_address, APP, port), cluster(ray_address):
         try:
             assert instance.has_application()
-            victims = [one for one in psutil.process_iter() if "ray::ServeController" in command_of(one)]
-            for victim in victims:
-                victim.kill()
-            assert len(victims) == 1
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+            ray.kill(controller, no_restart=False)
             for _ in range(20):
                 assert instance.has_application(), "Ray brings the controller back"
                 time.sleep(0.25)
@@ -116,10 +116,39 @@ def test_a_server_that_others_take_off_serve_knows(ray_address: str) -> None:
         instance.end_serve(shared=True)  # there is nothing to end, and nothing is said
 
 
+def test_a_board_that_comes_back_hears_of_who_calls(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray.exceptions import RayActorError
+
+    with cluster(ray_address):
+        board = instance.claim_board()
+
+        def known() -> list[Any] | None:
+            try:
+                found: list[Any] = ray.get(board.presence_of.remote(here.caller))
+            except RayActorError:
+                return None
+            return found
+
+        here = presence.Presence(board)
+        assert known()
+        ray.kill(board, no_restart=False)
+        wait_until(lambda: known() == [])
+        here.tell_again()
+        assert known() == [], "it was told a moment ago"
+        monkeypatch.setattr(presence, "_AGAIN_S", 0.0)
+        here.tell_again()
+        wait_until(lambda: bool(known()))
+        [promise] = known() or []
+        assert ray.wait([promise], timeout=1) == ([], [promise]), "its owner lives"
+
+
 def test_of_servers_that_start_at_once_one_has_the_ray(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instance, "_CLAIM_S", 2.0)
+    monkeypatch.setattr(instance, "_CLAIM_S", 20.0)
     with cluster(ray_address), ThreadPoolExecutor(4) as pool:
         claims = [pool.submit(instance.claim_board) for _ in range(4)]
         refused = [str(claim.exception()) for claim in claims if claim.exception()]

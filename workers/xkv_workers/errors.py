@@ -33,6 +33,10 @@ class ServerFailed(XKVError):
     """The server does not come up, or ends by itself."""
 
 
+class TakenDown(ServerFailed):
+    """Somebody else has taken the server off Serve."""
+
+
 def one_line(error: BaseException) -> str:
     """The type and message of an error that somebody else's code raised."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -7,9 +7,6 @@ from collections import Counter
 from xkv_service.api.errors import RETRY_S, APIError
 from xkv_service.api.keys import Key
 
-_SHARE = 4
-"""No key has more than this part of the bytes of bodies, or one body: two of them leave half to others."""
-
 
 class Slot:
     """One request under way; `release` gives back its place and what it counts for, once."""
@@ -55,11 +52,13 @@ class Admission:
     """Counts requests, prompt tokens and bytes of bodies under way by key name. For one event loop.
 
     Args:
-        most_requests: of all keys together. most_body_bytes: of their bodies; one key may have a quarter.
+        most_requests: of all keys together. most_body_bytes: of their bodies.
+        most_key_bytes: of the bodies of one key, which may have one larger one.
     """
 
-    def __init__(self, most_requests: int, most_body_bytes: int) -> None:
-        self._most_requests, self._most_body_bytes = most_requests, most_body_bytes
+    def __init__(self, most_requests: int, most_body_bytes: int, most_key_bytes: int) -> None:
+        self._most_requests = most_requests
+        self._most_body_bytes, self._most_key_bytes = most_body_bytes, most_key_bytes
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.body_bytes: Counter[str] = Counter()
@@ -79,7 +78,7 @@ class Admission:
             raise _overloaded(
                 f"{self._most_requests} requests are under way, as many as this server takes at once"
             )
-        mine, share = self.body_bytes[key.name], self._most_body_bytes // _SHARE
+        mine, share = self.body_bytes[key.name], self._most_key_bytes
         if mine and mine + body_bytes > share:
             raise _full(
                 f"bodies of this key's requests have {mine:,} of the {share:,} bytes that it may have at once"

@@ -28,6 +28,9 @@ from xkv_service.api.settings import APISettings
 from xkv_service.api.status_routes import status_routes
 from xkv_service.api.traffic import Traffic
 
+_SHARE = 4
+"""No key has more than this part of the bytes of bodies: two of them leave half to others."""
+
 
 def create_app(
     model: ServedModel,
@@ -55,7 +58,8 @@ def create_app(
         ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
-    admission = Admission(most_requests, settings.max_held_bytes)
+    share = settings.max_held_bytes // (1 if keys.is_open else _SHARE)
+    admission = Admission(most_requests, settings.max_held_bytes, share)
     server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics), admission)
 
     @asynccontextmanager

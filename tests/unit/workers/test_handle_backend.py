@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from xkv_workers.serving import handle_backend
 from xkv_workers.serving.handle_backend import HandleBackend
 
 INGRESS = "its name"
+HERE: Any = SimpleNamespace(caller=INGRESS, tell_again=lambda: None)
 STATE = EngineState(1, 0, 0, 0, 0, ())
 WHOLE: list[Event] = [Started(2, 0), Delta("a", 1), Finished("stop", 1, (5,))]
 
@@ -76,7 +78,7 @@ class Full(Dying):
 
 async def told(handle: Dying, *, streamed: bool) -> list[Event]:
     request = GenerationRequest("one", (1, 2), GenerationSettings(), streamed=streamed)
-    events = [event async for event in HandleBackend(handle, None, INGRESS).generate(request)]
+    events = [event async for event in HandleBackend(handle, None, HERE).generate(request)]
     return [replace(one, queued_seconds=0.0) if isinstance(one, Started) else one for one in events]
 
 
@@ -107,7 +109,7 @@ def test_an_answer_that_has_ended_is_not_asked_again() -> None:
 def test_what_waits_for_a_replica_is_counted_and_timed() -> None:
     async def asked() -> Event:
         handle = Full()
-        backend = HandleBackend(handle, None, INGRESS)
+        backend = HandleBackend(handle, None, HERE)
         events = backend.generate(GenerationRequest("one", (1, 2), GenerationSettings()))
         gone = backend.generate(GenerationRequest("two", (1, 2), GenerationSettings()))
         first = asyncio.ensure_future(anext(events))
@@ -131,7 +133,7 @@ def test_what_waits_for_a_replica_is_counted_and_timed() -> None:
 def test_a_replica_is_waited_for_as_long_as_a_place_in_it(streamed: bool) -> None:
     async def asked(limit_s: float, room: bool) -> tuple[list[Event], int]:
         handle = Full()
-        backend = HandleBackend(handle, None, INGRESS)
+        backend = HandleBackend(handle, None, HERE)
         request = GenerationRequest(
             "one", (1, 2), GenerationSettings(), streamed=streamed, queue_timeout_s=limit_s
         )
@@ -165,7 +167,7 @@ def test_a_board_that_is_slow_for_a_moment_takes_no_engine_away(monkeypatch: pyt
 
     async def asked() -> None:
         board = Board()
-        backend = HandleBackend(None, board, INGRESS)
+        backend = HandleBackend(None, board, HERE)
         board.late_s = 60.0
         with pytest.raises(asyncio.TimeoutError):
             await backend.states()

@@ -20,6 +20,7 @@ from xkv_service.engine.messages import (
     Started,
     waited_too_long,
 )
+from xkv_workers.serving.presence import Presence
 
 _log = logging.getLogger(__name__)
 _ROUTED_TOKENS = 256
@@ -35,11 +36,11 @@ class HandleBackend:
 
     Args:
         engine: the handle of the engine deployment. board: of the `StateBoard`.
-        caller: the name of this process, without which its requests are given up.
+        presence: of this process, without which its requests are given up.
     """
 
-    def __init__(self, engine: Any, board: Any, caller: str) -> None:
-        self._engine, self._board, self._caller = engine, board, caller
+    def __init__(self, engine: Any, board: Any, presence: Presence) -> None:
+        self._engine, self._board, self._presence = engine, board, presence
         self._waiting = 0
         self._states: list[EngineState] = []
         self._heard = -math.inf
@@ -91,7 +92,8 @@ class HandleBackend:
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         handle = self._engine.options(stream=True, session_id=routing_key(request))
-        response = handle.generate.remote(request, self._caller)
+        self._presence.tell_again()
+        response = handle.generate.remote(request, self._presence.caller)
         events = aiter(response)
         ended = False
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING, Any
 
 from xkv_artifacts.store import ArtifactStore
@@ -16,14 +15,12 @@ from xkv_service.modeling.model_files import find_model
 from xkv_workers.serving.handle_backend import HandleBackend
 from xkv_workers.serving.instance import BOARD, NAMESPACE
 from xkv_workers.serving.logs import join_serve
+from xkv_workers.serving.presence import Presence
 from xkv_workers.serving.remote_maker import RemoteMaker
 from xkv_workers.serving.settings import APP, COMPRESSOR, ENGINE, ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-_BOARD_S = 60.0
-"""For the board to note this process: a guess, for a busy machine."""
 
 
 class Ingress:
@@ -54,10 +51,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     files = find_model(place.model, place.revision, dtype=place.dtype, device="cpu")
     store = ArtifactStore.open(place.store_url, place.redis_url, patience_s=0)
     engine, board = serve.get_deployment_handle(ENGINE, APP), ray.get_actor(BOARD, NAMESPACE)
-    caller = secrets.token_hex(8)
-    presence = board.never.options(max_task_retries=-1).remote()  # goes on where the board comes back
-    board.meet.remote(caller, [presence]).future().result(_BOARD_S)
-    backend = HandleBackend(engine, board, caller)
+    backend = HandleBackend(engine, board, Presence(board))
     compressor = serve.get_deployment_handle(COMPRESSOR, APP)
     remaker = Remaker(store, place.fingerprint, lambda new: compressor.create.remote(new))
     return create_app(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 from xkv_workers.errors import ServerFailed
@@ -19,6 +20,8 @@ _CLAIM_S: Final = 30.0
 """For the board of a server that was killed to go, which it does with its process; that of a machine that
 died does when Ray has missed it for some 20 s."""
 
+_LOOK_S: Final = 5.0
+"""For Serve's controller to tell what runs: one that hangs, or comes back, is no sign that nothing does."""
 _GONE_S: Final = 60.0
 """Beyond the 30 s that Serve's own shutdown waits: engines may store their tails for 20 s (a guess)."""
 
@@ -120,33 +123,36 @@ def end_serve(*, shared: bool) -> None:
     from ray.exceptions import ActorDiedError
     from ray.serve.exceptions import RayServeException
 
-    if shared:
-        try:
-            serve.delete(APP)
-        except RayServeException:  # it had not come up
-            pass
-        except ActorDiedError:  # somebody has ended Serve
-            return
-        except TimeoutError:
-            _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
-            return  # a Serve that is shutting down takes no other server, and this one may last
-    if not shared or not _others():
-        serve.shutdown()
+    try:
+        if shared:
+            with suppress(RayServeException):  # it had not come up
+                serve.delete(APP)
+        if not shared or not _others():
+            serve.shutdown()
+    except TimeoutError:  # of the deletion; a Serve that is shutting down takes no other server, and may last
+        _log.warning("replicas that do not end yet hold their places in the cluster for some minutes")
+    except ActorDiedError:  # somebody has ended Serve
+        pass
 
 
 def has_application() -> bool:
     """Whether Serve has the server's application, and does not take it down."""
-    from ray import serve
+    import ray
     from ray.exceptions import ActorDiedError, RayError
+    from ray.serve.context import _get_global_client
     from ray.serve.schema import ApplicationStatus
 
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
     try:
-        found = serve.status().applications.get(APP)
+        asked = client._controller.get_serve_instance_details.remote()  # serve.status has no limit of time
+        found = ray.get(asked, timeout=_LOOK_S)["applications"].get(APP)
     except ActorDiedError:  # Serve was shut down
         return False
-    except RayError:  # its controller comes back
+    except RayError:  # its controller is late, or comes back
         return True
-    return found is not None and found.status != ApplicationStatus.DELETING
+    return found is not None and found["status"] != ApplicationStatus.DELETING
 
 
 def _others() -> list[str]:

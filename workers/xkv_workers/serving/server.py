@@ -18,7 +18,7 @@ from xkv_service.api.settings import LOCAL_HOSTS, APISettings
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.errors import InvalidSpec
 from xkv_workers.cluster import Crew, cluster, has_ended, plan_replicas
-from xkv_workers.errors import RayUnavailable, ServerFailed
+from xkv_workers.errors import RayUnavailable, ServerFailed, TakenDown
 from xkv_workers.messages import Device, ModelPlace
 from xkv_workers.serving.logs import LogFormat
 from xkv_workers.serving.proxy_guard import CALLBACK, VARIABLE
@@ -118,14 +118,14 @@ class Serving:
         """See whether it goes on.
 
         Raises:
-            ServerFailed: its own Ray has ended, or somebody has taken it off the Serve of a shared one.
+            ServerFailed: its own Ray has ended. TakenDown: it is no longer on the Serve of a shared one.
         """
         from xkv_workers.serving.instance import has_application
 
         if self.own_ray and has_ended():
             raise ServerFailed("the server has ended: its Ray is gone", hint=f"its logs are in {self.logs}")
         if not self.own_ray and not has_application():
-            raise ServerFailed(
+            raise TakenDown(
                 "the server has ended: somebody took it off Serve",
                 hint="start it again; `serve shutdown` ends all that a Ray serves",
             )
@@ -254,7 +254,7 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
     from ray.serve.exceptions import RayServeException
 
     from xkv_workers.serving.application import build_application
-    from xkv_workers.serving.instance import claim_board, end_serve, start_serve
+    from xkv_workers.serving.instance import claim_board, start_serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     board = claim_board()
@@ -268,10 +268,21 @@ def _application(request: ServeRequest, settings: ServeSettings) -> Iterator[Non
                 hint=f"its logs are in {_logs()}",
             ) from None
         yield
-    finally:
-        shared = request.ray_address is not None
-        if shared or not has_ended():
-            end_serve(shared=shared)
+    except TakenDown:  # by whoever ends the rest
+        raise
+    except BaseException:
+        _end(request)
+        raise
+    else:
+        _end(request)
+
+
+def _end(request: ServeRequest) -> None:
+    from xkv_workers.serving.instance import end_serve
+
+    shared = request.ray_address is not None
+    if shared or not has_ended():
+        end_serve(shared=shared)
 
 
 def _last_line(error: Exception) -> str:
