@@ -7,14 +7,15 @@ Conversations about documents (a few are asked about most), of 1 to 4 turns and 
 in the middle of an answer, and some requests are bad. Afterwards each whole answer is compared with what the
 model gives alone, greedily, with the cache that the server said it used: the same artifact, or an exact one.
 
-Faults, each after a third of the time: kill-replica kills the engine's process, kill-redis the catalog's,
-empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an object store whose answers
-come at 300 kB a second from then on. The embedded Redis is back within a second or two; redis-away has the
-catalog in a Redis of the benchmark's own (--redis), kills that, and starts it again 20 s later with its data.
-redis-hangs stops that for as long instead, while ten clients ask for the list of prefixes; redis-emptied
-kills it and starts it at once with nothing in it. corrupt damages 5 % of the blobs (at least one), those of
-the documents asked about most; missing removes their files. What is in memory stays right and needs no Redis,
-so give these five many documents and little memory: then these leave, and are asked for again.
+Faults, each after a third of the time: kill-replica kills the engine's process in the middle of a request,
+kill-redis the catalog's, empty-redis kills it and removes what it saved, and slow-disk keeps the blobs in an
+object store whose answers come at 300 kB a second from then on. The embedded Redis is back within a second or
+two; redis-away has the catalog in a Redis of the benchmark's own (--redis), kills that, and starts it again
+20 s later with its data. redis-hangs stops that for as long instead, while ten clients ask for the list of
+prefixes; redis-emptied kills it and starts it at once with nothing in it. corrupt damages 5 % of the blobs
+(at least one), those of the documents asked about most; missing removes their files. What is in memory stays
+right and needs no Redis, so give these five many documents and little memory: then these leave, and are asked
+for again.
 
     python benchmarks/traffic.py --fault corrupt --seconds 90 --rate 0.5 --documents 40 --stored 40 \\
         --longest 1200 --prefix-memory 8MiB --tail-memory 4MiB --out benchmarks/results/traffic_corrupt.json

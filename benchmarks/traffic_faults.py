@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import psutil
@@ -35,6 +35,7 @@ _POLLS = 10
 _CHUNK = 16 << 10
 _SLOW_BYTES_S = 300_000
 _PATIENCE_S = 60.0
+Seen = TypeVar("Seen")
 _LISTED = re.compile(r"([1-9]\d*) prefixes are listed again")
 
 
@@ -70,6 +71,7 @@ class Strike:
             self._damage.strike(missing=self.fault == "missing")
             self._did["lost_blobs"] = list(self._damage.ids)
         elif self.fault == "kill-replica":
+            self._did["under_way"] = self._wait(self._under_way) if self._replicas() else 0
             self._did["killed_replicas"] = _kill(self._replicas())
         elif self.fault == "kill-redis":
             self._did["killed_redis"] = _kill(_redis(self._store))
@@ -125,10 +127,15 @@ class Strike:
         relisted = any(_LISTED.search(line) for line in lines)
         return lines if relisted or self.fault == "kill-redis" else []
 
-    def _wait(self, look: Callable[[], list[Any]]) -> list[Any]:
+    def _under_way(self) -> int:
+        """Requests that the fault will meet."""
+        status = httpx.get(f"{self._url}/status", timeout=60, trust_env=False).json()
+        return int(status["traffic"]["in_flight"])
+
+    def _wait(self, look: Callable[[], Seen]) -> Seen:
         end = time.monotonic() + _PATIENCE_S
         while not (seen := look()) and time.monotonic() < end:
-            time.sleep(0.2)
+            time.sleep(0.05)
         return seen
 
 

@@ -346,8 +346,8 @@ def test_a_replica_that_is_killed_is_replaced(
 def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
     asker: Asker, prefix: dict[str, Any], server: Server
 ) -> None:
-    """Its streams end without an error event, and others with Serve's own 500. The state board dies before,
-    and comes back empty, of which nobody hears."""
+    """Its streams end with an error event, and others with a 503, which the proxy tells. The state board dies
+    before, and comes back empty, of which nobody hears."""
     document, questions = example_document(NAMES[0])
     (board,) = server.processes("ray::StateBoard")
     board.kill()
@@ -361,11 +361,14 @@ def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
         whole = [pool.submit(client.whole, number) for number in (2, 3)]
         streams = [pool.submit(client.stream, number, begun[number].set) for number in (0, 1)]
         wait_until_running(server, 4)
-        assert all(one.wait(120) for one in begun)  # a stream without headers yet would be such a 500
+        assert all(one.wait(120) for one in begun)  # a stream without headers yet would be such a 503
         (victim,) = server.processes("xkv:ingress")
         victim.kill()
-        assert [one.result(60).status_code for one in whole] == [500, 500]
-        assert all(isinstance(one.exception(60), httpx.RemoteProtocolError) for one in streams)
+        for answer in (one.result(60) for one in whole):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["message"] == "the process that answered died"
+        for error in (one.result(60) for one in streams):
+            assert error is not None and error.code == "overloaded", repr(error)
     wait_until(lambda: _answers(asker, document, questions[0]))
     wait_until_running(server, 0, seconds=60)
     assert _cancelled(server) == before + 4, "they came to their ends, for nobody"

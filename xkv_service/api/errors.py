@@ -24,6 +24,8 @@ from xkv_artifacts.errors import (
 from xkv_service.engine.messages import Failed
 from xkv_service.errors import InvalidPrompt, InvalidSpec, Overloaded, UnsupportedModel
 
+EVENTS = "text/event-stream"
+"""The media type of streams."""
 RETRY_S = 1.0
 """What Retry-After says where nothing better is known."""
 
@@ -84,12 +86,16 @@ class APIError(Exception):
         detail = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": detail}
 
+    def event(self) -> bytes:
+        """What ends a stream that has begun."""
+        # ASCII: a text that is not Unicode may be quoted in the message.
+        return b"data: %s\n\n" % json.dumps(self.body()).encode("ascii")
+
     def response(self) -> Response:
         """The whole answer."""
         headers = dict(_EXTRA_HEADERS.get(self.status, {}))
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, round(self.retry_after_s)))
-        # ASCII: a text that is not Unicode may be quoted in the message.
         content = json.dumps(self.body()).encode("ascii")
         return Response(content, self.status, headers, media_type="application/json")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from contextlib import aclosing, suppress
@@ -17,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from xkv_service.api.answers import ServedFrom, Usage
 from xkv_service.api.backend import Backend
 from xkv_service.api.drain import Drain
-from xkv_service.api.errors import RETRY_S, APIError, of_failure
+from xkv_service.api.errors import EVENTS, RETRY_S, APIError, of_failure
 from xkv_service.api.formats import Format
 from xkv_service.api.request_log import CLIENT_LEFT
 from xkv_service.api.traffic import Traffic
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 """The engine ends a request that takes too long by itself; this much later the server does."""
 _STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
+    "content-type": f"{EVENTS}; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
@@ -239,8 +238,7 @@ class GenerationResponse(Response):
         if not self._begun:
             raise error
         if self._stream:
-            body = f"data: {json.dumps(error.body())}\n\n".encode("ascii")
-            await send({"type": "http.response.body", "body": body})
+            await send({"type": "http.response.body", "body": error.event()})
 
 
 async def _send_chunks(send: Send, chunks: Any) -> None:

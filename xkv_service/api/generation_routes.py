@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from xkv_service.api.answers import ChatCompletion, Completion, ModelList, ModelObject
+from xkv_service.api.errors import EVENTS
 from xkv_service.api.formats import ChatFormat, CompletionFormat, Format
 from xkv_service.api.generation import GenerationResponse
 from xkv_service.api.requests import ChatBody, CompletionBody
@@ -17,7 +18,7 @@ from xkv_service.engine.messages import GenerationRequest
 
 def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
     """The answers of an endpoint, for the OpenAPI document."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    stream = {EVENTS: {"schema": {"type": "string"}}}
     headers = {
         name: {"description": text, "schema": {"type": "string"}}
         for name, text in (

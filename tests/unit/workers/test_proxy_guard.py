@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from ray.serve._private.http_util import (
     _apply_middlewares,
@@ -13,10 +15,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from xkv_workers.serving.proxy_guard import CALLBACK
 
 USELESS = ("x-session-id", "X_Session_Id", "serve_multiplexed_model_id", "Serve-Multiplexed-Model-Id")
+
+
+class Dies:
+    """Goes away as Serve's proxy does when a process died: silently, after the first part of an answer."""
+
+    def __init__(self, name: str) -> None:
+        self._kind = {"stream": "text/event-stream; charset=utf-8", "json": "application/json"}.get(
+            name, "x/y"
+        )
+        self._parts = {"told": [], "whole": [b"all"]}.get(name, [b"data: 1\n\n"])
+        self._ends = name == "whole"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._parts:
+            headers = [(b"content-type", self._kind.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": not self._ends})
 
 
 @pytest.fixture
@@ -27,7 +48,11 @@ def proxy() -> TestClient:
         return JSONResponse([[name, value] for name, value in request.headers.items()])
 
     guards = validate_http_proxy_callback_return(call_function_from_import_path(CALLBACK))
-    return TestClient(_apply_middlewares(Starlette(routes=[Route("/", tell)]), guards))
+    routes = [
+        Route("/", tell),
+        *(Route(f"/{name}", Dies(name)) for name in ("told", "stream", "json", "whole")),
+    ]
+    return TestClient(_apply_middlewares(Starlette(routes=routes), guards))
 
 
 @pytest.mark.parametrize("given", [b"x y", b'{"a":1}', b"a" * 500, b"", b"\xff\x80", "\u202e".encode()])
@@ -41,6 +66,21 @@ def test_an_id_that_is_not_sane_is_replaced_everywhere(proxy: TestClient, given:
 def test_a_sane_id_is_kept_and_the_proxy_makes_one_where_there_is_none(proxy: TestClient) -> None:
     assert proxy.get("/", headers={"x-request-id": "a.b-c_1"}).headers["x-request-id"] == "a.b-c_1"
     assert len(proxy.get("/").headers["x-request-id"]) == 36
+
+
+def test_a_process_that_died_is_told_of(proxy: TestClient) -> None:
+    answer = proxy.get("/told")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "overloaded"
+    first, second, rest = proxy.get("/stream").text.split("\n\n")
+    assert (first, rest) == ("data: 1", "")
+    assert json.loads(second.removeprefix("data: ")) == answer.json()
+
+
+def test_what_ends_or_is_no_stream_is_left_alone(proxy: TestClient) -> None:
+    assert proxy.get("/whole").text == "all"
+    with proxy.stream("GET", "/json") as broken:
+        assert b"".join(broken.iter_raw()) == b"data: 1\n\n"
 
 
 @pytest.mark.parametrize("name", USELESS)

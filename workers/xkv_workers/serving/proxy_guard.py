@@ -1,7 +1,8 @@
-"""`ProxyGuard`: what Ray Serve's HTTP proxy may see of a request's headers.
+"""`ProxyGuard`: what Ray Serve's HTTP proxy may see of a request's headers, and what it leaves unsaid.
 
-The proxy reads some of them for purposes of its own, before the app sees the request: it sends an
-`x-request-id` back and logs it, whatever stands in it, and answers 500 where it cannot decode one. Ray
+The proxy reads some headers for purposes of its own, before the app sees the request: it sends an
+`x-request-id` back and logs it, whatever stands in it, and answers 500 where it cannot decode one. Of a
+request whose process died it says nothing, which HTTP makes a 500 in plain text, or a broken connection. Ray
 runs the guard in proxies whose environment names `CALLBACK` in `VARIABLE`, which is read when they start.
 """
 
@@ -9,21 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from xkv_service.api.errors import EVENTS, RETRY_S, APIError
 from xkv_service.api.request_ids import request_id
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "xkv_workers.serving.proxy_guard:middlewares"
 
+_DIED = APIError(503, "the process that answered died", code="overloaded", retry_after_s=RETRY_S)
 _ID = b"x-request-id"
 _UNUSED = frozenset({b"x-session-id", b"serve-multiplexed-model-id"})
 """Would have a client choose among replicas of the HTTP side; dashes and underscores are one to the proxy."""
 
 
 class ProxyGuard:
-    """ASGI middleware: a sane `x-request-id`, one at most, and no header that steers Serve.
+    """ASGI middleware: a sane `x-request-id`, one at most, no header that steers Serve, and an error in
+    OpenAI's form where an answer never comes (503), or a stream does not come to its end (an event).
 
     Args:
         app: Serve's proxy.
@@ -36,7 +41,32 @@ class ProxyGuard:
         """Serve one request."""
         if "headers" in scope:
             scope = {**scope, "headers": _guarded(scope["headers"])}
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        await self._app(scope, receive, answer.send)
+        if not answer.begun:
+            await _DIED.response()(scope, receive, send)
+        elif answer.streams and not answer.ended:
+            await send({"type": "http.response.body", "body": _DIED.event()})
+
+
+class _Answer:
+    """How far an answer has come."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = self.streams = self.ended = False
+
+    async def send(self, message: Message) -> None:
+        """Send it on."""
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self.streams = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENTS)
+        elif message["type"] == "http.response.body":
+            self.ended = not message.get("more_body", False)
+        await self._send(message)
 
 
 def middlewares() -> list[Middleware]:
