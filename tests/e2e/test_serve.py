@@ -366,7 +366,7 @@ def test_an_ingress_that_is_killed_is_replaced_and_nobody_works_for_its_clients(
         victim.kill()
         for answer in (one.result(60) for one in whole):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-            assert answer.json()["error"]["message"] == "the process that answered died"
+            assert answer.json()["error"]["message"] == "the answer broke off: its process died, or failed"
         for error in (one.result(60) for one in streams):
             assert error is not None and error.code == "overloaded", repr(error)
     wait_until(lambda: _answers(asker, document, questions[0]))

@@ -78,15 +78,15 @@ class Admission:
             raise _overloaded(
                 f"{self._most_requests} requests are under way, as many as this server takes at once"
             )
+        held = self.body_bytes.total()
+        if held + body_bytes > self._most_body_bytes:
+            taken = f"{held:,} of the {self._most_body_bytes:,} bytes"
+            raise _overloaded(f"bodies of requests under way have {taken} that this server holds at once")
         mine, share = self.body_bytes[key.name], self._most_key_bytes
         if mine and mine + body_bytes > share:
             raise _full(
                 f"bodies of this key's requests have {mine:,} of the {share:,} bytes that it may have at once"
             )
-        held = self.body_bytes.total()
-        if held + body_bytes > self._most_body_bytes:
-            taken = f"{held:,} of the {self._most_body_bytes:,} bytes"
-            raise _overloaded(f"bodies of requests under way have {taken} that this server holds at once")
         self.requests[key.name] += 1
         self.body_bytes[key.name] += body_bytes
         return Slot(self, key, body_bytes)

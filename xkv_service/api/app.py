@@ -58,7 +58,7 @@ def create_app(
         ids_sent: whether a proxy before the app sends the `x-request-id` of each request back.
     """
     keys, settings, metrics = keys or KeyRing(), settings or APISettings(), Metrics()
-    share = settings.max_held_bytes // (1 if keys.is_open else _SHARE)
+    share = settings.max_held_bytes // (1 if len(keys.keys) < 2 else _SHARE)
     admission = Admission(most_requests, settings.max_held_bytes, share)
     server = Server(model, backend, finder, prefixes, keys, settings, metrics, Traffic(metrics), admission)
 

@@ -19,7 +19,7 @@ class APISettings:
     Args:
         max_body_bytes: larger request bodies are refused (413). body_timeout_s: for a body to arrive (408).
         max_held_bytes: of the bodies of all requests under way; what would be more is refused (503). Of one
-            key's a quarter (429).
+            key of several a quarter (429).
         request_timeout_s: from a request to the end of its answer (504).
         queue_timeout_s: for a replica with room, and there again until the prompt is begun (503); 0: as long
             as `request_timeout_s`.

@@ -19,7 +19,15 @@ from starlette.types import Receive, Scope, Send
 
 from xkv_workers.serving.proxy_guard import CALLBACK
 
-USELESS = ("x-session-id", "X_Session_Id", "serve_multiplexed_model_id", "Serve-Multiplexed-Model-Id")
+SECONDS, KEPT_ON = "x-request-timeout-seconds", "x-request-disconnect-disabled"
+USELESS = (
+    SECONDS,
+    KEPT_ON,
+    "x-session-id",
+    "X_Session_Id",
+    "serve_multiplexed_model_id",
+    "Serve-Multiplexed-Model-Id",
+)
 
 
 class Dies:
@@ -72,8 +80,10 @@ def test_a_process_that_died_is_told_of(proxy: TestClient) -> None:
     answer = proxy.get("/told")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "overloaded"
-    first, second, rest = proxy.get("/stream").text.split("\n\n")
-    assert (first, rest) == ("data: 1", "")
+    assert answer.headers["x-request-id"] and "x-request-id" in proxy.get("/told").headers
+    assert proxy.get("/told", headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"]
+    first, nothing, second, rest = proxy.get("/stream").text.split("\n\n")
+    assert (first, nothing, rest) == ("data: 1", "", "")
     assert json.loads(second.removeprefix("data: ")) == answer.json()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 _BOARD_S: Final = 60.0
@@ -27,13 +29,19 @@ class Presence:
         # Goes on where the board dies and comes back.
         self._noted = [board.never.options(max_task_retries=-1).remote()]
         self._board, self._told = board, time.monotonic()
+        self._telling: asyncio.Task[None] | None = None
         self._tell().future().result(_BOARD_S)
 
     def tell_again(self) -> None:
-        """Tell the board, unless that was done a moment ago; returns at once."""
+        """Tell the board if it does not know, which is asked every few seconds. To be called on a loop."""
         if time.monotonic() - self._told > _AGAIN_S:
             self._told = time.monotonic()
-            self._tell()
+            self._telling = asyncio.get_running_loop().create_task(self._tell_if_unknown())
+
+    async def _tell_if_unknown(self) -> None:
+        with suppress(Exception):  # it is down, or slow: the next time, then
+            if not await asyncio.wait_for(self._board.knows.remote(self.caller), _AGAIN_S):
+                self._tell()
 
     def _tell(self) -> Any:
         return self._board.meet.remote(self.caller, self._noted)

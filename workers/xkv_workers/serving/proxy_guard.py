@@ -20,10 +20,18 @@ from xkv_service.api.request_ids import request_id
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "xkv_workers.serving.proxy_guard:middlewares"
 
-_DIED = APIError(503, "the process that answered died", code="overloaded", retry_after_s=RETRY_S)
+_BROKE_OFF = APIError(
+    503, "the answer broke off: its process died, or failed", code="overloaded", retry_after_s=RETRY_S
+)
 _ID = b"x-request-id"
-_UNUSED = frozenset({b"x-session-id", b"serve-multiplexed-model-id"})
-"""Would have a client choose among replicas of the HTTP side; dashes and underscores are one to the proxy."""
+_UNUSED = frozenset(
+    {
+        *(b"x-session-id", b"serve-multiplexed-model-id"),
+        *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled"),
+    }
+)
+"""Would have a client choose among replicas of the HTTP side, or say how long Serve waits and what it does
+when the client goes away; dashes and underscores are one to the proxy."""
 
 
 class ProxyGuard:
@@ -47,9 +55,12 @@ class ProxyGuard:
         answer = _Answer(send)
         await self._app(scope, receive, answer.send)
         if not answer.begun:
-            await _DIED.response()(scope, receive, send)
+            response = _BROKE_OFF.response()
+            response.headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or request_id("")
+            await response(scope, receive, send)
         elif answer.streams and not answer.ended:
-            await send({"type": "http.response.body", "body": _DIED.event()})
+            # Whoever's stream it was, it may have ended in the middle of an event.
+            await send({"type": "http.response.body", "body": b"\n\n" + _BROKE_OFF.event()})
 
 
 class _Answer:
@@ -63,7 +74,9 @@ class _Answer:
         """Send it on."""
         if message["type"] == "http.response.start":
             self.begun = True
-            self.streams = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENTS)
+            headers = Headers(raw=message["headers"])
+            events = headers.get("content-type", "").startswith(EVENTS)
+            self.streams = events and "content-encoding" not in headers
         elif message["type"] == "http.response.body":
             self.ended = not message.get("more_body", False)
         await self._send(message)

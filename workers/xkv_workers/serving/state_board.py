@@ -44,6 +44,11 @@ class StateBoard:
         there: in a list, since Ray would wait for it."""
         self._callers[caller] = presence
 
+    def knows(self, caller: str) -> bool:
+        """Whether a process was noted. One that tells without need is not free: Ray keeps what comes of each
+        reference to an object that is never there."""
+        return caller in self._callers
+
     def presence_of(self, caller: str) -> list[Any]:
         """As it was given to `meet`; empty where it was not."""
         return self._callers.get(caller, [])

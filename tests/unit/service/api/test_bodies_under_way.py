@@ -165,6 +165,18 @@ def test_no_key_has_all_the_bytes(served_model: ServedModel, backend: PacedBacke
         wait_for_places(served, 3)
 
 
+def test_without_keys_nobody_is_another(served_model: ServedModel, backend: PacedBackend) -> None:
+    settings = APISettings(max_body_bytes=1_000, max_held_bytes=3_000)
+    app = create_app(served_model, backend, settings=settings)
+    with serve(app) as served, ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(Slow(served, "any", length(1_000)))
+        with served.http() as http:
+            wait_until(lambda: http.get("/status").json()["traffic"]["in_flight"] == 3)
+        status, _, answer = clients.enter_context(Slow(served, "any", length(500))).answer()
+        assert (status, answer["error"]["code"]) == (503, "overloaded")
+
+
 def test_what_is_refused_at_the_door_counts_with_its_route(guarded: Served) -> None:
     with Slow(guarded, "one", length(10)) as first:
         wait_for_places(guarded, 1)
