@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from calibration_figures import calibration_figures, trial
 from calibration_samples import calibration
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from xkv_service.calibration.calibration import Calibration
@@ -275,13 +275,16 @@ RECORD = st.dictionaries(st.sampled_from(NAMES), ANYTHING)
         st.sampled_from(sorted(FIGURES)), ANYTHING | RECORD | st.lists(RECORD, max_size=3)
     )
 )
+@example(figures={"metrics": {"layer": {"key": None, "kl": 5e-324}}})
 def test_no_figures_break_it(figures: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     page = report(figures, tmp_path_factory.getbasetemp())
     for drawing in drawings(page):
         ElementTree.fromstring(drawing)
 
 
-SMALL = st.sampled_from([0, 1, 2, 5, -1, 0.0, 0.3, 1.0, 1e-300, 1e300, float("nan"), float("inf"), None, "x"])
+SMALL = st.sampled_from(
+    [0, 1, 2, 5, -1, 0.0, 0.3, 1.0, 5e-324, 1e-300, 1e300, float("nan"), float("inf"), None, "x"]
+)
 
 
 @given(data=st.data())

@@ -6,6 +6,9 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 GAP = "\u00a0"
 """A space that a line does not break at."""
 
+_LEAST = 1e-300
+"""Of anything measured. Below it are powers of ten that a float cannot be divided by."""
+
 
 def power(exponent: int) -> str:
     """10 to the power of `exponent`, as an axis has it."""
@@ -14,7 +17,7 @@ def power(exponent: int) -> str:
 
 def short(value: float) -> str:
     """Two significant digits; a power of ten where there would be many zeros."""
-    if value == 0:
+    if abs(value) < _LEAST:
         return "0"
     if not 1e-3 <= abs(value) < 1e6:
         exponent = _exponent(value)
@@ -25,7 +28,7 @@ def short(value: float) -> str:
 
 def nats(value: float, error: float | None = None) -> str:
     """A divergence, with its standard error in the same power of ten."""
-    if not error:
+    if not error or max(value, error) < _LEAST:
         return short(value)
     exponent = _exponent(max(value, error))
     scale = 1.0 if -3 <= exponent < 6 else 10.0**exponent
