@@ -166,7 +166,7 @@ def test_of_servers_that_start_at_once_one_has_the_ray(
 def test_a_serve_that_does_not_end_is_waited_for_and_then_refused(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose controller is told to end, and takes longer than anybody waits."""
+    """One that does not heed its shutdown; then one whose application does not end, which is left up."""
     from ray import serve
 
     port = free_port()
@@ -176,9 +176,11 @@ def test_a_serve_that_does_not_end_is_waited_for_and_then_refused(
             patched.setattr(serve, "shutdown", lambda: None)
             with pytest.raises(ServerFailed, match="has not ended in 1 s"):
                 instance.start_serve("127.0.0.1", port, "text")
+        monkeypatch.undo()
+        with monkeypatch.context() as patched:
             patched.setattr(serve, "delete", _late)
             instance.end_serve(shared=True)
-        assert says(port) == "hello", "it is left up, and the next server ends it"
+        assert says(port) == "hello", "its shutdown could last, and no other server would come up"
         instance.start_serve("127.0.0.1", port, "text")
         assert says(port) != "hello"
         serve.shutdown()

@@ -34,15 +34,13 @@ class Dies:
     """Goes away as Serve's proxy does when a process died: silently, after the first part of an answer."""
 
     def __init__(self, name: str) -> None:
-        self._kind = {"stream": "text/event-stream; charset=utf-8", "json": "application/json"}.get(
-            name, "x/y"
-        )
+        self._kind = b"text/event-stream; charset=utf-8" if name == "stream" else b"application/json"
         self._parts = {"told": [], "whole": [b"all"]}.get(name, [b"data: 1\n\n"])
         self._ends = name == "whole"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._parts:
-            headers = [(b"content-type", self._kind.encode())]
+            headers = [(b"content-type", self._kind)]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": not self._ends})
@@ -80,7 +78,7 @@ def test_a_process_that_died_is_told_of(proxy: TestClient) -> None:
     answer = proxy.get("/told")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "overloaded"
-    assert answer.headers["x-request-id"] and "x-request-id" in proxy.get("/told").headers
+    assert len(answer.headers["x-request-id"]) == 36
     assert proxy.get("/told", headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"]
     first, nothing, second, rest = proxy.get("/stream").text.split("\n\n")
     assert (first, nothing, rest) == ("data: 1", "", "")

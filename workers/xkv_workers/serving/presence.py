@@ -39,7 +39,9 @@ class Presence:
             self._telling = asyncio.get_running_loop().create_task(self._tell_if_unknown())
 
     async def _tell_if_unknown(self) -> None:
-        with suppress(Exception):  # it is down, or slow: the next time, then
+        from ray.exceptions import RayActorError
+
+        with suppress(RayActorError, asyncio.TimeoutError):  # it is down, or slow: the next time, then
             if not await asyncio.wait_for(self._board.knows.remote(self.caller), _AGAIN_S):
                 self._tell()
 
