@@ -1,14 +1,12 @@
-"""Times to live as people write them."""
+"""Times to live as options take them."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_TIME = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?([smhd]?)", re.ASCII)
+from xkv_artifacts.times import seconds_of
 
 
 class TimeType(click.ParamType["float | None"]):
@@ -29,10 +27,10 @@ class TimeType(click.ParamType["float | None"]):
         text = str(value).strip()
         if self._none and text == "none":
             return None
-        match = _TIME.fullmatch(text)
-        if match is None:
+        seconds = seconds_of(text)
+        if seconds is None:
             ways = "90s, 15m, 12h, 7d or none" if self._none else "90s, 15m, 12h or 7d"
-            if text.startswith("-") and _TIME.fullmatch(text[1:]):
+            if text.startswith("-") and seconds_of(text[1:]) is not None:
                 self.fail(f"{text[:40]!r} is below 0: write {ways}", param, ctx)
             self.fail(f"{text[:40]!r} is not a time: write {ways}", param, ctx)
-        return float(match[1]) * _UNITS[match[2] or "s"]
+        return seconds

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from xkv_artifacts.times import seconds_of
 from xkv_service.api.backend import NewPrefix, PrefixChanges, PrefixService
 from xkv_service.api.errors import APIError, shortened, told
 from xkv_service.api.keys import Key
@@ -32,7 +33,23 @@ def _shown_as_it_is(name: str) -> str:
 
 
 Name = Annotated[Text, Field(min_length=1, max_length=256), AfterValidator(_shown_as_it_is)]
-Ttl = Annotated[float, Field(gt=0, le=LONGEST_TTL_S)]
+
+
+def _seconds(ttl: Any) -> Any:
+    """A time as `xkv ttl` takes it, or the number of seconds that it is."""
+    if not isinstance(ttl, str):
+        return ttl
+    seconds = seconds_of(ttl)
+    if seconds is None:
+        raise ValueError(f'{shortened(ttl)!r} is not a time: give seconds, or "90s", "15m", "12h" or "7d"')
+    return seconds
+
+
+Ttl = Annotated[
+    float,
+    Field(gt=0, le=LONGEST_TTL_S),
+    BeforeValidator(_seconds, json_schema_input_type=float | str),
+]
 
 
 class PrefixBody(Body):
@@ -48,7 +65,10 @@ class PrefixBody(Body):
     ratio: Annotated[float, Field(ge=1, le=MOST_RATIO)] | None = Field(
         None, description="Bytes of the exact cache / bytes stored."
     )
-    ttl_s: Ttl | None = Field(None, description="Seconds until it may be deleted, from when it is ready.")
+    ttl: Ttl | None = Field(
+        None,
+        description='How long it is kept once it is ready: seconds, or a text like "90s", "12h" or "7d".',
+    )
     pin: bool = Field(False, description="Keep it whatever happens.")
     namespace: str | None = Field(None, description="The key's own, or the public one if the key may.")
 
@@ -61,9 +81,9 @@ class PrefixBody(Body):
 
 
 class PrefixPatch(Body):
-    """What to change; what is left out stays. A `ttl_s` of null takes the end away."""
+    """What to change; what is left out stays. A `ttl` of null takes the end away."""
 
-    ttl_s: Ttl | None = None
+    ttl: Ttl | None = None
     pin: bool | None = None
 
 
@@ -126,8 +146,8 @@ def prefix_routes(server: Server) -> APIRouter:
     async def update_prefix(prefix_id: str, body: PrefixPatch, request: Request) -> PrefixObject:
         """Change how long a prefix is kept."""
         key = key_of(request)
-        endless = "ttl_s" in body.model_fields_set and body.ttl_s is None
-        changes = PrefixChanges(0 if endless else body.ttl_s, body.pin)
+        endless = "ttl" in body.model_fields_set and body.ttl is None
+        changes = PrefixChanges(0 if endless else body.ttl, body.pin)
         record = await _service(server).change(writable(key), prefix_id, changes)
         if record is None:
             raise await refuse_unwritable(key, prefix_id)
@@ -181,7 +201,7 @@ def _rendered(server: Server, body: PrefixBody, namespace: str) -> NewPrefix:
         name=body.name or f"{kind}-{digest[:12]}",
         sha256=digest,
         ratio=body.ratio,
-        ttl_s=body.ttl_s,
+        ttl_s=body.ttl,
         pinned=body.pin,
     )
 

@@ -19,7 +19,7 @@ MOST_TOP_LOGPROBS = 20
 MOST_COMPLETION_LOGPROBS = 5
 _MOST_NAMES = 200
 _LIKENESS = 0.65
-"""Of two names, by difflib: "ttl" and "ttl_s" have 0.75, "pinned" and "pin" 0.67."""
+"""Of two names, by difflib: "ttl_s" and "ttl" have 0.75, "pinned" and "pin" 0.67."""
 _ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 _IGNORED = frozenset(

@@ -102,7 +102,7 @@ def chat(http: httpx.Client, *messages: tuple[str, str], **options: Any) -> http
 
 
 def test_a_document_is_made_and_serves_chats_about_it(alpha: httpx.Client) -> None:
-    made = make(alpha, document=DOCUMENT, system_prompt="Be brief.", name="rivers", ttl_s=3600, pin=True)
+    made = make(alpha, document=DOCUMENT, system_prompt="Be brief.", name="rivers", ttl="1h", pin=True)
     assert made["status"] == "ready", made
     assert (made["object"], made["name"], made["namespace"], made["model"]) == (
         "prefix",
@@ -157,12 +157,22 @@ def test_changes(alpha: httpx.Client, keeping: Keeping) -> None:
     made = make(alpha, document=DOCUMENT * 3)
     path = f"/v1/prefixes/{made['id']}"
     assert made["expires_at"] is None and not made["pinned"]
-    changed = alpha.patch(path, json={"ttl_s": 100, "pin": True}).json()
+    changed = alpha.patch(path, json={"ttl": 100, "pin": True}).json()
     assert changed["pinned"] and abs(changed["expires_at"] - time.time() - 100) < 30
     assert alpha.patch(path, json={}).json() == changed
     assert alpha.patch(path, json={"pin": False}).json()["expires_at"] == changed["expires_at"]
-    assert alpha.patch(path, json={"ttl_s": None}).json()["expires_at"] is None
-    for bad in ({"ttl_s": 0}, {"ttl_s": -1}, {"pin": "yes"}, {"namespace": "beta"}):
+    for ttl, seconds in (("15m", 900), ("300s", 300), ("60", 60), ("1.5h", 5400), (7.5, 7.5)):
+        ends = alpha.patch(path, json={"ttl": ttl}).json()["expires_at"]
+        assert abs(ends - time.time() - seconds) < 5, ttl
+    assert alpha.patch(path, json={"ttl": None}).json()["expires_at"] is None
+    for bad in (
+        {"ttl": 0},
+        {"ttl": -1},
+        {"ttl": "-1s"},
+        {"ttl": ["1h"]},
+        {"pin": "yes"},
+        {"namespace": "beta"},
+    ):
         assert alpha.patch(path, json=bad).status_code == 400
     assert alpha.delete(path).json() == {"id": made["id"], "object": "prefix", "deleted": True}
     assert alpha.get(path).status_code == alpha.delete(path).status_code == 404
@@ -180,7 +190,7 @@ def test_a_prefix_that_is_not_ready_has_no_end_yet(alpha: httpx.Client, keeping:
         found = alpha.get(path).json()
         assert (found["status"], found["expires_at"]) == (status, None)
         assert found in alpha.get("/v1/prefixes").json()["data"]
-        assert alpha.patch(path, json={"ttl_s": 60}).json() == found
+        assert alpha.patch(path, json={"ttl": 60}).json() == found
         jobs.fail(job, "it was not to be")
     assert jobs.remove("alpha", job.id)
 
@@ -188,7 +198,7 @@ def test_a_prefix_that_is_not_ready_has_no_end_yet(alpha: httpx.Client, keeping:
 def test_a_prefix_whose_time_is_over_is_gone(alpha: httpx.Client) -> None:
     made = make(alpha, document=DOCUMENT * 4)
     path = f"/v1/prefixes/{made['id']}"
-    alpha.patch(path, json={"ttl_s": 0.3})
+    alpha.patch(path, json={"ttl": 0.3})
     time.sleep(0.5)
     assert alpha.get(path).status_code == 404
     answer = chat(alpha, ("user", f"{DOCUMENT * 4}\n\nWhere?"), prefix_id=made["id"]).json()
@@ -240,7 +250,7 @@ def test_pages(beta: httpx.Client, keeping: Keeping) -> None:
 def test_pages_leave_out_what_has_ended(beta: httpx.Client) -> None:
     kept, *ended = [make(beta, document=f"Ends {number}. {DOCUMENT}")["id"] for number in range(4)]
     for name in ended:
-        beta.patch(f"/v1/prefixes/{name}", json={"ttl_s": 0.2})
+        beta.patch(f"/v1/prefixes/{name}", json={"ttl": 0.2})
     time.sleep(0.4)
     assert beta.get("/v1/prefixes", params={"limit": 1}).json()["last_id"] == kept
 
@@ -333,7 +343,7 @@ def test_a_key_of_the_public_namespace_needs_write_public_too(keeping: Keeping, 
 
 
 def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) -> None:
-    nulls = dict.fromkeys(("messages", "text", "system_prompt", "name", "ttl_s", "pin", "namespace"))
+    nulls = dict.fromkeys(("messages", "text", "system_prompt", "name", "ttl", "pin", "namespace"))
     made = alpha.post("/v1/prefixes", json={**nulls, "document": f"Null. {DOCUMENT}"})
     assert (made.status_code, made.json()["namespace"], made.json()["pinned"]) == (202, "alpha", False)
     empty = alpha.post("/v1/prefixes", json={"document": DOCUMENT, "namespace": ""})
@@ -341,7 +351,7 @@ def test_what_is_null_is_left_out_and_what_is_empty_is_not(alpha: httpx.Client) 
     assert empty.json()["error"]["message"] == "this key may not write to namespace '': it may write to alpha"
 
 
-@pytest.mark.parametrize(("name", "meant"), [("ttl", "ttl_s"), ("pinned", "pin"), ("documents", "document")])
+@pytest.mark.parametrize(("name", "meant"), [("ttl_s", "ttl"), ("pinned", "pin"), ("documents", "document")])
 def test_a_name_that_is_nearly_right_is_corrected(alpha: httpx.Client, name: str, meant: str) -> None:
     error = alpha.post("/v1/prefixes", json={"document": DOCUMENT, name: 60}).json()["error"]
     assert error["message"] == f"unknown parameter: {name} (did you mean {meant}? Else leave it out)"
@@ -399,8 +409,12 @@ def test_a_quota(beta: httpx.Client, keeping: Keeping, caplog: pytest.LogCapture
         ({"document": DOCUMENT, "ratio": 200.0}, "ratio"),
         ({"document": "Too short."}, "document"),
         ({"text": "Too short."}, "text"),
-        ({"document": DOCUMENT, "ttl_s": 0}, "ttl_s"),
-        ({"document": DOCUMENT, "ttl": 60}, "ttl"),
+        ({"document": DOCUMENT, "ttl": 0}, "ttl"),
+        ({"document": DOCUMENT, "ttl": "0s"}, "ttl"),
+        ({"document": DOCUMENT, "ttl": "soon"}, "ttl"),
+        ({"document": DOCUMENT, "ttl": "9000d"}, "ttl"),
+        ({"document": DOCUMENT, "ttl": True}, "ttl"),
+        ({"document": DOCUMENT, "ttl_s": 60}, "ttl_s"),
         ({"document": DOCUMENT, "name": ""}, "name"),
         ({"document": 3}, "document"),
     ],
