@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,6 +26,7 @@ from xkv_service.calibration.choice import best_spec
 from xkv_service.compression import compress
 from xkv_service.errors import Overloaded
 from xkv_service.factorization.ranks import size_of
+from xkv_service.lost_device import is_lost
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.shared_weights import sharing_weights
@@ -59,6 +60,7 @@ class PrefixMaker:
             model: it takes a second model object over the same weights, so that neither waits for the other.
         calibration: the model's, or None. ratio: of prefixes that ask for none.
         most_waiting: more are refused, and more than a quarter of them of one namespace.
+        on_death: called on the thread that makes prefixes where one took the device with it.
 
     Raises:
         CacheMisuse: the model is in use already.
@@ -72,10 +74,12 @@ class PrefixMaker:
         calibration: Calibration | None = None,
         ratio: float = DEFAULT_RATIO,
         most_waiting: int = MOST_WAITING,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._calibration, self._ratio = store, calibration, ratio
         self._loaded, self._records = sharing_weights(loaded), PrefixRecords(store)
         self._owner, self._most_waiting = f"serve-{uuid.uuid4().hex}", most_waiting
+        self._on_death = on_death
         self._waiting: deque[_Task] = deque()
         self._entering: list[str] = []  # namespaces of those whose places are taken already
         self._making: _Task | None = None
@@ -204,6 +208,8 @@ class PrefixMaker:
             except Exception:  # noqa: BLE001 - whatever it was: logged, told, and the next one is made
                 _log.exception("prefix %s failed", task.job.id[:12])
                 self._fail(task, "internal error")
+                if is_lost(self._loaded.model.device):
+                    self._on_death()
 
     def _next(self) -> _Task | None:
         with self._changed:

@@ -22,7 +22,7 @@ from xkv_service.decoding.cache import XKVCache
 from xkv_service.decoding.prefix import Prefix
 from xkv_service.decoding.xkv_attention import enable_xkv
 from xkv_service.engine.admission import refusal_of, room_for
-from xkv_service.engine.entrance import STOPPING, Entrance
+from xkv_service.engine.entrance import DIED, STOPPING, Entrance
 from xkv_service.engine.head_start import HeadStarts, Ran
 from xkv_service.engine.inbox import Cancelled, Loaded, Message, Submitted, TailLoaded
 from xkv_service.engine.kept_tails import KeptTail, KeptTails
@@ -37,6 +37,7 @@ from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
 from xkv_service.engine.stored_tails import StoredTails
+from xkv_service.lost_device import is_lost
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel
 from xkv_service.modeling.tokens import end_tokens
@@ -60,6 +61,8 @@ class Engine:
         settings: limits.
         prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
         stored: keeps what leaves the memory for tails; None: it is lost. The engine does not close it.
+        on_death: called on the engine's thread where it ends by itself, before anybody is told: an error of
+            its own, or a device that is lost.
     """
 
     def __init__(
@@ -68,9 +71,10 @@ class Engine:
         settings: EngineSettings | None = None,
         prefixes: PrefixPool | None = None,
         stored: StoredTails | None = None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.loaded, self.settings = loaded, settings or EngineSettings()
-        self._prefixes, self._stored = prefixes, stored
+        self._prefixes, self._stored, self._on_death = prefixes, stored, on_death
         self._prefill_clock = PrefillClock(loaded.model.device)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._exact_bytes = (
@@ -90,7 +94,7 @@ class Engine:
             stored.offer if stored is not None else None,
         )
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._entrance = Entrance()
+        self._entrance, self._ended = Entrance(), False
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
 
@@ -169,6 +173,7 @@ class Engine:
     # What follows runs on the engine's thread alone.
 
     def _live(self) -> None:
+        refusal = STOPPING
         try:
             with torch.no_grad(), enable_xkv(self.loaded.model):
                 runner = self._runner = make_runner(self.loaded.model, self.settings.rebuilt_bytes)
@@ -181,10 +186,13 @@ class Engine:
                     self._end_late()  # what came during a long step has had one of its own by now
         except Exception:
             _log.exception("the engine died")
+            refusal = DIED
+            self._on_death()
             raise
         finally:
-            self._entrance.close()
-            self._abandon()
+            self._ended = True
+            self._entrance.close(refusal)
+            self._abandon(refusal)
 
     def _receive(self) -> bool:
         """Take what came in; wait for it where there is nothing else to do. False: it is time to stop."""
@@ -525,8 +533,17 @@ class Engine:
             return None
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence; where it took the device with it, the engine: nobody else can be served either."""
         name = sequence.request.id
         _log.error("request %s failed", name, exc_info=error, extra={"request_id": name})
+        if not self._ended and is_lost(self.loaded.model.device):
+            if not sequence.left and sequence not in [
+                *self._waiting,
+                *self._loading.values(),
+                *self._running,
+            ]:
+                self._waiting.append(sequence)  # it hears of the end as the others do
+            raise RuntimeError("the device is lost") from error
         if not sequence.left:
             sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
             self._leave(sequence, "failed")
@@ -555,7 +572,7 @@ class Engine:
         if key is not None and self._prefixes is not None:
             self._prefixes.release(key)
 
-    def _abandon(self) -> None:
+    def _abandon(self, refusal: Failed) -> None:
         """The end: nobody may wait for ever."""
         with suppress(queue.Empty):
             while True:
@@ -563,7 +580,7 @@ class Engine:
                 if message is not None:
                     self._heed(message)
         for sequence in [*self._waiting, *self._loading.values(), *self._running]:
-            sequence.fail(STOPPING)
+            sequence.fail(refusal)
             self._leave(sequence, "abandoned")
         if self._stored is not None:
             self._stored.wait_for_room()

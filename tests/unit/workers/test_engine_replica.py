@@ -8,15 +8,14 @@ import os
 
 import pytest
 
-from xkv_workers.errors import WorkerFailed
 from xkv_workers.serving.engine_replica import EngineReplica
 
 
 class Engine:
     """Stands in for an engine whose step began a while ago."""
 
-    def __init__(self, stuck_s: float = 0.0, *, alive: bool = True) -> None:
-        self.stuck_s, self.alive = stuck_s, alive
+    def __init__(self, stuck_s: float) -> None:
+        self.stuck_s = stuck_s
 
 
 class Ended(Exception):
@@ -37,11 +36,6 @@ def check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_whose_engine_is_at_work_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     check(Engine(599.0), monkeypatch)
-
-
-def test_one_whose_engine_died_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkerFailed, match="the engine died"):
-        check(Engine(alive=False), monkeypatch)
 
 
 def test_one_whose_engine_hangs_ends_so_that_serve_does_not_wait_for_its_answers(

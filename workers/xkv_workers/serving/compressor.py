@@ -14,6 +14,7 @@ from xkv_service.api.prefix_records import PrefixRecords
 from xkv_workers.compression_options import CompressionOptions
 from xkv_workers.place import open_place
 from xkv_workers.serving.logs import join_serve
+from xkv_workers.serving.process_end import end_process
 from xkv_workers.serving.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,9 @@ class Compressor:
 
         calibration = choose_calibration(self._store, loaded.identity, CompressionOptions())
         self._records = PrefixRecords(self._store)
-        self._maker = PrefixMaker(self._store, loaded, calibration=calibration, ratio=settings.ratio)
+        self._maker = PrefixMaker(
+            self._store, loaded, calibration=calibration, ratio=settings.ratio, on_death=end_process
+        )
         self._ending = threading.Event()
         threading.Thread(target=self._collect, name="collector", daemon=True).start()
 

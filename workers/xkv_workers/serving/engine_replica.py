@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -12,10 +11,10 @@ from typing import Any
 
 from xkv_service.api.remaker import Remaker
 from xkv_service.engine.messages import EngineState, Event, GenerationRequest
-from xkv_workers.errors import WorkerFailed
 from xkv_workers.place import open_place
 from xkv_workers.serving.callers import Callers
 from xkv_workers.serving.logs import join_serve
+from xkv_workers.serving.process_end import end_process
 from xkv_workers.serving.remakes import Remakes
 from xkv_workers.serving.settings import ServeSettings
 
@@ -56,7 +55,7 @@ class EngineReplica:
         self._stored = None
         if settings.engine.stored_tail_bytes:
             self._stored = StoredTails(self._loaded, self._store.tails, self._pool, settings.engine)
-        self._engine = Engine(self._loaded, settings.engine, self._pool, self._stored)
+        self._engine = Engine(self._loaded, settings.engine, self._pool, self._stored, on_death=end_process)
         self._backend = EngineBackend(self._engine)
         self._board, self._name = board, _replica_name()
         self._callers = Callers(board.presence_of.remote)
@@ -81,20 +80,15 @@ class EngineReplica:
         return self._state()
 
     async def check_health(self) -> None:
-        """Asked by Serve again and again; a replica that raises is replaced.
+        """Asked by Serve again and again.
 
-        Where the engine hangs the process ends: Serve would wait for its answers. Others begin them again.
-
-        Raises:
-            WorkerFailed: the engine died.
+        Where the engine hangs the process ends, as it does where the engine dies: Serve would wait for its
+        answers, and others begin them again.
         """
         self._report_from_now_on()
-        if not self._engine.alive:
-            raise WorkerFailed("the engine died", hint="its log says why")
         if self._engine.stuck_s > _STUCK_S:
             _log.error("a step of the engine takes more than %d s: this replica ends", _STUCK_S)
-            logging.shutdown()
-            os._exit(1)
+            end_process()
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # it did not come up

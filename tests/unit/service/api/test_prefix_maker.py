@@ -458,3 +458,26 @@ def test_a_second_model_over_the_same_weights(loaded: LoadedModel, store: Artifa
     with paced_backend(loaded, store), pytest.raises(CacheMisuse, match="in use"):
         while True:
             sharing_weights(loaded)
+
+
+def test_a_prefix_that_takes_the_device_with_it_is_told_of_first(
+    opened: Open, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, elsewhere, lost, died = opened(), PrefixRecords(opened()), threading.Event(), threading.Event()
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(prefix_maker, "compress", fail)
+    monkeypatch.setattr(prefix_maker, "is_lost", lambda device: lost.is_set())
+    maker = PrefixMaker(store, loaded, ratio=2.0, on_death=died.set)
+    try:
+        first = asyncio.run(maker.create(new(0)))
+        assert seen(elsewhere, first.id, "failed").error == "internal error"
+        lost.set()
+        second = asyncio.run(maker.create(new(1)))
+        assert died.wait(60)
+        told = elsewhere.get(["a"], second.id)
+        assert told is not None and (told.status, told.error) == ("failed", "internal error")
+    finally:
+        maker.close()

@@ -13,6 +13,7 @@ from talking import SELECTION, Talker
 
 from xkv_artifacts.store import ArtifactStore
 from xkv_service.engine.engine import Engine
+from xkv_service.engine.entrance import DIED
 from xkv_service.engine.messages import Failed
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import SeparateRunner, Work
@@ -72,6 +73,44 @@ def test_an_engine_outlives_a_request_that_fails_alone(
         assert Asked(engine, PROMPT, settings=SHORT).wait().tokens == generated(talker, PROMPT)
         assert engine.alive
     pool.close()
+
+
+@pytest.mark.parametrize("where", ["step", "begin", "inbox"])
+def test_an_engine_whose_device_is_lost_ends(
+    talker: Talker, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits is told, before that whoever owns the engine; nobody else comes in."""
+    order: list[str] = []
+    forward, gone = talker.model.model.embed_tokens.forward, threading.Event()
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        gone.set()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def slow(ids: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return forward(ids)
+
+    monkeypatch.setattr("xkv_service.engine.engine.is_lost", lambda device: gone.is_set())
+    monkeypatch.setattr(talker.model.model.embed_tokens, "forward", slow)
+    engine = Engine(talker.loaded, SETTINGS, on_death=lambda: order.append("owner"))
+    others = [Asked(engine, PROMPT) for _ in range(6)]  # more than run at once
+    while engine.state().running < SETTINGS.max_running:
+        time.sleep(0.01)
+    if where == "step":
+        monkeypatch.setattr(talker.model.model.embed_tokens, "forward", fail)
+    elif where == "begin":
+        monkeypatch.setattr(Engine, "_begin", fail)
+    else:
+        monkeypatch.setattr(Engine, "_cancel", fail)
+        others[-1].cancel()
+    last = Asked(engine, PROMPT)
+    ends = [one.wait(20.0).end for one in [*others, last]]
+    assert all(end is not None for end in ends) and DIED in ends
+    assert all(end == DIED for end in ends if isinstance(end, Failed))
+    engine.close()
+    assert order == ["owner"] and not engine.alive
+    assert Asked(engine, PROMPT).wait(1.0).end == DIED
 
 
 def test_what_cannot_be_settled_is_lost_and_nothing_else(
