@@ -7,6 +7,12 @@ that other programs on the machine change little. Without end tokens: streams ru
 `step_tokens`: some streams run when a prompt comes; baseline is the same prompt on an idle engine, and a step
 of the streams alone. `prefill_tokens`: one long prompt on an idle engine; baseline is the first value. An
 option without values leaves its part out.
+
+    python benchmarks/engine_steps.py --step-tokens --prefill-tokens 512 2048 --long-rounds 0 \\
+        --questions 20 --out benchmarks/results/engine_questions.json
+
+`questions`: short prompts that come one after the other while a long one is computed, with each of
+`prefill_tokens`; baseline is either alone.
 """
 
 from __future__ import annotations
@@ -33,6 +39,8 @@ from xkv_service.sessions.settings import GenerationSettings
 
 _NAMES = itertools.count()
 _WARM_STEPS = 24
+_QUESTION, _ANSWER = 16, 8
+"""Tokens of a question and of its answer."""
 
 
 class Asked:
@@ -88,7 +96,7 @@ def main() -> None:
             first_token_later=first / median(alone),
         )
     long = {}
-    for limit in arguments.prefill_tokens:
+    for limit in arguments.prefill_tokens if arguments.long_rounds else ():
         settings = EngineSettings(prefill_tokens=limit)
         runs = [
             _ask_alone(loaded, settings, arguments.long_prompt, seed) for seed in range(arguments.long_rounds)
@@ -102,8 +110,12 @@ def main() -> None:
             first_token_later=first / next(iter(long.values()))[0],
             peak_mib=peak / 2**20,
         )
+    for limit in arguments.prefill_tokens if arguments.questions else ():
+        settings = EngineSettings(prefill_tokens=limit)
+        beside = _beside_a_long_prompt(loaded, settings, arguments.questions, arguments.long_prompt)
+        report.add(prefill_tokens=limit, **beside)
     rounds_run = {"rounds": arguments.rounds} if arguments.step_tokens else {}
-    if arguments.prefill_tokens:
+    if arguments.prefill_tokens and arguments.long_rounds:
         rounds_run["long_rounds"] = arguments.long_rounds
     report.write(arguments.out, **rounds_run, seconds="processor time of the engine's thread")
 
@@ -118,6 +130,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt that comes in between")
     parser.add_argument("--long-prompt", type=int, default=8192)
+    parser.add_argument(
+        "--questions", type=int, default=0, help="that come while the long prompt is computed"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long-rounds", type=int, default=1)
     return parser.parse_args()
@@ -154,6 +169,36 @@ def _ask_alone(loaded: LoadedModel, settings: EngineSettings, prompt: int, seed:
         asked = Asked(engine, ids, 1)
         asked.done.wait()
         return asked.first_token_s, _status("VmHWM") - before
+
+
+def _beside_a_long_prompt(
+    loaded: LoadedModel, settings: EngineSettings, questions: int, prompt: int
+) -> dict[str, Any]:
+    """First tokens (seconds) of questions that come while a long prompt is computed, and of that."""
+    ids = document_ids(loaded, prompt).tolist()
+    asked = [ids[_QUESTION * number :][:_QUESTION] for number in range(1, questions + 1)]
+    alone = median(_ask_alone(loaded, settings, _QUESTION, seed)[0] for seed in range(3))
+    long_alone, _ = _ask_alone(loaded, settings, prompt, 0)
+    found = []
+    with Engine(loaded, settings) as engine:
+        long = Asked(engine, ids, 1)
+        while engine.state().counters.get("steps", 0) < 1:
+            time.sleep(0.01)
+        for question in asked:
+            one = Asked(engine, question, _ANSWER)
+            one.done.wait()
+            if not long.done.is_set():
+                found.append(one.first_token_s)
+        long.done.wait()
+    return {
+        "questions": len(found),
+        "prompt": prompt,
+        "question_s": median(found),
+        "question_most_s": max(found),
+        "question_alone_s": alone,
+        "long_s": long.first_token_s,
+        "long_later": long.first_token_s / long_alone,
+    }
 
 
 def _is_idle(engine: Engine) -> bool:

@@ -73,7 +73,7 @@ class Engine:
         stored: StoredTails | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self.loaded, self.settings = loaded, settings or EngineSettings()
+        self.loaded, self.settings = loaded, (settings or EngineSettings()).on(loaded.model.device)
         self._prefixes, self._stored, self._on_death = prefixes, stored, on_death
         self._prefill_clock = PrefillClock(loaded.model.device)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)

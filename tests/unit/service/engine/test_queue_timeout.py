@@ -83,15 +83,16 @@ def test_what_waits_for_a_place_ends_and_what_runs_goes_on(slow: Talker) -> None
 def test_a_place_in_the_batch_is_not_enough_and_its_prefix_is_let_go(
     slow: Talker, pool: PrefixPool, match: PrefixMatch
 ) -> None:
-    """Of a long prompt in front of it every step takes all tokens."""
+    """Of a shorter prompt in front of it every step takes all tokens."""
     with Engine(slow.loaded, SETTINGS, pool) as engine:
         question = prompt_of(slow, "Where?")
         Asked(engine, question, match=match).wait()
         until(lambda: engine.state().running == 0)
         held = pool.state().holds.get(match.artifact_id, 0)  # by what is kept of that turn
-        long = prompt_of(slow, "x" * 900, document=False)
+        long = prompt_of(slow, "x" * 500, document=False)
         running = Asked(engine, long, queue_timeout_s=LIMIT_S)
-        waiting = HoldsAsked(pool, engine, question, match=match, queue_timeout_s=LIMIT_S)
+        longer = prompt_of(slow, "y" * 800)
+        waiting = HoldsAsked(pool, engine, longer, match=match, queue_timeout_s=LIMIT_S)
         _assert_not_begun(waiting)
         assert waiting.holds == {match.artifact_id: held + 1}
         until(lambda: pool.state().holds.get(match.artifact_id, 0) == held and engine.state().running == 1)

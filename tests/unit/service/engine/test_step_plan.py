@@ -33,22 +33,30 @@ def _sequence(prompt: int, *, decoding: bool = False) -> Sequence:
 @pytest.mark.parametrize(
     ("streams", "prompts", "counts"),
     [
-        (0, [40, 50, 9], [40, 24]),
-        (0, [200], [64]),
-        (2, [], [1, 1]),
-        (2, [10, 50, 9], [1, 1, 10, 6]),
-        (1, [200], [1, 16]),
-        (1, [16, 9], [1, 16]),
+        (0, [40, 50, 9], {0: 16, 2: 9}),
+        (0, [40, 50, 17], {0: 40, 1: 7, 2: 17}),
+        (0, [200, 10, 3], {0: 16, 1: 10, 2: 3}),
+        (0, [16, 16, 16, 16, 16], {0: 16, 1: 16, 2: 16, 3: 16}),
+        (0, [200], {0: 64}),
+        (0, [200, 200, 199], {0: 32, 2: 32}),
+        (0, [200, 300], {0: 64}),
+        (0, [300, 200, 1], {0: 8, 1: 8, 2: 1}),
+        (2, [], {}),
+        (2, [10, 50, 9], {0: 8, 2: 8}),
+        (2, [50, 10, 3], {0: 8, 1: 5, 2: 3}),
+        (1, [50, 3], {0: 13, 1: 3}),
+        (1, [200], {0: 16}),
     ],
 )
-def test_prompts_share_what_a_step_has_in_the_order_they_came(
-    streams: int, prompts: list[int], counts: list[int]
+def test_the_shortest_prompts_go_first_and_the_oldest_has_half(
+    streams: int, prompts: list[int], counts: dict[int, int]
 ) -> None:
     reading = [_sequence(count) for count in prompts]
     writing = [_sequence(5, decoding=True) for _ in range(streams)]
     parts = plan_step([*reading, *writing], SETTINGS)
-    assert [part.count for part in parts] == counts
-    assert [part.sequence for part in parts] == [*writing, *reading][: len(counts)]
+    assert [(part.sequence, part.count) for part in parts[:streams]] == [(one, 1) for one in writing]
+    found = {reading.index(part.sequence): part.count for part in parts[streams:]}
+    assert found == counts
 
 
 def test_a_long_prompt_holds_a_stream_up_for_a_chunk_at_most(
