@@ -20,6 +20,7 @@ from examples.chat_backend.conversations import Conversation, Conversations
 from examples.connection import BROKEN_OFF, told
 
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+_BUSY = "the last question is still being answered"
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'"
@@ -90,7 +91,7 @@ def create_app(chat: Chat) -> FastAPI:
     async def ask(name: str, question: Question) -> StreamingResponse:
         conversation = found(name)
         if conversation.turn.locked():
-            raise HTTPException(409, "the last question is still being answered")
+            raise HTTPException(409, _BUSY)
         events = _events(chat, conversation, question.text)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-cache"}
@@ -101,6 +102,9 @@ def create_app(chat: Chat) -> FastAPI:
 
 async def _events(chat: Chat, conversation: Conversation, question: str) -> AsyncIterator[str]:
     """One event for each piece, and one at the end: what is known of the answer, or why there is none."""
+    if conversation.turn.locked():  # by a question that came in the same moment
+        yield _event("error", _BUSY)
+        return
     try:
         # A browser that goes away cancels this generator, and so the request to the server.
         async with aclosing(chat.ask(conversation, question)) as pieces:

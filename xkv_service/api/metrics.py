@@ -96,8 +96,9 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """The engines' own counters, added up, and those of lookups; lost blobs are found by both. And what
-        the engines believe it costs to load and to prefill."""
-        for name, reason, counter, text in _LOST:
+        the engines believe it costs to load and to prefill. While no engine is known there are none of
+        theirs: to Prometheus a counter that falls began anew."""
+        for name, reason, counter, text in _LOST if self._states else ():
             value = self.lost_at_lookup[reason] + sum(one.counters.get(counter, 0.0) for one in self._states)
             yield CounterMetricFamily(name, text, value=value)
         costs = GaugeMetricFamily(
@@ -115,8 +116,7 @@ class Metrics:
 def _counters(
     of: str, texts: Mapping[str, str], found: Sequence[Mapping[str, float]]
 ) -> Iterable[CounterMetricFamily]:
-    """Counters added up, those too that have counted nothing yet; none while nobody tells of any, since to
-    Prometheus a counter that falls to 0 began anew."""
+    """Counters added up, those too that have counted nothing yet; none while nobody tells of any."""
     for name in sorted({*texts, *(name for one in found for name in one)}) if found else ():
         total = sum(one.get(name, 0.0) for one in found)
         text = texts.get(name, f"Counter {name} of the {of}")
