@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from transformers.cache_utils import LinearAttentionLayer
 
 from xkv_artifacts.keys import DIGEST_BYTES, joined_block_hashes, token_bytes
+from xkv_artifacts.prefix_index import common_tokens
 from xkv_service.decoding.growing_layer import GrowingLayer
-from xkv_service.sessions.answer import common_tokens
 from xkv_service.sessions.context import Context
 
 _log = logging.getLogger(__name__)
@@ -64,13 +64,13 @@ class KeptTails:
 
         One shorter than a block or larger than the budget is dropped at once.
         """
-        digests, size = self._digests(namespace, context.ids), held_bytes(context)
+        digests, size = self._digests(namespace, token_bytes(context.ids)), held_bytes(context)
         if not digests or size > self.budget_bytes:
             self._told(artifact_id)
             return
         for name in self._sharing(digests):
-            older = self._kept[name]
-            if context.ids[: len(older.context.ids)] == older.context.ids:
+            older = self._kept[name].context.ids
+            if len(older) <= len(context.ids) and context.ids[: len(older)] == older:
                 self._drop(name)
         while self.nbytes + size > self.budget_bytes:
             self._evict(next(iter(self._kept)))
@@ -93,11 +93,11 @@ class KeptTails:
         Args:
             may_use: asked of a tail, and of how many of the prompt's tokens it holds.
         """
-        ids = list(prompt)
+        tokens = token_bytes(prompt)
         best, most = None, 0
-        for name in self._sharing(self._digests(namespace, ids)):
+        for name in self._sharing(self._digests(namespace, tokens)):
             kept = self._kept[name]
-            held = usable_tokens(kept.context, ids)
+            held = usable_tokens(kept.context, tokens)
             if held > most and may_use(kept, held):
                 best, most = name, held
         if best is None:
@@ -145,8 +145,8 @@ class KeptTails:
                 return list(found)
         return []
 
-    def _digests(self, namespace: str, ids: Sequence[int]) -> tuple[bytes, ...]:
-        return tuple(_pieces(joined_block_hashes(self._fingerprint, namespace, token_bytes(ids))))
+    def _digests(self, namespace: str, tokens: bytes) -> tuple[bytes, ...]:
+        return tuple(_pieces(joined_block_hashes(self._fingerprint, namespace, tokens)))
 
     def _evict(self, name: int) -> None:
         if self._on_evict is not None:
@@ -171,17 +171,22 @@ class KeptTails:
             self._on_drop(artifact_id)
 
 
-def usable_tokens(context: Context, prompt: Sequence[int]) -> int:
-    """Tokens of the prompt that the context holds and can go back to; 0 where only a prefix is left."""
-    common = min(common_tokens(context.ids, list(prompt)), len(prompt) - 1)
+def usable_tokens(context: Context, prompt: bytes) -> int:
+    """Tokens of the prompt that the context holds and can go back to; 0 where only a prefix is left.
+
+    Args:
+        prompt: as `token_bytes`.
+    """
+    common = min(common_tokens(token_bytes(context.ids), prompt), len(prompt) // 4 - 1)
     if common == len(context.ids):
         return common
     return common if context.can_crop and common > context.fixed_tokens else 0
 
 
 def held_bytes(context: Context) -> int:
-    """Bytes of a context behind its prefix, the room that its tails grow into included."""
-    return context.tail_bytes + sum(_ahead(layer) for layer in context.cache.layers)
+    """Bytes of a context behind its prefix: the room that its tails grow into included, and all token ids."""
+    ids = context.ids.itemsize * len(context.ids)
+    return ids + context.tail_bytes + sum(_ahead(layer) for layer in context.cache.layers)
 
 
 def _ahead(layer: object) -> int:

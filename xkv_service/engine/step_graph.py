@@ -94,7 +94,7 @@ class Rider:
         """Show the cache what was written: it is an ordinary one again."""
         new = self.count - self._held
         if new:
-            ids = self.context.ids[len(self.context.ids) - new :]
+            ids = self.context.ids[len(self.context.ids) - new :].tolist()
             self.cache.serve(torch.tensor([ids]))
         for index in self.rows:
             layer: Any = self.cache.layers[index]

@@ -121,7 +121,7 @@ class TailSearch:
         if manifest.artifact != match.entry.artifact:
             raise ForeignTail(f"stored tail {match.id[:12]} stands behind another artifact than is listed")
         context = restored(self._loaded, manifest, tensors, prefix, self._settings.selection)
-        usable = usable_tokens(context, wanted.request.token_ids)
+        usable = usable_tokens(context, token_bytes(wanted.request.token_ids))
         if usable <= wanted.held:
             raise NoTail("diverges")
         context.rewind(usable)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from xkv_artifacts import prefix_index
+from xkv_artifacts.keys import token_bytes
 from xkv_service.sessions.context import Context
 from xkv_service.sessions.reply import Finish, Reply
 from xkv_service.sessions.sampling import Sampler
 from xkv_service.sessions.settings import GenerationSettings
 from xkv_service.sessions.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from xkv_artifacts.keys import TokenIds
 
 
 class Answer:
@@ -103,9 +109,6 @@ class Answer:
         return token
 
 
-def common_tokens(left: list[int], right: list[int]) -> int:
+def common_tokens(left: TokenIds, right: TokenIds) -> int:
     """Tokens that two sequences begin with alike."""
-    if right[: len(left)] == left:
-        return len(left)
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(left), len(right)))
+    return prefix_index.common_tokens(token_bytes(left), token_bytes(right))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -35,14 +36,15 @@ class Context:
         prefix_ids: the tokens in the cache.
 
     Attributes:
-        ids: the tokens the cache holds.
+        ids: the tokens the cache holds, int32.
 
     Raises:
         CacheMisuse: the cache holds another number of tokens.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, prefix_ids: Sequence[int]) -> None:
-        self.model, self.cache, self.ids = model, cache, list(prefix_ids)
+        self.model, self.cache = model, cache
+        self.ids: array[int] = array("i", prefix_ids)
         self.prefix_tokens = len(self.ids)
         held = int(cache.get_seq_length())
         if held != self.prefix_tokens:
@@ -58,7 +60,7 @@ class Context:
     @property
     def prefix_ids(self) -> list[int]:
         """The tokens of the prefix."""
-        return self.ids[: self.prefix_tokens]
+        return self.ids[: self.prefix_tokens].tolist()
 
     @property
     def fixed_tokens(self) -> int:
@@ -137,7 +139,7 @@ class Context:
         """A second context with the same tokens; both go on by themselves."""
         self._mend()
         other = copy.copy(self)
-        other.cache, other.ids = _fork(self.cache), list(self.ids)
+        other.cache, other.ids = _fork(self.cache), self.ids[:]
         return other
 
     @contextmanager
@@ -146,7 +148,7 @@ class Context:
         self._mend()
         self._torn = True
         yield
-        self.ids += ids
+        self.ids.extend(ids)
         self._torn = False
 
     def _forward(self, ids: list[int]) -> torch.Tensor:

@@ -189,7 +189,7 @@ class Session:
     def _room(self, prompt: list[int]) -> int:
         """Tokens that an answer may have in the context window. Refuses prompts that cannot be answered."""
         context = self.context
-        known = context.ids[: context.prefix_tokens]
+        known = context.prefix_ids
         if prompt[: len(known)] != known:
             raise InvalidPrompt(
                 "the conversation does not start with the tokens of the prefix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def fill_tail(context: Context, ids: list[int], tensors: _Tensors) -> None:
         mine = {name.removeprefix(start): tensors[name] for name in expected if name.startswith(start)}
         if mine:
             _fill(context.cache.layers[layout.index], layout, len(ids), mine, context.model.device)
-    context.ids = list(ids)
+    context.ids = array("i", ids)
 
 
 def _layers(context: Context) -> tuple[LayerLayout, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from compressed import random_ids
 from families import tiny_model
 from transformers import DynamicCache
 
-from xkv_service.engine.kept_tails import KeptTail, KeptTails
+from xkv_service.engine.kept_tails import KeptTail, KeptTails, held_bytes
 from xkv_service.sessions.context import Context
 
 
@@ -27,3 +28,37 @@ def test_a_prefix_that_would_stay_keeps_its_tails() -> None:
     assert tails.free_a_prefix({"a"}) and gone == ["b", "b", "c"]
     assert not tails.free_a_prefix({"a"}) and len(tails) == 2
     assert tails.free_a_prefix() and len(tails) == 0
+
+
+@pytest.mark.parametrize("answered", [1, 20, 63])
+def test_of_many_conversations_about_a_document_the_right_one_goes_on(answered: int) -> None:
+    """They share all full blocks with the prompt, and part behind them."""
+    model, document = tiny_model("llama"), random_ids(128).tolist()
+    cache = DynamicCache(config=model.config)
+    model(random_ids(128)[None], past_key_values=cache)
+    base, tails = Context(model, cache, document[:128]), KeptTails(1 << 24, "f" * 64)
+    base.prefix_tokens = 64
+    spoken = [[10 + number, *random_ids(answered - 1, seed=number).tolist()] for number in range(30)]
+    for number, words in enumerate(spoken):
+        context = base.fork()
+        context.advance(words)
+        tails.keep(context, "default", f"{number}")
+    for number, words in enumerate(spoken):
+        kept = tails.take([*document, *words, 5, 6], "default")
+        assert kept is not None and kept.artifact_id == str(number)
+        assert kept.context.ids.tolist() == [*document, *words]
+        part = tails.take([*document, *words[:-1]], "default") if answered > 2 else None
+        assert part is None or part.context.ids.tolist() == [*document, *words[:-2]]
+    other = tails.take([*document, 250, 251], "default")
+    assert other is not None and other.context.ids.tolist()[:127] == document[:127]
+    assert tails.take([*document[:127], 250, 251], "other") is None
+
+
+def test_what_a_conversation_holds_has_its_token_ids() -> None:
+    model, ids = tiny_model("llama"), random_ids(70)
+    cache = DynamicCache(config=model.config)
+    model(ids[None], past_key_values=cache)
+    context = Context(model, cache, ids.tolist())
+    context.prefix_tokens = 40
+    states = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held_bytes(context) == states * 30 // 70 + 4 * 70

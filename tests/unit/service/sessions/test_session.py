@@ -96,14 +96,14 @@ def test_a_prompt_of_another_document_is_refused(talker: Talker) -> None:
     session = talker.session(document=DOCUMENT.replace("sea", "bay"))
     with pytest.raises(InvalidPrompt, match="does not start with the tokens of the prefix"):
         session.send(QUESTIONS[0])
-    assert session.messages == [] and session.context.ids == talker.factors.token_ids.tolist()
+    assert session.messages == [] and session.context.ids.tolist() == talker.factors.token_ids.tolist()
 
 
 def test_a_conversation_that_fills_the_window_is_refused_before_anything_is_computed(talker: Talker) -> None:
     session = talker.session()
     with pytest.raises(InvalidPrompt, match="context window 1,024"):
         session.stream("long " * 200)
-    assert session.messages == [] and session.context.ids == talker.factors.token_ids.tolist()
+    assert session.messages == [] and session.context.ids.tolist() == talker.factors.token_ids.tolist()
     fits = "x" * (1024 - 4 - len(session.renderer.prompt_ids([{"role": "user", "content": ""}])))
     assert session.send(fits, GenerationSettings(max_new_tokens=100)).generated_tokens <= 4
 
