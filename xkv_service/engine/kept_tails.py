@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class KeptTails:
             return
         for name in self._sharing(digests):
             older = self._kept[name].context.ids
-            if len(older) <= len(context.ids) and context.ids[: len(older)] == older:
+            # The last token tells most apart.
+            if context.ids[len(older) - 1 : len(older)] == older[-1:] and context.ids[: len(older)] == older:
                 self._drop(name)
         while self.nbytes + size > self.budget_bytes:
             self._evict(next(iter(self._kept)))
@@ -93,10 +95,14 @@ class KeptTails:
         Args:
             may_use: asked of a tail, and of how many of the prompt's tokens it holds.
         """
-        tokens = token_bytes(prompt)
+        tokens, ids = token_bytes(prompt), array("i", prompt)
         best, most = None, 0
         for name in self._sharing(self._digests(namespace, tokens)):
             kept = self._kept[name]
+            # One token tells most apart: of use is what holds more than was found, and than its prefix.
+            at = min(max(most, kept.context.prefix_tokens), len(kept.context.ids) - 1)
+            if kept.context.ids[at : at + 1] != ids[at : at + 1]:
+                continue
             held = usable_tokens(kept.context, tokens)
             if held > most and may_use(kept, held):
                 best, most = name, held

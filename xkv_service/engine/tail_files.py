@@ -38,7 +38,7 @@ def leaving(tail: KeptTail, loaded: LoadedModel) -> LeavingTail:
         messages=(),
         created=datetime.now(timezone.utc),
     )
-    tensors = {TOKENS: torch.tensor(held.ids.tolist(), dtype=torch.int32), **tail_views(held)}
+    tensors = {TOKENS: torch.frombuffer(held.ids, dtype=torch.int32), **tail_views(held)}
     return LeavingTail(manifest, tail.namespace, tail.nbytes, tensors)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from xkv_artifacts import prefix_index
 from xkv_artifacts.keys import token_bytes
@@ -14,8 +15,7 @@ from xkv_service.sessions.sampling import Sampler
 from xkv_service.sessions.settings import GenerationSettings
 from xkv_service.sessions.text_stream import TextStream
 
-if TYPE_CHECKING:
-    from xkv_artifacts.keys import TokenIds
+Ids: TypeAlias = "list[int] | array[int]"
 
 
 class Answer:
@@ -109,6 +109,8 @@ class Answer:
         return token
 
 
-def common_tokens(left: TokenIds, right: TokenIds) -> int:
+def common_tokens(left: Ids, right: Ids) -> int:
     """Tokens that two sequences begin with alike."""
+    if right[: len(left)] == left:  # of the same kind, and the most frequent case
+        return len(left)
     return prefix_index.common_tokens(token_bytes(left), token_bytes(right))

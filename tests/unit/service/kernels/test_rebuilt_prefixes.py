@@ -102,7 +102,7 @@ class Sequences:
         both = []
         for spec in (DENSE, CHOOSING):
             other = one.fork()
-            other.ids = list(one.ids)
+            other.ids = one.ids[:]
             for layer in other.cache.layers:
                 if rider is not None:
                     room = one.cache.layers[layer.index]._room
