@@ -25,10 +25,11 @@ class Part:
 def plan_step(running: Many[Sequence], settings: EngineSettings) -> list[Part]:
     """The next token of every sequence that decodes, and prompts as far as the limit goes.
 
-    Prompts with the least left go first, since a question behind a stored prefix is not to wait for somebody
-    else's document; half of the step is kept for the prompt that came first, so that it comes to its end.
-    While others decode, prompts get `step_tokens` together, so that no stream stalls for longer than these
-    take; and no more get those that go on, where others can end in this step.
+    Prompts with no more than `step_tokens` left go first, since a question behind a stored prefix is not to
+    wait for somebody else's document; half of the step is kept for the prompt that came first. The others
+    have what is left, in the order they came. While some decode, prompts get `step_tokens` together, so that
+    no stream stalls for longer than these take; and no more get those that go on, where others can end in
+    this step.
 
     Args:
         settings: those of the model's device.
@@ -41,7 +42,7 @@ def plan_step(running: Many[Sequence], settings: EngineSettings) -> list[Part]:
     if ending:
         left = min(left, ending + settings.step_tokens)
     kept = min(len(prompts[0].todo), left // 2) if prompts else 0
-    for sequence in sorted(prompts, key=lambda one: len(one.todo)):
+    for sequence in sorted(prompts, key=lambda one: len(one.todo) > settings.step_tokens):
         if sequence is prompts[0]:
             kept = 0
         if count := min(left - kept, len(sequence.todo)):

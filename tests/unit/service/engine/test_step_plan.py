@@ -34,21 +34,21 @@ def _sequence(prompt: int, *, decoding: bool = False) -> Sequence:
     ("streams", "prompts", "counts"),
     [
         (0, [40, 50, 9], {0: 16, 2: 9}),
-        (0, [40, 50, 17], {0: 40, 1: 7, 2: 17}),
+        (0, [40, 50, 17], {0: 40, 1: 24}),
         (0, [200, 10, 3], {0: 16, 1: 10, 2: 3}),
         (0, [16, 16, 16, 16, 16], {0: 16, 1: 16, 2: 16, 3: 16}),
         (0, [200], {0: 64}),
-        (0, [200, 200, 199], {0: 32, 2: 32}),
+        (0, [40, 20, 17], {0: 40, 1: 20, 2: 4}),
         (0, [200, 300], {0: 64}),
-        (0, [300, 200, 1], {0: 8, 1: 8, 2: 1}),
+        (0, [300, 200, 1], {0: 16, 2: 1}),
         (2, [], {}),
-        (2, [10, 50, 9], {0: 8, 2: 8}),
-        (2, [50, 10, 3], {0: 8, 1: 5, 2: 3}),
+        (2, [10, 50, 9], {0: 10, 2: 6}),
+        (2, [50, 10, 3], {0: 8, 1: 8}),
         (1, [50, 3], {0: 13, 1: 3}),
         (1, [200], {0: 16}),
     ],
 )
-def test_the_shortest_prompts_go_first_and_the_oldest_has_half(
+def test_prompts_that_can_end_go_first_and_the_oldest_has_half(
     streams: int, prompts: list[int], counts: dict[int, int]
 ) -> None:
     reading = [_sequence(count) for count in prompts]
