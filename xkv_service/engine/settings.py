@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from xkv_artifacts.retention import LONGEST_TTL_S
 from xkv_service.errors import InvalidSpec
 from xkv_service.numeric import is_integer
 from xkv_service.selection.spec import SelectionSpec
+
+if TYPE_CHECKING:  # `xkv serve` says what is wrong with its options before torch is imported
+    import torch
 
 _PREFILL_TOKENS, _PREFILL_TOKENS_CPU = 2048, 512
 

@@ -75,6 +75,7 @@ def test_an_engine_outlives_a_request_that_fails_alone(
     pool.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("where", ["step", "begin", "inbox"])
 def test_an_engine_whose_device_is_lost_ends(
     talker: Talker, where: str, monkeypatch: pytest.MonkeyPatch
