@@ -12,7 +12,7 @@ option without values leaves its part out.
         --questions 20 --out benchmarks/results/engine_questions.json
 
 `questions`: short prompts that come one after the other while a long one is computed, with each of
-`prefill_tokens`; baseline is either alone.
+`prefill_tokens`, `rounds` times; baseline is either alone.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def main() -> None:
         )
     for limit in arguments.prefill_tokens if arguments.questions else ():
         settings = EngineSettings(prefill_tokens=limit)
-        beside = _beside_a_long_prompt(loaded, settings, arguments.questions, arguments.long_prompt)
+        beside = _beside_a_long_prompt(loaded, settings, arguments.questions, arguments.long_prompt, rounds)
         report.add(prefill_tokens=limit, **beside)
-    rounds_run = {"rounds": arguments.rounds} if arguments.step_tokens else {}
+    rounds_run = {"rounds": arguments.rounds} if arguments.step_tokens or arguments.questions else {}
     if arguments.prefill_tokens and arguments.long_rounds:
         rounds_run["long_rounds"] = arguments.long_rounds
     report.write(arguments.out, **rounds_run, seconds="processor time of the engine's thread")
@@ -172,32 +172,37 @@ def _ask_alone(loaded: LoadedModel, settings: EngineSettings, prompt: int, seed:
 
 
 def _beside_a_long_prompt(
-    loaded: LoadedModel, settings: EngineSettings, questions: int, prompt: int
+    loaded: LoadedModel, settings: EngineSettings, questions: int, prompt: int, rounds: range
 ) -> dict[str, Any]:
-    """First tokens (seconds) of questions that come while a long prompt is computed, and of that."""
-    ids = document_ids(loaded, prompt).tolist()
-    asked = [ids[_QUESTION * number :][:_QUESTION] for number in range(1, questions + 1)]
-    alone = median(_ask_alone(loaded, settings, _QUESTION, seed)[0] for seed in range(3))
-    long_alone, _ = _ask_alone(loaded, settings, prompt, 0)
-    found = []
-    with Engine(loaded, settings) as engine:
-        long = Asked(engine, ids, 1)
-        while engine.state().counters.get("steps", 0) < 1:
-            time.sleep(0.01)
-        for question in asked:
-            one = Asked(engine, question, _ANSWER)
-            one.done.wait()
-            if not long.done.is_set():
+    """First tokens (seconds) of questions that come while a long prompt is computed, and of that.
+
+    Where no answer was whole before the long prompt, there are no figures of questions.
+    """
+    alone = median(_ask_alone(loaded, settings, _QUESTION, seed)[0] for seed in rounds)
+    long_alone = median(_ask_alone(loaded, settings, prompt, seed)[0] for seed in rounds)
+    found, long_s = list[float](), list[float]()
+    for seed in rounds:
+        ids = document_ids(loaded, prompt, seed).tolist()
+        with Engine(loaded, settings) as engine:
+            long = Asked(engine, ids, 1)
+            while engine.state().counters.get("steps", 0) < 1:
+                time.sleep(0.01)
+            for number in range(1, questions + 1):
+                one = Asked(engine, ids[_QUESTION * number :][:_QUESTION], _ANSWER)
+                one.done.wait()
+                if long.done.is_set():
+                    break
                 found.append(one.first_token_s)
-        long.done.wait()
+            long.done.wait()
+        long_s.append(long.first_token_s)
     return {
         "questions": len(found),
         "prompt": prompt,
-        "question_s": median(found),
-        "question_most_s": max(found),
+        "question_s": median(found) if found else None,
+        "question_most_s": max(found, default=None),
         "question_alone_s": alone,
-        "long_s": long.first_token_s,
-        "long_later": long.first_token_s / long_alone,
+        "long_s": median(long_s),
+        "long_later": median(long_s) / long_alone,
     }
 
 

@@ -16,18 +16,20 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from compression import LLAMA_8B, TINY
+from compression import LLAMA_8B, TINY, _model
 from report import Report, command
 
 from xkv_service import enable_xkv
 from xkv_service.engine.runners import Runner, make_runner
 from xkv_service.sessions.exact import empty_context
 
-_DEFAULT = 2048
+_PROMPTS = (8192, 32768, 65536)
+_LIMITS, _DEFAULT = (512, 1024, 2048, 4096, 8192), 2048
+_ROUNDS = 3
 
 
 def main() -> None:
@@ -36,33 +38,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[8192, 32768, 65536])
-    parser.add_argument("--limits", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks this script")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    config = LlamaConfig(**(TINY if arguments.tiny else LLAMA_8B), pad_token_id=0, bos_token_id=1)
-    with torch.device(device):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    model = _model(TINY if arguments.tiny else LLAMA_8B, str(device))
     report = Report("prefill_steps", command(), f"the same prompt with {_DEFAULT} tokens a step")
     with torch.no_grad(), enable_xkv(model):
         runner = make_runner(model)
-        for prompt in [600] if arguments.tiny else arguments.prompts:
-            _measure(report, runner, model, prompt, arguments)
-    report.write(arguments.out, rounds=arguments.rounds)
+        for prompt in [600] if arguments.tiny else _PROMPTS:
+            _measure(report, runner, model, prompt)
+    report.write(arguments.out, rounds=_ROUNDS)
 
 
-def _measure(
-    report: Report, runner: Runner, model: LlamaForCausalLM, prompt: int, arguments: argparse.Namespace
-) -> None:
+def _measure(report: Report, runner: Runner, model: PreTrainedModel, prompt: int) -> None:
     ids = torch.randint(3, model.config.vocab_size, (prompt,)).tolist()
     found = {}
-    for limit in arguments.limits:
+    for limit in _LIMITS:
         _run(runner, model, ids, limit)
-        rounds = [_run(runner, model, ids, limit) for _ in range(arguments.rounds)]
+        rounds = [_run(runner, model, ids, limit) for _ in range(_ROUNDS)]
         found[limit] = median(sum(one) for one in rounds), median(max(one) for one in rounds)
     for limit, (whole, longest) in found.items():
         report.add(
@@ -74,7 +67,7 @@ def _measure(
         )
 
 
-def _run(runner: Runner, model: LlamaForCausalLM, ids: list[int], limit: int) -> list[float]:
+def _run(runner: Runner, model: PreTrainedModel, ids: list[int], limit: int) -> list[float]:
     """Seconds of each step."""
     context, seconds = empty_context(model), []
     for start in range(0, len(ids), limit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from starlette.testclient import TestClient
 
-from examples.chat_backend.app import create_app
+from examples.chat_backend.app import _events, create_app
 from examples.chat_backend.chat import Chat
+from examples.chat_backend.conversations import Conversation
 from examples.connection import plain_errors
 from examples.documents import Documents
 from examples.local_server import CORPUS
@@ -72,3 +74,18 @@ def test_the_page_has_an_event_for_it_and_keeps_what_came(base_url: str) -> None
         )
         said = [one["content"] for one in browser.get(path).json()["messages"]]
     assert said == ["Who?", "Half"]
+
+
+def test_of_two_questions_in_the_same_moment_one_is_refused() -> None:
+    """The second is let in before the first has begun."""
+    chat = Chat(AsyncOpenAI(base_url="http://127.0.0.1:1/v1", api_key="-"), "model", Documents(CORPUS))
+    talk = Conversation("1", chat.documents.names[0])
+
+    async def ask() -> list[str]:
+        async with talk.turn:
+            return [event async for event in _events(chat, talk, "Who?")]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 60)) == [
+        'event: error\ndata: "the last question is still being answered"\n\n'
+    ]
+    assert talk.messages == []

@@ -42,10 +42,7 @@ def save_session(session: Session, path: str | Path) -> None:
             hint="make it with source=Source(model identity, artifact id)",
         )
     held = session.fork()
-    tensors = {
-        TOKENS: torch.tensor(held.context.ids.tolist(), dtype=torch.int32),
-        **tail_tensors(held.context),
-    }
+    tensors = {TOKENS: torch.tensor(held.context.ids, dtype=torch.int32), **tail_tensors(held.context)}
     cache = held.context.cache
     if isinstance(cache, XKVCache):
         tensors |= {name: tensor.cpu().contiguous() for name, tensor in folded_tensors(cache)}
