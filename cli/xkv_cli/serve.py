@@ -147,6 +147,15 @@ class NatsType(click.ParamType[float]):
     help="Memory of each replica for compressed prefixes.",
 )
 @click.option(
+    "--running-memory",
+    "running_bytes",
+    type=SizeType(),
+    default="0",
+    show_default=True,
+    help="Memory of each replica for answers under way, besides prefixes: what needs more waits. 0: on a GPU "
+    "what is free when it starts, less the other budgets; on CPUs no limit.",
+)
+@click.option(
     "--rebuilt-memory",
     "rebuilt_bytes",
     type=SizeType(),
@@ -278,7 +287,14 @@ def _serve(signals: StopSignals, options: dict[str, Any]) -> int:
 
     _refuse_idle(options)
     budget, stop_grace_s = options.pop("budget"), options.pop("stop_grace_s")
-    limits = ("max_running", "rebuilt_bytes", "tail_bytes", "stored_tail_bytes", "stored_tail_ttl_s")
+    limits = (
+        "max_running",
+        "running_bytes",
+        "rebuilt_bytes",
+        "tail_bytes",
+        "stored_tail_bytes",
+        "stored_tail_ttl_s",
+    )
     engine = {name: options.pop(name) for name in limits}
     delays = {name: options.pop(name) for name in ("target_requests", "upscale_delay_s", "downscale_delay_s")}
     api = {

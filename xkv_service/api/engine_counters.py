@@ -32,6 +32,7 @@ _RUNNING = {
     "ended_cancelled": "Requests whose client left",
     "ended_queue_timeout": "Requests that waited too long to be begun",
     "ended_timeout": "Requests that took too long",
+    "ended_no_memory": "Requests for which there was no memory",
     "ended_failed": "Requests that failed",
     "ended_abandoned": "Requests that the end of the engine broke off",
 }

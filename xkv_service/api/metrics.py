@@ -87,6 +87,7 @@ class Metrics:
         ):
             self.sessions.labels(name).set(sum(values))
         self.resident_bytes.labels("prefixes").set(sum(state.prefix_bytes for state in states))
+        self.resident_bytes.labels("running").set(sum(state.running_bytes for state in states))
         self.resident_bytes.labels("rebuilt").set(sum(state.rebuilt_bytes for state in states))
         self.resident_bytes.labels("tails").set(sum(state.tail_bytes for state in states))
         self.stored_tail_bytes.set(max((state.stored_tail_bytes for state in states), default=0))

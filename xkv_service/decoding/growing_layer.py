@@ -13,7 +13,8 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 _LEAST_ROOM = 64
-_GROWTH = 1.25
+GROWTH = 1.25
+"""Room made for so many times the tokens held."""
 
 
 class _Room:
@@ -155,7 +156,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _with_room(states: torch.Tensor, tokens: int) -> torch.Tensor:
-    capacity = max(_LEAST_ROOM, int(tokens * _GROWTH))
+    capacity = max(_LEAST_ROOM, int(tokens * GROWTH))
     room = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
     room[..., : states.shape[-2], :] = states
     return room

@@ -33,10 +33,12 @@ from xkv_service.engine.parts import resident_key
 from xkv_service.engine.prefill_clock import PrefillClock
 from xkv_service.engine.prefix_pool import PrefixPool
 from xkv_service.engine.runners import PackedRunner, Runner, SeparateRunner, make_runner
+from xkv_service.engine.running_memory import RunningMemory
 from xkv_service.engine.sequence import OnEvent, Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.engine.step_plan import Part, plan_step
 from xkv_service.engine.stored_tails import StoredTails
+from xkv_service.kernels.probe import no_memory
 from xkv_service.lost_device import is_lost
 from xkv_service.modeling.inspect import inspect_loaded
 from xkv_service.modeling.models import LoadedModel
@@ -51,6 +53,7 @@ _log = logging.getLogger(__name__)
 _SHARE_OF_TAILS = 0.25
 """Of the memory for conversations, that the exact cache of one may take which could do without. A guess."""
 _IDLE_S = 0.5
+NO_MEMORY = Failed("overloaded", "there is no memory for the request now", retry_after_s=5.0)
 
 
 class Engine:
@@ -80,6 +83,8 @@ class Engine:
         self._exact_bytes = (
             0 if prefixes is None else cache_bytes(loaded.model, inspect_loaded(loaded.model).layout)
         )
+        prefix_bytes = 0 if prefixes is None else prefixes.state().budget
+        self._memory = RunningMemory.of(loaded.model, self.settings, prefix_bytes)
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
@@ -153,6 +158,7 @@ class Engine:
             kept_tails=len(self._tails),
             prefix_bytes=pool.nbytes if pool is not None else 0,
             tail_bytes=self._tails.nbytes,
+            running_bytes=self._memory.nbytes,
             rebuilt_bytes=self._runner.shared_bytes,
             stored_tail_bytes=self._stored.total_bytes if self._stored is not None else 0,
             prefixes=pool.prefixes if pool is not None else (),
@@ -197,8 +203,7 @@ class Engine:
     def _receive(self) -> bool:
         """Take what came in; wait for it where there is nothing else to do. False: it is time to stop."""
         self._beat = time.monotonic()
-        full = len(self._loading) >= self.settings.max_running
-        idle = not self._running and (full or not self._waiting)
+        idle = not self._running and self._next() is None
         with suppress(queue.Empty):
             message = self._inbox.get(timeout=_IDLE_S) if idle else self._inbox.get_nowait()
             while True:
@@ -275,17 +280,20 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin what waits, as far as there is room in the batch."""
-        while self._waiting and len(self._running) + len(self._loading) < self.settings.max_running:
-            sequence = self._waiting[0]
+        while (sequence := self._next()) is not None:
+            self._waiting.remove(sequence)
             try:
                 self._begin(sequence)
-                self._waiting.popleft()
             except Exception as error:  # noqa: BLE001 - one bad request must not end the others
                 self._fail(sequence, error)
         if self._loading and self._prefixes is not None:
             # Conversations between turns hold their prefixes; those who wait come first.
             while (pool := self._prefixes.state()).parked and self._tails.free_a_prefix(pool.staying):
                 pass
+
+    def _next(self) -> Sequence | None:
+        begun = [*self._running, *self._loading.values()]
+        return self._memory.next(self._waiting if len(begun) < self.settings.max_running else (), begun)
 
     def _begin(self, sequence: Sequence) -> None:
         request, match = sequence.request, sequence.request.match
@@ -372,7 +380,15 @@ class Engine:
         self._start_without(sequence)
 
     def _start_without(self, sequence: Sequence) -> None:
-        """Its artifact cannot be had: go on from another conversation that has none, or compute all of it."""
+        """Its artifact cannot be had: go on from another conversation that has none, or compute all of it.
+
+        That takes more memory than it was expected to: where there is no more, it waits again.
+        """
+        sequence.whole, begun = True, [*self._running, *self._loading.values()]
+        if self._memory.next([sequence], begun) is None:
+            sequence.load_began = None
+            self._waiting.appendleft(sequence)
+            return
         self._start(sequence, self._exact_context(sequence.request), None)
 
     def _exact_context(self, request: GenerationRequest) -> Context:
@@ -545,8 +561,11 @@ class Engine:
                 self._waiting.append(sequence)  # it hears of the end as the others do
             raise RuntimeError("the device is lost") from error
         if not sequence.left:
-            sequence.fail(Failed("internal", f"the model failed: {type(error).__name__}"))
-            self._leave(sequence, "failed")
+            full = no_memory(error)
+            sequence.fail(
+                NO_MEMORY if full else Failed("internal", f"the model failed: {type(error).__name__}")
+            )
+            self._leave(sequence, "no_memory" if full else "failed")
 
     def _accept(self, sequence: Sequence, logits: torch.Tensor, token: int) -> None:
         sequence.accept(logits, token)

@@ -213,7 +213,8 @@ class EngineState:
 
     Args:
         running, waiting: requests. kept_tails: conversations between their turns.
-        prefix_bytes, tail_bytes: resident. rebuilt_bytes: of prefixes whose keys and values are kept rebuilt.
+        prefix_bytes, tail_bytes: resident. running_bytes: expected of requests that run, besides their
+            prefixes. rebuilt_bytes: of prefixes whose keys and values are kept rebuilt.
         prefixes: artifact ids that are resident.
         stored_tail_bytes: of all tails in the store, as this engine heard last.
         rates: what prefilling and loading are believed to cost, as `LoadingRates.figures`; none where nothing
@@ -229,5 +230,6 @@ class EngineState:
     prefixes: tuple[str, ...]
     counters: dict[str, float] = field(default_factory=dict)
     stored_tail_bytes: int = 0
+    running_bytes: int = 0
     rebuilt_bytes: int = 0
     rates: dict[str, float] = field(default_factory=dict)

@@ -43,6 +43,7 @@ class Sequence:
         todo: ids to run next: the prompt's rest, then each token chosen.
         miss: why it is not, or not further, served from factors.
         head_start: while it waits for a prefix, the forward that has begun, or may begin.
+        whole: whether its artifact could not be had, so that all of its prompt waits to be computed.
         computed: tokens of the context that were computed for this request before it joined the batch.
         done: whether it got its last event. failed: whether that was a failure.
         left: whether its place is free again.
@@ -67,6 +68,7 @@ class Sequence:
         self.arrived = time.monotonic()
         self.load_began: float | None = None
         self.head_start: HeadStart | None = None
+        self.whole = False
         self.computed = 0
         self.left = False
         self._tell, self._text, self._most, self._ends = on_event, text, most, ends
@@ -102,6 +104,11 @@ class Sequence:
     def ids(self) -> list[int]:
         """Its prompt, and the tokens chosen since."""
         return [*self.request.token_ids, *self._chosen]
+
+    @property
+    def tokens(self) -> int:
+        """How many it has, those of its answer so far included."""
+        return len(self.request.token_ids) + len(self._chosen)
 
     @property
     def resident(self) -> str | None:

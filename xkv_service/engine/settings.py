@@ -27,6 +27,8 @@ class EngineSettings:
         tail_bytes: budget of conversations between their turns.
         stored_tail_bytes: of those that had to leave it, in the store, all servers' together; 0: none is
             stored. stored_tail_ttl_s: how long each of them stays there.
+        running_bytes: for what requests hold while they run, besides their prefixes; others wait. 0: on a
+            GPU what is free when the engine starts, less the other budgets; elsewhere no limit.
         rebuilt_bytes: on a GPU, for all keys and values of prefixes that many sequences decode from at once;
             0: tokens are always chosen.
         selection: which tokens of a compressed prefix attention rebuilds.
@@ -41,12 +43,13 @@ class EngineSettings:
     tail_bytes: int = 2**30
     stored_tail_bytes: int = 4 * 2**30
     stored_tail_ttl_s: float = 3600.0
+    running_bytes: int = 0
     rebuilt_bytes: int = 0
     selection: SelectionSpec = field(default_factory=SelectionSpec)
 
     def __post_init__(self) -> None:
         least = {"max_running": 1, "step_tokens": 1, "prefill_tokens": 0}
-        least |= {"tail_bytes": 0, "stored_tail_bytes": 0, "rebuilt_bytes": 0}
+        least |= {"tail_bytes": 0, "stored_tail_bytes": 0, "running_bytes": 0, "rebuilt_bytes": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not is_integer(value) or value < low:

@@ -49,8 +49,9 @@ def passes(trial: Trial, device: torch.device) -> bool:
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether an error says that memory is full: PyTorch's own, CUDA's or Triton's. It may pass."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    """Whether an error says that memory is full: Python's, PyTorch's, CUDA's or Triton's. It may pass."""
+    kinds, words = (MemoryError, torch.OutOfMemoryError), ("out of memory", "can't allocate memory")
+    return isinstance(error, kinds) or any(some in str(error) for some in words)
 
 
 def try_rounding(device: torch.device) -> float:
