@@ -64,6 +64,7 @@ class Engine:
         settings: limits.
         prefixes: keeps factors resident; None: every prompt is computed. The engine does not close it.
         stored: keeps what leaves the memory for tails; None: it is lost. The engine does not close it.
+        beside_bytes: that other processes will take on the model's device.
         on_death: called on the engine's thread where it ends by itself, before anybody is told: an error of
             its own, or a device that is lost.
     """
@@ -75,6 +76,8 @@ class Engine:
         prefixes: PrefixPool | None = None,
         stored: StoredTails | None = None,
         on_death: Callable[[], None] = lambda: None,
+        *,
+        beside_bytes: int = 0,
     ) -> None:
         self.loaded, self.settings = loaded, (settings or EngineSettings()).on(loaded.model.device)
         self._prefixes, self._stored, self._on_death = prefixes, stored, on_death
@@ -83,8 +86,8 @@ class Engine:
         self._exact_bytes = (
             0 if prefixes is None else cache_bytes(loaded.model, inspect_loaded(loaded.model).layout)
         )
-        prefix_bytes = 0 if prefixes is None else prefixes.state().budget
-        self._memory = RunningMemory.of(loaded.model, self.settings, prefix_bytes)
+        others = beside_bytes + (0 if prefixes is None else prefixes.state().budget)
+        self._memory = RunningMemory.of(loaded.model, self.settings, others)
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
@@ -292,8 +295,11 @@ class Engine:
                 pass
 
     def _next(self) -> Sequence | None:
-        begun = [*self._running, *self._loading.values()]
+        begun = self._begun()
         return self._memory.next(self._waiting if len(begun) < self.settings.max_running else (), begun)
+
+    def _begun(self) -> list[Sequence]:
+        return [*self._running, *self._loading.values()]
 
     def _begin(self, sequence: Sequence) -> None:
         request, match = sequence.request, sequence.request.match
@@ -384,10 +390,11 @@ class Engine:
 
         That takes more memory than it was expected to: where there is no more, it waits again.
         """
-        sequence.whole, begun = True, [*self._running, *self._loading.values()]
-        if self._memory.next([sequence], begun) is None:
+        sequence.whole = True
+        before = [one for one in self._waiting if one.arrived < sequence.arrived]
+        if self._memory.next([*before, sequence], self._begun()) is not sequence:
             sequence.load_began = None
-            self._waiting.appendleft(sequence)
+            self._waiting.insert(len(before), sequence)
             return
         self._start(sequence, self._exact_context(sequence.request), None)
 
@@ -467,6 +474,7 @@ class Engine:
         if pool is None or sequence.artifact_id is None or sequence.computed or request.prefix_id is not None:
             return
         fits = tokens * self._exact_bytes <= _SHARE_OF_TAILS * self.settings.tail_bytes
+        fits = fits and self._memory.holds(tokens, self._begun())
         if held - prefix >= BLOCK_TOKENS or not fits:
             return
         if pool.rates.everything_is_faster(prefix, tokens, held):

@@ -22,7 +22,7 @@ class RunningMemory:
 
     Args:
         budget: bytes. token_bytes: that a token takes, room made ahead included.
-        question: with no more tokens than this a request waits for nobody.
+        question: with no more tokens than this behind its prefix a prompt waits for nobody.
 
     Attributes:
         nbytes: expected of what ran when a request was last looked for.
@@ -33,41 +33,50 @@ class RunningMemory:
         self.nbytes = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, settings: EngineSettings, prefix_bytes: int) -> RunningMemory:
-        """For an engine of a model that is loaded, nothing else yet.
+    def of(cls, model: PreTrainedModel, settings: EngineSettings, others: int) -> RunningMemory:
+        """For an engine whose model is loaded, and nothing else.
 
         Args:
-            prefix_bytes: budget of compressed prefixes.
+            others: bytes that the model's device must have besides, for prefixes and other processes.
         """
         layers = inspect_loaded(model).layout.compressible
         width = sum(layer.key_width + layer.value_width for layer in layers)
-        budget = settings.running_bytes or _free(
-            model.device, prefix_bytes + settings.tail_bytes + settings.rebuilt_bytes
-        )
+        others += settings.tail_bytes + settings.rebuilt_bytes
+        budget = settings.running_bytes or _free(model.device, others)
         return cls(budget, GROWTH * width * int(model.dtype.itemsize), settings.step_tokens)
 
     def next(self, waiting: Iterable[Sequence], begun: Collection[Sequence]) -> Sequence | None:
         """The first that waits, if it fits beside what has begun; where it does not, the first question.
 
-        One that does not fit alone begins where nothing else has.
+        One that does not fit beside nothing begins where no other prompt but questions has begun.
         """
         self.nbytes = int(sum(map(self._bytes, begun)))
-        left = self._budget - self.nbytes if begun else float("inf")
+        alone = all(map(self._is_question, begun))
+        left = float("inf") if alone else self._budget - self.nbytes
         for sequence in waiting:
-            if self._tokens(sequence) <= self._question or self._bytes(sequence) <= left:
+            if self._is_question(sequence) or self._bytes(sequence) <= left:
                 return sequence
             left = 0  # whoever came later waits, too
         return None
+
+    def holds(self, tokens: int, begun: Iterable[Sequence]) -> bool:
+        """Whether so many tokens fit beside what has begun."""
+        return tokens * self._token_bytes + sum(map(self._bytes, begun)) <= self._budget
+
+    def _is_question(self, sequence: Sequence) -> bool:
+        return self._tokens(sequence) - sequence.answered <= self._question
 
     def _bytes(self, sequence: Sequence) -> float:
         return self._token_bytes * self._tokens(sequence)
 
     def _tokens(self, sequence: Sequence) -> int:
         """How many it holds exactly, or will when its prompt is computed."""
-        context, match = sequence.context, sequence.request.match
+        context, match, tokens = sequence.context, sequence.request.match, len(sequence.request.token_ids)
         if context is not None:
-            return sequence.tokens - context.prefix_tokens
-        return sequence.tokens - (match.tokens if match is not None and not sequence.whole else 0)
+            prefix = context.prefix_tokens
+        else:
+            prefix = match.tokens if match is not None and not sequence.whole else 0
+        return tokens - prefix + sequence.answered
 
 
 def _free(device: torch.device, others: int) -> float:

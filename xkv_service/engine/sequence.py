@@ -106,9 +106,9 @@ class Sequence:
         return [*self.request.token_ids, *self._chosen]
 
     @property
-    def tokens(self) -> int:
-        """How many it has, those of its answer so far included."""
-        return len(self.request.token_ids) + len(self._chosen)
+    def answered(self) -> int:
+        """Tokens of its answer so far."""
+        return len(self._chosen)
 
     @property
     def resident(self) -> str | None:

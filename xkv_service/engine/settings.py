@@ -28,7 +28,8 @@ class EngineSettings:
         stored_tail_bytes: of those that had to leave it, in the store, all servers' together; 0: none is
             stored. stored_tail_ttl_s: how long each of them stays there.
         running_bytes: for what requests hold while they run, besides their prefixes; others wait. 0: on a
-            GPU what is free when the engine starts, less the other budgets; elsewhere no limit.
+            GPU what is free when the engine starts, less the other budgets (`RunningMemory`); elsewhere no
+            limit.
         rebuilt_bytes: on a GPU, for all keys and values of prefixes that many sequences decode from at once;
             0: tokens are always chosen.
         selection: which tokens of a compressed prefix attention rebuilds.

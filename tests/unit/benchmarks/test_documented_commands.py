@@ -33,5 +33,5 @@ def test_each_run_of_traffic_has_its_command_and_its_file_on_the_page(result: Pa
     assert f"| `{options.strip()}` |" in page if options else "| nothing |" in page
 
 
-def test_there_are_eighteen_runs_of_traffic() -> None:
-    assert len(TRAFFIC) == 18
+def test_there_are_nineteen_runs_of_traffic() -> None:
+    assert len(TRAFFIC) == 19

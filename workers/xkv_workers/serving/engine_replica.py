@@ -55,7 +55,14 @@ class EngineReplica:
         self._stored = None
         if settings.engine.stored_tail_bytes:
             self._stored = StoredTails(self._loaded, self._store.tails, self._pool, settings.engine)
-        self._engine = Engine(self._loaded, settings.engine, self._pool, self._stored, on_death=end_process)
+        self._engine = Engine(
+            self._loaded,
+            settings.engine,
+            self._pool,
+            self._stored,
+            on_death=end_process,
+            beside_bytes=self._loaded.model.get_memory_footprint(),  # the compressor's model may be there
+        )
         self._backend = EngineBackend(self._engine)
         self._board, self._name = board, _replica_name()
         self._callers = Callers(board.presence_of.remote)
