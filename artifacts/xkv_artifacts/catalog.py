@@ -45,7 +45,10 @@ CHANGING_KEY = STORE_KEYS + "changing:{id}"  # string: who changes its pin or ti
 RATES_KEY = STORE_KEYS + "rates"  # hash: "fingerprint device" -> tokens per second
 SPECS_KEY = STORE_KEYS + "specs"  # hash: digest -> a compression spec as JSON
 BUILT_KEY = STORE_KEYS + "built"  # string: set once the catalog lists what the store holds
+LISTING_KEY = STORE_KEYS + "listing:{id}"  # string: set while somebody lists the store, with an expiry
 
+_LISTING_S: Final = 7 * 24 * 3600
+"""Longer than a store takes to be listed."""
 COLLECTING_S: Final = 60.0
 """A collector's lease on an artifact that it deletes: one file, however slow its disk."""
 DELETED_S: Final = 3600
@@ -295,16 +298,29 @@ class Catalog:
         """Forget all entries, calibrations and the prefix index (leases and rates stay)."""
         entries = (ENTRY_KEY, RECENCY_KEY, CALIBRATION_KEY, CALIBRATIONS_KEY)
         index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, SPECS_KEY, BUILT_KEY)
-        for pattern in (*entries, *index, INDEXED_KEY):  # that one last: without it the others are made again
+        for pattern in (
+            *entries,
+            *index,
+            LISTING_KEY,
+            INDEXED_KEY,
+        ):  # that one last: without it the others are made again
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 
     def is_built(self) -> bool:
         """Whether the catalog lists what the store holds (False in an empty Redis)."""
         return self.link.call(lambda client: client.exists(self._key(BUILT_KEY))) == 1
 
-    def set_built(self) -> None:
-        """Note that the catalog lists what the store holds."""
-        self.link.call(lambda client: client.set(self._key(BUILT_KEY), repr(time.time())))
+    def begin_listing(self) -> str:
+        """Note that all that the store holds is being listed; returns what `set_built` is told."""
+        listing = uuid.uuid4().hex
+        key = self._key(LISTING_KEY, id=listing)
+        self.link.call(lambda client: client.set(key, repr(time.time()), ex=_LISTING_S))
+        return listing
+
+    def set_built(self, listing: str) -> bool:
+        """Note that the catalog lists what the store holds; False: it was emptied since `begin_listing`."""
+        keys = (self._key(LISTING_KEY, id=listing), self._key(BUILT_KEY))
+        return bool(self.link.script(entry_scripts.SET_BUILT, keys, [repr(time.time())]) == 1)
 
     def lease(self, artifact_id: str, owner: str, ttl_s: float = 30.0) -> Lease | None:
         """Take the lease on an artifact id, or None when another owner has it.

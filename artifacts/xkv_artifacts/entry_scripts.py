@@ -228,3 +228,10 @@ drop()
 return 'dropped'
 """
 )
+
+SET_BUILT = """
+if redis.call('DEL', KEYS[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], ARGV[1])
+return 1
+"""
+"""Keys: of one listing, of a catalog that is built. Argument: the time. 0: the listing is not known."""

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 Standing = Literal["pinned", "kept", "gone"]
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
 _FEW = 100
+_LISTINGS = 3
+"""Times that a store is listed in a row where its catalog is emptied meanwhile."""
 """Blobs that are looked for one by one sooner than all blobs are listed."""
 SUMS_KEPT_S = 7 * 24 * 3600.0
 """Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
@@ -564,9 +566,14 @@ class ArtifactStore:
         )
 
     def _list_all(self) -> Rebuild:
-        artifacts, faults = self._listing.list_all()
-        calibrations, more_faults = self.calibrations.list_all()
-        self.catalog.set_built()
+        """Again where Redis comes back empty meanwhile; in the end the catalog may still not be built."""
+        for _ in range(_LISTINGS):
+            listing = self.catalog.begin_listing()
+            artifacts, faults = self._listing.list_all()
+            calibrations, more_faults = self.calibrations.list_all()
+            if self.catalog.set_built(listing):
+                break
+            _log.warning("the catalog was emptied while the store was listed")
         return Rebuild(artifacts, (*faults, *more_faults), calibrations)
 
     def _not_ended(self, entries: list[Entry]) -> list[Entry]:

@@ -52,7 +52,7 @@ def test_dropped_and_cleared_entries_are_gone(catalog: Catalog) -> None:
     first, second = publish(catalog, 1), publish(catalog, 2)
     assert catalog.drop(first.id) and not catalog.drop(first.id)
     assert catalog.entries() == [second]
-    catalog.set_built()
+    assert catalog.set_built(catalog.begin_listing()) and catalog.is_built()
     catalog.remember_rate("f", "cpu", 3.0)
     catalog.clear()
     assert (catalog.entries(), catalog.is_built(), catalog.rate("f", "cpu")) == ([], False, 3.0)

@@ -206,6 +206,30 @@ def test_a_catalog_that_was_lost_is_listed_again_once(store: ArtifactStore) -> N
     assert store.lookup(FINGERPRINT, "default", range(100)) == Match(known, 100)
 
 
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_catalog_that_is_lost_while_it_is_listed_is_listed_again(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A Redis that dies and comes back empty; one that does so all the time is not taken for complete."""
+    known, list_all, left = publish(store), store._listing.list_all, [None] * times
+
+    def lose() -> object:
+        listed = list_all()
+        if left:
+            left.pop()
+            store.catalog.link.call(lambda client: client.flushdb())
+        return listed
+
+    monkeypatch.setattr(store._listing, "list_all", lose)
+    assert store.list_if_lost() == Rebuild(1, (), 0)
+    assert store.catalog.is_built() == (times == 1)
+    while not store.catalog.is_built():
+        assert store.entries() == [] and store.list_if_lost() is not None
+    assert not left and store.list_if_lost() is None
+    assert store.lookup(FINGERPRINT, "default", range(100)) == Match(known, 100)
+    assert not store.catalog.link.call(lambda client: client.keys("*:listing:*"))
+
+
 def test_rebuild_mends_a_damaged_catalog(store: ArtifactStore) -> None:
     artifact_id = publish(store)
     prefix = f"xkv:1:{store.catalog.store_id}:"

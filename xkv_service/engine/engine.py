@@ -325,6 +325,8 @@ class Engine:
         prefix = self._prefixes.take(match.artifact_id, match.tokens)
         if prefix is not None:
             self._start(sequence, self._context(prefix, match.artifact_id), match.artifact_id)
+        elif sequence.whole:
+            self._start_without(sequence)
         elif self._prefixes.decide(match.artifact_id, match.tokens, match.nbytes) == "load":
             self._load(sequence, match, self._prefixes)
         else:

@@ -127,3 +127,12 @@ def test_a_part_that_may_be_anywhere_is_wrong_usage(monkeypatch: pytest.MonkeyPa
     result, requests = _run(monkeypatch, "--part-kl", kl)
     assert result.exit_code == 2 and not requests
     assert f"Invalid value for '--part-kl': '{kl}' is not a number of nats from 0" in result.output
+
+
+def test_memory_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--running-memory", "3GiB", "--rebuilt-memory", "2GiB", "--tail-memory", "1MiB")
+    result, (request,) = _run(monkeypatch, *sizes, "--prefix-memory", "5MiB", "--stored-tails", "0")
+    assert isinstance(result.exception, _Asked)
+    engine = request.engine
+    assert (engine.running_bytes, engine.rebuilt_bytes, engine.tail_bytes) == (3 << 30, 2 << 30, 1 << 20)
+    assert (request.prefix_bytes, engine.stored_tail_bytes) == (5 << 20, 0)

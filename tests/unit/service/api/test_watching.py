@@ -94,6 +94,7 @@ def test_metrics_count_what_happened(http: httpx.Client, stored: PrefixManifest)
     assert after["xkv_engines", ()] == 1
     assert after["xkv_resident_prefixes", ()] == 1
     assert after["xkv_resident_bytes", ("prefixes",)] > 0
+    assert ("xkv_resident_bytes", ("running",)) in after
     assert grown("xkv_engine_generated_tokens_total") >= answered
     assert after["xkv_cost_seconds", ("prefill_token",)] > 0
     assert after["xkv_cost_seconds", ("load",)] >= 0 and after["xkv_cost_seconds", ("load_byte",)] >= 0

@@ -17,7 +17,7 @@ from xkv_service.engine.engine import NO_MEMORY, Engine
 from xkv_service.engine.loading_rates import LoadingRates
 from xkv_service.engine.messages import Event, Failed, Finished, GenerationRequest, PrefixMatch
 from xkv_service.engine.prefix_pool import PrefixPool
-from xkv_service.engine.running_memory import RunningMemory
+from xkv_service.engine.running_memory import RunningMemory, _free
 from xkv_service.engine.sequence import Sequence
 from xkv_service.engine.settings import EngineSettings
 from xkv_service.sessions.context import Context
@@ -89,6 +89,18 @@ def test_a_prefix_is_not_counted_where_it_is_one() -> None:
     assert memory.nbytes == 600, "computed without its artifact"
 
 
+def test_on_a_gpu_it_is_what_is_free_less_what_others_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 bytes a tenth is for steps, and no less for what runs."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 150)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert _free(torch.device("cuda"), 200) == 700 + 50 - 200 - 100
+    assert _free(torch.device("cuda"), 10**6) == 100
+    assert _free(torch.device("cpu"), 200) == float("inf")
+    memory = RunningMemory(1000.0, 2.0, 16)
+    assert memory.holds(400, [waiting(100)]) and not memory.holds(401, [waiting(100)])
+
+
 def test_prompts_wait_for_memory_and_all_are_answered(talker: Talker) -> None:
     asked_for, most = prompts(6), 0
     settings = replace(SETTINGS, running_bytes=budget_of(talker, 300))
@@ -152,6 +164,7 @@ def test_what_has_to_be_computed_whole_waits_for_that(
         assert asked.wait().tokens == generated(talker, behind)
         assert last.wait().tokens == generated(talker, second)
         started = asked.started
+        assert engine.state().counters["prefixes_failed_no_room"] == 1, "asked for once"
     assert order == ["first", "behind", "second"]
     assert started.miss is not None and started.miss.reason == "no_room"
     assert started.queued_seconds > 0.5, "it waited for memory, not for a load"
