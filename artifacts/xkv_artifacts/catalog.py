@@ -297,13 +297,10 @@ class Catalog:
     def clear(self) -> None:
         """Forget all entries, calibrations and the prefix index (leases and rates stay)."""
         entries = (ENTRY_KEY, RECENCY_KEY, CALIBRATION_KEY, CALIBRATIONS_KEY)
-        index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, SPECS_KEY, BUILT_KEY)
-        for pattern in (
-            *entries,
-            *index,
-            LISTING_KEY,
-            INDEXED_KEY,
-        ):  # that one last: without it the others are made again
+        index = (PREFIXES_KEY, LONGEST_KEY, EXPIRY_KEY, NAMESPACE_KEY, SUMS_KEY, SPECS_KEY)
+        built = (BUILT_KEY, LISTING_KEY)
+        # INDEXED_KEY last: without it the others are made again.
+        for pattern in (*entries, *index, *built, INDEXED_KEY):
             self._delete(self._key(pattern, id="*", fingerprint="*", namespace="*"))
 
     def is_built(self) -> bool:

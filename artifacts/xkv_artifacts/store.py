@@ -54,9 +54,10 @@ if TYPE_CHECKING:
 Standing = Literal["pinned", "kept", "gone"]
 REDIS_URL_VARIABLE = "XKV_REDIS_URL"
 _FEW = 100
-_LISTINGS = 3
-"""Times that a store is listed in a row where its catalog is emptied meanwhile."""
 """Blobs that are looked for one by one sooner than all blobs are listed."""
+_LISTINGS = 3
+"""Times that a store is listed in a row where its catalog is emptied meanwhile (a guess): a server begins
+again a minute later."""
 SUMS_KEPT_S = 7 * 24 * 3600.0
 """Seconds for which a calibration that was broken off can be gone on with, whatever is cleaned up."""
 _log = logging.getLogger(__name__)

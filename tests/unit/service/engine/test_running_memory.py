@@ -152,20 +152,22 @@ def test_what_has_to_be_computed_whole_waits_for_that(
     """A few tokens behind an artifact pass others; where it cannot be had they are all of the prompt."""
     pool, match = without_room
     settings = replace(SETTINGS, running_bytes=budget_of(talker, 130))
-    document, (first, second) = talker.factors.token_ids.tolist(), prompts(2)
+    document, (first, earlier, later) = talker.factors.token_ids.tolist(), prompts(3)
     assert match.tokens > 16
     behind, order = [*document[: match.tokens], 6, 7, 8], list[str]()
     with paced(talker.model), Engine(talker.loaded, settings, pool) as engine:
         InTurn(order, "first", engine, first, settings=LONG)
         until(lambda: engine.state().running == 1)
+        before = InTurn(order, "earlier", engine, earlier)
         asked = InTurn(order, "behind", engine, behind, match=match)
         until(lambda: engine.state().counters.get("prefixes_failed_no_room", 0) > 0)
-        last = InTurn(order, "second", engine, second)
+        last = InTurn(order, "later", engine, later)
+        assert before.wait().tokens == generated(talker, earlier)
         assert asked.wait().tokens == generated(talker, behind)
-        assert last.wait().tokens == generated(talker, second)
+        assert last.wait().tokens == generated(talker, later)
         started = asked.started
         assert engine.state().counters["prefixes_failed_no_room"] == 1, "asked for once"
-    assert order == ["first", "behind", "second"]
+    assert order == ["first", "earlier", "behind", "later"]
     assert started.miss is not None and started.miss.reason == "no_room"
     assert started.queued_seconds > 0.5, "it waited for memory, not for a load"
 
